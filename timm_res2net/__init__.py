@@ -1,0 +1,10 @@
+"""The Res2Net family for timm.
+
+Importing this package registers its models: `timm.create_model('res2net50d')` then makes ours.
+"""
+
+__version__ = '0.1.0'
+
+from .res2net import register, unregister
+
+__all__ = ['register', 'unregister']

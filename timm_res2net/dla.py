@@ -1,0 +1,437 @@
+"""DLA trunk with Res2Net blocks.
+
+Papers: `Deep Layer Aggregation` - https://arxiv.org/abs/1707.06484, and Res2Net's own, whose Res2Net-DLA-60 this is.
+"""
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from timm.layers import (
+    DropPath,
+    calculate_drop_path_rates,
+    create_classifier,
+    get_act_layer,
+    get_device_dtype,
+    get_norm_layer,
+)
+from timm.models._features import feature_take_indices
+from timm.models.resnet import drop_blocks
+from torch import Tensor, nn
+
+from .blocks import Bottle2neck, Layer, checkpoint, set_grad_checkpointing
+
+__all__ = ['Res2NetDla']
+
+LEVELS = ('level0', 'level1', 'level2', 'level3', 'level4', 'level5')
+
+
+class DlaBottle2neck(Bottle2neck):
+    """The block at DLA's widths: half as many channels inside as outside."""
+
+    expansion = 2
+
+
+class DlaRoot(nn.Module):
+    """Aggregates what the parts of a tree computed: concatenation, 1x1 convolution, norm, activation.
+
+    Args:
+        in_chs: Channels of all inputs together.
+        out_chs: Output channels.
+        shortcut: Add the first input to the convolution's output.
+        act_layer: Activation class.
+        norm_layer: Norm class.
+        **dd: Device and dtype.
+    """
+
+    def __init__(
+        self, in_chs: int, out_chs: int, shortcut: bool, act_layer: Layer, norm_layer: Layer, **dd: Any
+    ) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_chs, out_chs, 1, bias=False, **dd)
+        self.bn = norm_layer(out_chs, **dd)
+        self.act = act_layer(inplace=True)
+        self.shortcut = shortcut
+
+    def forward(self, children: list[Tensor]) -> Tensor:
+        """Aggregates tensors (N, C_i, H, W), sum of C_i = in_chs, to (N, out_chs, H, W)."""
+        x = self.bn(self.conv(torch.cat(children, dim=1)))
+        if self.shortcut:
+            x += children[0]
+        return self.act(x)
+
+
+class Parts(NamedTuple):
+    """What a network's trees are made of, the same everywhere."""
+
+    block: Layer  # (in_chs, planes, ...) -> DlaBottle2neck
+    project: Layer  # (in_chs, out_chs) -> 1x1 convolution and norm
+    root: Layer  # (in_chs, out_chs) -> DlaRoot
+
+
+class DlaLeaf(nn.Module):
+    """The smallest tree: two blocks joined by a root.
+
+    Args:
+        parts: Makes blocks, projections and roots.
+        in_chs: Input channels.
+        out_chs: Output channels.
+        dilation: Dilation of the blocks.
+        step: Stride and dilation of the first block, in a tree that begins a level. None elsewhere.
+        level_root: Give the input, at the output's resolution, to the root as well.
+        root_chs: Channels that the root gets from outside.
+    """
+
+    def __init__(
+        self,
+        parts: Parts,
+        in_chs: int,
+        out_chs: int,
+        dilation: int = 1,
+        step: tuple[int, int] | None = None,
+        level_root: bool = False,
+        root_chs: int = 0,
+    ) -> None:
+        super().__init__()
+        self.level_root = level_root
+        self.grad_checkpointing = False
+        planes = out_chs // DlaBottle2neck.expansion
+        first = {} if step is None else dict(stride=step[0], first_dilation=step[1], first=True)
+        self.downsample = shrink(step)
+        self.project = nn.Identity() if in_chs == out_chs else parts.project(in_chs, out_chs)
+        self.tree1 = parts.block(in_chs, planes, dilation=dilation, **first)
+        self.tree2 = parts.block(out_chs, planes, dilation=dilation)
+        self.root = parts.root(2 * out_chs + root_chs + (in_chs if level_root else 0), out_chs)
+
+    def forward(self, x: Tensor, children: list[Tensor] | None = None) -> Tensor:
+        """Runs the tree.
+
+        Args:
+            x: (N, in_chs, H, W).
+            children: Tensors (N, C_i, H / stride, W / stride) for the root, sum of C_i = root_chs.
+
+        Returns:
+            (N, out_chs, H / stride, W / stride), sizes rounded up.
+        """
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint(self.aggregate, x, children, buffers_of=self)
+        return self.aggregate(x, children)
+
+    def aggregate(self, x: Tensor, children: list[Tensor] | None) -> Tensor:
+        """What `forward` returns, computed."""
+        children = [] if children is None else children
+        bottom = self.downsample(x)
+        if self.level_root:
+            children = children + [bottom]  # noqa: RUF005 - TorchScript has no [*children, bottom]
+        x1 = self.tree1(x, self.project(bottom))
+        x2 = self.tree2(x1)
+        return self.root([x2, x1] + children)  # noqa: RUF005
+
+
+class DlaTree(nn.Module):
+    """Two trees in sequence; the second one's last root also gets what the first one returns.
+
+    Arguments are those of `DlaLeaf`, after the depth: a tree of depth 2 has two leaves, one of depth 3 four.
+    """
+
+    def __init__(
+        self,
+        depth: int,
+        parts: Parts,
+        in_chs: int,
+        out_chs: int,
+        dilation: int = 1,
+        step: tuple[int, int] | None = None,
+        level_root: bool = False,
+        root_chs: int = 0,
+    ) -> None:
+        super().__init__()
+        self.level_root = level_root
+        root_chs += out_chs + (in_chs if level_root else 0)
+        self.downsample = shrink(step)
+        self.tree1 = tree(depth - 1, parts, in_chs, out_chs, dilation, step)
+        self.tree2 = tree(depth - 1, parts, out_chs, out_chs, dilation, root_chs=root_chs)
+
+    def forward(self, x: Tensor, children: list[Tensor] | None = None) -> Tensor:
+        """Runs both trees; shapes as in `DlaLeaf`."""
+        children = [] if children is None else children
+        if self.level_root:
+            children = children + [self.downsample(x)]  # noqa: RUF005
+        x = self.tree1(x)
+        return self.tree2(x, children + [x])  # noqa: RUF005
+
+
+def tree(depth: int, *args: Any, **kwargs: Any) -> nn.Module:
+    """Makes a tree of that depth from the arguments of `DlaLeaf`."""
+    return DlaLeaf(*args, **kwargs) if depth == 1 else DlaTree(depth, *args, **kwargs)
+
+
+def shrink(step: tuple[int, int] | None) -> nn.Module:
+    """Makes the maximum over 2x2 pixels that brings a tree's input to its output's resolution.
+
+    Where the level is dilated instead (stride 1), the pixels are as far apart as those that the strided pool would see.
+    """
+    if step is None:
+        return nn.Identity()
+    stride, dilation = step
+    if stride == 1:
+        pad = nn.ConstantPad2d((0, dilation, 0, dilation), float('-inf'))
+        return nn.Sequential(pad, nn.MaxPool2d(2, stride=1, dilation=dilation))
+    return nn.MaxPool2d(2, stride=2, ceil_mode=True)  # rounds odd sizes up, as the convolutions beside it do
+
+
+class Res2NetDla(nn.Module):
+    """DLA with Res2Net blocks, on timm's tensor names.
+
+    Unlike timm's DLA it dilates, checkpoints, drops paths, takes layers of any kind, and accepts odd image sizes. In
+    its dilated forms (`output_stride`) it computes exactly what the undilated network does, on a denser grid.
+
+    Args:
+        levels: Depth of each level: convolutions in the first two, depth of the tree in the others.
+        channels: Output channels of each level.
+        scale: Splits of a block.
+        base_width: Channels of one split for 64 planes, of which a block has half as many as output channels.
+        cardinality: Groups of the 3x3 convolutions.
+        first_block: What the first block of a level computes, see `Bottle2neck`.
+        attn_layer: Attention class or its name in timm.
+        num_classes: Classes, 0 for none.
+        in_chans: Channels of the image.
+        global_pool: Kind of pooling: 'avg', 'max', 'avgmax', 'catavgmax', '' for none.
+        output_stride: 8, 16 or 32; levels beyond it are dilated.
+        act_layer: Activation class or its name in timm.
+        norm_layer: Norm class or its name in timm.
+        shortcut_root: Add a root's first input to what it computes.
+        drop_rate: Dropout probability before the classifier.
+        drop_path_rate: Stochastic depth probability of the last block, growing linearly from 0 at the first.
+        drop_block_rate: DropBlock probability in the last two levels.
+        zero_init_last: Let each block be an identity at the start of training. timm's DLA does not, nor is it default.
+        device: Device of the tensors.
+        dtype: Data type of the tensors.
+
+    Raises:
+        ValueError: For an argument that the network can't honour.
+    """
+
+    def __init__(
+        self,
+        levels: Sequence[int] = (1, 1, 1, 2, 3, 1),
+        channels: Sequence[int] = (16, 32, 128, 256, 512, 1024),
+        *,
+        scale: int = 4,
+        base_width: int = 28,
+        cardinality: int = 1,
+        first_block: str = 'official',
+        attn_layer: str | Layer | None = None,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = 'avg',
+        output_stride: int = 32,
+        act_layer: str | Layer = 'relu',
+        norm_layer: str | Layer = 'batchnorm2d',
+        shortcut_root: bool = False,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        drop_block_rate: float = 0.0,
+        zero_init_last: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+    ) -> None:
+        super().__init__()
+        if output_stride not in (8, 16, 32):
+            raise ValueError(f'output_stride={output_stride} is not possible; choose 8, 16 or 32')
+        if len(levels) != 6 or len(channels) != 6:
+            raise ValueError(f'levels={levels} and channels={channels} must have an entry for each of 6 levels')
+        dd = {'device': device, 'dtype': dtype}
+        norm = get_norm_layer(norm_layer)
+        layers = dict(act_layer=get_act_layer(act_layer), norm_layer=norm, **dd)
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+
+        self.base_layer = conv_level(in_chans, channels[0], kernel_size=7, **layers)
+        self.level0 = conv_level(channels[0], channels[0], levels[0], **layers)
+        self.level1 = conv_level(channels[0], channels[1], levels[1], stride=2, **layers)
+        self.feature_info = [
+            dict(num_chs=channels[0], reduction=1, module='level0'),
+            dict(num_chs=channels[1], reduction=2, module='level1'),
+        ]
+
+        splits: dict[str, Any] = dict(scale=scale, base_width=base_width, cardinality=cardinality)
+        block = partial(
+            DlaBottle2neck, first_block=first_block, dilate_pool=True, attn_layer=attn_layer, **splits, **layers
+        )
+        project = partial(conv_norm, norm_layer=norm, **dd)
+        root = partial(DlaRoot, shortcut=shortcut_root, **layers)
+        reduction, dilation = 2, 1
+        trees = []
+        for i, drop_block in zip(range(2, 6), drop_blocks(drop_block_rate)):
+            stride = 2 if reduction < output_stride else 1
+            step = stride, dilation
+            reduction, dilation = reduction * stride, dilation * 2 // stride
+            parts = Parts(partial(block, drop_block=drop_block), project, root)
+            trees.append(tree(levels[i], parts, channels[i - 1], channels[i], dilation, step, level_root=i > 2))
+            self.feature_info.append(dict(num_chs=channels[i], reduction=reduction, module=f'level{i}'))
+        self.level2, self.level3, self.level4, self.level5 = trees
+        blocks = [module for module in self.modules() if isinstance(module, DlaBottle2neck)]  # in the order they run in
+        for module, rate in zip(blocks, calculate_drop_path_rates(drop_path_rate, len(blocks))):
+            module.drop_path = DropPath(rate) if rate > 0 else None
+
+        self.num_features = channels[-1]
+        self.global_pool, self.head_drop, self.fc = create_classifier(
+            self.num_features, num_classes, pool_type=global_pool, use_conv=True, drop_rate=drop_rate, **dd
+        )
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        self.flatten = nn.Flatten(1) if global_pool else nn.Identity()
+        self.init_weights(zero_init_last)
+
+    @torch.jit.ignore
+    def init_weights(self, zero_init_last: bool = False) -> None:
+        """Initialises the convolutions for ReLU by their fan-out, and optionally lets each block be an identity."""
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
+        for module in self.modules():
+            if zero_init_last and isinstance(module, Bottle2neck):
+                module.zero_init_last()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns that sort parameters into groups in the order of execution, as timm's optimizers want them.
+
+        Args:
+            coarse: A group for each level, instead of one for each block, projection and root.
+        """
+        if coarse:
+            return dict(stem=r'^base_layer', blocks=r'^level(\d+)')
+        patterns: list[tuple[str, tuple[int] | None]] = []
+        for depth in range(5, -1, -1):  # of nested trees; timm takes the first pattern that matches
+            prefix = r'^level(\d+)' + r'\.tree(\d+)' * depth
+            patterns += [(prefix + r'\.project', (0,)), (prefix + r'\.root', (3,)), (prefix, None)]
+        return dict(stem=r'^base_layer', blocks=patterns)
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Switches gradient checkpointing of each pair of blocks with its root; norm statistics stay exact."""
+        set_grad_checkpointing(self, enable)
+
+    @torch.jit.ignore
+    def get_classifier(self, name_only: bool = False) -> str | nn.Module:
+        """Returns the classifier, or its name."""
+        return 'fc' if name_only else self.fc
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replaces the classifier by a new one.
+
+        Args:
+            num_classes: Classes, 0 for none.
+            global_pool: Kind of pooling, the present one if None.
+        """
+        if global_pool is None:
+            global_pool = self.global_pool.pool_type
+        self.num_classes = num_classes
+        self.global_pool, self.fc = create_classifier(
+            self.num_features, num_classes, pool_type=global_pool, use_conv=True, **get_device_dtype(self)
+        )
+        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
+        self.flatten = nn.Flatten(1) if global_pool else nn.Identity()
+        for module in (self.global_pool, self.fc, self.flatten):
+            module.train(self.training)
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | list[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = 'NCHW',
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """Runs the levels and returns what some of them computed.
+
+        Args:
+            x: (N, in_chans, H, W).
+            indices: Levels to return: the last n for an int, those with these indices for a list, all if None.
+            norm: Without effect, there is no final norm.
+            stop_early: Stop after the last level that is to be returned.
+            output_fmt: Only 'NCHW'.
+            intermediates_only: Leave out the final features.
+
+        Returns:
+            Final features and a list of those of the levels, or just the list; each (N, C, H / stride, W / stride).
+        """
+        if output_fmt != 'NCHW':
+            raise ValueError(f"output_fmt={output_fmt!r} is not possible; choose 'NCHW'")
+        take, last = feature_take_indices(len(LEVELS), indices)
+        x = self.base_layer(x)
+        intermediates = []
+        for i, name in enumerate(LEVELS[: last + 1] if stop_early else LEVELS):
+            x = getattr(self, name)(x)
+            if i in take:
+                intermediates.append(x)
+        return intermediates if intermediates_only else (x, intermediates)
+
+    def prune_intermediate_layers(
+        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Removes what features of some levels don't need.
+
+        Args:
+            indices: Levels to keep, as in `forward_intermediates`.
+            prune_norm: Without effect, there is no final norm.
+            prune_head: Remove the classifier. It goes in any case if the last level does.
+
+        Returns:
+            The indices of these levels.
+        """
+        take, last = feature_take_indices(len(LEVELS), indices)
+        for name in LEVELS[last + 1 :]:
+            setattr(self, name, nn.Identity())
+        if last + 1 < len(LEVELS):
+            self.num_features = self.feature_info[last]['num_chs']
+        if prune_head or last + 1 < len(LEVELS):
+            self.reset_classifier(0, '')
+        return take
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Computes features, (N, in_chans, H, W) to (N, num_features, H / 32, W / 32)."""
+        x = self.base_layer(x)  # (N, 16, H, W) with default channels
+        x = self.level0(x)  # (N, 16, H, W)
+        x = self.level1(x)  # (N, 32, H / 2, W / 2)
+        x = self.level2(x)  # (N, 128, H / 4, W / 4)
+        x = self.level3(x)  # (N, 256, H / 8, W / 8)
+        x = self.level4(x)  # (N, 512, H / 16, W / 16)
+        return self.level5(x)  # (N, 1024, H / 32, W / 32)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pools and classifies, (N, num_features, H, W) to (N, num_classes); (N, num_features) if `pre_logits`."""
+        x = self.head_drop(self.global_pool(x))
+        return self.flatten(x if pre_logits else self.fc(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Classifies images, (N, in_chans, H, W) to (N, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+
+def conv_norm(in_chs: int, out_chs: int, norm_layer: Layer, **dd: Any) -> nn.Sequential:
+    """Makes a 1x1 convolution and norm."""
+    return nn.Sequential(nn.Conv2d(in_chs, out_chs, 1, bias=False, **dd), norm_layer(out_chs, **dd))
+
+
+def conv_level(
+    in_chs: int,
+    out_chs: int,
+    repeats: int = 1,
+    kernel_size: int = 3,
+    stride: int = 1,
+    *,
+    act_layer: Layer,
+    norm_layer: Layer,
+    **dd: Any,
+) -> nn.Sequential:
+    """Makes convolutions with norm and activation in sequence, the first of them with the stride."""
+    layers: list[nn.Module] = []
+    for i in range(repeats):
+        conv = dict(stride=stride if i == 0 else 1, padding=kernel_size // 2, bias=False, **dd)
+        layers.append(nn.Conv2d(out_chs if i else in_chs, out_chs, kernel_size, **conv))
+        layers += [norm_layer(out_chs, **dd), act_layer(inplace=True)]
+    return nn.Sequential(*layers)

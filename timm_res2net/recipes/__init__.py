@@ -1,0 +1,1 @@
+"""Configurations for timm's train script, and what writes their data."""

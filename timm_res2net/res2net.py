@@ -1,0 +1,263 @@
+"""The family: a line for each architecture, a line for each set of weights, and their registration with timm.
+
+timm names the module of a model after the last part of the file that registers it, hence this file's name:
+`timm.list_models(module='res2net')` lists the family.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import timm.models.dla
+import timm.models.res2net
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import (
+    FeatureDictNet,
+    FeatureListNet,
+    build_model_with_cfg,
+    generate_default_cfgs,
+    register_model,
+)
+from timm.models import _registry as timm_registry
+from torch import Tensor, nn
+
+from .blocks import set_grad_checkpointing
+from .dla import Res2NetDla
+from .resnet import Res2Net
+
+__all__ = ['register', 'unregister']  # register_model adds the models
+
+ASSETS = Path(__file__).parent / 'assets'
+
+
+@dataclass(frozen=True)
+class Arch:
+    """One architecture: the trunk, what it is built with, and what timm needs to know of it."""
+
+    trunk: type[nn.Module]
+    args: dict[str, Any]
+    first_conv: str = 'conv1'
+    out_indices: tuple[int, ...] = (0, 1, 2, 3, 4)  # of features_only, by default
+
+
+def resnet(layers: Sequence[int], base_width: int, scale: int, **args: Any) -> Arch:
+    """Res2Net block in timm's ResNet: blocks of each stage, channels of a split for 64 planes, splits."""
+    args = dict(layers=layers, base_width=base_width, scale=scale, **args)
+    return Arch(Res2Net, args, first_conv='conv1.0' if args.get('stem_type') == 'deep' else 'conv1')
+
+
+def dla(levels: Sequence[int], base_width: int, scale: int, **args: Any) -> Arch:
+    """Res2Net block in DLA: depth of each level, channels of a split for 64 planes, splits."""
+    args = dict(levels=levels, base_width=base_width, scale=scale, **args)
+    return Arch(Res2NetDla, args, first_conv='base_layer.0', out_indices=(1, 2, 3, 4, 5))
+
+
+R50, R101, R152, R200 = (3, 4, 6, 3), (3, 4, 23, 3), (3, 8, 36, 3), (3, 12, 48, 3)
+DLA60 = (1, 1, 1, 2, 3, 1)
+D = dict(stem_type='deep', stem_width=32, avg_down=True)  # the authors' v1b, Paddle's vd
+TINY = dict(stem_type='deep', stem_width=8, avg_down=True, channels=(8, 16, 32, 64))
+
+# fmt: off
+ARCHS = {
+    #                                blocks  width  scale
+    'res2net50_26w_4s':       resnet(R50,     26,    4),
+    'res2net50_48w_2s':       resnet(R50,     48,    2),
+    'res2net50_14w_8s':       resnet(R50,     14,    8),
+    'res2net50_26w_6s':       resnet(R50,     26,    6),
+    'res2net50_26w_8s':       resnet(R50,     26,    8),
+    'res2net50_18w_4s':       resnet(R50,     18,    4),  # the paper's Res2Net-50-L
+    'res2net50_18w_6s':       resnet(R50,     18,    6),  # in the paper's segmentation tables
+    'res2net101_26w_4s':      resnet(R101,    26,    4),
+    'res2next50':             resnet(R50,      4,    4, cardinality=8),
+    'res2net50d':             resnet(R50,     26,    4, **D),
+    'res2net101d':            resnet(R101,    26,    4, **D),
+    'res2net152d':            resnet(R152,    26,    4, **D),
+    'seres2net50_26w_4s':     resnet(R50,     26,    4, attn_layer='se'),
+    'res2net50_pd_26w_4s':    resnet(R50,     26,    4, first_block='paddle'),
+    'res2net50_pd_14w_8s':    resnet(R50,     14,    8, first_block='paddle'),
+    'res2net50_vd_26w_4s':    resnet(R50,     26,    4, first_block='paddle', **D),
+    'res2net101_vd_26w_4s':   resnet(R101,    26,    4, first_block='paddle', **D),
+    'res2net200_vd_26w_4s':   resnet(R200,    26,    4, first_block='paddle', **D),
+    'dla60_res2net':          dla(DLA60,      28,    4),
+    'dla60_res2next':         dla(DLA60,       4,    4, cardinality=8),
+    'test_res2net':           resnet((2, 2, 2, 2), 26, 4, **TINY),
+}
+# fmt: on
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One set of weights: what to expect of it (accuracy, %) and what timm needs to load and to feed it."""
+
+    top1: float
+    top5: float | None
+    cfg: dict[str, Any] = field(default_factory=dict)
+
+
+def authors(top1: float, top5: float) -> Weights:
+    """The authors' ImageNet-1k weights in timm's repositories; accuracy at 224 as timm measured it."""
+    description = f"trained by Res2Net's authors on ImageNet-1k; top-1 {top1:.2f} % at 224 px, measured by timm"
+    origin = dict(license='cc-by-nc-sa-4.0', origin_url='https://github.com/Res2Net/Res2Net-PretrainedModels')
+    return Weights(top1, top5, dict(hf_hub_id='timm/', description=description, **origin))
+
+
+def embedded(top1: float, dataset: str, **cfg: Any) -> Weights:
+    """Weights in this package, trained by its own recipe; accuracy on the part of the data that was held out."""
+    description = f'trained by timm_res2net on {dataset}; top-1 {top1:.2f} % on the held-out third'
+    origin = dict(license='apache-2.0', origin_url='https://archive.ics.uci.edu/dataset/80')
+    return Weights(top1, None, dict(description=description, **origin, **cfg))
+
+
+DIGITS = dict(
+    file=str(ASSETS / 'test_res2net.digits.safetensors'),
+    num_classes=10,
+    label_names=tuple('0123456789'),
+    input_size=(3, 32, 32),
+    pool_size=(1, 1),
+    crop_pct=1.0,
+    interpolation='bicubic',
+    mean=(0.5, 0.5, 0.5),
+    std=(0.5, 0.5, 0.5),
+)
+
+# fmt: off
+WEIGHTS = {
+    #                                 top-1   top-5
+    'res2net50_26w_4s.in1k':  authors(77.994, 93.860),
+    'res2net50_48w_2s.in1k':  authors(77.528, 93.562),
+    'res2net50_14w_8s.in1k':  authors(78.142, 93.852),
+    'res2net50_26w_6s.in1k':  authors(78.586, 94.120),
+    'res2net50_26w_8s.in1k':  authors(78.950, 94.280),
+    'res2net101_26w_4s.in1k': authors(79.192, 94.466),
+    'res2next50.in1k':        authors(78.238, 93.904),
+    'res2net50d.in1k':        authors(80.280, 95.028),
+    'res2net101d.in1k':       authors(81.236, 95.346),
+    'dla60_res2net.in1k':     authors(78.480, 94.204),
+    'dla60_res2next.in1k':    authors(78.488, 94.144),
+    'test_res2net.digits':    embedded(99.5, "scikit-learn's handwritten digits", **DIGITS),
+}
+# fmt: on
+
+
+def default_cfg(name: str, **cfg: Any) -> dict[str, Any]:
+    """What timm records of a model or of its weights."""
+    return dict(
+        dict(
+            num_classes=1000,
+            input_size=(3, 224, 224),
+            pool_size=(7, 7),
+            crop_pct=0.875,
+            interpolation='bilinear',
+            mean=IMAGENET_DEFAULT_MEAN,
+            std=IMAGENET_DEFAULT_STD,
+            first_conv=ARCHS[name].first_conv,
+            classifier='fc',
+            paper_name='Res2Net: A New Multi-scale Backbone Architecture',
+            paper_ids='arXiv:1904.01169',
+        ),
+        **cfg,
+    )
+
+
+pretrained_names = {name.split('.')[0] for name in WEIGHTS}
+default_cfgs = generate_default_cfgs(
+    {name: default_cfg(name.split('.')[0], **weights.cfg) for name, weights in WEIGHTS.items()}
+    | {name: default_cfg(name) for name in ARCHS if name not in pretrained_names}
+)
+
+
+class ExactCheckpointing(nn.Module):
+    """For timm's feature extractors: checkpoint as the model does, where timm would update norm statistics twice."""
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        set_grad_checkpointing(self, enable)
+
+
+class FeatureList(ExactCheckpointing, FeatureListNet):
+    """timm's `FeatureListNet` with exact checkpointing."""
+
+
+class FeatureDict(ExactCheckpointing, FeatureDictNet):
+    """timm's `FeatureDictNet` with exact checkpointing."""
+
+
+FEATURE_CLASSES = {'list': FeatureList, 'dict': FeatureDict}
+
+
+def drop_dead_projections(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Drops what the authors' DLA files hold and nothing ever reads: the projections of three trees of trees."""
+    dead = ('level3.project.', 'level4.project.', 'level4.tree1.project.')
+    return {name: tensor for name, tensor in state_dict.items() if not name.startswith(dead)}
+
+
+def create(name: str, pretrained: bool = False, block_args: dict[str, Any] | None = None, **kwargs: Any) -> nn.Module:
+    """Makes a model of the family.
+
+    Args:
+        name: Key of `ARCHS`.
+        pretrained: Load weights.
+        block_args: More keyword arguments; timm's name for those that concern the blocks.
+        **kwargs: Arguments of the trunk, which override those of `ARCHS`, and of timm's `build_model_with_cfg`.
+
+    Raises:
+        TypeError: For an argument that the trunk doesn't know or that is given twice.
+        ValueError: For an argument that the trunk can't honour.
+    """
+    block_args = block_args or {}
+    if twice := sorted(kwargs.keys() & block_args.keys()):
+        raise TypeError(f'{name} got {", ".join(twice)} both by keyword and in block_args; give it once')
+    kwargs.update(block_args)
+    if kwargs.get('features_only'):
+        feature_cls = kwargs.get('feature_cls', 'list')
+        kwargs['feature_cls'] = FEATURE_CLASSES.get(feature_cls, feature_cls)
+    arch = ARCHS[name]
+    return build_model_with_cfg(
+        arch.trunk,
+        name,
+        pretrained,
+        feature_cfg=dict(out_indices=arch.out_indices),
+        pretrained_filter_fn=drop_dead_projections if arch.trunk is Res2NetDla else None,
+        **{**arch.args, **kwargs},
+    )
+
+
+def entrypoint(name: str, arch: Arch) -> Callable[..., nn.Module]:
+    """Makes the function that timm registers for an architecture."""
+
+    def fn(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        return create(name, pretrained, **kwargs)
+
+    args = ', '.join(f'{key}={value!r}' for key, value in arch.args.items())
+    fn.__name__ = fn.__qualname__ = name
+    fn.__doc__ = f'Makes {name}: {arch.trunk.__name__}({args}).'
+    return fn
+
+
+for name, arch in ARCHS.items():
+    globals()[name] = entrypoint(name, arch)
+
+
+def register() -> None:
+    """Registers the family with timm, in the place of timm's own models of the same names. Importing does this."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')  # timm warns of each name that it has already; taking it over is the purpose
+        for name in ARCHS:
+            register_model(globals()[name])
+
+
+def unregister() -> None:
+    """Gives timm its own models back and removes the others from its registry."""
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        for name in ARCHS:
+            timms_own = getattr(timm.models.res2net, name, None) or getattr(timm.models.dla, name, None)
+            if timms_own is not None:
+                register_model(timms_own)
+            elif timm_registry.is_model(name):  # timm has no public way to remove a model
+                timm_registry._clear_model_entries(name)
+                del timm_registry._model_entrypoints[name]
+
+
+register()

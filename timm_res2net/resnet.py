@@ -1,0 +1,64 @@
+"""ResNet trunk: timm's own, with Res2Net blocks."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.models.resnet import ResNet
+
+from .blocks import Bottle2neck, Layer, Stage, set_grad_checkpointing
+
+__all__ = ['Res2Net']
+
+
+class Res2Net(ResNet):
+    """timm's ResNet with Res2Net blocks.
+
+    It takes the block's arguments by name, refuses what the blocks can't honour, and leaves norm statistics exact under
+    gradient checkpointing; all else is timm's.
+
+    Args:
+        layers: Blocks of each of the four stages.
+        scale: Splits of a block.
+        base_width: Channels of one split for 64 planes.
+        cardinality: Groups of the 3x3 convolutions.
+        first_block: What the first block of a stage computes, see `Bottle2neck`.
+        attn_layer: Attention class or its name in timm.
+        output_stride: 8, 16 or 32; stages beyond it are dilated.
+        **kwargs: Other arguments of timm's `ResNet`.
+
+    Raises:
+        ValueError: For an argument that the network can't honour.
+        TypeError: For an argument that timm's `ResNet` doesn't know.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[int] = (3, 4, 6, 3),
+        *,
+        scale: int = 4,
+        base_width: int = 26,
+        cardinality: int = 1,
+        first_block: str = 'official',
+        attn_layer: str | Layer | None = None,
+        output_stride: int = 32,
+        **kwargs: Any,
+    ) -> None:
+        if output_stride not in (8, 16, 32):
+            raise ValueError(f'output_stride={output_stride} is not possible; choose 8, 16 or 32')
+        super().__init__(
+            Bottle2neck,
+            layers,
+            base_width=base_width,
+            cardinality=cardinality,
+            output_stride=output_stride,
+            block_args=dict(scale=scale, first_block=first_block, attn_layer=attn_layer),
+            **kwargs,
+        )
+        for name in ('layer1', 'layer2', 'layer3', 'layer4'):
+            setattr(self, name, Stage(*getattr(self, name)))
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Switches gradient checkpointing of each block; unlike timm's, norm statistics stay exact."""
+        set_grad_checkpointing(self, enable)
