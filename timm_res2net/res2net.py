@@ -36,22 +36,24 @@ ASSETS = Path(__file__).parent / 'assets'
 class Arch:
     """One architecture: the trunk, what it is built with, and what timm needs to know of it."""
 
+    params: int  # with the classes of its default weights
+    gmacs: float  # 10^9 multiply-adds of convolutions and classifier for one image of 224 x 224
     trunk: type[nn.Module]
     args: dict[str, Any]
     first_conv: str = 'conv1'
     out_indices: tuple[int, ...] = (0, 1, 2, 3, 4)  # of features_only, by default
 
 
-def resnet(layers: Sequence[int], base_width: int, scale: int, **args: Any) -> Arch:
+def resnet(params: int, gmacs: float, layers: Sequence[int], base_width: int, scale: int, **args: Any) -> Arch:
     """Res2Net block in timm's ResNet: blocks of each stage, channels of a split for 64 planes, splits."""
     args = dict(layers=layers, base_width=base_width, scale=scale, **args)
-    return Arch(Res2Net, args, first_conv='conv1.0' if args.get('stem_type') == 'deep' else 'conv1')
+    return Arch(params, gmacs, Res2Net, args, first_conv='conv1.0' if args.get('stem_type') == 'deep' else 'conv1')
 
 
-def dla(levels: Sequence[int], base_width: int, scale: int, **args: Any) -> Arch:
+def dla(params: int, gmacs: float, levels: Sequence[int], base_width: int, scale: int, **args: Any) -> Arch:
     """Res2Net block in DLA: depth of each level, channels of a split for 64 planes, splits."""
     args = dict(levels=levels, base_width=base_width, scale=scale, **args)
-    return Arch(Res2NetDla, args, first_conv='base_layer.0', out_indices=(1, 2, 3, 4, 5))
+    return Arch(params, gmacs, Res2NetDla, args, first_conv='base_layer.0', out_indices=(1, 2, 3, 4, 5))
 
 
 R50, R101, R152, R200 = (3, 4, 6, 3), (3, 4, 23, 3), (3, 8, 36, 3), (3, 12, 48, 3)
@@ -61,28 +63,28 @@ TINY = dict(stem_type='deep', stem_width=8, avg_down=True, channels=(8, 16, 32, 
 
 # fmt: off
 ARCHS = {
-    #                                blocks  width  scale
-    'res2net50_26w_4s':       resnet(R50,     26,    4),
-    'res2net50_48w_2s':       resnet(R50,     48,    2),
-    'res2net50_14w_8s':       resnet(R50,     14,    8),
-    'res2net50_26w_6s':       resnet(R50,     26,    6),
-    'res2net50_26w_8s':       resnet(R50,     26,    8),
-    'res2net50_18w_4s':       resnet(R50,     18,    4),  # the paper's Res2Net-50-L
-    'res2net50_18w_6s':       resnet(R50,     18,    6),  # in the paper's segmentation tables
-    'res2net101_26w_4s':      resnet(R101,    26,    4),
-    'res2next50':             resnet(R50,      4,    4, cardinality=8),
-    'res2net50d':             resnet(R50,     26,    4, **D),
-    'res2net101d':            resnet(R101,    26,    4, **D),
-    'res2net152d':            resnet(R152,    26,    4, **D),
-    'seres2net50_26w_4s':     resnet(R50,     26,    4, attn_layer='se'),
-    'res2net50_pd_26w_4s':    resnet(R50,     26,    4, first_block='paddle'),
-    'res2net50_pd_14w_8s':    resnet(R50,     14,    8, first_block='paddle'),
-    'res2net50_vd_26w_4s':    resnet(R50,     26,    4, first_block='paddle', **D),
-    'res2net101_vd_26w_4s':   resnet(R101,    26,    4, first_block='paddle', **D),
-    'res2net200_vd_26w_4s':   resnet(R200,    26,    4, first_block='paddle', **D),
-    'dla60_res2net':          dla(DLA60,      28,    4),
-    'dla60_res2next':         dla(DLA60,       4,    4, cardinality=8),
-    'test_res2net':           resnet((2, 2, 2, 2), 26, 4, **TINY),
+    #                               params  GMACs   blocks  width  scale
+    'res2net50_26w_4s':      resnet(25_699_120,  4.255, R50,     26,    4),
+    'res2net50_48w_2s':      resnet(25_287_304,  4.160, R50,     48,    2),
+    'res2net50_14w_8s':      resnet(25_059_816,  4.179, R50,     14,    8),
+    'res2net50_26w_6s':      resnet(37_051_448,  6.296, R50,     26,    6),
+    'res2net50_26w_8s':      resnet(48_403_776,  8.336, R50,     26,    8),
+    'res2net50_18w_4s':      resnet(18_095_104,  2.898, R50,     18,    4),  # the paper's Res2Net-50-L
+    'res2net50_18w_6s':      resnet(25_158_664,  4.181, R50,     18,    6),  # in the paper's segmentation tables
+    'res2net101_26w_4s':     resnet(45_206_688,  8.067, R101,    26,    4),
+    'res2next50':            resnet(24_671_464,  4.173, R50,      4,    4, cardinality=8),
+    'res2net50d':            resnet(25_718_352,  4.495, R50,     26,    4, **D),
+    'res2net101d':           resnet(45_225_920,  8.307, R101,    26,    4, **D),
+    'res2net152d':           resnet(61_294_480, 12.118, R152,    26,    4, **D),
+    'seres2net50_26w_4s':    resnet(28_230_112,  4.258, R50,     26,    4, attn_layer='se'),
+    'res2net50_pd_26w_4s':   resnet(25_699_120,  4.255, R50,     26,    4, first_block='paddle'),
+    'res2net50_pd_14w_8s':   resnet(25_059_816,  4.179, R50,     14,    8, first_block='paddle'),
+    'res2net50_vd_26w_4s':   resnet(25_718_352,  4.495, R50,     26,    4, first_block='paddle', **D),
+    'res2net101_vd_26w_4s':  resnet(45_225_920,  8.307, R101,    26,    4, first_block='paddle', **D),
+    'res2net200_vd_26w_4s':  resnet(76_215_536, 15.706, R200,    26,    4, first_block='paddle', **D),
+    'dla60_res2net':         dla(   20_848_072,  4.123, DLA60,      28,    4),
+    'dla60_res2next':        dla(   17_032_984,  3.459, DLA60,       4,    4, cardinality=8),
+    'test_res2net':          resnet(   223_582,  0.061, (2, 2, 2, 2), 26, 4, **TINY),
 }
 # fmt: on
 
@@ -136,7 +138,7 @@ WEIGHTS = {
     'res2net101d.in1k':       authors(81.236, 95.346),
     'dla60_res2net.in1k':     authors(78.480, 94.204),
     'dla60_res2next.in1k':    authors(78.488, 94.144),
-    'test_res2net.digits':    embedded(99.5, "scikit-learn's handwritten digits", **DIGITS),
+    'test_res2net.digits':    embedded(99.499, "scikit-learn's handwritten digits", **DIGITS),
 }
 # fmt: on
 

@@ -3,7 +3,8 @@
     python -m timm_res2net.recipes.digits data/digits
 
 The data are the test part of `Optical Recognition of Handwritten Digits` - https://archive.ics.uci.edu/dataset/80,
-1797 images of 8x8 pixels with 17 grey levels, light strokes on dark ground (CC BY 4.0). A third of each class is held out.
+1797 images of 8x8 pixels with 17 grey levels, light strokes on dark ground (CC BY 4.0). A third of each class is held
+out.
 """
 
 import argparse
@@ -24,7 +25,9 @@ def split() -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
     digits = load_digits()
     images = np.round(digits.images * (255 / 16)).astype(np.uint8)
-    x, x_val, y, y_val = train_test_split(images, digits.target, test_size=1 / 3, stratify=digits.target, random_state=0)
+    x, x_val, y, y_val = train_test_split(
+        images, digits.target, test_size=1 / 3, stratify=digits.target, random_state=0
+    )
     return {'train': (x, y), 'val': (x_val, y_val)}
 
 

@@ -1,0 +1,193 @@
+"""The command line: `timm-res2net` or `python -m timm_res2net`."""
+
+import argparse
+import json
+import os
+import sys
+from fnmatch import fnmatch
+from typing import Any
+
+import timm
+import torch
+from tqdm import tqdm
+
+from .predict import (
+    UnknownModelError,
+    find_images,
+    load_model,
+    plot_pyramid,
+    predict,
+    pyramid,
+    read_image,
+    sheet,
+)
+from .res2net import ARCHS, WEIGHTS
+
+EMBEDDED = 'test_res2net.digits'
+PHOTO = 'res2net50d.in1k'
+
+
+def positive(text: str) -> int:
+    """An argument that is an integer above zero."""
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f'{value} is not above zero')
+    return value
+
+
+def device(text: str) -> torch.device:
+    """An argument that is a device of this machine."""
+    try:
+        torch.empty(0, device=text)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise argparse.ArgumentTypeError(f'{text} can not be used here: {str(error).splitlines()[0]}') from None
+    return torch.device(text)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Describes the commands."""
+    main = argparse.ArgumentParser(prog='timm-res2net', description='The Res2Net family for timm.')
+    commands = main.add_subparsers(dest='command', required=True, metavar='COMMAND')
+
+    command = commands.add_parser('predict', help='classify images', description='Classify images.')
+    command.add_argument(
+        'images', nargs='*', metavar='IMAGE', help='files, folders or globs; bundled digits without any'
+    )
+    command.add_argument('--model', metavar='NAME', help=f'default: {PHOTO}; {EMBEDDED} for the bundled digits')
+    command.add_argument('--weights', metavar='FILE', help='.safetensors or .pth, instead of published weights')
+    command.add_argument('--topk', type=positive, default=5, metavar='K', help='classes to show (default: 5)')
+    command.add_argument('--device', type=device, default='cpu', metavar='D', help='such as cuda (default: cpu)')
+    command.add_argument('--batch-size', type=positive, default=16, metavar='N', help='images at once (default: 16)')
+    command.add_argument('--json', action='store_true', help='machine-readable output')
+    command.set_defaults(run=run_predict)
+
+    command = commands.add_parser('list', help='show the family', description='Show the family.')
+    command.add_argument('pattern', nargs='?', default='*', metavar='PATTERN', help="such as '*50*'")
+    command.add_argument('--pretrained', action='store_true', help='only what has weights')
+    command.set_defaults(run=run_list)
+
+    command = commands.add_parser(
+        'features', help='show feature maps', description='Show the feature maps of an image.'
+    )
+    command.add_argument('image', metavar='IMAGE', help='a file')
+    command.add_argument('--model', default=PHOTO, metavar='NAME', help=f'default: {PHOTO}')
+    command.add_argument('--out', metavar='PNG', help='draw them to this file')
+    command.set_defaults(run=run_features)
+    return main
+
+
+def run_predict(args: argparse.Namespace) -> int:
+    """Classifies images; 1 if one of them could not be."""
+    bundled = not args.images
+    name = args.model or (EMBEDDED if bundled else PHOTO)
+    model = load_model(name, args.weights, args.device)
+    options = dict(topk=args.topk, batch_size=args.batch_size)
+    if bundled:
+        digits = sheet()
+        predictions = predict(model, [image for image, _ in digits], read=lambda image: image, **options)
+        rows = [(truth, found) for (_, truth), found in zip(digits, predictions) if not isinstance(found, ValueError)]
+        show_sheet(name, rows, args.json)
+        return 0
+
+    files, failed = find_images(args.images)
+    results = []
+    bar = tqdm(predict(model, files, **options), total=len(files), unit='image', disable=None, leave=False)
+    for file, found in zip(files, bar):
+        if isinstance(found, ValueError):
+            failed.append((str(file), str(found)))
+        else:
+            results.append((str(file), found))
+            if not args.json:
+                tqdm.write(f'{file}')
+                for prediction in found:
+                    tqdm.write(f'  {prediction.probability:7.2%}  {prediction.label}')
+    if args.json:
+        items = [dict(file=file, predictions=[vars(prediction) for prediction in found]) for file, found in results]
+        errors = [dict(file=file, error=error) for file, error in failed]
+        print(json.dumps(dict(model=name, results=items, failed=errors), indent=2))
+    for name, error in failed:
+        print(f'timm-res2net: {name}: {error}', file=sys.stderr)
+    return 1 if failed else 0
+
+
+def show_sheet(name: str, rows: list[tuple[str, Any]], as_json: bool) -> None:
+    """Prints predictions of the bundled digits beside the truth."""
+    if as_json:
+        items = [dict(truth=truth, predictions=[vars(prediction) for prediction in found]) for truth, found in rows]
+        print(json.dumps(dict(model=name, results=items, failed=[]), indent=2))
+        return
+    print(f'{name} on handwritten digits that it was not trained on\n')
+    print('truth   predicted')
+    for digit in sorted({truth for truth, _ in rows}):
+        cells = [f'{found[0].label} ({found[0].probability:4.0%})' for truth, found in rows if truth == digit]
+        print(f'  {digit}     {"   ".join(cells)}')
+    right = sum(found[0].label == truth for truth, found in rows)
+    print(f'\n{right} of {len(rows)} are right. For a photo of yours: timm-res2net predict PHOTO.jpg --model {PHOTO}')
+
+
+def run_list(args: argparse.Namespace) -> int:
+    """Prints a line for each architecture or set of weights whose name matches."""
+    tagged = {name: [key for key in WEIGHTS if key.split('.')[0] == name] or [name] for name in ARCHS}
+    rows = [('name', 'params', 'GMACs', 'top-1', 'licence', 'weights')]
+    for name, arch in ARCHS.items():
+        for key in tagged[name]:
+            weights = WEIGHTS.get(key)
+            wanted = fnmatch(key, args.pattern) or fnmatch(name, args.pattern)
+            if not wanted or (args.pretrained and weights is None):
+                continue
+            cost = f'{arch.params / 1e6:.2f} M', f'{arch.gmacs:.3f}'
+            if weights is None:
+                rows.append((key, *cost, '-', '-', '-'))
+            else:
+                cfg = timm.get_pretrained_cfg(key)
+                where = 'in this package' if cfg.file else f'hf-hub:{cfg.hf_hub_id}'
+                rows.append((key, *cost, f'{weights.top1:.2f} %', cfg.license, where))
+    if len(rows) == 1:
+        print(f'timm-res2net: no model of the family matches {args.pattern}', file=sys.stderr)
+        return 1
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for name, *numbers, licence, where in rows:
+        cells = [cell.rjust(width) for cell, width in zip(numbers, widths[1:])]
+        print('  '.join([name.ljust(widths[0]), *cells, licence.ljust(widths[4]), where]).rstrip())
+    print('\nGMACs at 224 x 224; top-1 on ImageNet-1k, of digits on their held-out third.')
+    return 0
+
+
+def run_features(args: argparse.Namespace) -> int:
+    """Prints the shapes of an image's feature maps and draws them."""
+    image = read_image(args.image)
+    model = load_model(args.model, features_only=True)
+    shown, features = pyramid(model, image)
+    info: Any = model.feature_info
+    print(f'{args.model} on {args.image}, shown as {shown.shape[2]} x {shown.shape[1]}\n')
+    print('module    stride  channels  width x height')
+    for module, stride, feature in zip(info.module_name(), info.reduction(), features):
+        channels, height, width = feature.shape
+        print(f'{module:8}  {stride:6}  {channels:8}  {width} x {height}')
+    if args.out:
+        plot_pyramid(shown, features, info.reduction(), args.out)
+        print(f'\ndrawn to {args.out}')
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs a command.
+
+    Returns:
+        0, or 1 if something failed, or 2 for a wrong call.
+    """
+    args = parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except ValueError as error:
+        print(f'timm-res2net: {error}', file=sys.stderr)
+        return 2 if isinstance(error, UnknownModelError) else 1
+    except BrokenPipeError:  # the reader has seen enough, as in `timm-res2net list | head -3`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == '__main__':
+    sys.exit(main())
