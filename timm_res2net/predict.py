@@ -204,19 +204,19 @@ def predict(
     device = next(model.parameters()).device
     for start in range(0, len(images), batch_size):
         inputs: list[Tensor] = []  # (C, H, W) each
-        found: list[list[Prediction] | ValueError | None] = []
+        errors: list[ValueError | None] = []
         for image in images[start : start + batch_size]:
             try:
                 inputs.append(transform(read(image)))
-                found.append(None)
+                errors.append(None)
             except ValueError as error:
-                found.append(error)
+                errors.append(error)
         if inputs:
             probabilities = model(torch.stack(inputs).to(device)).float().softmax(dim=1)  # (N, classes)
             best = probabilities.topk(min(topk, len(labels)))  # (N, topk) values and indices
             rows = zip(best.values.tolist(), best.indices.tolist())
-        for error in found:
-            yield error or [Prediction(index, labels[index], value) for value, index in zip(*next(rows))]
+        for failure in errors:
+            yield failure or [Prediction(index, labels[index], value) for value, index in zip(*next(rows))]
 
 
 def sheet() -> list[tuple[Image.Image, str]]:

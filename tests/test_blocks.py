@@ -1,0 +1,140 @@
+"""The block computes what its equations say, in each of its three functions."""
+
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import randomise
+from torch import Tensor, nn
+
+from timm_res2net.blocks import FIRST_BLOCKS, Bottle2neck, DilatedAvgPool2d, Stage
+
+
+def normalised(x: Tensor, norm: Any) -> Tensor:
+    """Batch normalisation in evaluation, written out."""
+    mean, variance, weight, bias = (
+        getattr(norm, name)[:, None, None] for name in ('running_mean', 'running_var', 'weight', 'bias')
+    )
+    return (x - mean) / (variance + norm.eps) ** 0.5 * weight + bias
+
+
+def pooled(x: Tensor, stride: int, count_include_pad: bool) -> Tensor:
+    """3x3 average, pixel by pixel."""
+    height, width = x.shape[-2:]
+    rows = []
+    for i in range(0, height, stride):
+        row = []
+        for j in range(0, width, stride):
+            window = x[..., max(i - 1, 0) : i + 2, max(j - 1, 0) : j + 2]
+            row.append(window.sum((-2, -1)) / (9 if count_include_pad else window[0, 0].numel()))
+        rows.append(torch.stack(row, -1))
+    return torch.stack(rows, -2)
+
+
+def published(block: Bottle2neck, x: Tensor, function: str, position: str, stride: int) -> Tensor:
+    """The block's equations in the plainest form: what each body of code does at each position."""
+    y = F.relu(normalised(F.conv2d(x, block.conv1.weight), block.bn1))
+    width = y.shape[1] // block.scale
+    splits = [y[:, i * width : (i + 1) * width] for i in range(block.scale)]
+    outs: list[Tensor] = []
+    for i in range(max(1, block.scale - 1)):
+        z = splits[i]
+        cascades = position == 'later' or (function == 'paddle' and position == 'first stage')
+        if cascades and i > 0:
+            z = z + outs[i - 1]
+        groups = block.convs[i].groups
+        z = F.conv2d(z, block.convs[i].weight, stride=stride, padding=1, groups=groups)
+        outs.append(F.relu(normalised(z, block.bns[i])))
+    if block.scale > 1:
+        last = splits[-1]
+        if position == 'later stage' or (position == 'first stage' and function == 'official'):
+            last = pooled(last, stride, count_include_pad=function != 'paddle')
+        outs.append(last)
+    y = normalised(F.conv2d(torch.cat(outs, 1), block.conv3.weight), block.bn3)
+    shortcut = x
+    if block.downsample is not None:
+        conv, norm = block.downsample
+        shortcut = normalised(F.conv2d(x, conv.weight, stride=stride), norm)
+    return F.relu(y + shortcut)
+
+
+def projection(inplanes: int, outplanes: int, stride: int) -> nn.Sequential:
+    return nn.Sequential(nn.Conv2d(inplanes, outplanes, 1, stride, bias=False), nn.BatchNorm2d(outplanes))
+
+
+@pytest.mark.parametrize(
+    ('function', 'position', 'scale', 'cardinality'),
+    list(product(FIRST_BLOCKS, ('first stage', 'later stage', 'later'), (1, 2, 4), (1, 2))),
+)
+def test_block_computes_its_published_equations(function: str, position: str, scale: int, cardinality: int) -> None:
+    stride = 2 if position == 'later stage' else 1
+    inplanes = 64 if position == 'later' else 32
+    downsample = None if position == 'later' else projection(inplanes, 64, stride)
+    torch.manual_seed(0)
+    block = Bottle2neck(inplanes, 16, stride, downsample, cardinality, base_width=26, scale=scale, first_block=function)
+    randomise(block.double()).eval()
+    x = torch.randn(2, inplanes, 7, 8, dtype=torch.double)
+    torch.testing.assert_close(block(x), published(block, x, function, position, stride))
+
+
+@pytest.mark.parametrize('function', FIRST_BLOCKS)
+@pytest.mark.parametrize('step', [1, 2])
+def test_first_block_keeps_its_function_when_its_stage_is_dilated(function: str, step: int) -> None:
+    strided = Bottle2neck(8, 16, step, projection(8, 64, step), first_block=function)
+    for prior in (1, 2):
+        dilated = Bottle2neck(
+            8, 16, 1, projection(8, 64, 1), dilation=step * prior, first_dilation=prior, first_block=function
+        )
+        assert dilated.cascade == strided.cascade
+        assert isinstance(dilated.pool, nn.AvgPool2d) == isinstance(strided.pool, nn.AvgPool2d)
+
+
+@pytest.mark.parametrize('count_include_pad', [True, False])
+@pytest.mark.parametrize('size', [(8, 8), (9, 7)])
+def test_dilated_average_pool_is_the_strided_one_on_a_denser_grid(
+    count_include_pad: bool, size: tuple[int, int]
+) -> None:
+    x = torch.rand(2, 3, *size)
+    torch.testing.assert_close(DilatedAvgPool2d(1, count_include_pad)(x), pooled(x, 1, count_include_pad))
+    sparse = pooled(x[..., ::2, ::2], 1, count_include_pad)
+    torch.testing.assert_close(DilatedAvgPool2d(2, count_include_pad)(x)[..., ::2, ::2], sparse)
+
+
+def test_each_activation_runs_once_per_forward() -> None:
+    block = Bottle2neck(64, 16, scale=4).eval()
+    calls: list[nn.Module] = []
+    for module in block.modules():
+        if isinstance(module, nn.ReLU):
+            module.register_forward_hook(lambda module, *_: calls.append(module))
+    block(torch.randn(1, 64, 8, 8))
+    assert len(calls) == len(set(calls)) == 5
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'named'),
+    [
+        (dict(first_block='caffe'), 'first_block'),
+        (dict(scale=0), 'scale'),
+        (dict(cardinality=0), 'cardinality'),
+        (dict(base_width=3), 'base_width'),
+        (dict(reduce_first=2), 'block_reduce_first'),
+        (dict(aa_layer=nn.AvgPool2d), 'aa_layer'),
+        (dict(attn_layer='sea'), 'attn_layer'),
+    ],
+)
+def test_an_argument_that_the_block_cannot_honour_is_named(arguments: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        Bottle2neck(64, 16, **arguments)
+
+
+def test_norm_statistics_hold_however_often_a_checkpointed_stage_is_recomputed() -> None:
+    torch.manual_seed(0)
+    stage = randomise(Stage(*(Bottle2neck(64, 16) for _ in range(2))))
+    stage.grad_checkpointing = True
+    y = stage(torch.randn(2, 64, 8, 8, requires_grad=True)).sum()
+    before = {name: buffer.clone() for name, buffer in stage.named_buffers()}
+    y.backward(retain_graph=True)
+    y.backward()
+    torch.testing.assert_close(dict(stage.named_buffers()), before, rtol=0, atol=0)

@@ -1,0 +1,142 @@
+"""The DLA trunk: what timm's lacks."""
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+from conftest import randomise
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from timm_res2net.blocks import FIRST_BLOCKS
+from timm_res2net.dla import DlaBottle2neck, Res2NetDla
+
+SMALL: dict[str, Any] = dict(levels=(1, 1, 1, 2, 3, 1), channels=(8, 8, 32, 32, 64, 64))
+
+
+@pytest.mark.parametrize('function', FIRST_BLOCKS)
+@pytest.mark.parametrize(('output_stride', 'step'), [(16, 2), (8, 4)])
+def test_dilation_computes_the_same_on_a_denser_grid(
+    function: str, output_stride: int, step: int, images: Tensor
+) -> None:
+    torch.manual_seed(0)
+    model = randomise(Res2NetDla(first_block=function, **SMALL)).double().eval()
+    dilated = Res2NetDla(first_block=function, output_stride=output_stride, **SMALL).double().eval()
+    dilated.load_state_dict(model.state_dict())
+    images = images.double()
+    dense = dilated.forward_features(images)
+    assert dense.shape[-1] == images.shape[-1] // output_stride
+    torch.testing.assert_close(dense[..., ::step, ::step], model.forward_features(images))
+
+
+@pytest.mark.parametrize('output_stride', [8, 16, 32])
+@pytest.mark.parametrize('size', [(65, 97), (63, 64)])
+def test_odd_sizes_round_up_at_every_level(output_stride: int, size: tuple[int, int]) -> None:
+    model = Res2NetDla(output_stride=output_stride, **SMALL).eval()
+    _, features = model.forward_intermediates(torch.randn(1, 3, *size))
+    for info, feature in zip(model.feature_info, features):
+        assert feature.shape[1:] == (info['num_chs'], *(-(-pixels // info['reduction']) for pixels in size))
+
+
+def test_layers_of_other_kinds_reach_every_part(images: Tensor) -> None:
+    model = Res2NetDla(act_layer='silu', norm_layer='groupnorm1', attn_layer='eca', **SMALL)
+    kinds = [type(module).__name__ for module in model.modules()]
+    assert 'ReLU' not in kinds
+    assert 'BatchNorm2d' not in kinds
+    assert kinds.count('EcaModule') == sum(isinstance(module, DlaBottle2neck) for module in model.modules()) == 16
+    assert model(images).isfinite().all()
+
+
+def test_drop_path_grows_linearly_in_the_order_of_execution(images: Tensor) -> None:
+    model = Res2NetDla(drop_path_rate=0.3, drop_block_rate=0.1, **SMALL).train()
+    executed: list[float] = []
+    for module in model.modules():
+        if isinstance(module, DlaBottle2neck):
+            rate = 0.0 if module.drop_path is None else module.drop_path.drop_prob
+            module.register_forward_pre_hook(lambda _module, _x, rate=rate: executed.append(rate))
+    model(images)
+    torch.testing.assert_close(executed, [0.3 * i / 15 for i in range(16)])
+    dropping = [type(model.get_submodule(name).drop_block).__name__ for name in ('level3.tree1.tree1', 'level5.tree2')]
+    assert dropping == ['Identity', 'DropBlock2d']
+
+
+@pytest.mark.parametrize('zero', [True, False])
+def test_zero_init_last_makes_blocks_identities(zero: bool) -> None:
+    model = Res2NetDla(zero_init_last=zero, **SMALL)
+    weights = [module.bn3.weight for module in model.modules() if isinstance(module, DlaBottle2neck)]
+    assert all((weight == 0).all() for weight in weights) == zero
+
+
+def test_layer_groups_follow_execution_and_hold_each_parameter_once() -> None:
+    model = Res2NetDla(**SMALL)
+    matcher = model.group_matcher()
+    groups = timm.models.group_parameters(model, matcher)
+    names = [name for group in groups.values() for name in group]
+    assert sorted(names) == sorted(name for name, _ in model.named_parameters())
+
+    executed: list[str] = []
+    owners = {id(module): name for name, module in model.named_modules()}
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.register_forward_hook(lambda module, *_: executed.append(f'{owners[id(module)]}.weight'))
+    model.eval()(torch.randn(1, 3, 32, 32))
+    group_of = {name: group for group, members in groups.items() for name in members}
+    order = [group_of[name] for name in executed]
+    assert order == sorted(order)
+
+
+def test_same_seed_gives_the_same_initial_weights_as_timm() -> None:
+    torch.manual_seed(3)
+    ours = timm.create_model('dla60_res2net')
+    torch.manual_seed(3)
+    theirs = timm.models.dla.dla60_res2net()
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=0, atol=0)
+
+
+DEAD = {'level3.project': (128, 256), 'level4.project': (256, 512), 'level4.tree1.project': (256, 512)}
+
+
+def authors_file(path: str, model: nn.Module) -> dict[str, Tensor]:
+    """Writes a model as the authors' files have it: with three projections, 18 tensors, that nothing reads."""
+    state = dict(model.state_dict())
+    for name, (in_chs, out_chs) in DEAD.items():
+        project = nn.Sequential(nn.Conv2d(in_chs, out_chs, 1, bias=False), nn.BatchNorm2d(out_chs))
+        state |= {f'{name}.{key}': tensor for key, tensor in project.state_dict().items()}
+    save_file(state, path)
+    return state
+
+
+def test_the_authors_files_load_strictly_without_their_dead_projections(tmp_path: Any, build: Any) -> None:
+    model = build('dla60_res2net')
+    file = str(tmp_path / 'authors.safetensors')
+    state = authors_file(file, model)
+    assert len(state) - len(model.state_dict()) == 18
+    assert (
+        sum(state[name].numel() for name in state.keys() - model.state_dict() if 'running' not in name) == 297_472 + 3
+    )
+    loaded = timm.create_model('dla60_res2net', pretrained=True, pretrained_cfg_overlay=dict(file=file))
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('damage', ['missing', 'unexpected'])
+def test_any_other_difference_is_an_error(damage: str, tmp_path: Any, build: Any) -> None:
+    file = str(tmp_path / 'authors.safetensors')
+    state = authors_file(file, build('dla60_res2net'))
+    if damage == 'missing':
+        del state['level2.tree1.conv1.weight']
+    else:
+        state['level2.project.2.weight'] = torch.zeros(1)
+    save_file(state, file)
+    with pytest.raises(RuntimeError, match=damage.capitalize()):
+        timm.create_model('dla60_res2net', pretrained=True, pretrained_cfg_overlay=dict(file=file))
+
+
+def test_classifier_is_known_by_name() -> None:
+    assert Res2NetDla(**SMALL).get_classifier(name_only=True) == 'fc'
+
+
+@pytest.mark.parametrize('arguments', [dict(output_stride=4), dict(levels=(1, 1, 1)), dict(channels=(8, 8))])
+def test_an_argument_that_the_trunk_cannot_honour_is_named(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        Res2NetDla(**arguments)

@@ -1,0 +1,444 @@
+"""The family: registration, parity with timm, exact sizes, and one contract for every name."""
+
+import copy
+import hashlib
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from conftest import randomise
+from safetensors.torch import safe_open, save_file
+from timm.optim import param_groups_layer_decay
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import timm_res2net.res2net
+from timm_res2net.blocks import Bottle2neck
+from timm_res2net.res2net import ARCHS, ASSETS, WEIGHTS
+
+TIMMS_OWN = {
+    name: getattr(module, name)
+    for name in ARCHS
+    for module in (timm.models.res2net, timm.models.dla)
+    if hasattr(module, name)
+}
+BLOCK_ARGUMENTS = dict(act_layer='silu', norm_layer='groupnorm1', attn_layer='eca', drop_path_rate=0.1)
+# One of each kind, shallow, for what takes long and depends on the kind only.
+KINDS: dict[str, dict[str, Any]] = {
+    'res2net50_26w_4s': dict(layers=(1, 2, 1, 1)),
+    'res2next50': dict(layers=(1, 2, 1, 1)),
+    'seres2net50_26w_4s': dict(layers=(1, 2, 1, 1)),
+    'res2net50_vd_26w_4s': dict(layers=(1, 2, 1, 1)),
+    'dla60_res2net': dict(levels=(1, 1, 1, 2, 1, 1)),
+    'test_res2net': {},
+}
+
+every_name = pytest.mark.parametrize('name', ARCHS)
+every_kind = pytest.mark.parametrize('name', KINDS)
+
+
+def python(code: str) -> str:
+    """Runs code in an interpreter of its own that treats warnings as errors."""
+    command = [sys.executable, '-W', 'error', '-c', code]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+# Registration
+
+
+def test_eleven_names_of_timm_are_taken_over() -> None:
+    assert len(TIMMS_OWN) == 11
+    for name in ARCHS:
+        assert timm.models.model_entrypoint(name).__module__ == 'timm_res2net.res2net'
+        assert timm.create_model(name, device='meta').__class__.__module__.startswith('timm_res2net.')
+
+
+def test_tags_of_timm_are_repeated_with_its_repositories() -> None:
+    tags = [name for name in timm.list_models(module='res2net', pretrained=True) if name.endswith('.in1k')]
+    assert tags == sorted((f'{name}.in1k' for name in TIMMS_OWN), key=tags.index)
+    assert len(tags) == 11
+    for tag in tags:
+        cfg = timm.get_pretrained_cfg(tag)
+        assert cfg.hf_hub_id == f'timm/{tag}'
+        assert cfg.license == 'cc-by-nc-sa-4.0'
+
+
+def test_weights_say_all_that_timm_and_its_users_ask() -> None:
+    for name in WEIGHTS:
+        cfg = timm.get_pretrained_cfg(name)
+        for key in ('license', 'origin_url', 'paper_ids', 'description', 'first_conv', 'classifier', 'pool_size'):
+            assert getattr(cfg, key), (name, key)
+        model = timm.create_model(name, device='meta').eval()
+        assert isinstance(model.get_submodule(cfg.first_conv), nn.Conv2d)
+        assert model.get_submodule(cfg.classifier) is model.get_classifier()
+        features = model.forward_features(torch.empty(1, *cfg.input_size, device='meta'))
+        assert features.shape[-2:] == cfg.pool_size
+
+
+def test_preprocessing_of_timms_weights_is_timms() -> None:
+    keys = ('input_size', 'pool_size', 'crop_pct', 'interpolation', 'mean', 'std', 'num_classes', 'first_conv')
+    timms = {**timm.models.res2net.default_cfgs, **timm.models.dla.default_cfgs}
+    for name in TIMMS_OWN:
+        ours, theirs = timm.get_pretrained_cfg(f'{name}.in1k'), timms[name].cfgs['in1k']
+        assert {key: getattr(ours, key) for key in keys} == {key: getattr(theirs, key) for key in keys}
+
+
+def test_unregister_restores_timm_exactly() -> None:
+    python("""if True:
+        import timm
+        from timm.models import _registry
+        def snapshot():
+            tables = {name: value for name, value in vars(_registry).items() if name.startswith(('_model', '_module_'))}
+            return {name: dict(table) if isinstance(table, dict) else set(table) for name, table in tables.items()
+                    if isinstance(table, (dict, set))}
+        import copy
+        before = copy.deepcopy(snapshot())
+        import timm_res2net
+        assert copy.deepcopy(snapshot()) != before
+        timm_res2net.unregister()
+        assert snapshot() == before
+        timm_res2net.unregister()
+        assert snapshot() == before
+        assert timm.create_model('res2net50d', device='meta').__class__.__module__ == 'timm.models.resnet'
+        timm_res2net.register()
+        assert timm.create_model('res2net50d', device='meta').__class__.__module__ == 'timm_res2net.resnet'
+    """)
+
+
+def test_importing_again_changes_nothing() -> None:
+    names = timm.list_models(include_tags=True)
+    importlib.reload(timm_res2net.res2net)
+    assert timm.list_models(include_tags=True) == names
+    assert isinstance(timm.create_model('dla60_res2net', device='meta'), timm_res2net.res2net.Res2NetDla)
+
+
+# Parity with timm
+
+
+@pytest.mark.parametrize('name', TIMMS_OWN)
+def test_outputs_and_gradients_equal_timms_bit_for_bit(name: str, images: Tensor) -> None:
+    torch.manual_seed(0)
+    theirs = randomise(TIMMS_OWN[name]())
+    ours = timm.create_model(name)
+    ours.load_state_dict(theirs.state_dict())
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    for training in (False, True):
+        outputs, gradients = [], []
+        for model in (ours, theirs):
+            model.train(training).zero_grad()
+            output = model(images)
+            output.square().sum().backward()
+            outputs.append(output)
+            gradients.append([p.grad.clone() for p in model.parameters()])
+        torch.testing.assert_close(*outputs, rtol=0, atol=0)
+        torch.testing.assert_close(*gradients, rtol=0, atol=0)
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('output_stride', [8, 16])
+@pytest.mark.parametrize('name', ['res2net50_26w_4s', 'res2net50d'])
+def test_dilated_outputs_equal_timms_bit_for_bit(name: str, output_stride: int, images: Tensor) -> None:
+    torch.manual_seed(0)
+    theirs = randomise(TIMMS_OWN[name](output_stride=output_stride)).eval()
+    ours = timm.create_model(name, output_stride=output_stride).eval()
+    ours.load_state_dict(theirs.state_dict())
+    torch.testing.assert_close(ours(images), theirs(images), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('name', ['res2net50d', 'dla60_res2net'])
+@pytest.mark.parametrize('changes', [dict(in_chans=1), dict(in_chans=4), dict(num_classes=7), dict(features_only=True)])
+def test_pretrained_weights_are_adapted_as_timm_does(
+    name: str, changes: dict[str, Any], tmp_path: Path, build: Any
+) -> None:
+    file = str(tmp_path / 'weights.safetensors')
+    save_file(build(name).state_dict(), file)
+    options = dict(pretrained=True, pretrained_cfg_overlay=dict(file=file), **changes)
+    x = torch.randn(1, changes.get('in_chans', 3), 64, 64)
+    outputs = []
+    for make in (TIMMS_OWN[name], timm.models.model_entrypoint(name)):
+        torch.manual_seed(0)
+        outputs.append(make(**options).eval()(x))
+    torch.testing.assert_close(*outputs, rtol=0, atol=0)
+
+
+# Exact sizes
+
+
+@every_name
+def test_parameters_and_multiply_adds_are_those_of_the_table(name: str) -> None:
+    model = timm.create_model(name, device='meta').eval()
+    with FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, 3, 224, 224, device='meta'))
+    assert sum(p.numel() for p in model.parameters()) == ARCHS[name].params
+    assert round(counter.get_total_flops() / 2e9, 3) == ARCHS[name].gmacs
+
+
+def test_small_model_is_small() -> None:
+    assert ARCHS['test_res2net'].params <= 500_000
+
+
+# Arguments
+
+
+@pytest.mark.parametrize(
+    'arguments', [dict(attn_layer='se'), dict(attn_layer=timm.layers.SEModule), dict(block_args=dict(attn_layer='se'))]
+)
+def test_attention_leaves_the_scale_of_a_variant_alone(arguments: dict[str, Any]) -> None:
+    model = timm.create_model('res2net50_26w_8s', device='meta', **arguments)
+    assert sum(p.numel() for p in model.parameters()) == 50_934_768
+
+
+@pytest.mark.parametrize('name', ['res2net50_26w_4s', 'dla60_res2net'])
+def test_each_keyword_takes_effect(name: str) -> None:
+    arguments = dict(
+        scale=2,
+        base_width=30,
+        cardinality=2,
+        first_block='mmdet',
+        drop_rate=0.3,
+        drop_block_rate=0.2,
+        zero_init_last=True,
+        in_chans=5,
+        num_classes=9,
+        global_pool='max',
+        output_stride=16,
+        dtype=torch.float64,
+        **BLOCK_ARGUMENTS,
+    )
+    model = timm.create_model(name, **arguments)
+    block = [module for module in model.modules() if isinstance(module, Bottle2neck)][-1]
+    kinds = {type(module).__name__ for module in block.modules()}
+    assert {'SiLU', 'GroupNorm1', 'EcaModule', 'DropPath', 'DropBlock2d'} <= kinds
+    assert len(block.convs) == 1
+    assert block.scale == 2
+    assert block.convs[0].groups == 2
+    assert (block.bn3.weight == 0).all()
+    assert block.convs[0].in_channels == 512 * 30 // 64 * 2
+    assert model.feature_info[-1]['reduction'] == 16
+    x = torch.randn(2, 5, 64, 64, dtype=torch.float64)
+    assert model(x).shape == (2, 9)
+    assert model.global_pool.pool_type == 'max'
+    dropped = model.train().forward_head(torch.ones(2, model.num_features, 2, 2, dtype=torch.float64), pre_logits=True)
+    assert 0.2 < (dropped == 0).double().mean() < 0.4
+
+
+@every_name
+def test_an_unknown_argument_is_named(name: str) -> None:
+    for arguments in (dict(not_an_argument=1), dict(block_args=dict(not_an_argument=1))):
+        with pytest.raises(TypeError, match='not_an_argument'):
+            timm.create_model(name, device='meta', **arguments)
+
+
+@pytest.mark.parametrize('name', ['res2net50_26w_4s', 'dla60_res2net'])
+@pytest.mark.parametrize(
+    'arguments',
+    [dict(aa_layer=nn.AvgPool2d), dict(block_reduce_first=2), dict(output_stride=4), dict(attn_layer='sea')],
+)
+def test_an_argument_that_a_model_cannot_honour_is_named(name: str, arguments: dict[str, Any]) -> None:
+    with pytest.raises((TypeError, ValueError), match=next(iter(arguments))):
+        timm.create_model(name, device='meta', **arguments)
+
+
+def test_an_argument_given_twice_is_named() -> None:
+    with pytest.raises(TypeError, match='scale'):
+        timm.create_model('res2net50_26w_4s', scale=4, block_args=dict(scale=8), device='meta')
+
+
+# The contract
+
+
+@every_name
+def test_backward_reaches_every_parameter(name: str, build: Any, images: Tensor) -> None:
+    model = copy.deepcopy(build(name)).train()
+    model(images).square().sum().backward()
+    for parameter_name, parameter in model.named_parameters():
+        assert parameter.grad is not None, parameter_name
+        assert parameter.grad.abs().sum() > 0, parameter_name
+
+
+@every_name
+def test_head_and_features_make_the_forward(name: str, build: Any, images: Tensor) -> None:
+    model = build(name)
+    features = model.forward_features(images)
+    assert features.shape[1] == model.num_features
+    torch.testing.assert_close(model.forward_head(features), model(images), rtol=0, atol=0)
+    assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
+
+
+@every_name
+def test_classifier_can_be_replaced(name: str) -> None:
+    model = timm.create_model(name, device='meta')
+    x = torch.empty(2, 3, 64, 64, device='meta')
+    assert model.get_classifier() is model.get_submodule(model.get_classifier(name_only=True))
+    model.reset_classifier(11, 'catavgmax')
+    assert model(x).shape == (2, 11)
+    assert model.head_hidden_size == 2 * model.num_features
+    model.reset_classifier(0)
+    assert model(x).shape == (2, 2 * model.num_features)
+    model.reset_classifier(0, '')
+    assert model(x).ndim == 4
+    assert timm.create_model(name, num_classes=0, device='meta')(x).shape == (2, model.num_features)
+
+
+@every_name
+def test_intermediates_are_what_the_modules_compute(name: str, build: Any, images: Tensor) -> None:
+    model = build(name)
+    final, intermediates = model.forward_intermediates(images)
+    torch.testing.assert_close(final, model.forward_features(images), rtol=0, atol=0)
+    assert len(intermediates) == len(model.feature_info)
+    for info, feature in zip(model.feature_info, intermediates):
+        assert feature.shape == (2, info['num_chs'], 64 // info['reduction'], 64 // info['reduction'])
+    features = timm.create_model(name, features_only=True).eval()
+    features.load_state_dict(model.state_dict(), strict=False)
+    for index, feature in zip(features.feature_info.out_indices, features(images)):
+        torch.testing.assert_close(feature, intermediates[index], rtol=0, atol=0)
+
+
+@every_name
+def test_pruning_keeps_what_is_wanted(name: str, build: Any, images: Tensor) -> None:
+    model = copy.deepcopy(build(name))
+    expected = model.forward_intermediates(images, indices=[1, 2], intermediates_only=True)
+    assert model.prune_intermediate_layers([1, 2]) == [1, 2]
+    pruned = model.forward_intermediates(images, indices=[1, 2], intermediates_only=True, stop_early=True)
+    torch.testing.assert_close(pruned, expected, rtol=0, atol=0)
+    assert sum(p.numel() for p in model.parameters()) < ARCHS[name].params / 4
+    assert model(images).shape[1] == model.num_features
+
+
+@every_name
+@pytest.mark.parametrize('output_stride', [8, 16, 32])
+@pytest.mark.parametrize('size', [(64, 96), (65, 43)])
+def test_features_have_the_announced_shapes(name: str, output_stride: int, size: tuple[int, int]) -> None:
+    model = timm.create_model(name, features_only=True, output_stride=output_stride, device='meta')
+    assert max(model.feature_info.reduction()) == output_stride
+    features = model(torch.empty(1, 3, *size, device='meta'))
+    for channels, reduction, feature in zip(model.feature_info.channels(), model.feature_info.reduction(), features):
+        assert feature.shape == (1, channels, *(-(-pixels // reduction) for pixels in size))
+
+
+@every_name
+@pytest.mark.parametrize('in_chans', [1, 4])
+def test_other_numbers_of_image_channels(name: str, in_chans: int) -> None:
+    model = timm.create_model(name, in_chans=in_chans, device='meta')
+    assert model.in_chans == in_chans
+    assert model(torch.empty(1, in_chans, 64, 64, device='meta')).shape == (1, model.num_classes)
+
+
+@every_name
+def test_layer_decay_covers_each_parameter_once(name: str) -> None:
+    model = timm.create_model(name, device='meta')
+    groups = param_groups_layer_decay(model, layer_decay=0.7)
+    members = [id(parameter) for group in groups for parameter in group['params']]
+    assert sorted(members) == sorted(map(id, model.parameters()))
+    assert len({group['lr_scale'] for group in groups}) > 10 or name == 'test_res2net'
+
+
+@every_kind
+@pytest.mark.parametrize('feature_cls', ['list', 'dict', 'hook', 'fx', 'getter'])
+def test_every_kind_of_feature_extractor_agrees(name: str, feature_cls: str, images: Tensor) -> None:
+    torch.manual_seed(0)
+    options = dict(features_only=True, out_indices=(1, -1), **KINDS[name])
+    expected = randomise(timm.create_model(name, **KINDS[name])).eval()
+    model = timm.create_model(name, feature_cls=feature_cls, **options).eval()
+    prefix = {'hook': 'body.', 'getter': 'model.', 'fx': 'graph_module.'}.get(feature_cls, '')
+    state = {prefix + key: tensor for key, tensor in expected.state_dict().items()}
+    assert not model.load_state_dict(state, strict=False).missing_keys
+    features = model(images)
+    features = list(features.values()) if isinstance(features, dict) else features
+    wanted = expected.forward_intermediates(images, indices=[1, -1], intermediates_only=True)
+    torch.testing.assert_close(list(features), wanted, rtol=0, atol=0)
+
+
+@every_kind
+def test_scripting_tracing_export_and_compilation_keep_the_output(name: str, images: Tensor) -> None:
+    torch.manual_seed(0)
+    model = randomise(timm.create_model(name, **KINDS[name])).eval()
+    expected = model(images)
+    for converted in (
+        torch.jit.script(model),
+        torch.fx.symbolic_trace(model),
+        torch.export.export(model, (images,)).module(),
+        torch.compile(model, fullgraph=True, backend='aot_eager'),
+    ):
+        torch.testing.assert_close(converted(images), expected, rtol=1e-4, atol=1e-4)
+
+
+def step(model: nn.Module, images: Tensor) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """A forward and a backward pass: gradients, and the model's buffers after it."""
+    model.train().zero_grad()
+    outputs = model(images)
+    loss = sum(x.square().mean() for x in outputs) if isinstance(outputs, list) else outputs.square().mean()
+    loss.backward()
+    return [p.grad.clone() for p in model.parameters()], {key: b.clone() for key, b in model.named_buffers()}
+
+
+@every_kind
+@pytest.mark.parametrize('features_only', [False, True])
+def test_checkpointing_leaves_gradients_and_norm_statistics_exact(
+    name: str, features_only: bool, images: Tensor
+) -> None:
+    options = dict(features_only=features_only, drop_path_rate=0.2, drop_block_rate=0.1, **KINDS[name])
+    results = []
+    for enable in (False, True):
+        torch.manual_seed(0)
+        model = randomise(timm.create_model(name, **options))
+        model.set_grad_checkpointing(enable)
+        results.append(step(model, images))
+    torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@every_kind
+def test_checkpointing_saves_memory(name: str, images: Tensor) -> None:
+    model = timm.create_model(name, **KINDS[name]).train()
+    parameters = {p.data_ptr() for p in model.parameters()}
+    saved: dict[bool, int] = {}
+    for enable in (False, True):
+        tensors: dict[int, int] = {}
+
+        def pack(x: Tensor, tensors: dict[int, int] = tensors) -> Tensor:
+            if x.data_ptr() not in parameters:
+                tensors[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+            return x
+
+        model.set_grad_checkpointing(enable)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            model(images)
+        saved[enable] = sum(tensors.values())
+    assert saved[True] < saved[False] / 2
+
+
+@every_kind
+def test_checkpointed_training_compiles_without_a_graph_break(name: str, images: Tensor) -> None:
+    results = []
+    for compile_it in (False, True):
+        torch.manual_seed(0)
+        model = randomise(timm.create_model(name, **KINDS[name]))
+        model.set_grad_checkpointing()
+        runner = torch.compile(model, fullgraph=True, backend='aot_eager') if compile_it else model
+        results.append(step(runner, images))
+    gradients, buffers = zip(*results)
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(*({k.removeprefix('_orig_mod.'): v for k, v in b.items()} for b in buffers))
+
+
+# The embedded weights
+
+
+def test_embedded_weights_are_the_committed_ones() -> None:
+    file = ASSETS / 'test_res2net.digits.safetensors'
+    digest = '189e193173b62132dacc80a6508143a063c3b99b0507eb245695147c91c2d056'
+    assert hashlib.sha256(file.read_bytes()).hexdigest() == digest
+    with safe_open(file, 'pt') as weights:
+        assert weights.metadata() == {'format': 'pt'}
+
+
+def test_embedded_weights_need_no_network_and_adapt() -> None:
+    model = timm.create_model('test_res2net.digits', pretrained=True, in_chans=1, num_classes=3)
+    full = timm.create_model('test_res2net', pretrained=True)
+    torch.testing.assert_close(model.conv1[0].weight, full.conv1[0].weight.sum(1, keepdim=True))
+    torch.testing.assert_close(model.layer4.state_dict(), full.layer4.state_dict(), rtol=0, atol=0)

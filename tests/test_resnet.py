@@ -1,0 +1,75 @@
+"""The ResNet trunk: what it adds to timm's."""
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+from conftest import randomise
+from torch import Tensor, nn
+
+from timm_res2net.blocks import FIRST_BLOCKS
+from timm_res2net.resnet import Res2Net
+
+SHALLOW: dict[str, Any] = dict(layers=(1, 2, 1, 1), channels=(8, 16, 24, 32))
+
+
+@pytest.mark.parametrize(
+    ('layers', 'arguments', 'params'),
+    [((3, 4, 6, 3), {}, 25_557_032), ((3, 4, 6, 3), dict(stem_type='deep', stem_width=32, avg_down=True), 25_576_264)],
+)
+def test_scale_1_at_width_64_is_the_plain_resnet(layers: Any, arguments: dict[str, Any], params: int) -> None:
+    model = Res2Net(layers, scale=1, base_width=64, device='meta', **arguments)
+    assert sum(p.numel() for p in model.parameters()) == params
+
+
+@pytest.mark.parametrize('function', FIRST_BLOCKS)
+@pytest.mark.parametrize('avg_down', [False, True])
+def test_output_stride_16_computes_the_same_on_a_denser_grid(function: str, avg_down: bool, images: Tensor) -> None:
+    torch.manual_seed(0)
+    arguments = dict(first_block=function, avg_down=avg_down, **SHALLOW)
+    model = randomise(Res2Net(**arguments)).double().eval()
+    dilated = Res2Net(output_stride=16, **arguments).double().eval()
+    dilated.load_state_dict(model.state_dict())
+    dense = dilated.forward_features(images.double())
+    torch.testing.assert_close(dense[..., ::2, ::2], model.forward_features(images.double()))
+
+
+@pytest.mark.parametrize('function', FIRST_BLOCKS)
+@pytest.mark.parametrize('output_stride', [8, 16, 32])
+def test_dilation_flips_no_block(function: str, output_stride: int) -> None:
+    model = Res2Net(first_block=function, output_stride=output_stride, **SHALLOW)
+    expected = {'official': [False] * 4, 'paddle': [True, False, False, False], 'mmdet': [False] * 4}[function]
+    stages = [model.layer1, model.layer2, model.layer3, model.layer4]
+    assert [stage[0].cascade for stage in stages] == expected
+    assert model.layer2[1].cascade
+    pools = [isinstance(stage[0].pool, nn.AvgPool2d) for stage in stages]
+    assert pools == [function == 'official', True, True, True]
+    assert isinstance(model.layer2[1].pool, nn.Identity)
+
+
+def test_the_three_functions_share_a_state_dict_and_differ(images: Tensor) -> None:
+    torch.manual_seed(0)
+    models = {function: Res2Net(first_block=function, **SHALLOW).eval() for function in FIRST_BLOCKS}
+    state = randomise(models['official']).state_dict()
+    outputs = {}
+    for function, model in models.items():
+        model.load_state_dict(state)
+        outputs[function] = model(images)
+    for one, other in (('official', 'paddle'), ('official', 'mmdet'), ('paddle', 'mmdet')):
+        difference = (outputs[one] - outputs[other]).norm() / outputs[one].norm()
+        assert difference > 0.01, (one, other)
+
+
+@pytest.mark.parametrize('output_stride', [4, 64, 12])
+def test_an_impossible_output_stride_is_refused(output_stride: int) -> None:
+    with pytest.raises(ValueError, match=f'output_stride={output_stride}'):
+        Res2Net(output_stride=output_stride, **SHALLOW)
+
+
+def test_same_seed_gives_the_same_initial_weights_as_timm() -> None:
+    torch.manual_seed(3)
+    ours = timm.create_model('res2net50d')
+    torch.manual_seed(3)
+    theirs = timm.models.res2net.res2net50d()
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=0, atol=0)
