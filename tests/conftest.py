@@ -1,7 +1,10 @@
 """What all tests share."""
 
+import os
 from collections.abc import Callable
 from functools import cache
+
+os.environ['HF_HUB_OFFLINE'] = '1'  # read when huggingface_hub is imported, by timm; for this and for child processes
 
 import pytest
 import timm

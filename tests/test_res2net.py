@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import importlib
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -273,16 +274,17 @@ def test_head_and_features_make_the_forward(name: str, build: Any, images: Tenso
 @every_name
 def test_classifier_can_be_replaced(name: str) -> None:
     model = timm.create_model(name, device='meta')
-    x = torch.empty(2, 3, 64, 64, device='meta')
+    features = torch.empty(2, model.num_features, 2, 2, device='meta')
     assert model.get_classifier() is model.get_submodule(model.get_classifier(name_only=True))
     model.reset_classifier(11, 'catavgmax')
-    assert model(x).shape == (2, 11)
+    assert model.forward_head(features).shape == (2, 11)
     assert model.head_hidden_size == 2 * model.num_features
     model.reset_classifier(0)
-    assert model(x).shape == (2, 2 * model.num_features)
+    assert model.forward_head(features).shape == (2, 2 * model.num_features)
     model.reset_classifier(0, '')
-    assert model(x).ndim == 4
-    assert timm.create_model(name, num_classes=0, device='meta')(x).shape == (2, model.num_features)
+    assert model.forward_head(features).shape == features.shape
+    without = timm.create_model(name, num_classes=0, device='meta')
+    assert without.forward_head(features).shape == (2, model.num_features)
 
 
 @every_name
@@ -312,10 +314,10 @@ def test_pruning_keeps_what_is_wanted(name: str, build: Any, images: Tensor) -> 
 
 @every_name
 @pytest.mark.parametrize('output_stride', [8, 16, 32])
-@pytest.mark.parametrize('size', [(64, 96), (65, 43)])
-def test_features_have_the_announced_shapes(name: str, output_stride: int, size: tuple[int, int]) -> None:
+def test_features_have_the_announced_shapes(name: str, output_stride: int) -> None:
     model = timm.create_model(name, features_only=True, output_stride=output_stride, device='meta')
     assert max(model.feature_info.reduction()) == output_stride
+    size = (64, 43)  # an even and an odd one
     features = model(torch.empty(1, 3, *size, device='meta'))
     for channels, reduction, feature in zip(model.feature_info.channels(), model.feature_info.reduction(), features):
         assert feature.shape == (1, channels, *(-(-pixels // reduction) for pixels in size))
@@ -326,7 +328,7 @@ def test_features_have_the_announced_shapes(name: str, output_stride: int, size:
 def test_other_numbers_of_image_channels(name: str, in_chans: int) -> None:
     model = timm.create_model(name, in_chans=in_chans, device='meta')
     assert model.in_chans == in_chans
-    assert model(torch.empty(1, in_chans, 64, 64, device='meta')).shape == (1, model.num_classes)
+    assert model.get_submodule(ARCHS[name].first_conv).in_channels == in_chans
 
 
 @every_name
@@ -412,7 +414,7 @@ def test_checkpointing_saves_memory(name: str, images: Tensor) -> None:
     assert saved[True] < saved[False] / 2
 
 
-@every_kind
+@pytest.mark.parametrize('name', ['test_res2net', 'dla60_res2net'])
 def test_checkpointed_training_compiles_without_a_graph_break(name: str, images: Tensor) -> None:
     results = []
     for compile_it in (False, True):
@@ -442,3 +444,22 @@ def test_embedded_weights_need_no_network_and_adapt() -> None:
     full = timm.create_model('test_res2net', pretrained=True)
     torch.testing.assert_close(model.conv1[0].weight, full.conv1[0].weight.sum(1, keepdim=True))
     torch.testing.assert_close(model.layer4.state_dict(), full.layer4.state_dict(), rtol=0, atol=0)
+
+
+# The README
+
+
+def test_readme_shows_the_family_as_it_is() -> None:
+    readme = (Path(__file__).parent.parent / 'README.md').read_text()
+    for name, arch in ARCHS.items():
+        weights = WEIGHTS.get(f'{name}.in1k')
+        top1 = f'{weights.top1:.2f} %' if weights else ''
+        assert f'| `{name}` | {arch.params:,} | {arch.gmacs:.3f} | {top1} |' in readme
+
+
+def test_readme_examples_run() -> None:
+    readme = (Path(__file__).parent.parent / 'README.md').read_text()
+    blocks = re.findall(r'```python\n(.*?)```', readme, re.DOTALL)
+    assert len(blocks) == 2
+    offline = '\n'.join(blocks).replace("'res2net50d', pretrained=True", "'res2net50d'")
+    python(offline)

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
 from torch import Tensor, nn
 
-from .res2net import ARCHS, ASSETS
+from .res2net import ASSETS
 
 __all__ = ['Prediction', 'load_model', 'plot_pyramid', 'predict', 'read_image']
 
@@ -115,8 +115,7 @@ def load_model(name: str, weights: str | None = None, device: str | torch.device
     arch, _, tag = name.partition('.')
     hosted = ':' in name  # hf-hub:..., local-dir:...
     if not hosted and not timm.is_model(arch):
-        names = {known.partition('.')[0] for known in timm.list_models()}
-        alike = difflib.get_close_matches(arch, ARCHS, cutoff=0.5) or difflib.get_close_matches(arch, names)
+        alike = difflib.get_close_matches(arch, timm.list_models())
         hint = f'; did you mean {" or ".join(alike)}?' if alike else '; `timm-res2net list` shows the family'
         raise UnknownModelError(f'there is no model {name}{hint}')
     try:
@@ -259,11 +258,11 @@ def plot_pyramid(shown: Tensor, features: Sequence[Tensor], strides: Sequence[in
         raise ValueError('a picture needs matplotlib: pip install "timm_res2net[plot]"') from None
     figure = matplotlib.figure.Figure(figsize=(2.4 * (len(features) + 1), 3.1), layout='constrained')
     panels = figure.subplots(1, len(features) + 1)
-    panels[0].imshow(shown.permute(1, 2, 0), interpolation='nearest')
+    panels[0].imshow(shown.permute(1, 2, 0).numpy(), interpolation='nearest')
     panels[0].set_title(f'image\n{shown.shape[2]} x {shown.shape[1]}')
     for panel, feature, stride in zip(panels[1:], features, strides):
         channels, height, width = feature.shape
-        panel.imshow(feature.square().mean(dim=0).sqrt(), cmap='viridis', interpolation='nearest')
+        panel.imshow(feature.square().mean(dim=0).sqrt().numpy(), cmap='viridis', interpolation='nearest')
         panel.set_title(f'stride {stride}\n{channels} channels, {width} x {height}')
     for panel in panels:
         panel.axis('off')

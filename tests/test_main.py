@@ -1,0 +1,151 @@
+"""The command line, run as its users run it."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+from sklearn.datasets import load_sample_image
+
+from timm_res2net.__main__ import main
+from timm_res2net.predict import sheet
+from timm_res2net.res2net import ARCHS, WEIGHTS
+
+
+def run(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs the command line; whatever it is given, there must be no traceback."""
+    command = [sys.executable, '-m', 'timm_res2net', *arguments]
+    done = subprocess.run(command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True)
+    assert 'Traceback' not in done.stderr, done.stderr
+    return done
+
+
+@pytest.fixture(scope='module')
+def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two real photographs, a digit, and two files that are no images."""
+    folder = tmp_path_factory.mktemp('photos')
+    for name in ('china.jpg', 'flower.jpg'):
+        Image.fromarray(load_sample_image(name)).save(folder / name)
+    sheet()[20][0].save(folder / 'three.png')
+    (folder / 'cut.jpg').write_bytes((folder / 'china.jpg').read_bytes()[:5000])
+    (folder / 'text.png').write_text('this is text')
+    return folder
+
+
+def test_predict_without_arguments_shows_truth_beside_predictions() -> None:
+    done = run('predict')
+    assert done.returncode == 0
+    rows = [line.split() for line in done.stdout.splitlines() if line.startswith('  ')]
+    assert [row[0] for row in rows] == list('0123456789')
+    assert '60 of 60 are right' in done.stdout
+    assert 'timm-res2net predict PHOTO.jpg --model res2net50d' in done.stdout
+
+
+def test_predict_does_the_good_files_and_lists_the_bad(photos: Path) -> None:
+    done = run('predict', '.', 'absent.png', '--model', 'test_res2net', '--topk', '2', '--json', cwd=photos)
+    assert done.returncode == 1
+    output: dict[str, Any] = json.loads(done.stdout)
+    assert [item['file'] for item in output['results']] == ['china.jpg', 'flower.jpg', 'three.png']
+    assert all(len(item['predictions']) == 2 for item in output['results'])
+    assert output['results'][2]['predictions'][0]['label'] == '3'
+    assert sorted(item['file'] for item in output['failed']) == ['absent.png', 'cut.jpg', 'text.png']
+    assert done.stderr.count('timm-res2net: ') == 3
+
+
+def test_predict_prints_files_with_their_labels(photos: Path) -> None:
+    done = run('predict', 'thr*.png', '--model', 'test_res2net.digits', '--batch-size', '1', cwd=photos)
+    assert done.returncode == 0
+    lines = done.stdout.splitlines()
+    assert lines[0] == 'three.png'
+    assert lines[1].split()[1] == '3'
+    assert len(lines) == 6
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'status', 'message'),
+    [
+        (('predict', '--model', 'res2nt50_26w_4s'), 2, 'did you mean res2net50_26w_4s'),
+        (('predict', '--weights', 'absent.pth'), 1, 'there is no file absent.pth'),
+        (('predict', 'china.jpg', '--model', 'res2net50d'), 1, 'weights of res2net50d can not be had'),
+        (('predict', '--model', 'res2net152d'), 1, 'no published weights of res2net152d'),
+        (('predict', '--topk', '0'), 2, '0 is not above zero'),
+        (('predict', '--device', 'warp'), 2, 'warp can not be used here'),
+        (('list', 'vgg*'), 1, 'no model of the family matches vgg'),
+        (('features', 'text.png', '--model', 'test_res2net'), 1, 'this is not an image'),
+        ((), 2, 'COMMAND'),
+    ],
+)
+def test_a_wrong_call_gets_one_line(
+    arguments: tuple[str, ...],
+    status: int,
+    message: str,
+    photos: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(photos)
+    try:
+        returned = main(list(arguments))
+    except SystemExit as exit_of_argparse:
+        returned = exit_of_argparse.code
+    output = capsys.readouterr()
+    assert returned == status
+    assert output.out == ''
+    line = output.err.splitlines()[-1]
+    assert message in line
+    assert line.startswith('timm-res2net')
+
+
+def test_list_shows_every_architecture_and_its_weights() -> None:
+    done = run('list')
+    assert done.returncode == 0
+    header, *rows = done.stdout.split('\n\n')[0].splitlines()
+    assert header.split() == ['name', 'params', 'GMACs', 'top-1', 'licence', 'weights']
+    names = [row.split()[0] for row in rows]
+    assert {name.split('.')[0] for name in names} == set(ARCHS)
+    assert {name for name in names if '.' in name} == set(WEIGHTS)
+
+
+def test_list_selects() -> None:
+    rows = run('list', '*50d*', '--pretrained').stdout.splitlines()
+    assert rows[1].split() == [
+        'res2net50d.in1k',
+        *('25.72', 'M', '4.495', '80.28', '%', 'cc-by-nc-sa-4.0', 'hf-hub:timm/res2net50d.in1k'),
+    ]
+    assert rows[2] == ''
+
+
+def test_features_prints_and_draws_the_pyramid(photos: Path, tmp_path: Path) -> None:
+    out = tmp_path / 'pyramid.png'
+    done = run('features', 'china.jpg', '--model', 'test_res2net', '--out', str(out), cwd=photos)
+    assert done.returncode == 0
+    table = [line.split(maxsplit=3) for line in done.stdout.splitlines()[3:8]]
+    assert table == [
+        ['act1', '2', '16', '16 x 16'],
+        ['layer1', '4', '32', '8 x 8'],
+        ['layer2', '8', '64', '4 x 4'],
+        ['layer3', '16', '128', '2 x 2'],
+        ['layer4', '32', '256', '1 x 1'],
+    ]
+    with Image.open(out) as image:
+        assert image.width > 5 * image.height / 1.3
+
+
+def test_features_without_matplotlib_says_how_to_get_it(photos: Path, tmp_path: Path) -> None:
+    (tmp_path / 'matplotlib').mkdir()
+    (tmp_path / 'matplotlib' / '__init__.py').write_text("raise ModuleNotFoundError('hidden for this test')")
+    arguments = ('features', 'china.jpg', '--model', 'test_res2net', '--out', 'x.png')
+    done = run(*arguments, cwd=photos, PYTHONPATH=str(tmp_path))
+    assert done.returncode == 1
+    assert 'pip install "timm_res2net[plot]"' in done.stderr
+
+
+def test_a_reader_that_stops_early_is_no_error() -> None:
+    command = f'{sys.executable} -m timm_res2net list | true'
+    done = subprocess.run(['bash', '-o', 'pipefail', '-c', command], capture_output=True, text=True)
+    assert done.returncode == 0
+    assert done.stderr == ''

@@ -1,0 +1,230 @@
+"""Images of every kind are read right or refused in one line; predictions and pictures are what they say."""
+
+import io
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from timm.data import create_transform, resolve_model_data_config
+
+from timm_res2net import predict as subject
+from timm_res2net.recipes.digits import split
+from timm_res2net.res2net import WEIGHTS
+
+
+@pytest.fixture
+def digits_model() -> Any:
+    return subject.load_model('test_res2net.digits')
+
+
+def as_image(pixels: np.ndarray) -> Image.Image:
+    return Image.fromarray(pixels).convert('RGB')
+
+
+def test_embedded_model_is_as_accurate_as_announced(digits_model: Any) -> None:
+    pixels, truth = split()['val']
+    found = list(subject.predict(digits_model, pixels, read=as_image, topk=1, batch_size=100))
+    right = sum(prediction[0].label == str(label) for prediction, label in zip(found, truth))
+    assert len(truth) == 599
+    accuracy = 100 * right / len(truth)
+    assert accuracy >= 99.0
+    assert accuracy == pytest.approx(
+        WEIGHTS['test_res2net.digits'].top1, abs=0.2
+    )  # another processor may round otherwise
+
+
+def test_sheet_shows_held_out_digits_with_their_labels() -> None:
+    pixels, truth = split()['val']
+    held_out = {(image.tobytes(), str(label)) for image, label in zip(pixels, truth)}
+    digits = subject.sheet()
+    assert len(digits) == 60
+    assert {(image.convert('L').tobytes(), label) for image, label in digits} <= held_out
+
+
+def test_batches_change_nothing(digits_model: Any) -> None:
+    digits = [image for image, _ in subject.sheet()]
+    for batch_size in (1, 7):
+        found = subject.predict(digits_model, digits[:9], lambda image: image, batch_size=batch_size)
+        x = torch.stack([create_transform(**resolve_model_data_config(digits_model))(digit) for digit in digits[:9]])
+        expected = digits_model(x).softmax(1).max(1)
+        for prediction, value, index in zip(found, *expected):
+            assert prediction[0].index == index
+            assert prediction[0].probability == pytest.approx(value.item(), abs=1e-5)
+            assert sum(other.probability for other in prediction) <= 1.0001
+
+
+GREY = np.linspace(0, 255, 48, dtype=np.uint8).reshape(6, 8)
+
+
+@pytest.mark.parametrize(
+    ('saved', 'suffix'),
+    [
+        (Image.fromarray(GREY), 'png'),
+        (Image.fromarray(GREY.astype(np.uint16) * 257), 'png'),
+        (Image.fromarray(GREY.astype(np.uint16) * 257), 'tiff'),
+        (Image.fromarray(GREY).convert('RGB'), 'png'),
+        (Image.fromarray(GREY).convert('RGBA'), 'png'),
+        (Image.fromarray(GREY).convert('LA'), 'png'),
+        (Image.fromarray(GREY).convert('P'), 'png'),
+        (Image.fromarray(GREY).convert('CMYK'), 'tiff'),
+    ],
+    ids=['L', '16-bit-png', '16-bit-tiff', 'RGB', 'RGBA', 'LA', 'P', 'CMYK'],
+)
+def test_every_mode_reads_as_the_same_picture(saved: Image.Image, suffix: str, tmp_path: Path) -> None:
+    path = tmp_path / f'image.{suffix}'
+    saved.save(path)
+    image = subject.read_image(path)
+    assert image.mode == 'RGB'
+    np.testing.assert_array_equal(np.asarray(image), np.stack([GREY] * 3, axis=-1))
+
+
+def test_transparency_becomes_white(tmp_path: Path) -> None:
+    Image.new('RGBA', (4, 4), (10, 20, 30, 0)).save(tmp_path / 'clear.png')
+    assert subject.read_image(tmp_path / 'clear.png').getpixel((1, 1)) == (255, 255, 255)
+
+
+def test_exif_rotation_is_applied(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned clockwise by a quarter
+    Image.fromarray(GREY).save(tmp_path / 'turned.png', exif=exif)
+    np.testing.assert_array_equal(
+        np.asarray(subject.read_image(tmp_path / 'turned.png').convert('L')), np.rot90(GREY, -1)
+    )
+
+
+def test_one_pixel_is_an_image(tmp_path: Path, digits_model: Any) -> None:
+    Image.new('L', (1, 1)).save(tmp_path / 'pixel.png')
+    (found,) = subject.predict(digits_model, [tmp_path / 'pixel.png'])
+    assert not isinstance(found, ValueError)
+    assert len(found) == 5
+
+
+def png(width: int, height: int) -> bytes:
+    """A PNG that claims these dimensions and holds next to nothing."""
+    import zlib
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack('>I', len(data)) + kind + data + struct.pack('>I', zlib.crc32(kind + data))
+
+    header = struct.pack('>IIBBBBB', width, height, 8, 0, 0, 0, 0)
+    return b'\x89PNG\r\n\x1a\n' + chunk(b'IHDR', header) + chunk(b'IDAT', zlib.compress(b'\0')) + chunk(b'IEND', b'')
+
+
+def jpeg() -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(buffer, 'jpeg')
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ('content', 'reason'),
+    [
+        (b'', 'not an image'),
+        (b'some text', 'not an image'),
+        (jpeg()[:900], 'truncated'),
+        (png(60000, 60000), 'bomb'),
+        (png(8, 8), 'can not be read'),
+    ],
+    ids=['empty', 'text', 'truncated', 'bomb', 'short'],
+)
+def test_a_bad_file_is_refused_in_one_line(content: bytes, reason: str, tmp_path: Path) -> None:
+    (tmp_path / 'bad.jpg').write_bytes(content)
+    with pytest.raises(ValueError, match=reason) as error:
+        subject.read_image(tmp_path / 'bad.jpg')
+    assert '\n' not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ('image', 'reason'),
+    [
+        (Image.new('F', (4, 4)), 'floating-point'),
+        (Image.new('I', (4, 4), 1 << 20), 'beyond 16 bits'),
+        (Image.new('L', (1, 300)), 'narrow'),
+    ],
+    ids=['float', '32-bit', 'narrow'],
+)
+def test_an_image_without_meaning_is_refused(image: Image.Image, reason: str, tmp_path: Path) -> None:
+    image.save(tmp_path / 'bad.tiff')
+    with pytest.raises(ValueError, match=reason):
+        subject.read_image(tmp_path / 'bad.tiff')
+
+
+def test_names_of_files_folders_and_globs_are_found(tmp_path: Path) -> None:
+    for name in ('a.png', 'b/c.jpg', 'b/d.txt', 'e/f.png'):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / 'empty').mkdir()
+    named = [f'{tmp_path}/{name}' for name in ('a.png', 'b', 'e/*.png', 'nothing*', 'empty', 'absent.png')]
+    files, failed = subject.find_images(named)
+    assert [str(file.relative_to(tmp_path)) for file in files] == ['a.png', 'b/c.jpg', 'e/f.png', 'absent.png']
+    assert [Path(name).name for name, _ in failed] == ['nothing*', 'empty']
+
+
+@pytest.mark.parametrize(
+    ('name', 'hint'),
+    [
+        ('res2nt50_26w_4s', 'res2net50_26w_4s'),
+        ('resnet5O', 'resnet50'),
+        ('zzzzzz', 'timm-res2net list'),
+        ('res2net50d.in22k', 'res2net50d.in1k'),
+    ],
+)
+def test_an_unknown_name_gets_a_suggestion(name: str, hint: str) -> None:
+    with pytest.raises(subject.UnknownModelError, match=hint):
+        subject.load_model(name)
+
+
+def test_a_file_of_weights_tells_the_number_of_classes(tmp_path: Path) -> None:
+    expected = timm.create_model('test_res2net', num_classes=3).eval()
+    file = str(tmp_path / 'fine-tuned.safetensors')
+    save_file(expected.state_dict(), file)
+    model = subject.load_model('test_res2net', file)
+    x = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(model(x), expected(x), rtol=0, atol=0)
+    assert subject.labels_of(model) == ['class 0', 'class 1', 'class 2']
+
+
+def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    file = str(tmp_path / 'other.safetensors')
+    save_file(timm.create_model('test_resnet').state_dict(), file)
+    with pytest.raises(ValueError, match=r'does not fit test_res2net: \d+ of its tensors are missing'):
+        subject.load_model('test_res2net', file)
+
+
+def test_labels_of_imagenet_are_words() -> None:
+    labels = subject.labels_of(timm.create_model('res2net50d', device='meta'))
+    assert len(labels) == 1000
+    assert 'tabby' in labels[281]
+
+
+def test_picture_has_a_panel_for_the_image_and_each_stride(tmp_path: Path) -> None:
+    model = timm.create_model('test_res2net.digits', pretrained=True, features_only=True).eval()
+    shown, features = subject.pyramid(model, subject.sheet()[0][0])
+    assert shown.shape == (3, 32, 32)
+    assert [tuple(feature.shape) for feature in features] == [
+        (16, 16, 16),
+        (32, 8, 8),
+        (64, 4, 4),
+        (128, 2, 2),
+        (256, 1, 1),
+    ]
+    out = tmp_path / 'pyramid.png'
+    subject.plot_pyramid(shown, features, model.feature_info.reduction(), str(out))
+    with Image.open(out) as image:
+        panels = np.asarray(image.convert('L'))[60:-10].std(axis=0) > 0  # columns that are not blank
+    starts = np.flatnonzero(np.diff(panels.astype(int)) == 1)
+    assert len(starts) + panels[0] >= 5  # the last panel is one pixel, so of one colour
+    assert list(tmp_path.iterdir()) == [out]
+
+
+@pytest.mark.parametrize('name', ['absent/pyramid.png', 'pyramid.xyz'])
+def test_a_picture_that_cannot_be_written_leaves_nothing(name: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match='pyramid'):
+        subject.plot_pyramid(torch.zeros(3, 4, 4), [torch.zeros(2, 2, 2)], [2], str(tmp_path / name))
+    assert list(tmp_path.iterdir()) == []

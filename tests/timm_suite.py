@@ -1,0 +1,61 @@
+"""Runs timm's own tests of models on every model of this package, outside the ordinary test run (some ten minutes).
+
+    python tests/timm_suite.py [ARGUMENT OF PYTEST ...]
+
+The tests come from the source distribution of the timm that is installed. Those that download
+weights, and those of models that are not ours, are left out.
+"""
+
+import os
+import subprocess
+import sys
+import tarfile
+import tempfile
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import timm
+
+import timm_res2net  # noqa: F401 - registers the models
+from timm_res2net.res2net import ARCHS
+
+
+def main() -> int:
+    """Downloads timm's tests and runs them with this file as a plugin of pytest."""
+    with tempfile.TemporaryDirectory() as folder:
+        release = f'timm=={version("timm")}'
+        download = [sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '--no-binary', 'timm', '-d', folder]
+        subprocess.run([*download, release], check=True)
+        (archive,) = Path(folder).glob('timm-*.tar.gz')
+        with tarfile.open(archive) as files:
+            files.extractall(folder, filter='data')
+        (tests,) = Path(folder).glob('timm-*/tests')
+        pytest = [sys.executable, '-m', 'pytest', '-p', 'timm_suite', '-q', '--disable-warnings', '-k', 'not inference']
+        # A rootdir without timm's own folder, or its tests would import that instead of the installed package.
+        command = [*pytest, '--rootdir', str(tests), '-c', '/dev/null', str(tests / 'test_models.py'), *sys.argv[1:]]
+        environment = {**os.environ, 'PYTHONPATH': str(Path(__file__).parent)}
+        return subprocess.run(command, cwd=folder, env=environment).returncode
+
+
+def only_ours(filter: str = '', *args: object, **kwargs: object) -> list[str]:
+    """Takes the place of `timm.list_models` while timm's tests are collected; modules are none of our business."""
+    kwargs.pop('module', None)
+    known = list_models(filter, **kwargs)
+    return [name for name in known if name.partition('.')[0] in ARCHS]
+
+
+def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
+    """Leaves out tests that name models of timm, and those that download weights."""
+    ours = []
+    for item in items:
+        params = getattr(item, 'callspec', None) and item.callspec.params
+        if params and params.get('model_name', '').partition('.')[0] in ARCHS and 'pretrained' not in item.name:
+            ours.append(item)
+    config.hook.pytest_deselected(items=[item for item in items if item not in ours])
+    items[:] = ours
+
+
+if __name__ == '__main__':
+    sys.exit(main())
+list_models, timm.list_models = timm.list_models, only_ours
