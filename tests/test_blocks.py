@@ -39,7 +39,8 @@ def published(block: Bottle2neck, x: Tensor, function: str, position: str, strid
     width = y.shape[1] // block.scale
     splits = [y[:, i * width : (i + 1) * width] for i in range(block.scale)]
     outs: list[Tensor] = []
-    for i in range(max(1, block.scale - 1)):
+    convolves_all = function == 'group' and position != 'later'
+    for i in range(block.scale if convolves_all else max(1, block.scale - 1)):
         z = splits[i]
         cascades = position == 'later' or (function == 'paddle' and position == 'first stage')
         if cascades and i > 0:
@@ -47,7 +48,7 @@ def published(block: Bottle2neck, x: Tensor, function: str, position: str, strid
         groups = block.convs[i].groups
         z = F.conv2d(z, block.convs[i].weight, stride=stride, padding=1, groups=groups)
         outs.append(F.relu(normalised(z, block.bns[i])))
-    if block.scale > 1:
+    if block.scale > 1 and not convolves_all:
         last = splits[-1]
         if position == 'later stage' or (position == 'first stage' and function == 'official'):
             last = pooled(last, stride, count_include_pad=function != 'paddle')
@@ -89,6 +90,7 @@ def test_first_block_keeps_its_function_when_its_stage_is_dilated(function: str,
         )
         assert dilated.cascade == strided.cascade
         assert isinstance(dilated.pool, nn.AvgPool2d) == isinstance(strided.pool, nn.AvgPool2d)
+        assert len(dilated.convs) == len(strided.convs)
 
 
 @pytest.mark.parametrize('count_include_pad', [True, False])
@@ -138,3 +140,17 @@ def test_norm_statistics_hold_however_often_a_checkpointed_stage_is_recomputed()
     y.backward(retain_graph=True)
     y.backward()
     torch.testing.assert_close(dict(stage.named_buffers()), before, rtol=0, atol=0)
+
+
+def test_group_is_one_grouped_convolution_over_all_splits() -> None:
+    block = Bottle2neck(32, 16, 2, projection(32, 64, 2), cardinality=2, scale=3, first_block='group')
+    x = torch.randn(2, block.conv1.out_channels, 8, 8)
+    weight = torch.cat([conv.weight for conv in block.convs])
+    one = F.conv2d(x, weight, stride=2, padding=1, groups=6)
+    torch.testing.assert_close(torch.cat([conv(y) for conv, y in zip(block.convs, x.chunk(3, 1))], 1), one)
+
+
+def test_last_activation_can_be_left_out() -> None:
+    x = torch.randn(2, 64, 8, 8)
+    assert (Bottle2neck(64, 16, last_act=False)(x) < 0).any()
+    assert not (Bottle2neck(64, 16)(x) < 0).any()

@@ -149,7 +149,8 @@ def run_list(args: argparse.Namespace) -> int:
     for name, *numbers, licence, where in rows:
         cells = [cell.rjust(width) for cell, width in zip(numbers, widths[1:])]
         print('  '.join([name.ljust(widths[0]), *cells, licence.ljust(widths[4]), where]).rstrip())
-    print('\nGMACs at 224 x 224; top-1 on ImageNet-1k, of digits on their held-out third.')
+    print('\nGMACs at 224 x 224, of the 29-layer networks for CIFAR at 32 x 32.')
+    print('Top-1 on ImageNet-1k at 224 x 224, of digits on their held-out third.')
     return 0
 
 
@@ -178,7 +179,9 @@ def main(argv: list[str] | None = None) -> int:
     """
     args = parser().parse_args(argv)
     try:
-        return args.run(args)
+        status = args.run(args)
+        sys.stdout.flush()  # here, where a reader that has gone is expected, and not at the interpreter's end
+        return status
     except ValueError as error:
         print(f'timm-res2net: {error}', file=sys.stderr)
         return 2 if isinstance(error, UnknownModelError) else 1

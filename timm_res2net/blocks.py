@@ -22,14 +22,16 @@ Layer = Callable[..., nn.Module]
 # The first block of a stage differs from the others, and three bodies of code that share all tensor names disagree on
 # how: a file from one of them loads strictly into another and computes something else. The authors (and timm,
 # mmpretrain and mindcv) break the cascade and pool the last split in every stage; Paddle and mmdet look at the stride.
-# The columns are a stage's nominal step, so that dilating it (`output_stride`) does not change its function.
+# In the authors' networks for CIFAR a grouped convolution takes the place of the cascade, `scale` convolutions side by
+# side. The columns are a stage's nominal step, so that dilating it (`output_stride`) does not change its function.
 # fmt: off
 FIRST_BLOCKS = {
-    #            step 1           step 2           the average counts
-    #            cascade  pool    cascade  pool    the padding
-    'official': ((False,  True), (False,  True),   True),
-    'paddle':   ((True,   False), (False,  True),  False),
-    'mmdet':    ((False,  False), (False,  True),  True),
+    #            step 1                 step 2                 the average counts
+    #            cascade  last split    cascade  last split    the padding
+    'official': ((False,  'pooled'),    (False,  'pooled'),    True),
+    'paddle':   ((True,   'kept'),      (False,  'pooled'),    False),
+    'mmdet':    ((False,  'kept'),      (False,  'pooled'),    True),
+    'group':    ((False,  'convolved'), (False,  'convolved'), True),
 }
 # fmt: on
 
@@ -45,14 +47,16 @@ class Bottle2neck(nn.Module):
         planes: Base of the block's widths: it has `planes * expansion` output channels.
         stride: Stride of the 3x3 convolutions and of the pool beside them, 1 or 2.
         downsample: Projection for the shortcut, None for the identity. In timm's ResNet the first block of every stage
-            has one and no other block does, which is how a block knows its position where `first` is not given.
+            has one (unless that is stage 1 and keeps the channels of the stem) and no other block does, which is how a
+            block knows its position where `first` is not given.
         cardinality: Groups of each 3x3 convolution; above 1 this is Res2NeXt.
         base_width: Channels of one split for 64 planes; a split has `floor(planes * base_width / 64) * cardinality`.
         scale: Number of splits.
         dilation: Dilation of the blocks that follow in the stage.
         first_dilation: Dilation of this block's 3x3 convolutions, `dilation` if None.
         first: Whether this block is the first one of its stage.
-        first_block: What a first block computes: 'official', 'paddle' or 'mmdet', after whose code does it.
+        first_block: What a first block computes: 'official', 'paddle' or 'mmdet', after whose code does it, or 'group'.
+        last_act: Whether an activation follows the residual add.
         dilate_pool: Dilate the average pool like the convolutions beside it. Only so does a dilated network compute, on
             a denser grid, what the undilated one does; timm leaves the pool undilated.
         act_layer: Activation class, one instance for each site (hooks and attribution methods tell sites apart).
@@ -84,6 +88,7 @@ class Bottle2neck(nn.Module):
         first_dilation: int | None = None,
         first: bool | None = None,
         first_block: str = 'official',
+        last_act: bool = True,
         dilate_pool: bool = False,
         act_layer: Layer = nn.ReLU,
         norm_layer: Layer = nn.BatchNorm2d,
@@ -113,25 +118,25 @@ class Bottle2neck(nn.Module):
         step = stride * dilation // first_dilation
 
         self.scale = scale
-        self.cascade, pooled, count_include_pad = True, False, True
+        self.cascade, last_split, count_include_pad = True, 'kept', True
         if downsample is not None if first is None else first:
             *steps, count_include_pad = FIRST_BLOCKS[first_block]
-            self.cascade, pooled = steps[min(step, 2) - 1]
+            self.cascade, last_split = steps[min(step, 2) - 1]
 
         self.conv1 = nn.Conv2d(inplanes, width * scale, 1, bias=False, **dd)
         self.bn1 = norm_layer(width * scale, **dd)
         self.act1 = act_layer(inplace=True)
 
-        num_convs = max(1, scale - 1)
+        num_convs = scale if last_split == 'convolved' else max(1, scale - 1)
         grid: dict[str, Any] = dict(stride=stride, padding=first_dilation, dilation=first_dilation)
         grouped = partial(nn.Conv2d, width, width, 3, groups=cardinality, bias=False, **grid, **dd)
         self.convs = nn.ModuleList(grouped() for _ in range(num_convs))
         self.bns = nn.ModuleList(norm_layer(width, **dd) for _ in range(num_convs))
         self.acts = nn.ModuleList(act_layer(inplace=True) for _ in range(num_convs))
         self.pool: nn.Module = nn.Identity()
-        if pooled and dilate_pool and first_dilation > 1:
+        if last_split == 'pooled' and dilate_pool and first_dilation > 1:
             self.pool = DilatedAvgPool2d(first_dilation, count_include_pad)
-        elif pooled:
+        elif last_split == 'pooled':
             self.pool = nn.AvgPool2d(3, stride, padding=1, count_include_pad=count_include_pad)
         self.drop_block = nn.Identity() if drop_block is None else drop_block()
 
@@ -140,7 +145,7 @@ class Bottle2neck(nn.Module):
         self.se = attention(attn_layer, outplanes, **dd)
         self.downsample = downsample
         self.drop_path = drop_path
-        self.act3 = act_layer(inplace=True)
+        self.act3 = act_layer(inplace=True) if last_act else nn.Identity()
 
     def zero_init_last(self) -> None:
         """Makes the block an identity at the start of training: the last norm's weight becomes zero."""
@@ -165,7 +170,7 @@ class Bottle2neck(nn.Module):
         for i, (conv, bn, act) in enumerate(zip(self.convs, self.bns, self.acts)):
             y = outs[-1] + splits[i] if self.cascade and i > 0 else splits[i]
             outs.append(act(bn(conv(y))))  # (N, width, H / stride, W / stride), the i-th has seen 2i + 3 pixels across
-        if self.scale > 1:
+        if len(outs) < self.scale:
             outs.append(self.pool(splits[-1]))
         y = self.drop_block(torch.cat(outs, dim=1))  # (N, scale * width, H / stride, W / stride)
 

@@ -8,23 +8,14 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from timm.layers import (
-    DropPath,
-    calculate_drop_path_rates,
-    create_classifier,
-    get_act_layer,
-    get_device_dtype,
-    get_norm_layer,
-)
-from timm.models._features import feature_take_indices
+from timm.layers import get_act_layer, get_norm_layer
 from timm.models.resnet import drop_blocks
 from torch import Tensor, nn
 
-from .blocks import Bottle2neck, Layer, checkpoint, set_grad_checkpointing
+from .blocks import Bottle2neck, Layer, checkpoint
+from .trunk import Layers, Trunk, conv_norm_act
 
 __all__ = ['Res2NetDla']
-
-LEVELS = ('level0', 'level1', 'level2', 'level3', 'level4', 'level5')
 
 
 class DlaBottle2neck(Bottle2neck):
@@ -62,11 +53,11 @@ class DlaRoot(nn.Module):
         return self.act(x)
 
 
-class Parts(NamedTuple):
+class TreeParts(NamedTuple):
     """What a network's trees are made of, the same everywhere."""
 
     block: Layer  # (in_chs, planes, ...) -> DlaBottle2neck
-    project: Layer  # (in_chs, out_chs) -> 1x1 convolution and norm
+    project: Layers  # (in_chs, out_chs) -> 1x1 convolution and norm
     root: Layer  # (in_chs, out_chs) -> DlaRoot
 
 
@@ -85,7 +76,7 @@ class DlaLeaf(nn.Module):
 
     def __init__(
         self,
-        parts: Parts,
+        parts: TreeParts,
         in_chs: int,
         out_chs: int,
         dilation: int = 1,
@@ -99,7 +90,7 @@ class DlaLeaf(nn.Module):
         planes = out_chs // DlaBottle2neck.expansion
         first = {} if step is None else dict(stride=step[0], first_dilation=step[1], first=True)
         self.downsample = shrink(step)
-        self.project = nn.Identity() if in_chs == out_chs else parts.project(in_chs, out_chs)
+        self.project = nn.Identity() if in_chs == out_chs else nn.Sequential(*parts.project(in_chs, out_chs))
         self.tree1 = parts.block(in_chs, planes, dilation=dilation, **first)
         self.tree2 = parts.block(out_chs, planes, dilation=dilation)
         self.root = parts.root(2 * out_chs + root_chs + (in_chs if level_root else 0), out_chs)
@@ -138,7 +129,7 @@ class DlaTree(nn.Module):
     def __init__(
         self,
         depth: int,
-        parts: Parts,
+        parts: TreeParts,
         in_chs: int,
         out_chs: int,
         dilation: int = 1,
@@ -181,7 +172,7 @@ def shrink(step: tuple[int, int] | None) -> nn.Module:
     return nn.MaxPool2d(2, stride=2, ceil_mode=True)  # rounds odd sizes up, as the convolutions beside it do
 
 
-class Res2NetDla(nn.Module):
+class Res2NetDla(Trunk):
     """DLA with Res2Net blocks, on timm's tensor names.
 
     Unlike timm's DLA it dilates, checkpoints, drops paths, takes layers of any kind, and accepts odd image sizes. In
@@ -213,6 +204,9 @@ class Res2NetDla(nn.Module):
         ValueError: For an argument that the network can't honour.
     """
 
+    parts = ('base_layer', 'level0', 'level1', 'level2', 'level3', 'level4', 'level5')
+    conv_head = True
+
     def __init__(
         self,
         levels: Sequence[int] = (1, 1, 1, 2, 3, 1),
@@ -237,7 +231,7 @@ class Res2NetDla(nn.Module):
         device: Any = None,
         dtype: Any = None,
     ) -> None:
-        super().__init__()
+        super().__init__(num_classes, in_chans)
         if output_stride not in (8, 16, 32):
             raise ValueError(f'output_stride={output_stride} is not possible; choose 8, 16 or 32')
         if len(levels) != 6 or len(channels) != 6:
@@ -245,12 +239,13 @@ class Res2NetDla(nn.Module):
         dd = {'device': device, 'dtype': dtype}
         norm = get_norm_layer(norm_layer)
         layers = dict(act_layer=get_act_layer(act_layer), norm_layer=norm, **dd)
-        self.num_classes = num_classes
-        self.in_chans = in_chans
-
-        self.base_layer = conv_level(in_chans, channels[0], kernel_size=7, **layers)
-        self.level0 = conv_level(channels[0], channels[0], levels[0], **layers)
-        self.level1 = conv_level(channels[0], channels[1], levels[1], stride=2, **layers)
+        conv: Layers = partial(conv_norm_act, **layers)
+        self.base_layer = nn.Sequential(*conv(in_chans, channels[0], 7))
+        self.level0 = nn.Sequential(*conv(channels[0], channels[0], 3))
+        self.level1 = nn.Sequential(*conv(channels[0], channels[1], 3, stride=2))
+        for level, chs, depth in ((self.level0, channels[0], levels[0]), (self.level1, channels[1], levels[1])):
+            for _ in range(depth - 1):
+                level.extend(conv(chs, chs, 3))
         self.feature_info = [
             dict(num_chs=channels[0], reduction=1, module='level0'),
             dict(num_chs=channels[1], reduction=2, module='level1'),
@@ -260,7 +255,7 @@ class Res2NetDla(nn.Module):
         block = partial(
             DlaBottle2neck, first_block=first_block, dilate_pool=True, attn_layer=attn_layer, **splits, **layers
         )
-        project = partial(conv_norm, norm_layer=norm, **dd)
+        project = partial(conv_norm_act, kernel_size=1, norm_layer=norm, **dd)
         root = partial(DlaRoot, shortcut=shortcut_root, **layers)
         reduction, dilation = 2, 1
         trees = []
@@ -268,31 +263,11 @@ class Res2NetDla(nn.Module):
             stride = 2 if reduction < output_stride else 1
             step = stride, dilation
             reduction, dilation = reduction * stride, dilation * 2 // stride
-            parts = Parts(partial(block, drop_block=drop_block), project, root)
-            trees.append(tree(levels[i], parts, channels[i - 1], channels[i], dilation, step, level_root=i > 2))
+            made_of = TreeParts(partial(block, drop_block=drop_block), project, root)
+            trees.append(tree(levels[i], made_of, channels[i - 1], channels[i], dilation, step, level_root=i > 2))
             self.feature_info.append(dict(num_chs=channels[i], reduction=reduction, module=f'level{i}'))
         self.level2, self.level3, self.level4, self.level5 = trees
-        blocks = [module for module in self.modules() if isinstance(module, DlaBottle2neck)]  # in the order they run in
-        for module, rate in zip(blocks, calculate_drop_path_rates(drop_path_rate, len(blocks))):
-            module.drop_path = DropPath(rate) if rate > 0 else None
-
-        self.num_features = channels[-1]
-        self.global_pool, self.head_drop, self.fc = create_classifier(
-            self.num_features, num_classes, pool_type=global_pool, use_conv=True, drop_rate=drop_rate, **dd
-        )
-        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
-        self.flatten = nn.Flatten(1) if global_pool else nn.Identity()
-        self.init_weights(zero_init_last)
-
-    @torch.jit.ignore
-    def init_weights(self, zero_init_last: bool = False) -> None:
-        """Initialises the convolutions for ReLU by their fan-out, and optionally lets each block be an identity."""
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d):
-                nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
-        for module in self.modules():
-            if zero_init_last and isinstance(module, Bottle2neck):
-                module.zero_init_last()
+        self.finish(channels[-1], global_pool, drop_rate, drop_path_rate, zero_init_last, **dd)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -309,89 +284,6 @@ class Res2NetDla(nn.Module):
             patterns += [(prefix + r'\.project', (0,)), (prefix + r'\.root', (3,)), (prefix, None)]
         return dict(stem=r'^base_layer', blocks=patterns)
 
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Switches gradient checkpointing of each pair of blocks with its root; norm statistics stay exact."""
-        set_grad_checkpointing(self, enable)
-
-    @torch.jit.ignore
-    def get_classifier(self, name_only: bool = False) -> str | nn.Module:
-        """Returns the classifier, or its name."""
-        return 'fc' if name_only else self.fc
-
-    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the classifier by a new one.
-
-        Args:
-            num_classes: Classes, 0 for none.
-            global_pool: Kind of pooling, the present one if None.
-        """
-        if global_pool is None:
-            global_pool = self.global_pool.pool_type
-        self.num_classes = num_classes
-        self.global_pool, self.fc = create_classifier(
-            self.num_features, num_classes, pool_type=global_pool, use_conv=True, **get_device_dtype(self)
-        )
-        self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
-        self.flatten = nn.Flatten(1) if global_pool else nn.Identity()
-        for module in (self.global_pool, self.fc, self.flatten):
-            module.train(self.training)
-
-    def forward_intermediates(
-        self,
-        x: Tensor,
-        indices: int | list[int] | None = None,
-        norm: bool = False,
-        stop_early: bool = False,
-        output_fmt: str = 'NCHW',
-        intermediates_only: bool = False,
-    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Runs the levels and returns what some of them computed.
-
-        Args:
-            x: (N, in_chans, H, W).
-            indices: Levels to return: the last n for an int, those with these indices for a list, all if None.
-            norm: Without effect, there is no final norm.
-            stop_early: Stop after the last level that is to be returned.
-            output_fmt: Only 'NCHW'.
-            intermediates_only: Leave out the final features.
-
-        Returns:
-            Final features and a list of those of the levels, or just the list; each (N, C, H / stride, W / stride).
-        """
-        if output_fmt != 'NCHW':
-            raise ValueError(f"output_fmt={output_fmt!r} is not possible; choose 'NCHW'")
-        take, last = feature_take_indices(len(LEVELS), indices)
-        x = self.base_layer(x)
-        intermediates = []
-        for i, name in enumerate(LEVELS[: last + 1] if stop_early else LEVELS):
-            x = getattr(self, name)(x)
-            if i in take:
-                intermediates.append(x)
-        return intermediates if intermediates_only else (x, intermediates)
-
-    def prune_intermediate_layers(
-        self, indices: int | list[int] = 1, prune_norm: bool = False, prune_head: bool = True
-    ) -> list[int]:
-        """Removes what features of some levels don't need.
-
-        Args:
-            indices: Levels to keep, as in `forward_intermediates`.
-            prune_norm: Without effect, there is no final norm.
-            prune_head: Remove the classifier. It goes in any case if the last level does.
-
-        Returns:
-            The indices of these levels.
-        """
-        take, last = feature_take_indices(len(LEVELS), indices)
-        for name in LEVELS[last + 1 :]:
-            setattr(self, name, nn.Identity())
-        if last + 1 < len(LEVELS):
-            self.num_features = self.feature_info[last]['num_chs']
-        if prune_head or last + 1 < len(LEVELS):
-            self.reset_classifier(0, '')
-        return take
-
     def forward_features(self, x: Tensor) -> Tensor:
         """Computes features, (N, in_chans, H, W) to (N, num_features, H / 32, W / 32)."""
         x = self.base_layer(x)  # (N, 16, H, W) with default channels
@@ -401,37 +293,3 @@ class Res2NetDla(nn.Module):
         x = self.level3(x)  # (N, 256, H / 8, W / 8)
         x = self.level4(x)  # (N, 512, H / 16, W / 16)
         return self.level5(x)  # (N, 1024, H / 32, W / 32)
-
-    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pools and classifies, (N, num_features, H, W) to (N, num_classes); (N, num_features) if `pre_logits`."""
-        x = self.head_drop(self.global_pool(x))
-        return self.flatten(x if pre_logits else self.fc(x))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Classifies images, (N, in_chans, H, W) to (N, num_classes)."""
-        return self.forward_head(self.forward_features(x))
-
-
-def conv_norm(in_chs: int, out_chs: int, norm_layer: Layer, **dd: Any) -> nn.Sequential:
-    """Makes a 1x1 convolution and norm."""
-    return nn.Sequential(nn.Conv2d(in_chs, out_chs, 1, bias=False, **dd), norm_layer(out_chs, **dd))
-
-
-def conv_level(
-    in_chs: int,
-    out_chs: int,
-    repeats: int = 1,
-    kernel_size: int = 3,
-    stride: int = 1,
-    *,
-    act_layer: Layer,
-    norm_layer: Layer,
-    **dd: Any,
-) -> nn.Sequential:
-    """Makes convolutions with norm and activation in sequence, the first of them with the stride."""
-    layers: list[nn.Module] = []
-    for i in range(repeats):
-        conv = dict(stride=stride if i == 0 else 1, padding=kernel_size // 2, bias=False, **dd)
-        layers.append(nn.Conv2d(out_chs if i else in_chs, out_chs, kernel_size, **conv))
-        layers += [norm_layer(out_chs, **dd), act_layer(inplace=True)]
-    return nn.Sequential(*layers)

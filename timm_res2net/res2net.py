@@ -23,7 +23,9 @@ from timm.models import (
 from timm.models import _registry as timm_registry
 from torch import Tensor, nn
 
+from .biglittle import Res2NetBigLittle
 from .blocks import set_grad_checkpointing
+from .cifar import Res2NetCifar
 from .dla import Res2NetDla
 from .resnet import Res2Net
 
@@ -34,57 +36,85 @@ ASSETS = Path(__file__).parent / 'assets'
 
 @dataclass(frozen=True)
 class Arch:
-    """One architecture: the trunk, what it is built with, and what timm needs to know of it."""
+    """One architecture: what it costs, its trunk, what that is built with, and what timm needs to know of it."""
 
     params: int  # with the classes of its default weights
-    gmacs: float  # 10^9 multiply-adds of convolutions and classifier for one image of 224 x 224
+    gmacs: float  # 10^9 multiply-adds of convolutions and classifier, for one image of 224 x 224, on CIFAR of 32 x 32
     trunk: type[nn.Module]
     args: dict[str, Any]
-    first_conv: str = 'conv1'
-    out_indices: tuple[int, ...] = (0, 1, 2, 3, 4)  # of features_only, by default
+    out_indices: tuple[int, ...]  # of features_only, by default
+    cfg: dict[str, Any]
 
 
 def resnet(params: int, gmacs: float, layers: Sequence[int], base_width: int, scale: int, **args: Any) -> Arch:
     """Res2Net block in timm's ResNet: blocks of each stage, channels of a split for 64 planes, splits."""
     args = dict(layers=layers, base_width=base_width, scale=scale, **args)
-    return Arch(params, gmacs, Res2Net, args, first_conv='conv1.0' if args.get('stem_type') == 'deep' else 'conv1')
+    cfg = dict(first_conv='conv1.0' if args.get('stem_type') == 'deep' else 'conv1')
+    return Arch(params, gmacs, Res2Net, args, (0, 1, 2, 3, 4), cfg)
 
 
 def dla(params: int, gmacs: float, levels: Sequence[int], base_width: int, scale: int, **args: Any) -> Arch:
     """Res2Net block in DLA: depth of each level, channels of a split for 64 planes, splits."""
     args = dict(levels=levels, base_width=base_width, scale=scale, **args)
-    return Arch(params, gmacs, Res2NetDla, args, first_conv='base_layer.0', out_indices=(1, 2, 3, 4, 5))
+    return Arch(params, gmacs, Res2NetDla, args, (1, 2, 3, 4, 5), dict(first_conv='base_layer.0'))
+
+
+def biglittle(params: int, gmacs: float, layers: Sequence[int], base_width: int, scale: int, **args: Any) -> Arch:
+    """Res2Net block in Big-Little Net: blocks of each stage, channels of a split for 64 planes, splits."""
+    args = dict(layers=layers, base_width=base_width, scale=scale, **args)
+    cfg = dict(paper_ids=('arXiv:1904.01169', 'arXiv:1807.03848'))
+    return Arch(params, gmacs, Res2NetBigLittle, args, (0, 1, 2, 4, 5), cfg)  # of two with stride 16, the deeper
+
+
+def cifar(params: int, gmacs: float, cardinality: int, base_width: int, scale: int, **args: Any) -> Arch:
+    """Res2Net block in ResNeXt-29 for CIFAR-100: groups, channels of a split and group for 64 planes, splits."""
+    args = dict(cardinality=cardinality, base_width=base_width, scale=scale, **args)
+    mean, std = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
+    size = dict(input_size=(3, 32, 32), pool_size=(8, 8), crop_pct=1.0)
+    return Arch(params, gmacs, Res2NetCifar, args, (0, 1, 2, 3), dict(num_classes=100, mean=mean, std=std, **size))
 
 
 R50, R101, R152, R200 = (3, 4, 6, 3), (3, 4, 23, 3), (3, 8, 36, 3), (3, 12, 48, 3)
 DLA60 = (1, 1, 1, 2, 3, 1)
+BL50, BL101 = (3, 4, 6, 3), (4, 8, 18, 3)
 D = dict(stem_type='deep', stem_width=32, avg_down=True)  # the authors' v1b, Paddle's vd
 TINY = dict(stem_type='deep', stem_width=8, avg_down=True, channels=(8, 16, 32, 64))
 
 # fmt: off
 ARCHS = {
-    #                               params  GMACs   blocks  width  scale
-    'res2net50_26w_4s':      resnet(25_699_120,  4.255, R50,     26,    4),
-    'res2net50_48w_2s':      resnet(25_287_304,  4.160, R50,     48,    2),
-    'res2net50_14w_8s':      resnet(25_059_816,  4.179, R50,     14,    8),
-    'res2net50_26w_6s':      resnet(37_051_448,  6.296, R50,     26,    6),
-    'res2net50_26w_8s':      resnet(48_403_776,  8.336, R50,     26,    8),
-    'res2net50_18w_4s':      resnet(18_095_104,  2.898, R50,     18,    4),  # the paper's Res2Net-50-L
-    'res2net50_18w_6s':      resnet(25_158_664,  4.181, R50,     18,    6),  # in the paper's segmentation tables
-    'res2net101_26w_4s':     resnet(45_206_688,  8.067, R101,    26,    4),
-    'res2next50':            resnet(24_671_464,  4.173, R50,      4,    4, cardinality=8),
-    'res2net50d':            resnet(25_718_352,  4.495, R50,     26,    4, **D),
-    'res2net101d':           resnet(45_225_920,  8.307, R101,    26,    4, **D),
-    'res2net152d':           resnet(61_294_480, 12.118, R152,    26,    4, **D),
-    'seres2net50_26w_4s':    resnet(28_230_112,  4.258, R50,     26,    4, attn_layer='se'),
-    'res2net50_pd_26w_4s':   resnet(25_699_120,  4.255, R50,     26,    4, first_block='paddle'),
-    'res2net50_pd_14w_8s':   resnet(25_059_816,  4.179, R50,     14,    8, first_block='paddle'),
-    'res2net50_vd_26w_4s':   resnet(25_718_352,  4.495, R50,     26,    4, first_block='paddle', **D),
-    'res2net101_vd_26w_4s':  resnet(45_225_920,  8.307, R101,    26,    4, first_block='paddle', **D),
-    'res2net200_vd_26w_4s':  resnet(76_215_536, 15.706, R200,    26,    4, first_block='paddle', **D),
-    'dla60_res2net':         dla(   20_848_072,  4.123, DLA60,      28,    4),
-    'dla60_res2next':        dla(   17_032_984,  3.459, DLA60,       4,    4, cardinality=8),
-    'test_res2net':          resnet(   223_582,  0.061, (2, 2, 2, 2), 26, 4, **TINY),
+    #                                         params   GMACs  blocks width scale
+    'res2net50_26w_4s':       resnet(   25_699_120,  4.255, R50,     26,  4),
+    'res2net50_48w_2s':       resnet(   25_287_304,  4.160, R50,     48,  2),
+    'res2net50_14w_8s':       resnet(   25_059_816,  4.179, R50,     14,  8),
+    'res2net50_26w_6s':       resnet(   37_051_448,  6.296, R50,     26,  6),
+    'res2net50_26w_8s':       resnet(   48_403_776,  8.336, R50,     26,  8),
+    'res2net50_18w_4s':       resnet(   18_095_104,  2.898, R50,     18,  4),  # the paper's Res2Net-50-L
+    'res2net50_18w_6s':       resnet(   25_158_664,  4.181, R50,     18,  6),  # in the paper's segmentation tables
+    'res2net101_26w_4s':      resnet(   45_206_688,  8.067, R101,    26,  4),
+    'res2next50':             resnet(   24_671_464,  4.173, R50,      4,  4, cardinality=8),
+    'res2net50d':             resnet(   25_718_352,  4.495, R50,     26,  4, **D),
+    'res2net101d':            resnet(   45_225_920,  8.307, R101,    26,  4, **D),
+    'res2net152d':            resnet(   61_294_480, 12.118, R152,    26,  4, **D),
+    'seres2net50_26w_4s':     resnet(   28_230_112,  4.258, R50,     26,  4, attn_layer='se'),
+    'res2net50_pd_26w_4s':    resnet(   25_699_120,  4.255, R50,     26,  4, first_block='paddle'),
+    'res2net50_pd_14w_8s':    resnet(   25_059_816,  4.179, R50,     14,  8, first_block='paddle'),
+    'res2net50_vd_26w_4s':    resnet(   25_718_352,  4.495, R50,     26,  4, first_block='paddle', **D),
+    'res2net101_vd_26w_4s':   resnet(   45_225_920,  8.307, R101,    26,  4, first_block='paddle', **D),
+    'res2net200_vd_26w_4s':   resnet(   76_215_536, 15.706, R200,    26,  4, first_block='paddle', **D),
+    'dla60_res2net':          dla(      20_848_072,  4.123, DLA60,   28,  4),
+    'dla60_res2next':         dla(      17_032_984,  3.459, DLA60,    4,  4, cardinality=8),
+    'blres2net50_26w_4s':     biglittle(26_845_561,  2.994, BL50,    26,  4),
+    'blres2net101_26w_4s':    biglittle(42_414_497,  4.059, BL101,   26,  4),
+    'blresnet50':             biglittle(26_694_568,  2.856, BL50,    64,  1),  # the baseline, which timm lacks
+    #                                         params   GMACs  groups width scale
+    'res2next29_6c_24w_4s':   cifar(    24_360_932,  3.948, 6,       24,  4),
+    'res2next29_8c_25w_4s':   cifar(    33_905_236,  5.505, 8,       25,  4),
+    'res2next29_6c_24w_6s':   cifar(    36_801_380,  5.975, 6,       24,  6),
+    'seres2next29_6c_24w_4s': cifar(    24_882_740,  3.948, 6,       24,  4, attn_layer='se'),
+    'seres2next29_8c_25w_4s': cifar(    34_427_044,  5.506, 8,       25,  4, attn_layer='se'),
+    'seres2next29_6c_24w_6s': cifar(    37_323_188,  5.975, 6,       24,  6, attn_layer='se'),
+    'resnext29_8c_64w':       cifar(    34_518_948,  5.387, 8,       64,  1),  # the baseline
+    'test_res2net':           resnet(      223_582,  0.061, (2, 2, 2, 2), 26, 4, **TINY),
 }
 # fmt: on
 
@@ -154,12 +184,12 @@ def default_cfg(name: str, **cfg: Any) -> dict[str, Any]:
             interpolation='bilinear',
             mean=IMAGENET_DEFAULT_MEAN,
             std=IMAGENET_DEFAULT_STD,
-            first_conv=ARCHS[name].first_conv,
+            first_conv='conv1',
             classifier='fc',
             paper_name='Res2Net: A New Multi-scale Backbone Architecture',
             paper_ids='arXiv:1904.01169',
         ),
-        **cfg,
+        **{**ARCHS[name].cfg, **cfg},
     )
 
 

@@ -1,0 +1,131 @@
+"""The Big-Little trunk: sizes from the literature, and the function from its equations."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import randomise
+from test_blocks import normalised, pooled
+from torch import Tensor, nn
+
+from timm_res2net.biglittle import BigLittleModule, BigLittleStem, Res2NetBigLittle
+from timm_res2net.blocks import Bottle2neck
+from timm_res2net.trunk import conv_norm_act
+
+SMALL: dict[str, Any] = dict(layers=(2, 3, 2, 2), base_width=8, scale=3)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'params'),
+    [
+        (dict(layers=(5, 12, 30, 3)), 58_343_561),
+        (dict(layers=(5, 12, 30, 3), scale=1, base_width=64), 57_359_016),
+        (dict(layers=(4, 8, 18, 3), scale=1, base_width=64), 41_851_560),
+        (dict(attn_layer='se'), 29_420_513),
+        (dict(base_width=4, cardinality=8), 25_804_264),
+    ],
+)
+def test_relatives_have_the_sizes_of_the_literature(arguments: dict[str, Any], params: int) -> None:
+    model = Res2NetBigLittle(device='meta', **arguments)
+    assert sum(p.numel() for p in model.parameters()) == params
+
+
+def conv(x: Tensor, layers: Any, at: int, stride: int = 1) -> Tensor:
+    """The convolution and norm at an index of a sequence, written out."""
+    weight = layers[at].weight
+    return normalised(F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2), layers[at + 1])
+
+
+def block(x: Tensor, module: Bottle2neck, stride: int, last_relu: bool = True) -> Tensor:
+    """A block of Big-Little Net from the equations: a first one, without cascade, if and only if it has stride 2."""
+    splits = F.relu(normalised(F.conv2d(x, module.conv1.weight), module.bn1)).chunk(module.scale, 1)
+    outs: list[Tensor] = []
+    for i in range(module.scale - 1):
+        z = splits[i] if stride == 2 or i == 0 else splits[i] + outs[i - 1]
+        outs.append(F.relu(normalised(F.conv2d(z, module.convs[i].weight, stride=stride, padding=1), module.bns[i])))
+    outs.append(pooled(splits[-1], 2, True) if stride == 2 else splits[-1])
+    y = normalised(F.conv2d(torch.cat(outs, 1), module.conv3.weight), module.bn3)
+    shortcut = pooled(x, 2, True) if stride == 2 else x
+    layers = [layer for layer in module.downsample or [] if not isinstance(layer, nn.AvgPool2d)]
+    y = y + (conv(shortcut, layers, 0) if layers else shortcut)
+    return F.relu(y) if last_relu else y
+
+
+def nearest(x: Tensor, size: torch.Size) -> Tensor:
+    """Interpolation to the nearest pixel, as an index."""
+    rows, columns = (torch.arange(new) * old // new for new, old in zip(size, x.shape[-2:]))
+    return x[..., rows[:, None], columns]
+
+
+def big_little(x: Tensor, module: BigLittleModule, stride: int) -> Tensor:
+    """The Big-Little module from its equations."""
+    big = x
+    for i, part in enumerate(module.big):
+        big = block(big, part, 2 if i == 0 else 1, last_relu=i < len(module.big) - 1)
+    little = x
+    for part in module.little:
+        little = block(little, part, 1)
+    little = conv(little, module.little_e, 0)
+    return block(F.relu(nearest(big, little.shape[-2:]) + little), module.fusion[0], stride)
+
+
+@pytest.mark.parametrize('size', [(64, 64), (61, 43)])
+def test_trunk_computes_its_published_equations(size: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    model = randomise(Res2NetBigLittle(**SMALL)).double().eval()
+    x = torch.randn(1, 3, *size, dtype=torch.double)
+
+    y = F.relu(normalised(F.conv2d(x, model.conv1.weight, stride=2, padding=3), model.bn1))
+    stem = model.bl_init
+    little = F.relu(conv(y, stem.little, 0))
+    little = F.relu(conv(little, stem.little, 3, stride=2))
+    y = F.relu(conv(y, stem.big, 0, stride=2) + conv(little, stem.little, 6))
+    y = F.relu(conv(y, stem.fusion, 0))
+    y = big_little(y, model.layer1, 2)
+    y = big_little(y, model.layer2, 2)
+    y = big_little(y, model.layer3, 1)
+    for i, part in enumerate(model.layer4):
+        y = block(y, part, 2 if i == 0 else 1)
+    torch.testing.assert_close(model.forward_features(x), y)
+
+
+def test_depth_and_width_of_the_little_branch_follow_alpha_and_beta() -> None:
+    model = Res2NetBigLittle((3, 4, 12, 3), alpha=4, beta=2, device='meta')
+    assert [len(layer.little) for layer in (model.layer1, model.layer2, model.layer3)] == [1, 1, 5]
+    assert [len(layer.big) for layer in (model.layer1, model.layer2, model.layer3)] == [2, 3, 11]
+    assert model.layer3.little_e[0].in_channels == 1024 // 4
+    assert model.bl_init.little[0].out_channels == 16
+
+
+def test_two_taps_have_stride_16_and_the_deeper_one_is_default() -> None:
+    import timm
+
+    model = timm.create_model('blres2net50_26w_4s', device='meta')
+    assert [info['reduction'] for info in model.feature_info] == [2, 4, 8, 16, 16, 32]
+    features = timm.create_model('blres2net50_26w_4s', features_only=True, device='meta')
+    assert features.feature_info.reduction() == [2, 4, 8, 16, 32]
+    assert features.feature_info.channels() == [64, 64, 256, 1024, 2048]
+
+
+def test_dilation_computes_the_same_on_a_denser_grid(images: Tensor) -> None:
+    torch.manual_seed(0)
+    model = randomise(Res2NetBigLittle(**SMALL)).double().eval()
+    dilated = Res2NetBigLittle(output_stride=16, **SMALL).double().eval()
+    dilated.load_state_dict(model.state_dict())
+    dense = dilated.forward_features(images.double())
+    torch.testing.assert_close(dense[..., ::2, ::2], model.forward_features(images.double()))
+
+
+def test_stem_is_thinner_by_alpha() -> None:
+    stem = BigLittleStem(
+        lambda *args, **kwargs: conv_norm_act(*args, norm_layer=nn.BatchNorm2d, **kwargs), 64, 4, nn.ReLU
+    )
+    assert stem(torch.randn(1, 64, 9, 8)).shape == (1, 64, 5, 4)
+    assert stem.little[0].out_channels == 16
+
+
+@pytest.mark.parametrize('arguments', [dict(output_stride=8), dict(layers=(3, 4, 6)), dict(layers=(1, 4, 6, 3))])
+def test_an_argument_that_the_trunk_cannot_honour_is_named(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        Res2NetBigLittle(**arguments)

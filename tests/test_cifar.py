@@ -1,0 +1,97 @@
+"""The CIFAR trunk: sizes from the literature, and the function."""
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from conftest import randomise
+from torch import nn
+
+from timm_res2net.cifar import Res2NetCifar
+
+VARIANTS = [(6, 24, 4), (8, 25, 4), (6, 24, 6)]
+
+
+def count(norms: bool = True, **arguments: Any) -> int:
+    model = Res2NetCifar(device='meta', **arguments)
+    left_out = sum(p.numel() for m in model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters())
+    return sum(p.numel() for p in model.parameters()) - (0 if norms else left_out)
+
+
+@pytest.mark.parametrize(
+    ('variant', 'grouped', 'papers', 'published'),
+    [
+        (VARIANTS[0], 24_360_932, 24_302_116, 23_705_732),
+        (VARIANTS[1], 33_905_236, 33_829_172, 32_957_436),
+        (VARIANTS[2], 36_801_380, 36_718_372, 36_146_180),
+    ],
+)
+def test_both_definitions_have_the_sizes_that_the_docstring_says(
+    variant: tuple[int, int, int], grouped: int, papers: int, published: int
+) -> None:
+    arguments = dict(zip(('cardinality', 'base_width', 'scale'), variant))
+    assert count(**arguments) == grouped
+    assert count(norms=False, **arguments) == papers
+    assert count(first_block='official', **arguments) == published
+    assert count(attn_layer='se', **arguments) - grouped == 521_808
+    for number in (papers, published):
+        assert f'{number:,}' in ' '.join((Res2NetCifar.__doc__ or '').split())
+
+
+def test_scale_1_is_the_plain_resnext() -> None:
+    assert count(scale=1, base_width=64, cardinality=8) == 34_518_948
+    assert count(scale=1, base_width=64, cardinality=8, norms=False) == 34_461_476
+
+
+def test_scale_1_computes_what_timms_bottlenecks_do() -> None:
+    torch.manual_seed(0)
+    model = randomise(Res2NetCifar(scale=1, base_width=64, cardinality=8)).eval()
+    x = torch.randn(2, 3, 32, 32)
+    y = model.act1(model.bn1(model.conv1(x)))
+    for stage, planes in zip((model.layer1, model.layer2, model.layer3), (64, 128, 256)):
+        for i, block in enumerate(stage):
+            stride = 2 if i == 0 and planes > 64 else 1
+            theirs = timm.models.resnet.Bottleneck(y.shape[1], planes, stride, block.downsample, 8, 64).eval()
+            state = {k.replace('convs.0', 'conv2').replace('bns.0', 'bn2'): v for k, v in block.state_dict().items()}
+            theirs.load_state_dict(state)
+            y = theirs(y)
+    torch.testing.assert_close(model(x), F.linear(y.mean((2, 3)), model.fc.weight, model.fc.bias))
+
+
+@pytest.mark.parametrize(('output_stride', 'step'), [(2, 2), (1, 4)])
+@pytest.mark.parametrize('function', ['group', 'mmdet'])
+def test_dilation_computes_the_same_on_a_denser_grid(output_stride: int, step: int, function: str) -> None:
+    torch.manual_seed(0)
+    arguments: dict[str, Any] = dict(layers=(1, 2, 2), channels=(8, 16, 16), cardinality=2, first_block=function)
+    model = randomise(Res2NetCifar(**arguments)).double().eval()
+    dilated = Res2NetCifar(output_stride=output_stride, **arguments).double().eval()
+    dilated.load_state_dict(model.state_dict())
+    x = torch.randn(1, 3, 16, 16, dtype=torch.double)
+    dense, sparse = dilated.forward_features(x), model.forward_features(x)
+    if function == 'group' or output_stride == 2:  # the average pool is not dilated at stride 1, as in timm's ResNet
+        torch.testing.assert_close(dense[..., ::step, ::step], sparse)
+    assert dense.shape[-1] == 16 // output_stride
+
+
+def test_no_weights_are_claimed_and_asking_for_them_says_so_in_one_line() -> None:
+    for name in ('res2next29_6c_24w_4s', 'resnext29_8c_64w', 'blres2net50_26w_4s'):
+        assert name not in timm.list_pretrained()
+        with pytest.raises(RuntimeError, match=f'No pretrained weights exist for {name}') as error:
+            timm.create_model(name, pretrained=True)
+        assert '\n' not in str(error.value)
+
+
+def test_config_is_that_of_cifar_100() -> None:
+    cfg = timm.create_model('seres2next29_8c_25w_4s', device='meta').default_cfg
+    assert cfg['input_size'] == (3, 32, 32)
+    assert cfg['num_classes'] == 100
+    assert cfg['pool_size'] == (8, 8)
+    assert cfg['mean'] == (0.5071, 0.4865, 0.4409)
+
+
+@pytest.mark.parametrize('arguments', [dict(output_stride=8), dict(layers=(3, 3)), dict(channels=(8, 8))])
+def test_an_argument_that_the_trunk_cannot_honour_is_named(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        Res2NetCifar(**arguments)
