@@ -1,12 +1,17 @@
-"""What writes the recipes' data."""
+"""Recipes fit timm's train script, and what writes their data does."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import numpy as np
+import pytest
+import timm
+import yaml
 from PIL import Image
 
+import timm_res2net
 from timm_res2net.recipes.digits import split
 
 
@@ -24,3 +29,32 @@ def test_digits_are_written_as_an_image_folder(tmp_path: Path) -> None:
         assert sum(1 for _ in (tmp_path / part).rglob('*.png')) == len(images)
         with Image.open(tmp_path / part / str(labels[5]) / '0005.png') as image:
             np.testing.assert_array_equal(np.asarray(image), images[5])
+
+
+RECIPES = sorted(Path(timm_res2net.__file__).parent.glob('recipes/*.yaml'))
+
+
+@pytest.mark.parametrize('recipe', RECIPES, ids=lambda path: path.name)
+def test_recipe_fits_the_model_it_names(recipe: Path) -> None:
+    options = yaml.safe_load(recipe.read_text())
+    cfg = timm.create_model(options['model'], device='meta').default_cfg
+    assert options['num_classes'] == cfg['num_classes']
+    assert tuple(options.get('input_size', (3, 224, 224))) == cfg['input_size']
+    assert f'--config timm_res2net/recipes/{recipe.name}' in recipe.read_text()
+
+
+@pytest.mark.skipif('TIMM_SCRIPTS' not in os.environ, reason="TIMM_SCRIPTS does not name the folder of timm's train.py")
+@pytest.mark.parametrize('recipe', RECIPES, ids=lambda path: path.name)
+def test_timms_train_script_knows_every_key(recipe: Path) -> None:
+    code = f"""if True:
+        import sys, train
+        known = {{action.dest for action in train.parser._actions}}
+        sys.argv = ['train.py', '--config', {str(recipe)!r}]
+        args, _ = train._parse_args()
+        import yaml
+        options = yaml.safe_load(open({str(recipe)!r}))
+        assert set(options) <= known, set(options) - known
+        assert {{key: getattr(args, key) for key in options}} == options
+    """
+    environment = {**os.environ, 'PYTHONPATH': os.environ['TIMM_SCRIPTS']}
+    subprocess.run([sys.executable, '-c', code], env=environment, check=True)
