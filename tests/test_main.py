@@ -145,7 +145,12 @@ def test_features_without_matplotlib_says_how_to_get_it(photos: Path, tmp_path: 
 
 
 def test_a_reader_that_stops_early_is_no_error() -> None:
-    command = f'{sys.executable} -m timm_res2net list | true'
-    done = subprocess.run(['bash', '-o', 'pipefail', '-c', command], capture_output=True, text=True)
-    assert done.returncode == 0
-    assert done.stderr == ''
+    command = [sys.executable, '-m', 'timm_res2net', 'list']
+    environment = {key: value for key, value in os.environ.items() if key != 'PYTHONUNBUFFERED'}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdout.close()
+    assert process.stderr.read() == ''
+    assert process.wait() == 0
+    process.stderr.close()
