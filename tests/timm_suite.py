@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
     ours = []
     for item in items:
         params = getattr(item, 'callspec', None) and item.callspec.params
-        if params and params.get('model_name', '').partition('.')[0] in ARCHS and 'pretrained' not in item.name:
+        if params and str(params.get('model_name')).partition('.')[0] in ARCHS and 'pretrained' not in item.name:
             ours.append(item)
     config.hook.pytest_deselected(items=[item for item in items if item not in ours])
     items[:] = ours
