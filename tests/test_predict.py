@@ -198,6 +198,21 @@ def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         subject.load_model('test_res2net', file)
 
 
+@pytest.mark.parametrize('content', [b'', b'no pickle', b'\x80\x02.'], ids=['empty', 'text', 'cut'])
+@pytest.mark.parametrize('suffix', ['pth', 'safetensors'])
+def test_a_file_without_weights_is_refused_in_one_line(content: bytes, suffix: str, tmp_path: Path) -> None:
+    file = tmp_path / f'bad.{suffix}'
+    file.write_bytes(content)
+    with pytest.raises(ValueError, match=r'holds no weights that can be read: \w') as error:
+        subject.load_model('test_res2net', str(file))
+    assert '\n' not in str(error.value)
+
+
+def test_an_error_without_a_message_is_named_by_its_type() -> None:
+    assert subject.first_line(EOFError()) == 'EOFError'
+    assert subject.first_line(ValueError('first.\nsecond')) == 'first'
+
+
 def test_labels_of_imagenet_are_words() -> None:
     labels = subject.labels_of(timm.create_model('res2net50d', device='meta'))
     assert len(labels) == 1000

@@ -155,6 +155,15 @@ def test_outputs_and_gradients_equal_timms_bit_for_bit(name: str, images: Tensor
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize('name', ['res2net50d', 'dla60_res2net'])
+def test_same_seed_gives_the_same_initial_weights_as_timm(name: str) -> None:
+    torch.manual_seed(3)
+    ours = timm.create_model(name)
+    torch.manual_seed(3)
+    theirs = TIMMS_OWN[name]()
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize('output_stride', [8, 16])
 @pytest.mark.parametrize('name', ['res2net50_26w_4s', 'res2net50d'])
 def test_dilated_outputs_equal_timms_bit_for_bit(name: str, output_stride: int, images: Tensor) -> None:
@@ -468,18 +477,18 @@ def test_embedded_weights_need_no_network_and_adapt() -> None:
 
 # The README
 
+README = (Path(__file__).parent.parent / 'README.md').read_text()
+
 
 def test_readme_shows_the_family_as_it_is() -> None:
-    readme = (Path(__file__).parent.parent / 'README.md').read_text()
     for name, arch in ARCHS.items():
         weights = WEIGHTS.get(f'{name}.in1k')
         top1 = f'{weights.top1:.2f} %' if weights else ''
-        assert f'| `{name}` | {arch.params:,} | {arch.gmacs:.3f} | {top1} |' in readme
+        assert f'| `{name}` | {arch.params:,} | {arch.gmacs:.3f} | {top1} |' in README
 
 
 def test_readme_examples_run() -> None:
-    readme = (Path(__file__).parent.parent / 'README.md').read_text()
-    blocks = re.findall(r'```python\n(.*?)```', readme, re.DOTALL)
+    blocks = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
     assert len(blocks) == 2
     offline = '\n'.join(blocks).replace("'res2net50d', pretrained=True", "'res2net50d'")
     python(offline)

@@ -3,7 +3,6 @@
 from typing import Any
 
 import pytest
-import timm
 import torch
 from conftest import randomise
 from torch import Tensor, nn
@@ -66,11 +65,3 @@ def test_the_three_functions_share_a_state_dict_and_differ(images: Tensor) -> No
 def test_an_impossible_output_stride_is_refused(output_stride: int) -> None:
     with pytest.raises(ValueError, match=f'output_stride={output_stride}'):
         Res2Net(output_stride=output_stride, **SHALLOW)
-
-
-def test_same_seed_gives_the_same_initial_weights_as_timm() -> None:
-    torch.manual_seed(3)
-    ours = timm.create_model('res2net50d')
-    torch.manual_seed(3)
-    theirs = timm.models.res2net.res2net50d()
-    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=0, atol=0)

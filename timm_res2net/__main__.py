@@ -14,6 +14,7 @@ from tqdm import tqdm
 from .predict import (
     UnknownModelError,
     find_images,
+    first_line,
     load_model,
     plot_pyramid,
     predict,
@@ -40,7 +41,7 @@ def device(text: str) -> torch.device:
     try:
         torch.empty(0, device=text)
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise argparse.ArgumentTypeError(f'{text} can not be used here: {str(error).splitlines()[0]}') from None
+        raise argparse.ArgumentTypeError(f'{text} can not be used here: {first_line(error)}') from None
     return torch.device(text)
 
 

@@ -39,6 +39,11 @@ class Prediction:
     probability: float
 
 
+def first_line(error: BaseException) -> str:
+    """What an error says, to quote in a message: its first line without the full stop, or its type if it is mute."""
+    return str(error).strip().split('\n')[0].rstrip('.') or type(error).__name__
+
+
 def find_images(patterns: Iterable[str]) -> tuple[list[Path], list[tuple[str, str]]]:
     """Finds the files that are meant by names of files, of folders (with all images below them) and by globs.
 
@@ -132,10 +137,9 @@ def load_model(name: str, weights: str | None = None, device: str | torch.device
         return timm.create_model(name, pretrained=True, **kwargs).to(device).eval()
     except Exception as error:  # a download fails in as many ways as libraries take part in it
         _logger.debug('no weights of %s', name, exc_info=True)
-        reason = str(error).split('\n')[0].rstrip('.')
         raise ValueError(
-            f'weights of {name} can not be had: {reason}. If you are offline, give a file with --weights FILE, '
-            'or take test_res2net.digits, which needs no network'
+            f'weights of {name} can not be had: {first_line(error)}. If you are offline, give a file with '
+            '--weights FILE, or take test_res2net.digits, which needs no network'
         ) from error
 
 
@@ -146,7 +150,7 @@ def load_weights(name: str, weights: str, **kwargs: Any) -> nn.Module:
     try:
         state = timm.models.load_state_dict(weights)
     except Exception as error:  # see read_image
-        raise ValueError(f'{weights} holds no weights that can be read: {str(error).splitlines()[0]}') from error
+        raise ValueError(f'{weights} holds no weights that can be read: {first_line(error)}') from error
     classifier = state.get('fc.bias', state.get('classifier.bias', state.get('head.bias')))
     if classifier is not None:
         kwargs.setdefault('num_classes', len(classifier))
@@ -284,4 +288,4 @@ def replace_file(out: str, write: Callable[[str], None]) -> None:
         finally:
             Path(temporary).unlink(missing_ok=True)
     except (OSError, ValueError) as error:
-        raise ValueError(f'{out} can not be written: {" ".join(str(error).split())}') from error
+        raise ValueError(f'{out} can not be written: {first_line(error)}') from error
