@@ -1,0 +1,40 @@
+"""Makes mindspore.tar.xz with MindCV's own network code.
+
+    python -m venv VENV && VENV/bin/pip install mindspore mindcv
+    VENV/bin/python tests/data/make_mindspore.py
+
+The archive holds, for a plain and a v1b network, NAME.ckpt, and NAME.npz with images and the logits that MindSpore
+computes for them. The networks are thin and shallow, their weights sparse and rounded; statistics of the norms are random.
+"""
+
+import tempfile
+from pathlib import Path
+
+import mindspore
+import numpy as np
+from mindcv.models.res2net import Bottle2neck, Res2Net
+from reference import images, pack, random_value
+
+
+def main() -> None:
+    made = {
+        'res2net': dict(version='res2net', base_width=2, scale=4),
+        'res2net_v1b': dict(version='res2net_v1b', base_width=3, scale=3),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        for seed, (name, args) in enumerate(made.items()):
+            rng = np.random.default_rng(seed)
+            net = Res2Net(Bottle2neck, [1, 2, 1, 1], num_classes=5, **args)
+            for parameter in net.get_parameters():
+                positive = parameter.name.endswith(('moving_variance', 'gamma'))
+                parameter.set_data(mindspore.Tensor(random_value(parameter.shape, positive, rng)))
+            net.set_train(False)
+            mindspore.save_checkpoint(net, str(Path(folder, f'{name}.ckpt')))
+            shown = {f'images{size}': images(size, rng) for size in (64, 65)}
+            computed = {key.replace('images', 'logits'): net(mindspore.Tensor(x)).asnumpy() for key, x in shown.items()}
+            np.savez_compressed(Path(folder, f'{name}.npz'), **shown, **computed)
+        pack(folder, 'mindspore.tar.xz')
+
+
+if __name__ == '__main__':
+    main()

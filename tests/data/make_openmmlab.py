@@ -1,0 +1,92 @@
+"""Makes openmmlab.tar.xz with the backbones of mmpretrain and mmdet.
+
+    python -m venv VENV && VENV/bin/pip install torch mmengine mmcv-lite
+    VENV/bin/pip install --no-deps mmpretrain mmdet
+    VENV/bin/python tests/data/make_openmmlab.py
+
+The archive holds, for a classifier of mmpretrain with each of the two stems and for a detector of mmdet, NAME.pth, and
+NAME.npz with images and the four feature maps (for the classifiers the logits) that these libraries compute for them. The
+networks are thin, their weights sparse and rounded; statistics of the norms are random.
+"""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from reference import bare, images, pack, random_value
+from torch import nn
+
+
+class Classifier(nn.Module):
+    """The names of mmpretrain's ImageClassifier and LinearClsHead, whose imports need compiled operators."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.head = nn.ModuleDict({'fc': nn.Linear(2048, 5)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head['fc'](self.backbone(x)[-1].mean((2, 3)))
+
+
+class Detector(nn.Module):
+    """The names of a detector, which has more than a backbone."""
+
+    def __init__(self, backbone: nn.Module) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.neck = nn.ModuleDict({'lateral_convs': nn.Conv2d(256, 8, 1)})
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return self.backbone(x)
+
+
+def backbones() -> tuple[type[nn.Module], type[nn.Module]]:
+    """Imports mmpretrain's and mmdet's backbone."""
+    for name in ('mmpretrain', 'mmpretrain.models', 'mmpretrain.models.backbones'):
+        bare(name)
+    for name in ('mmdet', 'mmdet.models', 'mmdet.models.backbones'):
+        bare(name)
+    layers = bare('mmdet.models.layers')
+    from mmdet.models.layers.res_layer import ResLayer
+
+    layers.ResLayer = ResLayer
+    from mmdet.models.backbones.res2net import Res2Net as DetectorRes2Net
+    from mmpretrain.models.backbones.res2net import Res2Net
+
+    return Res2Net, DetectorRes2Net
+
+
+def main() -> None:
+    mmpretrain, mmdet = backbones()
+    args = dict(depth=50, scales=4, base_width=2)
+    made = {
+        'mmpretrain': Classifier(mmpretrain(deep_stem=False, avg_down=False, **args)),
+        'mmpretrain_deep_stem': Classifier(mmpretrain(deep_stem=True, avg_down=True, **args)),
+        'mmdet': Detector(mmdet(out_indices=(0, 1, 2, 3), **args)),
+    }
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        for seed, (name, model) in enumerate(made.items()):
+            rng = np.random.default_rng(seed)
+            norms = {id(norm.weight) for norm in model.modules() if isinstance(norm, nn.BatchNorm2d)}
+            for key, tensor in model.state_dict(keep_vars=True).items():
+                if tensor.is_floating_point():
+                    positive = key.endswith('running_var') or id(tensor) in norms
+                    tensor.copy_(torch.from_numpy(random_value(tuple(tensor.shape), positive, rng)))
+            torch.save({'meta': {}, 'state_dict': model.state_dict()}, Path(folder, f'{name}.pth'))
+            shown = {f'images{size}': images(size, rng) for size in (64, 65)}
+            computed = {}
+            for key, x in shown.items():
+                found = model.eval()(torch.from_numpy(x))
+                if isinstance(found, torch.Tensor):
+                    computed[key.replace('images', 'logits')] = found.numpy()
+                else:  # of every eighth channel of the first image, to save room
+                    maps = {f'{key.replace("images", "map")}_{i}': y[:1, ::8].numpy() for i, y in enumerate(found)}
+                    computed.update(maps)
+            np.savez_compressed(Path(folder, f'{name}.npz'), **shown, **computed)
+        pack(folder, 'openmmlab.tar.xz')
+
+
+if __name__ == '__main__':
+    main()

@@ -1,0 +1,84 @@
+"""Makes paddle.tar.xz with PaddleClas' own network code.
+
+    python -m venv VENV && VENV/bin/pip install paddlepaddle requests tqdm && VENV/bin/pip install --no-deps paddleclas
+    VENV/bin/python tests/data/make_paddle.py
+
+The archive holds, for each of three networks, NAME.pdparams as Paddle saves it today, NAME.tar with a file for each
+variable as it did before version 2, and NAME.npz with images and the logits that Paddle computes for them. The networks
+are thin and their weights sparse and rounded, so that the archive is small; statistics of the norms are random.
+"""
+
+import os
+import tarfile
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ['FLAGS_enable_pir_api'] = '0'  # its programs can't save single variables
+
+import numpy as np
+import paddle
+from reference import bare, images, pack, random_value
+
+
+def networks() -> tuple[Any, Any]:
+    """Imports the plain and the vd network."""
+    for name in ('', '.ppcls', '.ppcls.utils', '.ppcls.arch', '.ppcls.arch.backbone', '.ppcls.arch.backbone.model_zoo'):
+        bare(f'paddleclas{name}')
+    from paddleclas.ppcls.arch.backbone.model_zoo.res2net import Res2Net
+    from paddleclas.ppcls.arch.backbone.model_zoo.res2net_vd import Res2Net_vd
+
+    return Res2Net, Res2Net_vd
+
+
+def save(net: Any, path: Path, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Gives a network random values, saves them and what it computes, and returns them by the names of variables."""
+    values = {}
+    for tensor in net.state_dict().values():
+        positive = tensor.name.endswith(('_variance', '_scale'))
+        values[tensor.name] = random_value(tuple(tensor.shape), positive, rng)
+        tensor.set_value(values[tensor.name])
+    net.eval()
+    paddle.save(net.state_dict(), f'{path}.pdparams')
+    shown = {f'images{size}': images(size, rng) for size in (64, 65)}
+    computed = {name.replace('images', 'logits'): net(paddle.to_tensor(x)).numpy() for name, x in shown.items()}
+    np.savez_compressed(f'{path}.npz', **shown, **computed)
+    return values
+
+
+def save_static(make: Any, values: dict[str, np.ndarray], path: Path) -> None:
+    """Saves one file for each variable of a network."""
+    paddle.enable_static()
+    program = paddle.static.Program()
+    with paddle.static.program_guard(program, paddle.static.Program()):
+        make()(paddle.static.data('image', [1, 3, 64, 64]))
+    variables = [variable for variable in program.list_vars() if variable.name in values]
+    for variable in variables:
+        tensor = paddle.static.global_scope().var(variable.name).get_tensor()
+        tensor.set(values[variable.name], paddle.CPUPlace())
+    executor = paddle.static.Executor(paddle.CPUPlace())
+    with tempfile.TemporaryDirectory() as folder:
+        paddle.static.save_vars(executor, folder, main_program=program, vars=variables)
+        with tarfile.open(f'{path}.tar', 'w') as archive:
+            archive.add(folder, path.name)
+    paddle.disable_static()
+
+
+def main() -> None:
+    plain, vd = networks()
+    made = {
+        'res2net50': lambda: plain(layers=50, scales=4, width=2, class_num=5),
+        'res2net50_vd': lambda: vd(layers=50, scales=4, width=2, class_num=5),
+        'res2net200_vd': lambda: vd(layers=200, scales=3, width=1, class_num=5),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        for seed, (name, make) in enumerate(made.items()):
+            net = make()
+            values = save(net, Path(folder, name), np.random.default_rng(seed))
+            del net  # a new one may then have variables of the same names
+            save_static(make, values, Path(folder, name))
+        pack(folder, 'paddle.tar.xz')
+
+
+if __name__ == '__main__':
+    main()

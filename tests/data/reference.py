@@ -1,0 +1,45 @@
+"""What the scripts of this folder have in common: random values that compress well, and the archive they end in."""
+
+import lzma
+import sys
+import tarfile
+import types
+from importlib.machinery import PathFinder
+from pathlib import Path
+
+import numpy as np
+
+
+def bare(name: str) -> types.ModuleType:
+    """Makes a package importable without running its `__init__`, which may need much that a single file of it doesn't."""
+    top, *below = name.split('.')
+    module = types.ModuleType(name)
+    module.__path__ = [str(Path(PathFinder.find_spec(top).submodule_search_locations[0], *below))]
+    sys.modules[name] = module
+    return module
+
+
+def random_value(shape: tuple[int, ...], positive: bool, rng: np.random.Generator) -> np.ndarray:
+    """A random tensor: of each filter four weights are not zero; a vector is full, and positive where it must be."""
+    if len(shape) == 1:
+        vector = rng.uniform(0.5, 2, shape) if positive else rng.normal(0, 0.3, shape)
+        return (np.round(vector * 16) / 16).astype('float32')
+    filters = np.zeros((shape[0], int(np.prod(shape[1:]))), 'float32')
+    count = min(4, filters.shape[1])
+    for row in filters:
+        row[rng.choice(len(row), count, replace=False)] = np.round(rng.normal(0, count**-0.5, count) * 16) / 16
+    return filters.reshape(shape)
+
+
+def images(size: int, rng: np.random.Generator) -> np.ndarray:
+    """Two images, (2, 3, size, size) in -1..1, of 256 shades."""
+    return (rng.integers(0, 256, (2, 3, size, size)) / 128 - 1).astype('float32')
+
+
+def pack(folder: str, name: str) -> None:
+    """Puts the files of a folder in an archive beside this script. Related ones are neighbours, which saves room."""
+    filters = [{'id': lzma.FILTER_LZMA2, 'preset': 9 | lzma.PRESET_EXTREME, 'dict_size': 1 << 26}]
+    with lzma.open(Path(__file__).with_name(name), 'w', filters=filters) as file:
+        with tarfile.open(fileobj=file, mode='w') as archive:
+            for path in sorted(Path(folder).iterdir()):
+                archive.add(path, path.name)

@@ -1,0 +1,449 @@
+"""Names of tensors in other people's files, as tables, and a pure function from theirs to timm's and one back.
+
+A dialect has also a meaning. Files of different dialects can hold tensors of the same shapes for networks that compute
+different things, so each dialect says which first block (see `blocks.FIRST_BLOCKS`) its networks have.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .readers import CheckpointError
+
+__all__ = ['DIALECTS', 'Dialect', 'Translation', 'export', 'recognise', 'translate']
+
+# A row renames what a name begins with, theirs to ours; the first row that fits counts. {s} is the number of a stage, {i}
+# of a block in it, {k} of a convolution in that, {j} of a layer in a shortcut, {letter} a block counted by letters, {path}
+# says nothing new. What is beside the network in a file is written as in a path: ../head is the neighbour of backbone.
+Rows = tuple[tuple[str, str], ...]
+NUMBERS = {'letter': r'[a-z]\d*', 'path': r'\w+?'}  # all others are \d+
+
+PADDLE_BLOCKS = (
+    ('bb_{s}_{i}.conv0._conv.', 'layer{s}.{i}.conv1.'),
+    ('bb_{s}_{i}.conv0._batch_norm.', 'layer{s}.{i}.bn1.'),
+    ('bb_{s}_{i}.{path}_branch2b_{k}._conv.', 'layer{s}.{i}.convs.{k}.'),
+    ('bb_{s}_{i}.{path}_branch2b_{k}._batch_norm.', 'layer{s}.{i}.bns.{k}.'),
+    ('bb_{s}_{i}.conv2._conv.', 'layer{s}.{i}.conv3.'),
+    ('bb_{s}_{i}.conv2._batch_norm.', 'layer{s}.{i}.bn3.'),
+    ('out.', 'fc.'),
+)
+PADDLE_STEM = (
+    ('conv1._conv.', 'conv1.'),
+    ('conv1._batch_norm.', 'bn1.'),
+    ('bb_{s}_{i}.short._conv.', 'layer{s}.{i}.downsample.0.'),
+    ('bb_{s}_{i}.short._batch_norm.', 'layer{s}.{i}.downsample.1.'),
+)
+PADDLE_DEEP_STEM = (
+    ('conv1_1._conv.', 'conv1.0.'),
+    ('conv1_1._batch_norm.', 'conv1.1.'),
+    ('conv1_2._conv.', 'conv1.3.'),
+    ('conv1_2._batch_norm.', 'conv1.4.'),
+    ('conv1_3._conv.', 'conv1.6.'),
+    ('conv1_3._batch_norm.', 'bn1.'),
+    ('bb_{s}_{i}.short._conv.', 'layer{s}.{i}.downsample.1.'),
+    ('bb_{s}_{i}.short._batch_norm.', 'layer{s}.{i}.downsample.2.'),
+)
+ARCHIVE_BLOCKS = (
+    ('res{s}{letter}_branch2a_', 'layer{s}.{i}.conv1.'),
+    ('bn{s}{letter}_branch2a_', 'layer{s}.{i}.bn1.'),
+    ('res{s}{letter}_branch2b_{k}_', 'layer{s}.{i}.convs.{k}.'),
+    ('bn{s}{letter}_branch2b_{k}_', 'layer{s}.{i}.bns.{k}.'),
+    ('res{s}{letter}_branch2c_', 'layer{s}.{i}.conv3.'),
+    ('bn{s}{letter}_branch2c_', 'layer{s}.{i}.bn3.'),
+    ('fc_', 'fc.'),
+)
+ARCHIVE_STEM = (
+    ('conv1_', 'conv1.'),
+    ('bn_conv1_', 'bn1.'),
+    ('res{s}{letter}_branch1_', 'layer{s}.{i}.downsample.0.'),
+    ('bn{s}{letter}_branch1_', 'layer{s}.{i}.downsample.1.'),
+)
+ARCHIVE_DEEP_STEM = (
+    ('conv1_1_', 'conv1.0.'),
+    ('bnv1_1_', 'conv1.1.'),  # PaddleClas cuts three letters off conv1_1, as it does with res2a
+    ('conv1_2_', 'conv1.3.'),
+    ('bnv1_2_', 'conv1.4.'),
+    ('conv1_3_', 'conv1.6.'),
+    ('bnv1_3_', 'bn1.'),
+    ('res{s}{letter}_branch1_', 'layer{s}.{i}.downsample.1.'),
+    ('bn{s}{letter}_branch1_', 'layer{s}.{i}.downsample.2.'),
+)
+DETECTION_BLOCKS = (
+    ('res{s}.blocks.{i}.branch2a.conv.', 'layer{s}.{i}.conv1.'),
+    ('res{s}.blocks.{i}.branch2a.norm.', 'layer{s}.{i}.bn1.'),
+    ('res{s}.blocks.{i}.branch2b.{k}.conv.', 'layer{s}.{i}.convs.{k}.'),
+    ('res{s}.blocks.{i}.branch2b.{k}.norm.', 'layer{s}.{i}.bns.{k}.'),
+    ('res{s}.blocks.{i}.branch2c.conv.', 'layer{s}.{i}.conv3.'),
+    ('res{s}.blocks.{i}.branch2c.norm.', 'layer{s}.{i}.bn3.'),
+    ('res{s}.blocks.{i}.branch1.conv.conv.', 'layer{s}.{i}.downsample.1.'),  # with an average pool before it
+    ('res{s}.blocks.{i}.branch1.conv.norm.', 'layer{s}.{i}.downsample.2.'),
+    ('res{s}.blocks.{i}.branch1.conv.', 'layer{s}.{i}.downsample.0.'),
+    ('res{s}.blocks.{i}.branch1.norm.', 'layer{s}.{i}.downsample.1.'),
+)
+DETECTION_STEM = (
+    ('res1.conv1.conv.', 'conv1.'),
+    ('res1.conv1.norm.', 'bn1.'),
+)
+DETECTION_DEEP_STEM = (
+    ('res1.conv1_1.conv.', 'conv1.0.'),
+    ('res1.conv1_1.norm.', 'conv1.1.'),
+    ('res1.conv1_2.conv.', 'conv1.3.'),
+    ('res1.conv1_2.norm.', 'conv1.4.'),
+    ('res1.conv1_3.conv.', 'conv1.6.'),
+    ('res1.conv1_3.norm.', 'bn1.'),
+)
+MINDCV_SHORTCUT = (('layer{s}.{i}.down_sample.{j}.', 'layer{s}.{i}.downsample.{j}.'),)
+MINDCV_DEEP_SHORTCUT = (  # where the stride is 1, MindCV counts from 0, timm keeps a place for the pool
+    ('layer1.0.down_sample.0.', 'layer1.0.downsample.1.'),
+    ('layer1.0.down_sample.1.', 'layer1.0.downsample.2.'),
+    *MINDCV_SHORTCUT,
+)
+MMPRETRAIN_DEEP_STEM = (
+    ('stem.0.conv.', 'conv1.0.'),
+    ('stem.0.bn.', 'conv1.1.'),
+    ('stem.1.conv.', 'conv1.3.'),
+    ('stem.1.bn.', 'conv1.4.'),
+    ('stem.2.conv.', 'conv1.6.'),
+    ('stem.2.bn.', 'bn1.'),
+)
+MMDET_STEM = (
+    ('stem.0.', 'conv1.0.'),
+    ('stem.1.', 'conv1.1.'),
+    ('stem.3.', 'conv1.3.'),
+    ('stem.4.', 'conv1.4.'),
+    ('stem.6.', 'conv1.6.'),
+    ('stem.7.', 'bn1.'),
+)
+DETECTRON_BLOCKS = (
+    ('res{s}.{i}.conv1.norm.', 'layer{s}.{i}.bn1.'),
+    ('res{s}.{i}.conv3.norm.', 'layer{s}.{i}.bn3.'),
+    ('res{s}.{i}.shortcut.1.norm.', 'layer{s}.{i}.downsample.2.'),
+    ('res{s}.{i}.shortcut.1.', 'layer{s}.{i}.downsample.1.'),
+    ('res{s}.{i}.shortcut.norm.', 'layer{s}.{i}.downsample.1.'),
+    ('res{s}.{i}.shortcut.', 'layer{s}.{i}.downsample.0.'),
+    ('res{s}.{i}.', 'layer{s}.{i}.'),
+    ('stem.conv1.norm.', 'bn1.'),
+    ('stem.', ''),
+)
+PORT_BLOCKS = (
+    ('layer{s}.{i}.conv2.{k}.', 'layer{s}.{i}.convs.{k}.'),
+    ('layer{s}.{i}.bn2.{k}.', 'layer{s}.{i}.bns.{k}.'),
+)
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """How one body of code names the tensors of its networks, and what these compute."""
+
+    whose: str  # files
+    anchors: tuple[str, ...]  # one of these tensors is in each of them
+    stems: tuple[tuple[str, Rows], ...]  # one of these too, and which it is decides on more rows: plain stem, then deep
+    rows: Rows = ()
+    tensors: dict[str, str] = field(default_factory=dict)  # the last part of a name
+    shift: dict[str, int] = field(default_factory=dict)  # what our numbers are more than theirs
+    first_block: str | None = 'official'  # what the first block of a stage computes; None where that is not one of ours
+    in_detector: str | None = None  # the same, where the network is a part of a larger one
+    dead: tuple[str, ...] = ()  # modules that nothing ever runs
+    transposed: bool = False  # the classifier is (in, out)
+    raw_split_first: bool = False  # equation (1) of the paper counts splits from the one that is not convolved
+    home: str = ''  # where they put the network in a file
+
+
+# The order counts: later ones take what earlier ones leave.
+DIALECTS = {
+    'paddleclas': Dialect(
+        'PaddleClas, .pdparams',
+        ('bb_0_0.conv0._conv.weight',),
+        (('conv1._conv.weight', PADDLE_STEM), ('conv1_1._conv.weight', PADDLE_DEEP_STEM)),
+        PADDLE_BLOCKS,
+        tensors={'_mean': 'running_mean', '_variance': 'running_var'},
+        shift={'s': 1, 'k': -1},
+        first_block='paddle',
+        transposed=True,
+    ),
+    'paddle-archive': Dialect(
+        'PaddleClas before Paddle 2, .tar',
+        ('res2a_branch2a_weights',),
+        (('conv1_weights', ARCHIVE_STEM), ('conv1_1_weights', ARCHIVE_DEEP_STEM)),
+        ARCHIVE_BLOCKS,
+        tensors=dict(weights='weight', scale='weight', offset='bias', mean='running_mean', variance='running_var'),
+        shift={'s': -1, 'k': -1},
+        first_block='paddle',
+        transposed=True,
+    ),
+    'paddledetection': Dialect(
+        'PaddleDetection, .pdparams',
+        ('res2.blocks.0.branch2a.conv.weight',),
+        (('res1.conv1.conv.weight', DETECTION_STEM), ('res1.conv1_1.conv.weight', DETECTION_DEEP_STEM)),
+        DETECTION_BLOCKS,
+        tensors={'_mean': 'running_mean', '_variance': 'running_var'},
+        shift={'s': -1},
+        first_block='paddle',
+    ),
+    'mindcv': Dialect(
+        'MindCV, .ckpt of MindSpore',
+        ('layer1.0.bn1.gamma',),
+        (('conv1.weight', MINDCV_SHORTCUT), ('conv1.0.weight', MINDCV_DEEP_SHORTCUT)),
+        (('classifier.', 'fc.'),),
+        tensors=dict(gamma='weight', beta='bias', moving_mean='running_mean', moving_variance='running_var'),
+    ),
+    'mmpretrain': Dialect(
+        'mmpretrain (mmcls), .pth',
+        ('layer1.0.convs.0.weight',),
+        (('../head.fc.weight', ()), ('stem.0.conv.weight', MMPRETRAIN_DEEP_STEM)),
+        (('../head.fc.', 'fc.'),),
+        home='backbone.',
+    ),
+    'mmdet': Dialect(
+        'mmdet, .pth: detectors have its own first block, backbones converted for it the authors',
+        ('layer1.0.convs.0.weight',),
+        (('stem.7.weight', MMDET_STEM),),
+        in_detector='mmdet',
+    ),
+    'detectron2': Dialect(
+        "the authors' fork of detectron2, .pkl: detectors have mmdet's first block, backbones the authors'",
+        ('res2.0.convs.0.weight',),
+        (('stem.conv1.weight', ()), ('stem.conv1.0.weight', ())),
+        DETECTRON_BLOCKS,
+        shift={'s': -1},
+        in_detector='mmdet',
+    ),
+    'official': Dialect(
+        "the authors' code, timm, Jittor, this package and all that build on them (PraNet, ...)",
+        ('layer1.0.convs.0.weight', 'layer1.big.0.convs.0.weight', 'level2.tree1.convs.0.weight'),
+        (('conv1.weight', ()), ('conv1.0.weight', ()), ('base_layer.0.weight', ())),
+        dead=('level3.project.', 'level4.project.', 'level4.tree1.project.'),
+    ),
+    'equation-1': Dialect(
+        'ports that keep the first split as it is, as equation (1) of the paper, with conv2.k for convs.k',
+        ('layer1.0.conv2.0.weight', 'layer1.0.convs.0.weight'),
+        (('conv1.weight', ()), ('conv1.0.weight', ())),
+        PORT_BLOCKS,
+        first_block=None,
+        raw_split_first=True,
+    ),
+}
+EXPORTS = ('official', 'mmpretrain', 'paddleclas')
+WRAPPERS = {'state_dict', 'state_dict_ema', 'model', 'model_ema', 'model_state', 'ema', 'module', '_orig_mod', 'net'}
+
+
+@dataclass(frozen=True)
+class Translation:
+    """A network's tensors under timm's names, and what was done to get there."""
+
+    state: dict[str, Tensor]
+    dialect: str
+    prefix: str  # what preceded the network's names
+    first_block: str | None
+    dropped: tuple[str, ...]  # their names
+    filled: tuple[str, ...]  # ours
+    cast: dict[str, int]  # how many tensors became float32, by what they were
+
+
+@cache
+def pattern(template: str) -> re.Pattern[str]:
+    """Compiles one side of a row."""
+    escaped = re.escape(template)
+    return re.compile(re.sub(r'\\{(\w+)\\}', lambda m: f'(?P<{m[1]}>{NUMBERS.get(m[1], r"[0-9]+")})', escaped))
+
+
+def renamed(name: str, rows: Rows, tensors: Mapping[str, str], shift: Mapping[str, int], blocks: int = 0) -> str | None:
+    """Renames a tensor by the first row that fits the beginning of its name.
+
+    Args:
+        name: Of the tensor.
+        rows: From, to.
+        tensors: The same for the last part.
+        shift: What to add to the numbers.
+        blocks: In stage 3, on the way back to Paddle's names.
+
+    Returns:
+        The new name; None for a name of no module that no row knows.
+    """
+    for source, target in rows:
+        if match := pattern(source).match(name):
+            numbers: dict[str, Any] = match.groupdict()
+            if 'letter' in numbers:  # a, b, c or, where Paddle feared to run out of them, a, b1, b2
+                letter = numbers['letter']
+                numbers['i'] = int(letter[1:]) if len(letter) > 1 else ord(letter) - ord('a')
+            if '{path}' in target:
+                s, i = int(numbers['s']), int(numbers['i'])
+                numbers['path'] = f'res{s + 1}' + (
+                    ('b' * (i > 0) or 'a') + str(i or '') if s == 3 and blocks > 6 else chr(97 + i)
+                )
+            numbers = {
+                key: int(value) + shift.get(key, 0) if str(value).isdigit() else value for key, value in numbers.items()
+            }
+            rest = name[match.end() :]
+            return target.format(**numbers) + tensors.get(rest, rest)
+    module, dot, rest = name.rpartition('.')
+    return module + dot + tensors.get(rest, rest) if dot and not name.startswith('../') else None
+
+
+def at(prefix: str, name: str) -> str:
+    """The full name of a tensor that is named from the network's point of view."""
+    while name.startswith('../'):
+        parent = prefix[:-1].rpartition('.')[0]
+        prefix, name = parent + '.' if parent else '', name[3:]
+    return prefix + name
+
+
+def recognise(names: Mapping[str, Any], dialect: str | None = None, prefix: str | None = None) -> tuple[str, str, Rows]:
+    """Finds a Res2Net in a file.
+
+    Args:
+        names: Of the tensors.
+        dialect: The only one to look for.
+        prefix: The only place to look at.
+
+    Returns:
+        The dialect, what precedes the network's names, and the rows to rename it by.
+
+    Raises:
+        CheckpointError: If there is none, or more than one.
+    """
+    if dialect is not None and dialect not in DIALECTS:
+        raise ValueError(f'dialect={dialect!r} is not known; choose from {", ".join(DIALECTS)}')
+    for key, found in DIALECTS.items():
+        if dialect not in (None, key):
+            continue
+        places = {}
+        for anchor in found.anchors:
+            for name in names:
+                place = name.removesuffix(anchor)
+                if place == name or (place and place[-1] != '.') or prefix not in (None, place):
+                    continue
+                for stem, rows in found.stems:
+                    if at(place, stem) in names:
+                        places[place] = rows + found.rows
+        averaged = {
+            place: rows for place, rows in places.items() if place.startswith(('state_dict_ema.', 'model_ema.'))
+        }
+        if len(places) > 1 and len(averaged) == 1:
+            places = averaged  # as timm prefers it
+        if len(places) > 1:
+            raise CheckpointError(
+                f'there are several Res2Nets in it, under {", ".join(map(repr, places))}; say which one by prefix='
+            )
+        for place, rows in places.items():
+            return key, place, rows
+    wanted = f' in the dialect {dialect}' if dialect else ''
+    under = '' if prefix is None else f' under {prefix!r}'
+    hint = ''
+    if any(name.endswith('layer1.0.conv2.weight') for name in names):
+        hint = '. It has the names of a plain ResNet, without splits'
+    first = ', '.join(list(names)[:3]) or 'none'
+    raise CheckpointError(f'there is no Res2Net{wanted}{under} among its {len(names)} tensors (first: {first}){hint}')
+
+
+def flat(tree: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of nested dicts, by names joined with dots."""
+    found: dict[str, Tensor] = {}
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            found.update({f'{name}.{inner}': tensor for inner, tensor in flat(value).items()})
+        elif isinstance(value, Tensor):
+            found[name] = value
+    return found
+
+
+def translate(tree: Mapping[str, Any], dialect: str | None = None, prefix: str | None = None) -> Translation:
+    """Brings a network's tensors from whatever names they have to timm's. The tensors given stay as they are.
+
+    Args:
+        tree: Nested dicts with tensors, as a file holds them; wrappers such as `state_dict` or `module.` don't matter.
+        dialect: Key of `DIALECTS`, recognised if None.
+        prefix: What precedes the network's names, found out if None.
+
+    Returns:
+        The tensors, floating-point ones as float32, counters of batches that are missing filled in as 0.
+
+    Raises:
+        CheckpointError: If there is no Res2Net among them, or more than one, or a value is NaN or infinite.
+    """
+    tensors = flat(tree)
+    key, prefix, rows = recognise(tensors, dialect, prefix)
+    names = DIALECTS[key]
+    parent = at(prefix, '../')
+    state: dict[str, Tensor] = {}
+    dropped: list[str] = []
+    cast: dict[str, int] = {}
+    for full, value in tensors.items():
+        inside = full.startswith(prefix)
+        outside = '../' + full.removeprefix(parent) if prefix and full.startswith(parent) else '../'
+        ours = renamed(full[len(prefix) :] if inside else outside, rows, names.tensors, names.shift)
+        if ours is None or ours.startswith(names.dead):
+            dropped.append(full)
+            continue
+        if ours in state:
+            raise CheckpointError(f'{full} becomes {ours}, which is there already')
+        if value.is_floating_point() and not torch.isfinite(value).all():
+            raise CheckpointError(
+                f'{full} holds values that are NaN or infinite; this training failed, take an earlier file'
+            )
+        if value.is_floating_point() and value.dtype != torch.float32:
+            cast[str(value.dtype).removeprefix('torch.')] = cast.get(str(value.dtype).removeprefix('torch.'), 0) + 1
+            value = value.float()
+        state[ours] = value
+    if names.transposed and 'fc.weight' in state:
+        state['fc.weight'] = state['fc.weight'].t().contiguous()
+    if names.raw_split_first:
+        state = last_split_raw(state)
+    counters = [
+        name.removesuffix('running_var') + 'num_batches_tracked' for name in state if name.endswith('.running_var')
+    ]
+    filled = [name for name in counters if name not in state]
+    state.update({name: torch.tensor(0) for name in filled})
+    part_of_more = set(prefix.split('.')[:-1]) - WRAPPERS
+    first_block = names.in_detector if names.in_detector and part_of_more else names.first_block
+    return Translation(state, key, prefix, first_block, tuple(dropped), tuple(filled), cast)
+
+
+def last_split_raw(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Reorders channels from equation (1), whose first split is not convolved, to the published code, whose last is."""
+    moved = dict(state)
+    for name, weight in state.items():
+        if name.endswith('.convs.0.weight'):
+            block, width = name.removesuffix('convs.0.weight'), len(weight)
+            for each in ('conv1.weight', 'bn1.weight', 'bn1.bias', 'bn1.running_mean', 'bn1.running_var'):
+                if block + each in state:
+                    moved[block + each] = state[block + each].roll(-width, 0)
+            moved[block + 'conv3.weight'] = state[block + 'conv3.weight'].roll(-width, 1)
+    return moved
+
+
+def export(state: Mapping[str, Tensor], dialect: str) -> dict[str, Tensor]:
+    """Brings tensors from timm's names to those of another body of code, which can then load them.
+
+    Args:
+        state: A ResNet-hosted model's, under timm's names.
+        dialect: 'official', 'mmpretrain' or 'paddleclas'.
+
+    Raises:
+        ValueError: For another dialect, or for a network that this code does not have.
+    """
+    if dialect not in EXPORTS:
+        raise ValueError(f'there is no export to {dialect!r}; choose from {", ".join(EXPORTS)}')
+    if 'layer4.0.convs.0.weight' not in state or any('.se.' in name for name in state):
+        raise ValueError(
+            f"only plain ResNet-hosted Res2Nets can be exported; {dialect}'s code has no other that is like ours"
+        )
+    names = DIALECTS[dialect]
+    deep = 'conv1.0.weight' in state
+    rows = tuple((ours, theirs) for theirs, ours in names.stems[deep][1] + names.rows)
+    tensors = {ours: theirs for theirs, ours in names.tensors.items()}
+    shift = {key: -value for key, value in names.shift.items()}
+    blocks = sum(re.fullmatch(r'layer3\.\d+\.conv1\.weight', name) is not None for name in state)
+    exported = {}
+    for name, value in state.items():
+        if names.tensors and name.endswith('num_batches_tracked'):
+            continue
+        if names.transposed and name == 'fc.weight':
+            value = value.t()
+        exported[at(names.home, str(renamed(name, rows, tensors, shift, blocks)))] = value.contiguous()
+    return exported

@@ -1,0 +1,394 @@
+"""Tensors out of files that somebody else wrote, without running anything that is in them.
+
+A file's first bytes tell its format, its name doesn't: safetensors, torch's archives (today's and those before 1.6),
+pickles of numpy arrays (Paddle's .pdparams, detectron2's and Jittor's .pkl), Paddle's archives of one file for each
+variable, and MindSpore's .ckpt. Memory stays within a small multiple of the file's size.
+"""
+
+import argparse
+import io
+import math
+import os
+import pickle
+import re
+import struct
+import tarfile
+import zipfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from .files import first_line
+
+__all__ = ['CheckpointError', 'Contents', 'read']
+
+EXPANSION = 4  # times the file's size: more than that, and a file claims to hold what it can't
+
+DTYPES = {  # by numpy's code
+    'f2': torch.float16,
+    'f4': torch.float32,
+    'f8': torch.float64,
+    'i1': torch.int8,
+    'i2': torch.int16,
+    'i4': torch.int32,
+    'i8': torch.int64,
+    'u1': torch.uint8,
+    'b1': torch.bool,
+    'bf16': torch.bfloat16,  # ours: numpy has none
+}
+
+
+class CheckpointError(ValueError):
+    """A file of weights can't be read, or is not what the model needs."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What a file holds: nested dicts with tensors, and whatever else there is, as leaves; and its own metadata."""
+
+    tree: dict[str, Any]
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+def read(path: str | os.PathLike[str]) -> Contents:
+    """Reads a file of weights.
+
+    Raises:
+        CheckpointError: If it can't be read, or wants more than to hold tensors: the message says what it wants.
+    """
+    try:
+        with open(path, 'rb') as file:
+            head = file.read(512)
+    except OSError as error:
+        raise CheckpointError(f'{path} can not be opened: {error.strerror or error}') from error
+    kind, reader = recognise(head, path)
+    try:
+        return reader(str(path))
+    except CheckpointError as error:
+        raise CheckpointError(f'{path} is refused: {error}') from error
+    except Exception as error:  # a decoder of damaged data can raise nearly anything
+        raise CheckpointError(
+            f'{path} begins as {kind} but can not be read: {first_line(error)}. It may be cut or damaged; fetch it again'
+        ) from error
+
+
+def recognise(head: bytes, path: str | os.PathLike[str]) -> tuple[str, Any]:
+    """Tells a file's format, and how to read it, from its first bytes."""
+    if head[8:9] == b'{':
+        return 'safetensors', read_safetensors
+    if head.startswith((b'PK\x03\x04', b'\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19')):
+        return 'an archive of torch', read_torch
+    if head.startswith(b'\x80'):
+        return 'a pickle', read_pickle
+    if head[257:262] == b'ustar':
+        return 'a tape archive', read_paddle_archive
+    if head.startswith(b'\x0a'):
+        return "MindSpore's checkpoint", read_mindspore
+    if head.startswith(b'\x89HDF'):
+        raise CheckpointError(f"{path} is an HDF5 file, as Keras writes; the Res2Nets for Keras are timm's, take those")
+    raise CheckpointError(
+        f'{path} is no file of weights that can be read: it begins with {head[:8]!r}. '
+        'Give safetensors, .pth, .pdparams, .pkl, .ckpt of MindSpore, or .tar of Paddle'
+    )
+
+
+def tensor(raw: Any, dtype: str, shape: Any) -> Tensor:
+    """Makes a tensor of little-endian bytes, which it copies.
+
+    Args:
+        raw: The bytes.
+        dtype: Key of `DTYPES`.
+        shape: A sequence of sizes.
+
+    Raises:
+        CheckpointError: If these don't go together.
+    """
+    if dtype not in DTYPES:
+        raise CheckpointError(f'it holds values of type {dtype}, which are no weights')
+    sizes = [int(size) for size in shape]
+    wanted = math.prod(sizes) * DTYPES[dtype].itemsize
+    if min(sizes, default=0) < 0 or len(raw) != wanted:
+        raise CheckpointError(f'it holds {len(raw)} bytes for a tensor of shape {sizes} and type {dtype}')
+    if wanted == 0:
+        return torch.empty(sizes, dtype=DTYPES[dtype])
+    return torch.frombuffer(bytearray(raw), dtype=DTYPES[dtype]).reshape(sizes)
+
+
+def read_safetensors(path: str) -> Contents:
+    """Reads a file of safetensors."""
+    with safe_open(path, 'pt') as file:
+        return Contents({name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {})  # noqa: SIM118
+
+
+# torch
+
+
+class Ignored:
+    """Stands in for the training statistics that mmengine saves beside the weights."""
+
+    def __init__(self, *args: Any) -> None: ...
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+IGNORED = [
+    'mmengine.logging.history_buffer.HistoryBuffer',
+    'numpy.core.multiarray._reconstruct',
+    'numpy._core.multiarray._reconstruct',
+    'numpy.core.multiarray.scalar',
+    'numpy._core.multiarray.scalar',
+    'numpy.ndarray',
+    'numpy.dtype',
+]
+
+
+def read_torch(path: str) -> Contents:
+    """Reads what `torch.save` wrote, of which only tensors, plain containers and training options are loaded."""
+    size = os.path.getsize(path)
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            claimed = sum(info.file_size for info in archive.infolist())
+        if claimed > EXPANSION * size:
+            raise CheckpointError(f'its {size:,} bytes unpack to {claimed:,}, which no file of weights does')
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace, *((Ignored, name) for name in IGNORED)]):
+            found = torch.load(path, map_location='cpu', weights_only=True)
+    except pickle.UnpicklingError as error:
+        wanted = re.search(r'(?:GLOBAL|function|class|instances of type) ([\w.]+)', str(error))
+        if wanted is None:
+            raise
+        raise CheckpointError(
+            f'it wants {wanted[1]}, and a file of weights needs only tensors. If you trust it, save it again without: '
+            "torch.save({'state_dict': torch.load(FILE, weights_only=False)['state_dict']}, NEW_FILE)"
+        ) from error
+    tree = containers(found)
+    claimed = sum(leaf.numel() * leaf.element_size() for leaf in leaves(tree) if isinstance(leaf, Tensor))
+    if claimed > EXPANSION * size:
+        raise CheckpointError(f'its {size:,} bytes claim to be tensors of {claimed:,}')
+    return Contents(tree)
+
+
+def leaves(tree: Any) -> Iterator[Any]:
+    """All that a tree holds."""
+    for value in tree.values():
+        if isinstance(value, dict):
+            yield from leaves(value)
+        else:
+            yield value
+
+
+# Pickles of numpy arrays
+
+
+class ArrayType:
+    """Stands in for `numpy.dtype`: type code, then byte order."""
+
+    def __init__(self, code: str, *flags: Any) -> None:
+        self.code = code
+
+    def __setstate__(self, state: Any) -> None:
+        if state[1] not in ('<', '|', '='):
+            raise CheckpointError(f'it holds numbers of byte order {state[1]!r}, which no machine for training has')
+
+
+class Array:
+    """Stands in for an array of numpy, of which it accepts just bytes of the size that its shape tells."""
+
+    def __init__(self, spend: Callable[[int], None]) -> None:
+        self.spend = spend
+        self.value: Tensor | None = None
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, fortran, raw = state
+        if not isinstance(dtype, ArrayType) or not isinstance(raw, bytes | str):
+            raise CheckpointError('it holds an array of Python objects, which are no weights')
+        raw = raw.encode('latin1') if isinstance(raw, str) else raw
+        self.spend(len(raw))
+        value = tensor(raw, dtype.code, shape[::-1] if fortran else shape)
+        self.value = value.permute(*reversed(range(value.ndim))) if fortran else value
+
+
+class ArrayUnpickler(pickle._Unpickler):
+    """Builds arrays and plain containers.
+
+    Python's own implementation is used, as that in C makes room for any memo index that a damaged file names. Nothing
+    that a pickle can name is ever called: names stand for the methods below, which make the stand-ins.
+    """
+
+    dispatch = dict(pickle._Unpickler.dispatch)
+
+    def __init__(self, file: Any, size: int) -> None:
+        super().__init__(file, encoding='latin1')
+        self.left = EXPANSION * size  # bytes that may still be made; a pickle can use one string many times
+
+    def find_class(self, module: str, name: str) -> Any:
+        allowed = {
+            'multiarray._reconstruct': self.array,
+            'numeric._frombuffer': self.array_of_buffer,
+            'ndarray': 'ndarray',  # only an argument of _reconstruct
+            'dtype': ArrayType,
+            'collections.OrderedDict': self.ordered_dict,
+            '_codecs.encode': self.encode,
+            'builtins.tuple': self.tuple,
+            '__builtin__.tuple': self.tuple,
+        }
+        full = f'{module}.{name}'
+        found = allowed.get(re.sub(r'^numpy\.(_?core\.)?', '', full) if module.startswith('numpy') else full)
+        if found is None:
+            raise CheckpointError(f'it wants {full}, and a file of weights needs only arrays')
+        return found
+
+    def load_build(self) -> None:
+        """Sets the state of a stand-in, and of nothing else."""
+        state = self.stack.pop()
+        target = self.stack[-1]
+        if not isinstance(target, Array | ArrayType):
+            raise CheckpointError(
+                f'it wants to change a {type(target).__name__}, and a file of weights needs only arrays'
+            )
+        target.__setstate__(state)
+
+    dispatch[pickle.BUILD[0]] = load_build
+
+    def spend(self, size: int) -> None:
+        self.left -= size
+        if self.left < 0:
+            raise CheckpointError('it unpacks to much more than its size, which no file of weights does')
+
+    def array(self, *args: Any) -> Array:
+        return Array(self.spend)
+
+    def array_of_buffer(self, raw: Any, dtype: ArrayType, shape: Any, order: str) -> Array:
+        found = self.array()
+        found.__setstate__((1, shape, dtype, order == 'F', bytes(raw)))
+        return found
+
+    def ordered_dict(self, items: Any = ()) -> dict[Any, Any]:
+        self.spend(100 * len(items))
+        return dict(items)
+
+    def encode(self, text: str, encoding: str) -> bytes:
+        self.spend(len(text))
+        return text.encode('latin1')
+
+    def tuple(self, items: Any) -> Any:
+        self.spend(100 * len(items))
+        return (*items,)
+
+
+def read_pickle(path: str) -> Contents:
+    """Reads a pickle of numpy arrays."""
+    data = Path(path).read_bytes()
+    return Contents(containers(ArrayUnpickler(io.BytesIO(data), len(data)).load()))
+
+
+def containers(value: Any, depth: int = 4) -> dict[str, Any]:
+    """Copies nested dicts with strings for keys, and makes tensors of arrays and of Paddle's pairs (name, array)."""
+    if not isinstance(value, dict):
+        raise CheckpointError(f'it holds a {type(value).__name__} where names with tensors are expected')
+    found: dict[str, Any] = {}
+    for name, item in value.items():
+        if isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], Array):
+            item = item[1]
+        if isinstance(item, dict) and depth:
+            item = containers(item, depth - 1)
+        found[str(name)] = item.value if isinstance(item, Array) else item
+    return found
+
+
+# Protocol buffers, and the two formats that use them
+
+
+def varint(data: memoryview, at: int) -> tuple[int, int]:
+    """Reads a number of variable length, and where it ends."""
+    value = shift = 0
+    while True:
+        byte = data[at]
+        value |= (byte & 127) << shift
+        at, shift = at + 1, shift + 7
+        if byte < 128:
+            return value, at
+        if shift > 63:
+            raise CheckpointError('it is damaged: a number has no end')
+
+
+def fields(data: memoryview) -> Iterator[tuple[int, Any]]:
+    """Reads a message of protocol buffers: the number of each field, and an integer or the field's bytes."""
+    at = 0
+    while at < len(data):
+        key, at = varint(data, at)
+        kind = key & 7
+        if kind == 0:
+            value, at = varint(data, at)
+            yield key >> 3, value
+            continue
+        if kind == 2:
+            size, at = varint(data, at)
+        elif kind in (1, 5):
+            size = 8 if kind == 1 else 4
+        else:
+            raise CheckpointError(f'it is damaged: there are no fields of kind {kind}')
+        if at + size > len(data):
+            raise CheckpointError('it is cut: a field ends beyond the end of the file')
+        yield key >> 3, data[at : at + size]
+        at += size
+
+
+def read_mindspore(path: str) -> Contents:
+    """Reads MindSpore's checkpoint: Checkpoint {1: Value {1: name, 2: Tensor {1: sizes, 2: type, 3: bytes}}}."""
+    types = {'Float32': 'f4', 'Float16': 'f2', 'Float64': 'f8', 'BFloat16': 'bf16', 'Int32': 'i4', 'Int64': 'i8'}
+    data = memoryview(Path(path).read_bytes())
+    if data[-17:-10] == b'crc_num':  # a check sum that some versions append
+        data = data[:-17]
+    tree: dict[str, Any] = {}
+    for number, value in fields(data):
+        name, sizes, dtype, raw = '', [], '', memoryview(b'')
+        for part, content in fields(value) if number == 1 else ():
+            if part == 1:
+                name = bytes(content).decode()
+            for key, item in fields(content) if part == 2 else ():
+                if key == 1:
+                    sizes.append(item)
+                elif key == 2:
+                    dtype = bytes(item).decode()
+                elif key == 3:
+                    raw = item
+        if not name or name in tree:
+            raise CheckpointError(f'it is damaged: the name {name!r} is empty or there twice')
+        tree[name] = tensor(raw, types.get(dtype, dtype), sizes)
+    return Contents(tree)
+
+
+def read_paddle_archive(path: str) -> Contents:
+    """Reads a tape archive with a file for each variable, as Paddle saved before version 2."""
+    types = {2: 'i4', 3: 'i8', 4: 'f2', 5: 'f4', 6: 'f8', 22: 'bf16'}
+    tree: dict[str, Any] = {}
+    with tarfile.open(path, 'r:') as archive:
+        for member in archive:
+            if member.isdir():
+                continue
+            name = Path(member.name).name
+            file = archive.extractfile(member) if member.isreg() and not member.issparse() else None
+            if file is None or name in tree:
+                raise CheckpointError(f'{member.name} in it is no plain file, or there twice')
+            data = memoryview(file.read())
+            _, levels = struct.unpack_from('<IQ', data)
+            at = 12
+            for _ in range(levels):  # positions of sequences in a batch, which weights don't have
+                at += 8 + struct.unpack_from('<Q', data, at)[0]
+            _, size = struct.unpack_from('<Ii', data, at)
+            sizes, dtype = [], 0
+            for number, value in fields(data[at + 8 : at + 8 + size]):
+                if number == 1:
+                    dtype = value
+                elif number == 2:
+                    sizes.append(value)
+            tree[name] = tensor(data[at + 8 + size :], types.get(dtype, str(dtype)), sizes)
+    if not tree:
+        raise CheckpointError('there is nothing in it')
+    return Contents(tree)
