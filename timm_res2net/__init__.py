@@ -5,6 +5,8 @@ Importing this package registers its models: `timm.create_model('res2net50d')` t
 
 __version__ = '0.1.0'
 
+from .checkpoints import export_checkpoint, load_checkpoint
+from .readers import CheckpointError
 from .res2net import register, unregister
 
-__all__ = ['register', 'unregister']
+__all__ = ['CheckpointError', 'export_checkpoint', 'load_checkpoint', 'register', 'unregister']

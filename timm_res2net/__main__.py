@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+from collections.abc import Sequence
 from fnmatch import fnmatch
 from typing import Any
 
@@ -11,10 +12,13 @@ import timm
 import torch
 from tqdm import tqdm
 
+from .blocks import FIRST_BLOCKS
+from .checkpoints import Conversion, call, convert, export_checkpoint, load_checkpoint
+from .dialects import DIALECTS, EXPORTS
+from .files import first_line, sha256
 from .predict import (
     UnknownModelError,
     find_images,
-    first_line,
     load_model,
     plot_pyramid,
     predict,
@@ -45,6 +49,17 @@ def device(text: str) -> torch.device:
     return torch.device(text)
 
 
+class ListDialects(argparse.Action):
+    """Shows whose files can be read, what their networks' first blocks compute, and which can be written."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
+        print('dialect           first block      export  whose')
+        for name, dialect in DIALECTS.items():
+            blocks = ' or '.join(filter(None, (dialect.first_block, dialect.in_detector))) or 'not known'
+            print(f'{name:16}  {blocks:17}  {"yes" if name in EXPORTS else "":4}  {dialect.whose}')
+        parser.exit()
+
+
 def parser() -> argparse.ArgumentParser:
     """Describes the commands."""
     main = argparse.ArgumentParser(prog='timm-res2net', description='The Res2Net family for timm.')
@@ -55,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
         'images', nargs='*', metavar='IMAGE', help='files, folders or globs; bundled digits without any'
     )
     command.add_argument('--model', metavar='NAME', help=f'default: {PHOTO}; {EMBEDDED} for the bundled digits')
-    command.add_argument('--weights', metavar='FILE', help='.safetensors or .pth, instead of published weights')
+    command.add_argument('--weights', metavar='FILE', help='a file of weights instead of published ones')
     command.add_argument('--topk', type=positive, default=5, metavar='K', help='classes to show (default: 5)')
     command.add_argument('--device', type=device, default='cpu', metavar='D', help='such as cuda (default: cpu)')
     command.add_argument('--batch-size', type=positive, default=16, metavar='N', help='images at once (default: 16)')
@@ -74,6 +89,25 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument('--model', default=PHOTO, metavar='NAME', help=f'default: {PHOTO}')
     command.add_argument('--out', metavar='PNG', help='draw them to this file')
     command.set_defaults(run=run_features)
+
+    command = commands.add_parser(
+        'convert',
+        help="bring other people's weights to timm, or back",
+        description='Makes a folder that timm loads of a file of weights, whoever wrote it. Tells whose names the file '
+        'has, which model it fits, how sure that is, and what was changed.',
+    )
+    command.add_argument('file', metavar='FILE', help='.safetensors, .pth, .pdparams, .pkl, .ckpt or .tar')
+    command.add_argument('--model', metavar='NAME', help='the model that it fits (default: found out)')
+    command.add_argument('--out', metavar='DIR', help='what to write (default: named after FILE, in this folder)')
+    command.add_argument('--dialect', choices=DIALECTS, help='whose names it has (default: recognised)')
+    command.add_argument(
+        '--first-block', choices=FIRST_BLOCKS, help='what its first blocks compute (default: found out)'
+    )
+    command.add_argument('--prefix', help='what precedes the names, in a file with several networks')
+    command.add_argument('--to', choices=EXPORTS, help='write a file for this code instead of a folder for timm')
+    command.add_argument('--dry-run', action='store_true', help='write nothing')
+    command.add_argument('--list-dialects', action=ListDialects, nargs=0, help='show whose files can be read')
+    command.set_defaults(run=run_convert)
     return main
 
 
@@ -141,7 +175,7 @@ def run_list(args: argparse.Namespace) -> int:
                 rows.append((key, *cost, '-', '-', '-'))
             else:
                 cfg = timm.get_pretrained_cfg(key)
-                where = 'in this package' if cfg.file else f'hf-hub:{cfg.hf_hub_id}'
+                where = 'in this package' if cfg.file else cfg.url or f'hf-hub:{cfg.hf_hub_id}'
                 rows.append((key, *cost, f'{weights.top1:.2f} %', cfg.license, where))
     if len(rows) == 1:
         print(f'timm-res2net: no model of the family matches {args.pattern}', file=sys.stderr)
@@ -170,6 +204,49 @@ def run_features(args: argparse.Namespace) -> int:
         plot_pyramid(shown, features, info.reduction(), args.out)
         print(f'\ndrawn to {args.out}')
     return 0
+
+
+def run_convert(args: argparse.Namespace) -> int:
+    """Converts a file of weights to a folder for timm, or to a file for other code."""
+    options = dict(model=args.model, dialect=args.dialect, first_block=args.first_block, prefix=args.prefix)
+    done = convert(args.file, args.out, dry_run=args.dry_run or args.to is not None, **options)
+    show_conversion(done)
+    if args.dry_run:
+        print('\nnothing was written')
+    elif args.to is None:
+        print(f'\nwrote {done.folder}; load it by\n  {call(f"local-dir:{done.folder}", dict(pretrained=True))}')
+    else:
+        out = args.out or f'{done.folder}{".pdparams" if args.to == "paddleclas" else ".pth"}'
+        if os.path.exists(out):
+            raise ValueError(f'there is a {out} already; name another file by --out, or move it away')
+        model = timm.create_model(done.name, num_classes=done.checkpoint.num_classes, **done.args)
+        load_checkpoint(model, done.checkpoint)
+        export_checkpoint(model, out, args.to)
+        print(f'\nwrote {out}\n  sha256 {sha256(out)}')
+    return 0
+
+
+def listed(names: Sequence[str]) -> str:
+    """Counts names and tells the first ones."""
+    more = ', ...' if len(names) > 3 else ''
+    return f'{len(names)}' + (f': {", ".join(names[:3])}{more}' if names else '')
+
+
+def show_conversion(done: Conversion) -> None:
+    """Prints what a file was recognised as, how sure that is, and what became of its tensors."""
+    checkpoint, record = done.checkpoint, done.config['timm_res2net']
+    translation = checkpoint.translation
+    under = f', under {translation.prefix}' if translation.prefix else ''
+    sure = 'certain' if checkpoint.certain else 'not certain, but usual for such a file; --first-block overrides it'
+    print(f'{checkpoint.file}\n  sha256 {record["converted_from"]["sha256"]}\n')
+    print(f'dialect      {translation.dialect}{under}: {DIALECTS[translation.dialect].whose}')
+    print(f'first block  {checkpoint.first_block}: {sure}')
+    print(f'model        {call(done.name, done.args)}: certain, all tensors fit')
+    print(f'dropped      {listed(translation.dropped)}')
+    print(f'filled in    {listed(translation.filled)}')
+    print(f'cast         {", ".join(f"{count} of {kind} to float32" for kind, count in translation.cast.items()) or 0}')
+    if 'sha256' in record:
+        print(f'\n{done.folder / "model.safetensors"}\n  sha256 {record["sha256"]}')
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -118,6 +118,7 @@ class Bottle2neck(nn.Module):
         step = stride * dilation // first_dilation
 
         self.scale = scale
+        self.first_block = first_block
         self.cascade, last_split, count_include_pad = True, 'kept', True
         if downsample is not None if first is None else first:
             *steps, count_include_pad = FIRST_BLOCKS[first_block]
@@ -183,6 +184,11 @@ class Bottle2neck(nn.Module):
             shortcut = x if self.downsample is None else self.downsample(x)
         y += shortcut
         return self.act3(y)
+
+
+def first_blocks(model: nn.Module) -> set[str]:
+    """What the first blocks of a model compute, keys of `FIRST_BLOCKS`; without splits they are all the same."""
+    return {block.first_block for block in model.modules() if isinstance(block, Bottle2neck) and block.scale > 1}
 
 
 def attention(attn_layer: str | Layer | None, channels: int, **dd: Any) -> nn.Module | None:

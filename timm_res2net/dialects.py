@@ -11,15 +11,25 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from .blocks import first_blocks
 from .readers import CheckpointError
 
-__all__ = ['DIALECTS', 'Dialect', 'Translation', 'export', 'recognise', 'translate']
+__all__ = [
+    'DIALECTS',
+    'EXPORTS',
+    'Dialect',
+    'Translation',
+    'export',
+    'recognise',
+    'require_same_function',
+    'translate',
+]
 
-# A row renames what a name begins with, theirs to ours; the first row that fits counts. {s} is the number of a stage, {i}
-# of a block in it, {k} of a convolution in that, {j} of a layer in a shortcut, {letter} a block counted by letters, {path}
-# says nothing new. What is beside the network in a file is written as in a path: ../head is the neighbour of backbone.
+# A row renames what a name begins with, theirs to ours; the first row that fits counts. {s} is the number of a stage,
+# {i} of a block in it, {k} of a convolution in that, {j} of a layer in a shortcut; {letter} is a block counted by
+# letters, and {path} says nothing new. What is beside the network is written as in a path: ../head is beside backbone.
 Rows = tuple[tuple[str, str], ...]
 NUMBERS = {'letter': r'[a-z]\d*', 'path': r'\w+?'}  # all others are \d+
 
@@ -148,6 +158,7 @@ class Dialect:
     shift: dict[str, int] = field(default_factory=dict)  # what our numbers are more than theirs
     first_block: str | None = 'official'  # what the first block of a stage computes; None where that is not one of ours
     in_detector: str | None = None  # the same, where the network is a part of a larger one
+    certain: bool = True  # whether no other code uses these names for another first block
     dead: tuple[str, ...] = ()  # modules that nothing ever runs
     transposed: bool = False  # the classifier is (in, out)
     raw_split_first: bool = False  # equation (1) of the paper counts splits from the one that is not convolved
@@ -204,6 +215,7 @@ DIALECTS = {
         ('layer1.0.convs.0.weight',),
         (('stem.7.weight', MMDET_STEM),),
         in_detector='mmdet',
+        certain=False,
     ),
     'detectron2': Dialect(
         "the authors' fork of detectron2, .pkl: detectors have mmdet's first block, backbones the authors'",
@@ -212,11 +224,13 @@ DIALECTS = {
         DETECTRON_BLOCKS,
         shift={'s': -1},
         in_detector='mmdet',
+        certain=False,
     ),
     'official': Dialect(
         "the authors' code, timm, Jittor, this package and all that build on them (PraNet, ...)",
         ('layer1.0.convs.0.weight', 'layer1.big.0.convs.0.weight', 'level2.tree1.convs.0.weight'),
         (('conv1.weight', ()), ('conv1.0.weight', ()), ('base_layer.0.weight', ())),
+        certain=False,
         dead=('level3.project.', 'level4.project.', 'level4.tree1.project.'),
     ),
     'equation-1': Dialect(
@@ -239,7 +253,8 @@ class Translation:
     state: dict[str, Tensor]
     dialect: str
     prefix: str  # what preceded the network's names
-    first_block: str | None
+    first_block: str | None  # what the first block of a stage computes; None if that is not known
+    certain: bool  # whether that follows from names and shapes, and is not just what is usual
     dropped: tuple[str, ...]  # their names
     filled: tuple[str, ...]  # ours
     cast: dict[str, int]  # how many tensors became float32, by what they were
@@ -260,29 +275,36 @@ def renamed(name: str, rows: Rows, tensors: Mapping[str, str], shift: Mapping[st
         rows: From, to.
         tensors: The same for the last part.
         shift: What to add to the numbers.
-        blocks: In stage 3, on the way back to Paddle's names.
+        blocks: In stage 3; needed to make a {path}.
 
     Returns:
-        The new name; None for a name of no module that no row knows.
+        The new name; None for a name without modules that no row knows.
     """
     for source, target in rows:
         if match := pattern(source).match(name):
-            numbers: dict[str, Any] = match.groupdict()
-            if 'letter' in numbers:  # a, b, c or, where Paddle feared to run out of them, a, b1, b2
-                letter = numbers['letter']
-                numbers['i'] = int(letter[1:]) if len(letter) > 1 else ord(letter) - ord('a')
-            if '{path}' in target:
-                s, i = int(numbers['s']), int(numbers['i'])
-                numbers['path'] = f'res{s + 1}' + (
-                    ('b' * (i > 0) or 'a') + str(i or '') if s == 3 and blocks > 6 else chr(97 + i)
-                )
-            numbers = {
-                key: int(value) + shift.get(key, 0) if str(value).isdigit() else value for key, value in numbers.items()
+            numbers: dict[str, Any] = {
+                key: int(value) + shift.get(key, 0) if value.isdecimal() else value
+                for key, value in match.groupdict().items()
             }
+            if 'letter' in numbers:
+                numbers['i'] = index_of(numbers['letter'])
+            if '{path}' in target:
+                numbers['path'] = path_of(numbers['s'], numbers['i'], blocks)
             rest = name[match.end() :]
             return target.format(**numbers) + tensors.get(rest, rest)
     module, dot, rest = name.rpartition('.')
     return module + dot + tensors.get(rest, rest) if dot and not name.startswith('../') else None
+
+
+def index_of(letter: str) -> int:
+    """The index of a block that PaddleClas names a, b, c or, where there might be too many of them, a, b1, b2."""
+    return int(letter[1:]) if len(letter) > 1 else ord(letter) - ord('a')
+
+
+def path_of(stage: int, i: int, blocks: int) -> str:
+    """What PaddleClas calls block `i` of a stage (from 0) in a network with so many blocks in the third one."""
+    counted = stage == 2 and blocks > 6
+    return f'res{stage + 2}' + (f'b{i}' if counted and i else chr(ord('a') + i))
 
 
 def at(prefix: str, name: str) -> str:
@@ -309,28 +331,16 @@ def recognise(names: Mapping[str, Any], dialect: str | None = None, prefix: str 
     """
     if dialect is not None and dialect not in DIALECTS:
         raise ValueError(f'dialect={dialect!r} is not known; choose from {", ".join(DIALECTS)}')
-    for key, found in DIALECTS.items():
-        if dialect not in (None, key):
-            continue
-        places = {}
-        for anchor in found.anchors:
-            for name in names:
-                place = name.removesuffix(anchor)
-                if place == name or (place and place[-1] != '.') or prefix not in (None, place):
-                    continue
-                for stem, rows in found.stems:
-                    if at(place, stem) in names:
-                        places[place] = rows + found.rows
-        averaged = {
-            place: rows for place, rows in places.items() if place.startswith(('state_dict_ema.', 'model_ema.'))
-        }
-        if len(places) > 1 and len(averaged) == 1:
-            places = averaged  # as timm prefers it
-        if len(places) > 1:
-            raise CheckpointError(
-                f'there are several Res2Nets in it, under {", ".join(map(repr, places))}; say which one by prefix='
-            )
-        for place, rows in places.items():
+    for key in DIALECTS if dialect is None else [dialect]:
+        found = places(names, DIALECTS[key])
+        found = {place: rows for place, rows in found.items() if prefix is None or f'.{place}'.endswith(f'.{prefix}')}
+        averaged = [place for place in found if place.startswith(('state_dict_ema.', 'model_ema.'))]
+        if len(averaged) == 1:
+            found = {averaged[0]: found[averaged[0]]}  # timm's checkpoints hold both, and timm prefers it too
+        if len(found) > 1:
+            several = ', '.join(map(repr, found))
+            raise CheckpointError(f'there are several Res2Nets in it, under {several}; say which one by prefix=')
+        for place, rows in found.items():
             return key, place, rows
     wanted = f' in the dialect {dialect}' if dialect else ''
     under = '' if prefix is None else f' under {prefix!r}'
@@ -339,6 +349,20 @@ def recognise(names: Mapping[str, Any], dialect: str | None = None, prefix: str 
         hint = '. It has the names of a plain ResNet, without splits'
     first = ', '.join(list(names)[:3]) or 'none'
     raise CheckpointError(f'there is no Res2Net{wanted}{under} among its {len(names)} tensors (first: {first}){hint}')
+
+
+def places(names: Mapping[str, Any], dialect: Dialect) -> dict[str, Rows]:
+    """Finds all networks of a dialect: what precedes their names, and the rows to rename them by."""
+    found = {}
+    for name in names:
+        for anchor in dialect.anchors:
+            place = name.removesuffix(anchor)
+            if place == name or not f'.{place}'.endswith('.'):
+                continue
+            for stem, rows in dialect.stems:
+                if at(place, stem) in names:
+                    found[place] = rows + dialect.rows
+    return found
 
 
 def flat(tree: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -401,7 +425,29 @@ def translate(tree: Mapping[str, Any], dialect: str | None = None, prefix: str |
     state.update({name: torch.tensor(0) for name in filled})
     part_of_more = set(prefix.split('.')[:-1]) - WRAPPERS
     first_block = names.in_detector if names.in_detector and part_of_more else names.first_block
-    return Translation(state, key, prefix, first_block, tuple(dropped), tuple(filled), cast)
+    certain = names.certain
+    width = state.get('layer1.0.convs.0.weight')
+    if width is not None and f'layer1.0.convs.{len(state["layer1.0.conv1.weight"]) // len(width) - 1}.weight' in state:
+        first_block, certain = 'group', True  # as many convolutions as splits
+    return Translation(state, key, prefix, first_block, certain, tuple(dropped), tuple(filled), cast)
+
+
+def require_same_function(model: nn.Module, first_block: str | None, file: str) -> None:
+    """Raises a CheckpointError if a model computes something else than the network that a file's weights are of."""
+    computed = first_blocks(model)
+    if first_block is None and computed:
+        raise CheckpointError(
+            f'{file} has the names of ports that follow equation (1) of the paper. The known ones compute something '
+            'that no model here does: 4uiiurz1 strides the first convolution, dl19940602 takes the maximum where '
+            f'others average. If yours computes what the model does, load it with first_block={computed.pop()!r}'
+        )
+    if computed and first_block not in computed:
+        ours = computed.pop()
+        raise CheckpointError(
+            f'{file} is of a network with first_block={first_block!r}, the model has first_block={ours!r}: the weights '
+            f'would load and compute something else. Make the model with first_block={first_block!r}, or, if you know '
+            f'the file to be of such a network as the model is, load it with first_block={ours!r}'
+        )
 
 
 def last_split_raw(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -429,10 +475,11 @@ def export(state: Mapping[str, Tensor], dialect: str) -> dict[str, Tensor]:
     """
     if dialect not in EXPORTS:
         raise ValueError(f'there is no export to {dialect!r}; choose from {", ".join(EXPORTS)}')
-    if 'layer4.0.convs.0.weight' not in state or any('.se.' in name for name in state):
-        raise ValueError(
-            f"only plain ResNet-hosted Res2Nets can be exported; {dialect}'s code has no other that is like ours"
-        )
+    convolution = state.get('layer4.0.convs.0.weight')
+    if convolution is None or any('.se.' in name for name in state):
+        raise ValueError(f'{dialect} has ResNet-hosted Res2Nets without attention only, the model is another')
+    if convolution.shape[0] != convolution.shape[1] and dialect != 'official':
+        raise ValueError(f'{dialect} has no Res2NeXt: its convolutions have no groups')
     names = DIALECTS[dialect]
     deep = 'conv1.0.weight' in state
     rows = tuple((ours, theirs) for theirs, ours in names.stems[deep][1] + names.rows)
@@ -445,5 +492,8 @@ def export(state: Mapping[str, Tensor], dialect: str) -> dict[str, Tensor]:
             continue
         if names.transposed and name == 'fc.weight':
             value = value.t()
-        exported[at(names.home, str(renamed(name, rows, tensors, shift, blocks)))] = value.contiguous()
+        theirs = renamed(name, rows, tensors, shift, blocks)
+        if theirs is None or (names.tensors and theirs.startswith('layer')):
+            raise ValueError(f'{dialect} has no place for {name}: its networks have the stem and shortcut of v1 or vd')
+        exported[at(names.home, theirs)] = value.contiguous()
     return exported

@@ -43,7 +43,7 @@ def sha256(path: str | os.PathLike[str]) -> str:
 
 @contextmanager
 def temporary_beside(path: Path) -> Iterator[str]:
-    """Gives the name of an empty file beside another, with the same suffix; if it is still there at the end, it goes."""
+    """Gives the name of an empty file beside another, with its suffix, which goes at the end if it is still there."""
     handle, temporary = tempfile.mkstemp(suffix=path.suffix, prefix='.', dir=path.parent)
     os.close(handle)
     try:
@@ -130,8 +130,8 @@ def transfer(url: str, path: str) -> dict[str, str]:
                 _logger.info('%s: %s; trying again in %d s', url, problem, pause)
                 time.sleep(pause)
     raise ConnectionError(
-        f'{url} can not be downloaded: {problem}. If this machine is offline, bring the file by other means and put it in '
-        f'{Path(path).parent}, or give it to timm_res2net.load_checkpoint'
+        f'{url} can not be downloaded: {problem}. If this machine is offline, bring the file by other means and '
+        f'put it in {Path(path).parent}, or give it to timm_res2net.load_checkpoint'
     )
 
 

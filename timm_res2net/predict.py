@@ -4,7 +4,6 @@ import difflib
 import glob
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,8 @@ from PIL import Image, ImageOps
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
 from torch import Tensor, nn
 
+from .checkpoints import load_checkpoint, read_checkpoint
+from .files import first_line, replace_file
 from .res2net import ASSETS
 
 __all__ = ['Prediction', 'load_model', 'plot_pyramid', 'predict', 'read_image']
@@ -37,11 +38,6 @@ class Prediction:
     index: int
     label: str
     probability: float
-
-
-def first_line(error: BaseException) -> str:
-    """What an error says, to quote in a message: its first line without the full stop, or its type if it is mute."""
-    return str(error).strip().split('\n')[0].rstrip('.') or type(error).__name__
 
 
 def find_images(patterns: Iterable[str]) -> tuple[list[Path], list[tuple[str, str]]]:
@@ -109,7 +105,7 @@ def load_model(name: str, weights: str | None = None, device: str | torch.device
 
     Args:
         name: A name that `timm.create_model` takes.
-        weights: A .safetensors or .pth file with as many classes as it may have.
+        weights: A file as `load_checkpoint` takes it, with as many classes as it may have.
         device: Where to put the model.
         **kwargs: For `timm.create_model`.
 
@@ -145,26 +141,9 @@ def load_model(name: str, weights: str | None = None, device: str | torch.device
 
 def load_weights(name: str, weights: str, **kwargs: Any) -> nn.Module:
     """Makes a model with the weights of a file, which also tell the number of classes."""
-    if not os.path.isfile(weights):
-        raise ValueError(f'there is no file {weights} to take weights from')
-    try:
-        state = timm.models.load_state_dict(weights)
-    except Exception as error:  # see read_image
-        raise ValueError(f'{weights} holds no weights that can be read: {first_line(error)}') from error
-    classifier = state.get('fc.bias', state.get('classifier.bias', state.get('head.bias')))
-    if classifier is not None:
-        kwargs.setdefault('num_classes', len(classifier))
-    model = timm.create_model(name, **kwargs)
-    wanted = model.state_dict()
-    misfits = [key for key in state if key in wanted and state[key].shape != wanted[key].shape]
-    missing, unexpected = wanted.keys() - state.keys(), state.keys() - wanted.keys()
-    if misfits or missing or unexpected:
-        first = next(key for key in [*wanted, *state] if key in {*misfits, *missing, *unexpected})
-        raise ValueError(
-            f'{weights} does not fit {name}: {len(missing)} of its tensors are missing in the file, {len(unexpected)} '
-            f'in the file are unknown to it, {len(misfits)} have another shape (first: {first})'
-        )
-    model.load_state_dict(state)
+    checkpoint = read_checkpoint(weights)
+    model = timm.create_model(name, **{'num_classes': checkpoint.num_classes, **kwargs})
+    load_checkpoint(model, checkpoint)
     return model
 
 
@@ -271,21 +250,3 @@ def plot_pyramid(shown: Tensor, features: Sequence[Tensor], strides: Sequence[in
     for panel in panels:
         panel.axis('off')
     replace_file(out, lambda path: figure.savefig(path, dpi=120))
-
-
-def replace_file(out: str, write: Callable[[str], None]) -> None:
-    """Writes a file under a temporary name beside its own, then renames it; ValueError if that fails."""
-    path = Path(out)
-    if not path.parent.is_dir():
-        raise ValueError(f'there is no folder {path.parent} to write {path.name} to')
-    try:
-        handle, temporary = tempfile.mkstemp(suffix=path.suffix, prefix='.', dir=path.parent)
-        os.close(handle)
-        try:
-            write(temporary)
-            os.chmod(temporary, 0o644)
-            os.replace(temporary, path)
-        finally:
-            Path(temporary).unlink(missing_ok=True)
-    except (OSError, ValueError) as error:
-        raise ValueError(f'{out} can not be written: {first_line(error)}') from error

@@ -17,7 +17,7 @@ import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors import safe_open
@@ -73,7 +73,7 @@ def read(path: str | os.PathLike[str]) -> Contents:
         raise CheckpointError(f'{path} is refused: {error}') from error
     except Exception as error:  # a decoder of damaged data can raise nearly anything
         raise CheckpointError(
-            f'{path} begins as {kind} but can not be read: {first_line(error)}. It may be cut or damaged; fetch it again'
+            f'{path} begins as {kind} but can not be read: {first_line(error)}. It is cut or damaged; fetch it again'
         ) from error
 
 
@@ -138,6 +138,7 @@ class Ignored:
 
 IGNORED = [
     'mmengine.logging.history_buffer.HistoryBuffer',
+    'builtins.getattr',
     'numpy.core.multiarray._reconstruct',
     'numpy._core.multiarray._reconstruct',
     'numpy.core.multiarray.scalar',
@@ -220,7 +221,8 @@ class ArrayUnpickler(pickle._Unpickler):
     that a pickle can name is ever called: names stand for the methods below, which make the stand-ins.
     """
 
-    dispatch = dict(pickle._Unpickler.dispatch)
+    stack: list[Any]  # of the base class
+    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
 
     def __init__(self, file: Any, size: int) -> None:
         super().__init__(file, encoding='latin1')

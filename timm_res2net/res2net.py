@@ -12,6 +12,7 @@ from typing import Any
 
 import timm.models.dla
 import timm.models.res2net
+import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import (
     FeatureDictNet,
@@ -19,6 +20,7 @@ from timm.models import (
     build_model_with_cfg,
     generate_default_cfgs,
     register_model,
+    resolve_pretrained_cfg,
 )
 from timm.models import _registry as timm_registry
 from torch import Tensor, nn
@@ -26,7 +28,10 @@ from torch import Tensor, nn
 from .biglittle import Res2NetBigLittle
 from .blocks import set_grad_checkpointing
 from .cifar import Res2NetCifar
+from .dialects import DIALECTS, recognise, require_same_function, translate
 from .dla import Res2NetDla
+from .files import download
+from .readers import read
 from .resnet import Res2Net
 
 __all__ = ['register', 'unregister']  # register_model adds the models
@@ -142,6 +147,31 @@ def embedded(top1: float, dataset: str, **cfg: Any) -> Weights:
     return Weights(top1, None, dict(description=description, **origin, **cfg))
 
 
+def paddle(top1: float, top5: float, name: str) -> Weights:
+    """PaddleClas' own ImageNet-1k weights at its address; accuracy at 224 as PaddleClas publishes it."""
+    how = 'distilled (SSLD)' if name.endswith('ssld') else 'trained'
+    description = f'{how} by PaddleClas on ImageNet-1k; top-1 {top1:.2f} % at 224 px, published by PaddleClas'
+    resize = (
+        "PaddleClas resizes by OpenCV's bilinear interpolation, which does not antialias; timm's preprocessing does. "
+        'About 0.1 % of top-1 is expected to go with that (not measured)'
+    )
+    url = f'https://paddle-imagenet-models-name.bj.bcebos.com/dygraph/{name}_pretrained.pdparams'
+    origin = dict(license='apache-2.0', origin_url='https://github.com/PaddlePaddle/PaddleClas', notes=(resize,))
+    return Weights(top1, top5, dict(url=url, custom_load=True, description=description, **origin))
+
+
+def mindcv(top1: float, top5: float, file: str) -> Weights:
+    """MindCV's own ImageNet-1k weights at its address; accuracy at 224 as MindCV publishes it."""
+    description = f'trained by MindCV on ImageNet-1k; top-1 {top1:.2f} % at 224 px, published by MindCV'
+    resize = (
+        "MindCV resizes by MindSpore's bilinear interpolation, timm's preprocessing by Pillow's; what that does to "
+        'accuracy was not measured'
+    )
+    url = f'https://download.mindspore.cn/toolkits/mindcv/res2net/{file}.ckpt'
+    origin = dict(license='apache-2.0', origin_url='https://github.com/mindspore-lab/mindcv', notes=(resize,))
+    return Weights(top1, top5, dict(url=url, custom_load=True, description=description, **origin))
+
+
 DIGITS = dict(
     file=str(ASSETS / 'test_res2net.digits.safetensors'),
     num_classes=10,
@@ -155,20 +185,32 @@ DIGITS = dict(
 )
 
 # fmt: off
-WEIGHTS = {
-    #                                 top-1   top-5
-    'res2net50_26w_4s.in1k':  authors(77.994, 93.860),
-    'res2net50_48w_2s.in1k':  authors(77.528, 93.562),
-    'res2net50_14w_8s.in1k':  authors(78.142, 93.852),
-    'res2net50_26w_6s.in1k':  authors(78.586, 94.120),
-    'res2net50_26w_8s.in1k':  authors(78.950, 94.280),
-    'res2net101_26w_4s.in1k': authors(79.192, 94.466),
-    'res2next50.in1k':        authors(78.238, 93.904),
-    'res2net50d.in1k':        authors(80.280, 95.028),
-    'res2net101d.in1k':       authors(81.236, 95.346),
-    'dla60_res2net.in1k':     authors(78.480, 94.204),
-    'dla60_res2next.in1k':    authors(78.488, 94.144),
-    'test_res2net.digits':    embedded(99.499, "scikit-learn's handwritten digits", **DIGITS),
+WEIGHTS = {  # of an architecture with several, the first are its default
+    #                                           top-1   top-5
+    'res2net50_26w_4s.in1k':            authors(77.994, 93.860),
+    'res2net50_26w_4s.mindcv_in1k':      mindcv(79.35, 94.64, 'res2net50-f42cf71b'),
+    'res2net50_48w_2s.in1k':            authors(77.528, 93.562),
+    'res2net50_14w_8s.in1k':            authors(78.142, 93.852),
+    'res2net50_26w_6s.in1k':            authors(78.586, 94.120),
+    'res2net50_26w_8s.in1k':            authors(78.950, 94.280),
+    'res2net101_26w_4s.in1k':           authors(79.192, 94.466),
+    'res2net101_26w_4s.mindcv_in1k':     mindcv(79.56, 94.70, 'res2net101-8ae60132'),
+    'res2next50.in1k':                  authors(78.238, 93.904),
+    'res2net50d.in1k':                  authors(80.280, 95.028),
+    'res2net50d.mindcv_in1k':            mindcv(80.32, 95.09, 'res2net50_v1b-99304e92'),
+    'res2net101d.in1k':                 authors(81.236, 95.346),
+    'res2net101d.mindcv_in1k':           mindcv(81.14, 95.41, 'res2net101_v1b-7e6db001'),
+    'res2net50_pd_26w_4s.paddle_in1k':   paddle(79.33, 94.57, 'Res2Net50_26w_4s'),
+    'res2net50_pd_14w_8s.paddle_in1k':   paddle(79.46, 94.70, 'Res2Net50_14w_8s'),
+    'res2net50_vd_26w_4s.ssld_in1k':     paddle(83.1, 96.6, 'Res2Net50_vd_26w_4s_ssld'),
+    'res2net50_vd_26w_4s.paddle_in1k':   paddle(79.75, 94.91, 'Res2Net50_vd_26w_4s'),
+    'res2net101_vd_26w_4s.ssld_in1k':    paddle(83.9, 97.1, 'Res2Net101_vd_26w_4s_ssld'),
+    'res2net101_vd_26w_4s.paddle_in1k':  paddle(80.64, 95.22, 'Res2Net101_vd_26w_4s'),
+    'res2net200_vd_26w_4s.ssld_in1k':    paddle(85.13, 97.42, 'Res2Net200_vd_26w_4s_ssld'),
+    'res2net200_vd_26w_4s.paddle_in1k':  paddle(81.21, 95.71, 'Res2Net200_vd_26w_4s'),
+    'dla60_res2net.in1k':               authors(78.480, 94.204),
+    'dla60_res2next.in1k':              authors(78.488, 94.144),
+    'test_res2net.digits':             embedded(99.499, "scikit-learn's handwritten digits", **DIGITS),
 }
 # fmt: on
 
@@ -218,10 +260,47 @@ class FeatureDict(ExactCheckpointing, FeatureDictNet):
 FEATURE_CLASSES = {'list': FeatureList, 'dict': FeatureDict}
 
 
-def drop_dead_projections(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Drops what the authors' DLA files hold and nothing ever reads: the projections of three trees of trees."""
-    dead = ('level3.project.', 'level4.project.', 'level4.tree1.project.')
-    return {name: tensor for name, tensor in state_dict.items() if not name.startswith(dead)}
+def adapt(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Brings weights that timm has read to timm's names, if they have others; see `dialects`.
+
+    Raises:
+        CheckpointError: If they are of a network that computes something else than the model.
+    """
+    dialect, prefix, _ = recognise(state_dict)
+    if dialect == 'official' and not prefix:  # timm's names already, but for what the authors' DLA never runs
+        return {key: tensor for key, tensor in state_dict.items() if not key.startswith(DIALECTS[dialect].dead)}
+    translation = translate(state_dict)
+    require_same_function(model, translation.first_block, 'the file')
+    return translation.state
+
+
+def fetch_weights(name: str, kwargs: dict[str, Any]) -> None:
+    """Sees to the weights that timm is about to load, as far as timm doesn't.
+
+    Those at an address are downloaded to where timm looks before it would do so itself: it takes what has arrived when
+    a connection breaks for the whole file, today and from then on.
+
+    Args:
+        name: Key of `ARCHS`.
+        kwargs: Of `create`.
+
+    Raises:
+        ValueError: If they are of a network that computes something else than the one asked for.
+        ConnectionError: If they can't be had.
+    """
+    arch = ARCHS[name]
+    overlay = kwargs.get('pretrained_cfg_overlay') or {}
+    cfg = resolve_pretrained_cfg(name, kwargs.get('pretrained_cfg'), overlay)
+    saved = kwargs.get('pretrained_model_args') or {}
+    theirs, wanted = ({**arch.args, **args}.get('first_block') for args in (saved, kwargs))
+    if theirs != wanted and not overlay.keys() & {'url', 'file', 'hf_hub_id', 'state_dict'}:
+        raise ValueError(
+            f'weights {cfg.tag or ""} of {name} are of a network with first_block={theirs or "official"!r} and would '
+            f'compute something else with {wanted or "official"!r}. Leave first_block out. To start from them all the '
+            'same, make the model without pretrained=True and give it the state_dict() of one that has them'
+        )
+    if isinstance(cfg.url, str) and not (cfg.state_dict or cfg.file or cfg.hf_hub_id):
+        download(cfg.url, kwargs.get('cache_dir') or Path(torch.hub.get_dir(), 'checkpoints'), check=read)
 
 
 def create(name: str, pretrained: bool = False, block_args: dict[str, Any] | None = None, **kwargs: Any) -> nn.Module:
@@ -235,7 +314,8 @@ def create(name: str, pretrained: bool = False, block_args: dict[str, Any] | Non
 
     Raises:
         TypeError: For an argument that the trunk doesn't know or that is given twice.
-        ValueError: For an argument that the trunk can't honour.
+        ValueError: For an argument that the trunk can't honour, or weights that the model can't.
+        ConnectionError: If weights can't be downloaded.
     """
     block_args = block_args or {}
     if twice := sorted(kwargs.keys() & block_args.keys()):
@@ -244,13 +324,15 @@ def create(name: str, pretrained: bool = False, block_args: dict[str, Any] | Non
     if kwargs.get('features_only'):
         feature_cls = kwargs.get('feature_cls', 'list')
         kwargs['feature_cls'] = FEATURE_CLASSES.get(feature_cls, feature_cls)
+    if pretrained:
+        fetch_weights(name, kwargs)
     arch = ARCHS[name]
     return build_model_with_cfg(
         arch.trunk,
         name,
         pretrained,
         feature_cfg=dict(out_indices=arch.out_indices),
-        pretrained_filter_fn=drop_dead_projections if arch.trunk is Res2NetDla else None,
+        pretrained_filter_fn=adapt,
         **{**arch.args, **kwargs},
     )
 

@@ -3,10 +3,13 @@
 from collections.abc import Sequence
 from typing import Any
 
+import timm.models
 import torch
 from timm.models.resnet import ResNet
 
 from .blocks import Bottle2neck, Layer, Stage, set_grad_checkpointing
+from .dialects import require_same_function, translate
+from .readers import read
 
 __all__ = ['Res2Net']
 
@@ -62,3 +65,21 @@ class Res2Net(ResNet):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Switches gradient checkpointing of each block; unlike timm's, norm statistics stay exact."""
         set_grad_checkpointing(self, enable)
+
+    @torch.jit.ignore
+    def load_pretrained(self, file: str) -> None:
+        """Loads the file of published weights that `pretrained_cfg` describes, in whatever format its owner keeps it.
+
+        timm calls this for weights that are marked `custom_load`. It adapts the classifier and the number of image
+        channels, as for weights in its own format.
+
+        Args:
+            file: See `timm_res2net.load_checkpoint`, which is for files that are not in `pretrained_cfg`.
+
+        Raises:
+            CheckpointError: If the file can't be read, or is of a network that computes something else.
+        """
+        translation = translate(read(file).tree)
+        require_same_function(self, translation.first_block, file)
+        cfg = {**self.pretrained_cfg, 'state_dict': translation.state, 'custom_load': False}
+        timm.models.load_pretrained(self, cfg, num_classes=self.num_classes, in_chans=self.in_chans)

@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-os.environ['FLAGS_enable_pir_api'] = '0'  # its programs can't save single variables
+os.environ['FLAGS_enable_pir_api'] = '0'  # noqa: SIM112 - whose programs can't save single variables
 
 import numpy as np
 import paddle

@@ -11,7 +11,7 @@ import numpy as np
 
 
 def bare(name: str) -> types.ModuleType:
-    """Makes a package importable without running its `__init__`, which may need much that a single file of it doesn't."""
+    """Makes a package importable without running its `__init__`, which may need much that a file of it doesn't."""
     top, *below = name.split('.')
     module = types.ModuleType(name)
     module.__path__ = [str(Path(PathFinder.find_spec(top).submodule_search_locations[0], *below))]
@@ -39,7 +39,9 @@ def images(size: int, rng: np.random.Generator) -> np.ndarray:
 def pack(folder: str, name: str) -> None:
     """Puts the files of a folder in an archive beside this script. Related ones are neighbours, which saves room."""
     filters = [{'id': lzma.FILTER_LZMA2, 'preset': 9 | lzma.PRESET_EXTREME, 'dict_size': 1 << 26}]
-    with lzma.open(Path(__file__).with_name(name), 'w', filters=filters) as file:
-        with tarfile.open(fileobj=file, mode='w') as archive:
-            for path in sorted(Path(folder).iterdir()):
-                archive.add(path, path.name)
+    with (
+        lzma.open(Path(__file__).with_name(name), 'w', filters=filters) as file,
+        tarfile.open(fileobj=file, mode='w') as archive,
+    ):
+        for path in sorted(Path(folder).iterdir()):
+            archive.add(path, path.name)
