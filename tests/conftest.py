@@ -1,8 +1,11 @@
 """What all tests share."""
 
 import os
+import tarfile
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
+from typing import Any
 
 os.environ['HF_HUB_OFFLINE'] = '1'  # read when huggingface_hub is imported, by timm; for this and for child processes
 
@@ -45,3 +48,28 @@ def build() -> Callable[[str], nn.Module]:
 def images() -> torch.Tensor:
     """Two images, (2, 3, 64, 64)."""
     return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+
+
+# A network of 9,000 parameters, for what has to be done many times.
+TINY: dict[str, Any] = dict(layers=(1, 2, 1, 1), channels=(8, 8, 8, 8), stem_width=8, base_width=32, scale=3)
+
+
+def tiny(first_block: str = 'official', **arguments: Any) -> nn.Module:
+    """Makes the tiny network in eval mode with randomised norms."""
+    torch.manual_seed(0)
+    made = timm.create_model('test_res2net', **{**TINY, 'num_classes': 4, 'first_block': first_block, **arguments})
+    return randomise(made).eval()
+
+
+@pytest.fixture(scope='session')
+def references(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Unpacks files that other frameworks wrote, with what they compute; see `tests/data`."""
+
+    @cache
+    def unpacked(framework: str) -> Path:
+        folder = tmp_path_factory.mktemp(framework)
+        with tarfile.open(Path(__file__).parent / 'data' / f'{framework}.tar.xz') as archive:
+            archive.extractall(folder, filter='data')
+        return folder
+
+    return unpacked

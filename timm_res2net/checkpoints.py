@@ -1,5 +1,6 @@
 """Load, convert and export files of weights: whatever their names are, into a model that computes what they mean."""
 
+import io
 import json
 import os
 import pickle
@@ -116,7 +117,9 @@ def load_checkpoint(
         TypeError: If the model holds no Res2Net.
     """
     if not any(isinstance(module, Bottle2neck) for module in model.modules()):
-        raise TypeError(f'a {type(model).__name__} has no Res2Net block to load weights into')
+        raise TypeError(
+            f'a {type(model).__name__} has no Res2Net block to load weights into; if it was made of a model, load that'
+        )
     if isinstance(file, Checkpoint):
         checkpoint = file
     else:
@@ -191,8 +194,13 @@ def architecture(state: Mapping[str, Tensor], first_block: str, name: str | None
     Raises:
         CheckpointError: If there is none.
     """
-    on_resnet = 'layer4.0.conv1.weight' in state
-    found = resnet_arguments(state) if on_resnet else {}
+    on_resnet = {'layer1.0.conv1.weight', 'layer4.0.conv1.weight'} <= state.keys()
+    only = '' if name is None else f', or not those of {name}'
+    refusal = CheckpointError(f'its tensors are those of no model of this package{only}')
+    try:
+        found = resnet_arguments(state) if on_resnet else {}
+    except LookupError:  # some are missing
+        raise refusal from None
     found.update({} if first_block == 'official' else {'first_block': first_block})
     options = []
     for each, arch in ARCHS.items():
@@ -203,13 +211,13 @@ def architecture(state: Mapping[str, Tensor], first_block: str, name: str | None
         if first_conv is not None and first_conv.shape[1] != 3:
             args['in_chans'] = first_conv.shape[1]
         options.append((each, args if on_resnet else {key: args[key] for key in args.keys() & {'in_chans'}}))
-    for each, args in sorted(options, key=lambda option: len(option[1])):
+    options.sort(key=lambda option: len(option[1]))
+    for each, args in options[:1] if on_resnet else options:  # with its arguments, any row makes the same ResNet
         model = timm.create_model(each, device='meta', num_classes=len(state.get('fc.weight', ())), **args)
         if not misfits(model.state_dict(), state):
             same = not first_blocks(model) or first_block in first_blocks(model)
             return each, args if same else {**args, 'first_block': first_block}
-    only = '' if name is None else f', or not those of {name}'
-    raise CheckpointError(f'its tensors are those of no model of this package{only}')
+    raise refusal
 
 
 DEFAULTS: dict[str, Any] = dict(  # of arguments that are not in all rows of ARCHS
@@ -370,9 +378,9 @@ def export_checkpoint(model: nn.Module, file: str | os.PathLike[str], dialect: s
             f'{dialect} computes first_block={theirs!r} and the model {ours.pop()!r}: there, its weights would '
             'load and compute something else'
         )
+    data = io.BytesIO()
     if dialect == 'paddleclas':
-        arrays = {name: tensor.numpy() for name, tensor in exported.items()}
-        replace_file(file, lambda path: Path(path).write_bytes(pickle.dumps(arrays, protocol=4)))
+        pickle.dump({name: tensor.numpy() for name, tensor in exported.items()}, data, protocol=4)
     else:
-        wrapped: Any = {'state_dict': exported} if dialect == 'mmpretrain' else exported
-        replace_file(file, lambda path: torch.save(wrapped, path))
+        torch.save({'state_dict': exported} if dialect == 'mmpretrain' else exported, data)
+    replace_file(file, lambda path: Path(path).write_bytes(data.getbuffer()))

@@ -415,7 +415,7 @@ def translate(tree: Mapping[str, Any], dialect: str | None = None, prefix: str |
             value = value.float()
         state[ours] = value
     if names.transposed and 'fc.weight' in state:
-        state['fc.weight'] = state['fc.weight'].t().contiguous()
+        state['fc.weight'] = state['fc.weight'].transpose(0, -1).contiguous()
     if names.raw_split_first:
         state = last_split_raw(state)
     counters = [
@@ -425,11 +425,17 @@ def translate(tree: Mapping[str, Any], dialect: str | None = None, prefix: str |
     state.update({name: torch.tensor(0) for name in filled})
     part_of_more = set(prefix.split('.')[:-1]) - WRAPPERS
     first_block = names.in_detector if names.in_detector and part_of_more else names.first_block
-    certain = names.certain
-    width = state.get('layer1.0.convs.0.weight')
-    if width is not None and f'layer1.0.convs.{len(state["layer1.0.conv1.weight"]) // len(width) - 1}.weight' in state:
-        first_block, certain = 'group', True  # as many convolutions as splits
+    grouped = convolves_all_splits(state)
+    first_block, certain = ('group', True) if grouped else (first_block, names.certain)
     return Translation(state, key, prefix, first_block, certain, tuple(dropped), tuple(filled), cast)
+
+
+def convolves_all_splits(state: Mapping[str, Tensor]) -> bool:
+    """Whether the first block has as many convolutions as splits, which tells `first_block='group'` by shapes alone."""
+    whole, split = (state.get(f'layer1.0.{name}.weight') for name in ('conv1', 'convs.0'))
+    if whole is None or split is None or len(whole) == len(split):
+        return False
+    return f'layer1.0.convs.{len(whole) // len(split) - 1}.weight' in state
 
 
 def require_same_function(model: nn.Module, first_block: str | None, file: str) -> None:
@@ -456,10 +462,13 @@ def last_split_raw(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, weight in state.items():
         if name.endswith('.convs.0.weight'):
             block, width = name.removesuffix('convs.0.weight'), len(weight)
-            for each in ('conv1.weight', 'bn1.weight', 'bn1.bias', 'bn1.running_mean', 'bn1.running_var'):
-                if block + each in state:
-                    moved[block + each] = state[block + each].roll(-width, 0)
-            moved[block + 'conv3.weight'] = state[block + 'conv3.weight'].roll(-width, 1)
+            axes = {'conv1.weight': 0, 'conv3.weight': 1}
+            axes |= {f'bn1.{part}': 0 for part in ('weight', 'bias', 'running_mean', 'running_var')}
+            moved |= {
+                block + each: state[block + each].roll(-width, axis)
+                for each, axis in axes.items()
+                if block + each in state
+            }
     return moved
 
 

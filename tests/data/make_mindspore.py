@@ -14,7 +14,7 @@ from pathlib import Path
 import mindspore
 import numpy as np
 from mindcv.models.res2net import Bottle2neck, Res2Net
-from reference import images, pack, random_value
+from reference import pack, random_value, save_reference
 
 
 def main() -> None:
@@ -31,9 +31,7 @@ def main() -> None:
                 parameter.set_data(mindspore.Tensor(random_value(parameter.shape, positive, rng)))
             net.set_train(False)
             mindspore.save_checkpoint(net, str(Path(folder, f'{name}.ckpt')))
-            shown = {f'images{size}': images(size, rng) for size in (64, 65)}
-            computed = {key.replace('images', 'logits'): net(mindspore.Tensor(x)).asnumpy() for key, x in shown.items()}
-            np.savez_compressed(Path(folder, f'{name}.npz'), **shown, **computed)
+            save_reference(lambda x, net=net: net(mindspore.Tensor(x)).asnumpy(), Path(folder, name), rng)
         pack(folder, 'mindspore.tar.xz')
 
 

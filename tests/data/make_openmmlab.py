@@ -12,10 +12,11 @@ norms are random.
 
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from reference import bare, images, pack, random_value
+from reference import bare, pack, random_value, save_reference
 from torch import nn
 
 
@@ -59,6 +60,10 @@ def backbones() -> tuple[type[nn.Module], type[nn.Module]]:
     return Res2Net, DetectorRes2Net
 
 
+def arrays(computed: torch.Tensor | tuple[torch.Tensor, ...]) -> Any:
+    return computed.numpy() if isinstance(computed, torch.Tensor) else [feature.numpy() for feature in computed]
+
+
 def main() -> None:
     mmpretrain, mmdet = backbones()
     args = dict(depth=50, scales=4, base_width=2)
@@ -76,16 +81,7 @@ def main() -> None:
                     positive = key.endswith('running_var') or id(tensor) in norms
                     tensor.copy_(torch.from_numpy(random_value(tuple(tensor.shape), positive, rng)))
             torch.save({'meta': {}, 'state_dict': model.state_dict()}, Path(folder, f'{name}.pth'))
-            shown = {f'images{size}': images(size, rng) for size in (64, 65)}
-            computed = {}
-            for key, x in shown.items():
-                found = model.eval()(torch.from_numpy(x))
-                if isinstance(found, torch.Tensor):
-                    computed[key.replace('images', 'logits')] = found.numpy()
-                else:  # of every eighth channel of the first image, to save room
-                    maps = {f'{key.replace("images", "map")}_{i}': y[:1, ::8].numpy() for i, y in enumerate(found)}
-                    computed.update(maps)
-            np.savez_compressed(Path(folder, f'{name}.npz'), **shown, **computed)
+            save_reference(lambda x, model=model: arrays(model.eval()(torch.from_numpy(x))), Path(folder, name), rng)
         pack(folder, 'openmmlab.tar.xz')
 
 

@@ -1,10 +1,12 @@
-"""Makes paddle.tar.xz with PaddleClas' own network code.
+"""Makes paddle.tar.xz with PaddleClas' and PaddleDetection's own network code.
 
-    python -m venv VENV && VENV/bin/pip install paddlepaddle requests tqdm && VENV/bin/pip install --no-deps paddleclas
+    python -m venv VENV && VENV/bin/pip install paddlepaddle requests tqdm pyyaml typeguard
+    VENV/bin/pip install --no-deps paddleclas paddledet
     VENV/bin/python tests/data/make_paddle.py
 
-The archive holds, for each of three networks, NAME.pdparams as Paddle saves it today, NAME.tar with a file for each
-variable as it did before version 2, and NAME.npz with images and the logits that Paddle computes for them. The networks
+The archive holds, for each of three classifiers, NAME.pdparams as Paddle saves it today, NAME.tar with a file for each
+variable as it did before version 2, and NAME.npz with images and the logits that Paddle computes for them; and for
+PaddleDetection's backbone of variant d the same with feature maps instead of logits, without the old form. The networks
 are thin and their weights sparse and rounded, so that the archive is small; statistics of the norms are random.
 """
 
@@ -18,31 +20,31 @@ os.environ['FLAGS_enable_pir_api'] = '0'  # noqa: SIM112 - whose programs can't 
 
 import numpy as np
 import paddle
-from reference import bare, images, pack, random_value
+from reference import bare, pack, random_value, save_reference
 
 
-def networks() -> tuple[Any, Any]:
-    """Imports the plain and the vd network."""
+def networks() -> tuple[Any, Any, Any]:
+    """Imports the plain and the vd classifier, and the backbone of detectors."""
     for name in ('', '.ppcls', '.ppcls.utils', '.ppcls.arch', '.ppcls.arch.backbone', '.ppcls.arch.backbone.model_zoo'):
         bare(f'paddleclas{name}')
+    for name in ('', '.core', '.utils', '.modeling', '.modeling.backbones'):
+        bare(f'ppdet{name}')
     from paddleclas.ppcls.arch.backbone.model_zoo.res2net import Res2Net
     from paddleclas.ppcls.arch.backbone.model_zoo.res2net_vd import Res2Net_vd
+    from ppdet.modeling.backbones.res2net import Res2Net as DetectorRes2Net
 
-    return Res2Net, Res2Net_vd
+    return Res2Net, Res2Net_vd, DetectorRes2Net
 
 
-def save(net: Any, path: Path, rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Gives a network random values, saves them and what it computes, and returns them by the names of variables."""
+def fill(net: Any, path: Path, rng: np.random.Generator) -> dict[str, np.ndarray]:
+    """Gives a network random values, saves it, and returns them by the names of variables."""
     values = {}
-    for tensor in net.state_dict().values():
-        positive = tensor.name.endswith(('_variance', '_scale'))
+    for name, tensor in net.state_dict().items():
+        positive = name.endswith(('norm.weight', '_variance'))
         values[tensor.name] = random_value(tuple(tensor.shape), positive, rng)
         tensor.set_value(values[tensor.name])
     net.eval()
     paddle.save(net.state_dict(), f'{path}.pdparams')
-    shown = {f'images{size}': images(size, rng) for size in (64, 65)}
-    computed = {name.replace('images', 'logits'): net(paddle.to_tensor(x)).numpy() for name, x in shown.items()}
-    np.savez_compressed(f'{path}.npz', **shown, **computed)
     return values
 
 
@@ -65,7 +67,7 @@ def save_static(make: Any, values: dict[str, np.ndarray], path: Path) -> None:
 
 
 def main() -> None:
-    plain, vd = networks()
+    plain, vd, detector = networks()
     made = {
         'res2net50': lambda: plain(layers=50, scales=4, width=2, class_num=5),
         'res2net50_vd': lambda: vd(layers=50, scales=4, width=2, class_num=5),
@@ -73,10 +75,19 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as folder:
         for seed, (name, make) in enumerate(made.items()):
+            rng = np.random.default_rng(seed)
             net = make()
-            values = save(net, Path(folder, name), np.random.default_rng(seed))
+            values = fill(net, Path(folder, name), rng)
+            save_reference(lambda x, net=net: net(paddle.to_tensor(x)).numpy(), Path(folder, name), rng)
             del net  # a new one may then have variables of the same names
             save_static(make, values, Path(folder, name))
+
+        rng = np.random.default_rng(len(made))
+        net = detector(depth=50, width=2, scales=4, variant='d', freeze_norm=False, freeze_at=-1)
+        fill(net, Path(folder, 'detection_d'), rng)
+        save_reference(
+            lambda x: [y.numpy() for y in net({'image': paddle.to_tensor(x)})], Path(folder, 'detection_d'), rng
+        )
         pack(folder, 'paddle.tar.xz')
 
 

@@ -4,8 +4,10 @@ import lzma
 import sys
 import tarfile
 import types
+from collections.abc import Callable
 from importlib.machinery import PathFinder
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +31,22 @@ def random_value(shape: tuple[int, ...], positive: bool, rng: np.random.Generato
     for row in filters:
         row[rng.choice(len(row), count, replace=False)] = np.round(rng.normal(0, count**-0.5, count) * 16) / 16
     return filters.reshape(shape)
+
+
+def save_reference(run: Callable[[np.ndarray], Any], path: Path, rng: np.random.Generator) -> None:
+    """Saves images of an even and of an odd size, and what a network computes for them.
+
+    That is logits, or feature maps; of these every eighth channel for the first image, to save room.
+    """
+    arrays = {}
+    for size in (64, 65):
+        arrays[f'images{size}'] = images(size, rng)
+        computed = run(arrays[f'images{size}'])
+        if isinstance(computed, np.ndarray):
+            arrays[f'logits{size}'] = computed
+        else:
+            arrays.update({f'map{size}_{i}': feature[:1, ::8] for i, feature in enumerate(computed)})
+    np.savez_compressed(f'{path}.npz', **arrays)
 
 
 def images(size: int, rng: np.random.Generator) -> np.ndarray:

@@ -1,0 +1,521 @@
+"""Weights of other frameworks compute here what they compute there, or are refused."""
+
+import json
+import pickle
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+import torch.nn.functional as F
+from conftest import tiny
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from timm_res2net import CheckpointError, export_checkpoint, load_checkpoint
+from timm_res2net.checkpoints import convert, read_checkpoint
+from timm_res2net.files import sha256
+from timm_res2net.readers import read
+
+References = Callable[[str], Path]
+
+# What the frameworks themselves wrote: the file, the model that it fits, its arguments beside the number of classes.
+WRITTEN: list[tuple[str, str, dict[str, Any]]] = [
+    ('paddle/res2net50.pdparams', 'res2net50_pd_26w_4s', dict(base_width=2)),
+    ('paddle/res2net50.tar', 'res2net50_pd_26w_4s', dict(base_width=2)),
+    ('paddle/res2net50_vd.pdparams', 'res2net50_vd_26w_4s', dict(base_width=2)),
+    ('paddle/res2net50_vd.tar', 'res2net50_vd_26w_4s', dict(base_width=2)),
+    ('paddle/res2net200_vd.pdparams', 'res2net200_vd_26w_4s', dict(base_width=1, scale=3)),
+    ('paddle/res2net200_vd.tar', 'res2net200_vd_26w_4s', dict(base_width=1, scale=3)),
+    ('paddle/detection_d.pdparams', 'res2net50_vd_26w_4s', dict(base_width=2, avg_down=False)),
+    ('mindspore/res2net.ckpt', 'res2net50_26w_4s', dict(layers=(1, 2, 1, 1), base_width=2)),
+    ('mindspore/res2net_v1b.ckpt', 'res2net50d', dict(layers=(1, 2, 1, 1), base_width=3, scale=3)),
+    ('openmmlab/mmpretrain.pth', 'res2net50_26w_4s', dict(base_width=2)),
+    ('openmmlab/mmpretrain_deep_stem.pth', 'res2net50d', dict(base_width=2)),
+    ('openmmlab/mmdet.pth', 'res2net50d', dict(base_width=2, first_block='mmdet')),
+]
+
+
+def found(references: References, name: str) -> Path:
+    framework, file = name.split('/')
+    return references(framework) / file
+
+
+def assert_computes(model: nn.Module, reference: Path, tolerance: float = 1e-5) -> None:
+    """Compares a model with what a framework computed, to a relative tolerance, on an even and an odd size."""
+    with np.load(reference) as file:
+        arrays = dict(file)
+    for size in (64, 65):
+        x = torch.from_numpy(arrays[f'images{size}'])
+        with torch.inference_mode():
+            if f'logits{size}' in arrays:
+                pairs = [(model(x), arrays[f'logits{size}'])]
+            else:
+                features = model.forward_intermediates(x[:1], indices=[1, 2, 3, 4], intermediates_only=True)
+                pairs = [(feature[:, ::8], arrays[f'map{size}_{i}']) for i, feature in enumerate(features)]
+        for ours, theirs in pairs:
+            theirs = torch.from_numpy(theirs)
+            torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * theirs.abs().max().item())
+
+
+@pytest.mark.parametrize(('file', 'name', 'args'), WRITTEN, ids=[file for file, *_ in WRITTEN])
+def test_a_file_computes_what_its_framework_computes(
+    file: str, name: str, args: dict[str, Any], references: References
+) -> None:
+    path = found(references, file)
+    done = convert(path, dry_run=True)
+    assert (done.name, done.args) == (name, args)
+    model = timm.create_model(name, num_classes=done.checkpoint.num_classes, **args).eval()
+    load_checkpoint(model, path)
+    assert_computes(model, path.with_suffix('.npz'))
+
+
+@pytest.mark.parametrize(
+    ('file', 'name'),
+    [
+        ('paddle/res2net50.pdparams', 'res2net50_26w_4s'),
+        ('paddle/res2net50_vd.pdparams', 'res2net50d'),
+        ('openmmlab/mmdet.pth', 'res2net50d'),
+    ],
+)
+def test_a_file_of_another_function_is_refused_and_would_have_been_wrong(
+    file: str, name: str, references: References
+) -> None:
+    path = found(references, file)
+    model = timm.create_model(name, base_width=2, num_classes=read_checkpoint(path).num_classes).eval()
+    function = read_checkpoint(path).first_block
+    with pytest.raises(CheckpointError, match=f"first_block='{function}'.*It fits timm.create_model"):
+        load_checkpoint(model, path)
+    load_checkpoint(model, path, first_block='official')
+    with pytest.raises(AssertionError):
+        assert_computes(model, path.with_suffix('.npz'), tolerance=0.01)
+
+
+# detectron2, in the format that its fork documents
+
+
+def detectron_names(state: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    """Renames a v1b backbone as the authors' fork of detectron2 does."""
+    renamed = {}
+    for name, tensor in state.items():
+        name = re.sub(r'^layer(\d)', lambda match: f'res{int(match[1]) + 1}', name)
+        name = re.sub(r'(res\d\.\d+)\.bn([13])\.', r'\1.conv\2.norm.', name)
+        name = re.sub(r'downsample\.1\.', 'shortcut.1.', name)
+        name = re.sub(r'downsample\.2\.', 'shortcut.1.norm.', name)
+        name = re.sub(r'^(conv1|bn1)\.', r'stem.\1.', name)
+        if not name.endswith('num_batches_tracked'):
+            renamed[name] = tensor.numpy()
+    return renamed
+
+
+def detectron_features(weights: dict[str, np.ndarray], x: Tensor) -> list[Tensor]:
+    """What that fork computes, in plain equations on its own names."""
+    tensors = {name: torch.from_numpy(array) for name, array in weights.items()}
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        mean, variance, weight, bias = (
+            tensors[f'{name}.{part}'][:, None, None] for part in ('running_mean', 'running_var', 'weight', 'bias')
+        )
+        return (x - mean) / (variance + 1e-5) ** 0.5 * weight + bias
+
+    for i, stride in ((0, 2), (3, 1), (6, 1)):
+        x = F.conv2d(x, tensors[f'stem.conv1.{i}.weight'], stride=stride, padding=1)
+        x = F.relu(norm(x, f'stem.conv1.{i + 1}' if i < 6 else 'stem.bn1'))
+    x = F.max_pool2d(x, 3, 2, 1)
+    features = []
+    for stage in (2, 3, 4, 5):
+        for i in range(sum(name.startswith(f'res{stage}.') and name.endswith('.conv1.weight') for name in tensors)):
+            block = f'res{stage}.{i}'
+            stride = 2 if stage > 2 and i == 0 else 1
+            y = F.relu(norm(F.conv2d(x, tensors[f'{block}.conv1.weight']), f'{block}.conv1.norm'))
+            width = len(tensors[f'{block}.convs.0.weight'])
+            *splits, last = y.split(width, 1)
+            outs: list[Tensor] = []
+            for k, split in enumerate(splits):
+                split = split + outs[-1] if i > 0 and k > 0 else split
+                split = F.conv2d(split, tensors[f'{block}.convs.{k}.weight'], stride=stride, padding=1)
+                outs.append(F.relu(norm(split, f'{block}.bns.{k}')))
+            outs.append(F.avg_pool2d(last, 3, 2, 1) if stride == 2 else last)
+            y = norm(F.conv2d(torch.cat(outs, 1), tensors[f'{block}.conv3.weight']), f'{block}.conv3.norm')
+            if i == 0:
+                x = F.avg_pool2d(x, stride, stride, ceil_mode=True, count_include_pad=False)
+                x = norm(F.conv2d(x, tensors[f'{block}.shortcut.1.weight']), f'{block}.shortcut.1.norm')
+            x = F.relu(x + y)
+        features.append(x)
+    return features
+
+
+@pytest.mark.parametrize('size', [32, 41])
+def test_a_detector_of_detectron2_computes_what_its_equations_say(size: int, tmp_path: Path) -> None:
+    weights = detectron_names(tiny(num_classes=0).state_dict())
+    detector = {f'backbone.bottom_up.{name}': array for name, array in weights.items()}
+    detector['proposal_generator.weight'] = np.ones(3, 'float32')
+    (tmp_path / 'detector.pkl').write_bytes(pickle.dumps({'model': detector, '__author__': 'somebody'}))
+    model = tiny('mmdet', num_classes=0)
+    nn.init.zeros_(model.conv1[0].weight)
+    checkpoint = load_checkpoint(model, tmp_path / 'detector.pkl')
+    assert checkpoint.translation.dropped == ('model.proposal_generator.weight',)
+    x = torch.randn(1, 3, size, size)
+    ours = model.forward_intermediates(x, indices=[1, 2, 3, 4], intermediates_only=True)
+    torch.testing.assert_close(ours, detectron_features(weights, x), rtol=1e-4, atol=1e-4)
+
+
+def test_a_backbone_of_detectron2_is_the_authors(tmp_path: Path) -> None:
+    weights = detectron_names(tiny(num_classes=0).state_dict())
+    (tmp_path / 'r2.pkl').write_bytes(pickle.dumps(weights))
+    checkpoint = read_checkpoint(tmp_path / 'r2.pkl')
+    assert (checkpoint.translation.dialect, checkpoint.first_block) == ('detectron2', 'official')
+    assert not checkpoint.certain
+
+
+# The authors' files, and those of people who build on them
+
+
+def as_written(state: dict[str, Any], folder: Path, **options: Any) -> Path:
+    torch.save(state, folder / 'weights.pth', **options)
+    return folder / 'weights.pth'
+
+
+@pytest.mark.parametrize(
+    'wrap',
+    [
+        lambda state: state,
+        lambda state: {'state_dict': {f'module.{name}': tensor for name, tensor in state.items()}, 'epoch': 3},
+        lambda state: {'model': {f'encoder.{name}': tensor for name, tensor in state.items()}},
+        lambda state: (
+            {f'module.resnet.{name}': tensor for name, tensor in state.items()} | {'agg.weight': torch.ones(2)}
+        ),
+        lambda state: {name: tensor for name, tensor in state.items() if 'num_batches' not in name},
+        lambda state: {name: tensor.half() if 'conv' in name else tensor for name, tensor in state.items()},
+        lambda state: {'state_dict': {name: tensor + 1 for name, tensor in state.items()}, 'state_dict_ema': state},
+    ],
+    ids=['plain', 'state_dict and module', 'model and encoder', 'PraNet', 'without counters', 'float16', 'averaged'],
+)
+@pytest.mark.parametrize('zip_archive', [True, False])
+def test_wrappers_do_not_matter(wrap: Any, zip_archive: bool, tmp_path: Path) -> None:
+    expected = tiny()
+    expected.load_state_dict({name: tensor.half().to(tensor.dtype) for name, tensor in expected.state_dict().items()})
+    file = as_written(wrap(expected.state_dict()), tmp_path, _use_new_zipfile_serialization=zip_archive)
+    model = nn.init.zeros_(tiny().conv1[0].weight) is not None and tiny()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    load_checkpoint(model, file)
+    torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=0, atol=0)
+
+
+def test_what_was_done_is_reported(tmp_path: Path) -> None:
+    state = {f'resnet.{name}': tensor.half() for name, tensor in tiny().state_dict().items() if 'batches' not in name}
+    file = as_written({**state, 'head.weight': torch.ones(2)}, tmp_path)
+    translation = load_checkpoint(tiny(), file).translation
+    norms = sum(isinstance(module, nn.BatchNorm2d) for module in tiny().modules())
+    assert translation.dropped == ('head.weight',)
+    assert len(translation.filled) == norms
+    assert translation.cast == {'float16': len(state)}
+
+
+def test_official_dla_files_lose_exactly_their_dead_projections(tmp_path: Path, build: Any) -> None:
+    model = build('dla60_res2net')
+    dead = {}
+    for part in ('level3.project', 'level4.project', 'level4.tree1.project'):
+        dead[f'{part}.0.weight'] = torch.ones(4, 4, 1, 1)
+        dead |= {f'{part}.1.{name}': torch.ones(4) for name in ('weight', 'bias', 'running_mean', 'running_var')}
+        dead[f'{part}.1.num_batches_tracked'] = torch.tensor(0)
+    file = as_written({**model.state_dict(), **dead}, tmp_path)
+    loaded = timm.create_model('dla60_res2net').eval()
+    assert sorted(load_checkpoint(loaded, file).translation.dropped) == sorted(dead)
+    assert len(dead) == 18
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
+    assert convert(file, dry_run=True).name == 'dla60_res2net'
+
+
+@pytest.mark.parametrize('name', ['dla60_res2next', 'blres2net50_26w_4s', 'seres2next29_8c_25w_4s', 'resnext29_8c_64w'])
+def test_weights_of_every_trunk_find_their_model(name: str, tmp_path: Path, build: Any) -> None:
+    model = build(name)
+    file = as_written(model.state_dict(), tmp_path)
+    done = convert(file, dry_run=True)
+    assert (done.name, done.args) == (name, {})
+    load_checkpoint(model, file)
+
+
+@pytest.mark.parametrize(
+    ('name', 'args'),
+    [
+        ('res2net50_14w_8s', {}),
+        ('res2next50', dict(in_chans=1)),
+        ('seres2net50_26w_4s', dict(base_width=13)),
+        ('res2net50d', dict(attn_layer='eca')),
+        ('res2net101_vd_26w_4s', {}),
+        ('res2net50_26w_4s', dict(first_block='mmdet')),
+        ('res2net50_48w_2s', dict(first_block='group')),
+    ],
+)
+def test_arguments_are_read_off_the_shapes(name: str, args: dict[str, Any], tmp_path: Path) -> None:
+    model = timm.create_model(name, num_classes=3, **args)
+    function = args.get('first_block') or ('paddle' if '_vd_' in name else 'official')
+    save_file(model.state_dict(), tmp_path / 'w.safetensors', {'first_block': function})
+    done = convert(tmp_path / 'w.safetensors', dry_run=True)
+    assert (done.name, done.args, done.checkpoint.num_classes) == (name, args, 3)
+
+
+def test_a_checkpoint_of_timms_train_script_tells_its_function(tmp_path: Path) -> None:
+    from argparse import Namespace
+
+    state = tiny('mmdet').state_dict()
+    args = Namespace(model_kwargs={'first_block': 'mmdet'})
+    recorded = {'epoch': 1, 'arch': 'test_res2net', 'state_dict': state, 'args': args}
+    file = as_written(recorded, tmp_path)
+    assert (read_checkpoint(file).first_block, read_checkpoint(file).certain) == ('mmdet', True)
+    file = as_written({**recorded, 'arch': 'res2net50_vd_26w_4s', 'args': Namespace()}, tmp_path)
+    assert read_checkpoint(file).first_block == 'paddle'
+    file = as_written({**recorded, 'arch': 'resnet50'}, tmp_path)
+    assert (read_checkpoint(file).first_block, read_checkpoint(file).certain) == ('official', False)
+
+
+def test_an_mmdet_backbone_without_a_detector_is_the_authors(references: References, tmp_path: Path) -> None:
+    tree = read(found(references, 'openmmlab/mmdet.pth')).tree['state_dict']
+    prefix = 'backbone.'
+    file = as_written(
+        {name[len(prefix) :]: tensor for name, tensor in tree.items() if name.startswith(prefix)}, tmp_path
+    )
+    assert read_checkpoint(file).first_block == 'official'
+    assert read_checkpoint(file, first_block='mmdet').first_block == 'mmdet'
+
+
+# Ports in the order of equation (1)
+
+
+def equation_1(state: dict[str, Tensor], scale: int) -> dict[str, Tensor]:
+    """Moves the split that is not convolved from the end to the beginning, and renames the convolutions."""
+    moved = {}
+    for name, tensor in state.items():
+        if re.search(r'layer\d\.\d+\.(conv1|bn1)\.', name) and tensor.ndim:
+            *convolved, raw = tensor.chunk(scale, 0)
+            tensor = torch.cat([raw, *convolved], 0)
+        elif name.endswith('conv3.weight'):
+            *convolved, raw = tensor.chunk(scale, 1)
+            tensor = torch.cat([raw, *convolved], 1)
+        moved[name.replace('.convs.', '.conv2.').replace('.bns.', '.bn2.')] = tensor
+    return moved
+
+
+@pytest.mark.parametrize('names', ['of the ports', 'official'])
+def test_a_port_of_equation_1_loads_when_its_function_is_told(names: str, tmp_path: Path) -> None:
+    expected = tiny('paddle')
+    state = equation_1(expected.state_dict(), 3)
+    options: dict[str, Any] = dict(first_block='paddle')
+    if names == 'official':
+        state = {name.replace('.conv2.', '.convs.').replace('.bn2.', '.bns.'): tensor for name, tensor in state.items()}
+        options['dialect'] = 'equation-1'
+    else:
+        with pytest.raises(CheckpointError, match='equation'):
+            load_checkpoint(tiny('paddle'), as_written(state, tmp_path))
+    model = tiny('paddle')
+    load_checkpoint(model, as_written(state, tmp_path), **options)
+    torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=0, atol=0)
+
+
+# Errors
+
+
+@pytest.mark.parametrize(
+    ('make', 'message'),
+    [
+        (
+            lambda: timm.create_model('res2net101_26w_4s'),
+            r"510 of the model's tensors are not in it \(first: layer3\.6\.conv1",
+        ),
+        (lambda: timm.create_model('res2net50_14w_8s'), r'unexpected|another shape'),
+        (lambda: timm.create_model('res2net50_26w_4s', num_classes=7), r'2 have another shape \(first: fc\.weight'),
+    ],
+)
+def test_a_misfit_names_the_faults_and_the_right_model_and_changes_nothing(
+    make: Any, message: str, tmp_path: Path, build: Any
+) -> None:
+    file = as_written(build('res2net50_26w_4s').state_dict(), tmp_path)
+    model = make()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=message) as error:
+        load_checkpoint(model, file)
+    assert "It fits timm.create_model('res2net50_26w_4s')" in str(error.value)
+    assert str(file) in str(error.value)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (
+            lambda state: {**state, 'fc.bias': torch.tensor([1.0, 2.0, float('nan'), 0.0])},
+            'fc.bias holds values that are NaN',
+        ),
+        (lambda state: {**state, 'layer1.0.bn1.bias': torch.full((12,), float('inf'))}, 'NaN or infinite'),
+        (lambda state: {**state, 'layer1.0.extra.weight': torch.ones(1)}, '1 in it are unknown to the model'),
+        (lambda state: {**state, **{f'depth.{name}': tensor for name, tensor in state.items()}}, "under '', 'depth.'"),
+        (lambda state: {name.replace('convs.0', 'conv2'): tensor for name, tensor in state.items()}, 'plain ResNet'),
+        (lambda state: {'a': torch.ones(1)}, r'no Res2Net among its 1 tensors \(first: a\)'),
+        (lambda state: {}, r'no Res2Net among its 0 tensors'),
+    ],
+)
+def test_a_bad_file_is_refused_and_changes_nothing(change: Any, message: str, tmp_path: Path) -> None:
+    model = tiny()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(model, as_written(change(model.state_dict()), tmp_path))
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def test_one_of_several_networks_is_chosen_by_its_prefix(tmp_path: Path) -> None:
+    state = {f'rgb.{name}': tensor for name, tensor in tiny().state_dict().items()}
+    state |= {name.replace('rgb', 'depth'): 3 * tensor for name, tensor in state.items()}
+    model = tiny()
+    load_checkpoint(model, as_written({'model': state}, tmp_path), prefix='depth.')
+    torch.testing.assert_close(model.fc.weight, 3 * tiny().fc.weight)
+
+
+def test_wrong_arguments_are_named(tmp_path: Path) -> None:
+    file = as_written(tiny().state_dict(), tmp_path)
+    with pytest.raises(ValueError, match="dialect='caffe' is not known; choose from paddleclas"):
+        load_checkpoint(tiny(), file, dialect='caffe')
+    with pytest.raises(ValueError, match="first_block='caffe' is not known; choose from official"):
+        load_checkpoint(tiny(), file, first_block='caffe')
+    with pytest.raises(CheckpointError, match='no Res2Net in the dialect mindcv'):
+        load_checkpoint(tiny(), file, dialect='mindcv')
+    with pytest.raises(TypeError, match='no Res2Net block'):
+        load_checkpoint(nn.Linear(2, 2), file)
+    with pytest.raises(ValueError, match='meta device'):
+        load_checkpoint(timm.create_model('test_res2net', device='meta'), file)
+
+
+@pytest.mark.parametrize(
+    'arguments',
+    [dict(num_classes=0), dict(features_only=True), dict(features_only=True, out_indices=(1, 2))]
+    + [dict(features_only=True, feature_cls=each) for each in ('hook', 'getter')],
+)
+def test_parts_that_the_model_lacks_are_left_out(arguments: dict[str, Any], tmp_path: Path, images: Tensor) -> None:
+    whole = tiny()
+    model = tiny(**{**dict(num_classes=4), **arguments}).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.zero_()
+    load_checkpoint(model, as_written(whole.state_dict(), tmp_path))
+    ours = model(images)
+    if 'features_only' in arguments:
+        indices = list(arguments.get('out_indices', range(5)))
+        expected = whole.forward_intermediates(images, indices=indices, intermediates_only=True)
+        torch.testing.assert_close(list(ours.values() if isinstance(ours, dict) else ours), expected, rtol=0, atol=0)
+    else:
+        torch.testing.assert_close(ours, whole.forward_head(whole.forward_features(images), pre_logits=True))
+
+
+# Converting
+
+
+def test_a_converted_folder_loads_by_timm(references: References, tmp_path: Path) -> None:
+    file = found(references, 'openmmlab/mmdet.pth')
+    done = convert(file, tmp_path / 'deep' / 'folder')
+    model = timm.create_model(f'local-dir:{done.folder}', pretrained=True).eval()
+    assert_computes(model, file.with_suffix('.npz'))
+    config = json.loads((done.folder / 'config.json').read_text())
+    assert config['timm_res2net']['sha256'] == sha256(done.folder / 'model.safetensors')
+    assert config['timm_res2net']['converted_from']['sha256'] == sha256(file)
+    assert 'num_classes' not in config['model_args']
+    assert sorted(path.name for path in done.folder.iterdir()) == ['config.json', 'model.safetensors']
+    assert [path.name for path in done.folder.parent.iterdir()] == ['folder']
+    again = read_checkpoint(done.folder / 'model.safetensors')
+    assert (again.first_block, again.certain) == ('mmdet', True)
+    with pytest.raises(ValueError, match="are of a network with first_block='mmdet'"):
+        timm.create_model(f'local-dir:{done.folder}', pretrained=True, first_block='official')
+
+
+def test_a_published_file_keeps_its_licence_and_origin(references: References, tmp_path: Path) -> None:
+    file = tmp_path / 'Res2Net50_vd_26w_4s_ssld_pretrained.pdparams'
+    model = timm.create_model('res2net50_vd_26w_4s')
+    export_checkpoint(model, file, 'paddleclas')
+    done = convert(file, tmp_path / 'out')
+    cfg = done.config['pretrained_cfg']
+    assert (cfg['license'], cfg['tag']) == ('apache-2.0', 'ssld_in1k')
+    assert 'url' not in cfg
+    loaded = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+def test_nothing_is_overwritten_and_a_failure_leaves_nothing(references: References, tmp_path: Path) -> None:
+    file = as_written(tiny().state_dict(), tmp_path)
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'out' / 'notes.txt').write_text('mine')
+    convert(file, tmp_path / 'out')
+    assert (tmp_path / 'out' / 'notes.txt').read_text() == 'mine'
+    with pytest.raises(ValueError, match='has a model'):
+        convert(file, tmp_path / 'out')
+    (tmp_path / 'bad.pth').write_bytes(file.read_bytes()[:5000])
+    with pytest.raises(CheckpointError):
+        convert(tmp_path / 'bad.pth', tmp_path / 'none')
+    (tmp_path / 'file').touch()
+    with pytest.raises((ValueError, OSError)):
+        convert(file, tmp_path / 'file' / 'folder')
+    assert sorted(path.name for path in tmp_path.iterdir()) == ['bad.pth', 'file', 'out', 'weights.pth']
+
+
+def test_a_named_model_must_fit(tmp_path: Path, build: Any) -> None:
+    file = as_written(build('res2net50d').state_dict(), tmp_path)
+    assert convert(file, dry_run=True, model='res2net50_26w_4s').args == dict(
+        stem_type='deep', stem_width=32, avg_down=True
+    )
+    with pytest.raises(CheckpointError, match='those of no model of this package, or not those of dla60_res2net'):
+        convert(file, dry_run=True, model='dla60_res2net')
+    with pytest.raises(ValueError, match='resnet50 is no model of this package'):
+        convert(file, dry_run=True, model='resnet50')
+
+
+# Exporting
+
+
+@pytest.mark.parametrize(
+    ('file', 'dialect'),
+    [(file, 'paddleclas') for file, *_ in WRITTEN[:6:2]] + [(file, 'mmpretrain') for file, *_ in WRITTEN[9:11]],
+)
+def test_an_exported_file_has_the_names_and_values_of_the_original(
+    file: str, dialect: str, references: References, tmp_path: Path
+) -> None:
+    original = found(references, file)
+    done = convert(original, dry_run=True)
+    model = timm.create_model(done.name, num_classes=5, **done.args)
+    load_checkpoint(model, original)
+    export_checkpoint(model, tmp_path / 'exported', dialect)
+    theirs, ours = read(original).tree, read(tmp_path / 'exported').tree
+    if dialect == 'paddleclas':
+        del theirs['StructuredToParameterName@@']
+    else:
+        theirs, ours = theirs['state_dict'], ours['state_dict']
+    torch.testing.assert_close(ours, {name: theirs[name] for name in ours}, rtol=0, atol=0)
+    assert ours.keys() == theirs.keys()
+
+
+@pytest.mark.parametrize(
+    ('name', 'args', 'dialect', 'message'),
+    [
+        ('res2net50d', {}, 'paddleclas', "computes first_block='paddle' and the model 'official'"),
+        ('res2net50_vd_26w_4s', {}, 'mmpretrain', "computes first_block='official' and the model 'paddle'"),
+        ('res2net50_vd_26w_4s', dict(avg_down=False), 'paddleclas', 'has no place for layer1.0.downsample.0.weight'),
+        ('res2next50', {}, 'mmpretrain', 'no Res2NeXt'),
+        ('seres2net50_26w_4s', {}, 'official', 'without attention'),
+        ('dla60_res2net', {}, 'official', 'ResNet-hosted'),
+        ('res2net50d', {}, 'mmdet', 'choose from official, mmpretrain, paddleclas'),
+    ],
+)
+def test_what_the_other_code_does_not_have_is_not_exported(
+    name: str, args: dict[str, Any], dialect: str, message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match=message):
+        export_checkpoint(timm.create_model(name, **args), tmp_path / 'out.pth', dialect)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_authors_code_gets_timms_names(tmp_path: Path) -> None:
+    export_checkpoint(tiny(), tmp_path / 'out.pth', 'official')
+    torch.testing.assert_close(torch.load(tmp_path / 'out.pth'), tiny().state_dict(), rtol=0, atol=0)

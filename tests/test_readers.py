@@ -1,0 +1,387 @@
+"""Every format is read, and nothing that is in a file runs."""
+
+import builtins
+import io
+import os
+import pickle
+import struct
+import sys
+import tarfile
+import tracemalloc
+import types
+import zipfile
+from collections import OrderedDict
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import tiny
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from torch import Tensor
+
+from timm_res2net import CheckpointError, load_checkpoint
+from timm_res2net.dialects import export, translate
+from timm_res2net.readers import read
+
+# Writers of the formats that no library here writes
+
+
+def varint(value: int) -> bytes:
+    out = b''
+    while value > 127:
+        out += bytes([value & 127 | 128])
+        value >>= 7
+    return out + bytes([value])
+
+
+def field(number: int, value: bytes | int) -> bytes:
+    """A field of a message of protocol buffers."""
+    if isinstance(value, int):
+        return varint(number << 3) + varint(value)
+    return varint(number << 3 | 2) + varint(len(value)) + value
+
+
+def mindspore(state: dict[str, Tensor]) -> bytes:
+    names = {'weight': 'weight', 'bias': 'beta', 'running_mean': 'moving_mean', 'running_var': 'moving_variance'}
+    data = b''
+    for name, tensor in state.items():
+        module, _, part = name.rpartition('.')
+        norm = f'{module}.running_mean' in state
+        if part == 'num_batches_tracked':
+            continue
+        part = 'gamma' if norm and part == 'weight' else names[part] if norm else part
+        module = module.replace('layer1.0.downsample.1', 'layer1.0.down_sample.0')
+        module = module.replace('layer1.0.downsample.2', 'layer1.0.down_sample.1')
+        module = module.replace('downsample', 'down_sample').replace('fc', 'classifier')
+        sizes = b''.join(field(1, size) for size in tensor.shape)
+        content = sizes + field(2, b'Float32') + field(3, tensor.numpy().tobytes())
+        data += field(1, field(1, f'{module}.{part}'.encode()) + field(2, content))
+    return data
+
+
+def paddle_variable(tensor: Tensor) -> bytes:
+    description = field(1, 5) + b''.join(field(2, size) for size in tensor.shape)
+    return struct.pack('<IQIi', 0, 0, 0, len(description)) + description + tensor.numpy().tobytes()
+
+
+def paddle_archive(state: dict[str, Tensor]) -> bytes:
+    """Names as in the dialect `paddle-archive`, for a network with a deep stem and one or two blocks in a stage."""
+    parts = {'running_mean': 'mean', 'running_var': 'variance', 'bias': 'offset', 'weight': 'scale'}
+    stem = {'conv1.0': 'conv1_1', 'conv1.1': 'bnv1_1', 'conv1.3': 'conv1_2', 'conv1.4': 'bnv1_2', 'conv1.6': 'conv1_3'}
+    stem |= {'bn1': 'bnv1_3', 'fc': 'fc'}
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode='w') as archive:
+        for name, tensor in state.items():
+            module, _, part = name.rpartition('.')
+            if part == 'num_batches_tracked':
+                continue
+            if module in stem:
+                module = stem[module]
+            else:
+                layer, block, inner = module.split('.', 2)
+                inner = inner.replace('downsample.1', 'conv_branch1').replace('downsample.2', 'bn_branch1')
+                inner = inner.replace('conv1', 'conv_branch2a').replace('bn1', 'bn_branch2a')
+                inner = inner.replace('conv3', 'conv_branch2c').replace('bn3', 'bn_branch2c')
+                for k in range(3):
+                    inner = inner.replace(f'convs.{k}', f'conv_branch2b_{k + 1}')
+                    inner = inner.replace(f'bns.{k}', f'bn_branch2b_{k + 1}')
+                kind, inner = inner.split('_', 1)
+                module = f'{"res" if kind == "conv" else "bn"}{int(layer[5:]) + 1}{"ab"[int(block)]}_{inner}'
+            convolution = 'conv' in module or module.startswith('res') or module == 'fc'
+            tensor = tensor.t().contiguous() if name == 'fc.weight' else tensor
+            part = 'weights' if convolution and part == 'weight' else parts[part]
+            data = paddle_variable(tensor)
+            member = tarfile.TarInfo(f'folder/{module}_{part}')
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+    return buffer.getvalue()
+
+
+def torch_file(state: dict[str, Any], **options: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer, **options)
+    return buffer.getvalue()
+
+
+def safetensors_file(state: dict[str, Tensor]) -> bytes:
+    from safetensors.torch import save
+
+    return save(state)
+
+
+def paddle_pickle(state: dict[str, Tensor], pairs: bool = False, protocol: int = 4) -> bytes:
+    arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in export(state, 'paddleclas').items()}
+    if pairs:
+        arrays = {name: (f'{name}_0', array) for name, array in arrays.items()}
+    return pickle.dumps({**arrays, 'StructuredToParameterName@@': {'conv1.weight': 'conv1_weights'}}, protocol=protocol)
+
+
+FORMATS: dict[str, Callable[[dict[str, Tensor]], bytes]] = {
+    'safetensors': safetensors_file,
+    'torch': torch_file,
+    'torch before 1.6': lambda state: torch_file(state, _use_new_zipfile_serialization=False),
+    'pdparams': paddle_pickle,
+    'pdparams of pairs': lambda state: paddle_pickle(state, pairs=True),
+    'pdparams of protocol 2': lambda state: paddle_pickle(state, protocol=2),
+    'pickle of protocol 5': lambda state: pickle.dumps({name: tensor.numpy() for name, tensor in state.items()}, 5),
+    'mindspore': mindspore,
+    'paddle archive': paddle_archive,
+}
+every_format = pytest.mark.parametrize('kind', FORMATS)
+
+
+@every_format
+def test_a_format_gives_the_tensors_that_were_written(kind: str, tmp_path: Path) -> None:
+    state = tiny('paddle').state_dict()
+    file = tmp_path / 'file'
+    file.write_bytes(FORMATS[kind](state))
+    torch.testing.assert_close(dict(sorted(translate(read(file).tree).state.items())), dict(sorted(state.items())))
+
+
+SMALL = tiny('paddle').state_dict()
+WRITTEN = {kind: write(SMALL) for kind, write in FORMATS.items()}
+many = settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+@every_format
+@many
+@given(data=st.data())
+def test_a_cut_file_gives_all_tensors_or_an_error(kind: str, tmp_path: Path, data: st.DataObject) -> None:
+    content = WRITTEN[kind]
+    end = data.draw(
+        st.integers(0, 600) | st.integers(0, len(content) - 1) | st.integers(len(content) - 600, len(content) - 1)
+    )
+    (tmp_path / 'cut').write_bytes(content[:end])
+    try:
+        translated = translate(read(tmp_path / 'cut').tree).state
+    except CheckpointError:
+        return
+    if kind in ('mindspore', 'paddle archive'):  # made of a part for each tensor, they can end between two
+        assert translated.keys() <= SMALL.keys()
+        torch.testing.assert_close(translated, {name: SMALL[name] for name in translated}, rtol=0, atol=0)
+    else:
+        torch.testing.assert_close(dict(sorted(translated.items())), dict(sorted(SMALL.items())), rtol=0, atol=0)
+
+
+@every_format
+@many
+@given(data=st.data())
+def test_a_damaged_file_loads_as_a_whole_or_not_at_all(kind: str, tmp_path: Path, data: st.DataObject) -> None:
+    content = bytearray(WRITTEN[kind])
+    place = st.integers(0, 600) | st.integers(0, len(content) - 1) | st.integers(len(content) - 600, len(content) - 1)
+    for at, bit in data.draw(st.lists(st.tuples(place, st.integers(0, 7)), min_size=1, max_size=4)):
+        content[at] ^= 1 << bit
+    (tmp_path / 'damaged').write_bytes(content)
+    model = tiny('paddle')
+    try:
+        load_checkpoint(model, tmp_path / 'damaged', first_block='paddle')
+    except CheckpointError:
+        torch.testing.assert_close(model.state_dict(), SMALL, rtol=0, atol=0)
+    else:
+        assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+        same = [name for name, tensor in model.state_dict().items() if tensor.equal(SMALL[name])]
+        assert len(same) >= len(SMALL) - 4  # what a flipped bit can change without a trace is one value
+
+
+# What a pickle may want
+
+
+class Wants:
+    """Pickles as a call."""
+
+    def __init__(self, function: Any, *args: Any) -> None:
+        self.call = function, args
+
+    def __reduce__(self) -> Any:
+        return self.call
+
+
+@pytest.mark.parametrize(
+    ('wanted', 'name'),
+    [
+        (Wants(os.system, 'touch ran'), 'system'),
+        (Wants(builtins.eval, "open('ran', 'w')"), 'eval'),
+        (Wants(builtins.exec, "open('ran', 'w')"), 'exec'),
+        (Wants(os.mkdir, 'ran'), 'mkdir'),
+        ([Wants(Wants, os.mkdir, 'ran')], 'Wants'),
+        (Wants(builtins.getattr, Wants(__import__, 'os'), 'system'), 'getattr|__import__'),
+        (np.array([Wants(os.mkdir, 'ran')], dtype=object), 'mkdir|objects'),
+        (np.array([{}], dtype=object), 'objects'),
+    ],
+    ids=['system', 'eval', 'exec', 'mkdir', 'nested', 'getattr', 'object array', 'plain objects'],
+)
+@pytest.mark.parametrize('kind', ['pickle', 'torch', 'torch before 1.6'])
+def test_a_pickle_that_wants_more_than_tensors_is_refused_by_name(
+    wanted: Any, name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    state = {'layer1.0.convs.0.weight': np.ones(3, 'float32'), 'extra': wanted}
+    if kind == 'pickle':
+        Path('evil').write_bytes(pickle.dumps(state))
+    else:
+        Path('evil').write_bytes(torch_file({'extra': wanted}, _use_new_zipfile_serialization=kind == 'torch'))
+    if kind == 'pickle' or name not in ('getattr|__import__', 'objects', 'mkdir|objects'):
+        with pytest.raises(CheckpointError, match=name):
+            read('evil')
+    else:  # such parts of a training checkpoint are left out, or refused for what is in them
+        try:
+            contents = read('evil')
+        except CheckpointError:
+            pass
+        else:
+            assert not any(isinstance(value, Tensor) for value in contents.tree.values())
+    assert os.listdir() == ['evil']
+
+
+def test_state_is_set_on_arrays_only(tmp_path: Path) -> None:
+    malicious = b'\x80\x04cnumpy\ndtype\n(N}V__init__\nNstb.'
+    (tmp_path / 'evil').write_bytes(malicious)
+    with pytest.raises(CheckpointError, match='wants to change a type'):
+        read(tmp_path / 'evil')
+
+
+def test_training_statistics_of_mmengine_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module = types.ModuleType('mmengine.logging.history_buffer')
+
+    class HistoryBuffer:
+        def __init__(self) -> None:
+            self.log_history = np.arange(3.0)
+            self.methods = OrderedDict(mean=self.mean)
+
+        def mean(self) -> float:
+            return 0.0
+
+    HistoryBuffer.__module__, HistoryBuffer.__qualname__ = module.__name__, 'HistoryBuffer'
+    module.HistoryBuffer = HistoryBuffer  # type: ignore[attr-defined]
+    for name in ('mmengine', 'mmengine.logging', module.__name__):
+        monkeypatch.setitem(sys.modules, name, module)
+    content = torch_file({'state_dict': SMALL, 'message_hub': {'log_scalars': {'loss': HistoryBuffer()}}})
+    (tmp_path / 'epoch_1.pth').write_bytes(content)
+    monkeypatch.undo()
+    assert translate(read(tmp_path / 'epoch_1.pth').tree).state.keys() == SMALL.keys()
+
+
+# Files that claim to be more than they are
+
+
+def test_a_zip_bomb_is_refused(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / 'bomb', 'w', zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr('archive/data.pkl', pickle.dumps({}))
+        archive.writestr('archive/data/0', bytes(50_000_000))
+    with pytest.raises(CheckpointError, match=r'its [\d,]+ bytes unpack to 50,0'):
+        read(tmp_path / 'bomb')
+
+
+def test_a_tensor_with_more_elements_than_storage_is_refused(tmp_path: Path) -> None:
+    (tmp_path / 'bomb').write_bytes(torch_file({'layer1.0.convs.0.weight': torch.ones(1).expand(10**6, 10**6)}))
+    with pytest.raises(CheckpointError, match='claim to be tensors of 4,000,000,000,000'):
+        read(tmp_path / 'bomb')
+
+
+def test_a_pickle_that_uses_one_string_over_and_over_is_refused(tmp_path: Path) -> None:
+    text = b'X' + struct.pack('<I', 1_000_000) + b'a' * 1_000_000 + b'q\x00' + b'0'
+    calls = b'c_codecs\nencode\nh\x00X\x06\x00\x00\x00latin1\x86R0' * 1000
+    (tmp_path / 'bomb').write_bytes(b'\x80\x02' + text + calls + b'}.')
+    tracemalloc.start()
+    with pytest.raises(CheckpointError, match='unpacks to much more'):
+        read(tmp_path / 'bomb')
+    assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    'opcodes',
+    [
+        b'}r\xff\xff\xff\x7f.',
+        b'\x8e' + struct.pack('<Q', 1 << 40) + b'abc.',
+        b'\x95' + struct.pack('<Q', 1 << 40) + b'}.',
+        b'\x96' + struct.pack('<Q', 1 << 60) + b'abc.',
+    ],
+    ids=['index of a memo', 'bytes', 'frame', 'byte array'],
+)
+def test_a_number_that_a_damaged_pickle_names_makes_no_room(opcodes: bytes, tmp_path: Path) -> None:
+    (tmp_path / 'evil').write_bytes(b'\x80\x05' + opcodes)
+    tracemalloc.start()
+    with suppress(CheckpointError):
+        assert read(tmp_path / 'evil').tree == {}
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
+
+
+def test_shapes_that_do_not_go_with_the_bytes_are_refused(tmp_path: Path) -> None:
+    tensor = torch.ones(2, 3)
+    for description in (field(1, 5) + field(2, 1 << 40), field(1, 5) + field(2, (1 << 64) - 6), field(1, 99)):
+        data = struct.pack('<IQIi', 0, 0, 0, len(description)) + description + tensor.numpy().tobytes()
+        with tarfile.open(tmp_path / 'bad', 'w') as archive:
+            member = tarfile.TarInfo('variable')
+            member.size = len(data)
+            archive.addfile(member, io.BytesIO(data))
+        with pytest.raises(CheckpointError, match=r'bytes for a tensor|are no weights'):
+            read(tmp_path / 'bad')
+    content = field(1, field(1, b'name') + field(2, field(1, 7) + field(2, b'Float32') + field(3, bytes(24))))
+    (tmp_path / 'bad').write_bytes(content)
+    with pytest.raises(CheckpointError, match=r'24 bytes for a tensor of shape \[7\]'):
+        read(tmp_path / 'bad')
+
+
+def test_a_link_in_an_archive_is_refused(tmp_path: Path) -> None:
+    with tarfile.open(tmp_path / 'bad', 'w') as archive:
+        member = tarfile.TarInfo('fc_weights')
+        member.type, member.linkname = tarfile.SYMTYPE, '/etc/passwd'
+        archive.addfile(member)
+    with pytest.raises(CheckpointError, match='fc_weights in it is no plain file'):
+        read(tmp_path / 'bad')
+
+
+@pytest.mark.parametrize(
+    ('content', 'message'),
+    [
+        (b'', 'is no file of weights'),
+        (b'some text', "begins with b'some tex'"),
+        (b'\x89HDF\r\n\x1a\n', 'Keras'),
+        (pickle.dumps([1, 2]), 'holds a list'),
+        (pickle.dumps({'a': np.array(['text'])}), 'of type U4, which are no weights'),
+        (pickle.dumps({'a': np.ones(2, '>f4')}), 'byte order'),
+    ],
+)
+def test_what_is_no_weights_is_told(content: bytes, message: str, tmp_path: Path) -> None:
+    (tmp_path / 'file').write_bytes(content)
+    with pytest.raises(CheckpointError, match=message) as error:
+        read(tmp_path / 'file')
+    assert '\n' not in str(error.value)
+    assert str(tmp_path / 'file') in str(error.value)
+
+
+def test_an_absent_file_is_told(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match='can not be opened: No such file'):
+        read(tmp_path / 'absent.pth')
+    with pytest.raises(CheckpointError, match='can not be opened: Is a directory'):
+        read(tmp_path)
+
+
+def test_arrays_of_either_order_and_any_number_of_dimensions_are_read(tmp_path: Path) -> None:
+    arrays = {
+        'fortran': np.asfortranarray(np.arange(24.0).reshape(2, 3, 4)),
+        'scalar': np.array(3, 'int64'),
+        'empty': np.ones((0, 3), 'float16'),
+        'sliced': np.arange(10, dtype='int32')[::3],
+    }
+    (tmp_path / 'arrays.pkl').write_bytes(pickle.dumps(arrays))
+    found = read(tmp_path / 'arrays.pkl').tree
+    torch.testing.assert_close(found, {name: torch.from_numpy(array.copy()) for name, array in arrays.items()})
+
+
+def test_metadata_of_safetensors_is_read(tmp_path: Path) -> None:
+    save_file({'a': torch.ones(2)}, tmp_path / 'file', {'first_block': 'paddle'})
+    assert read(tmp_path / 'file').metadata == {'first_block': 'paddle'}
+
+
+def test_a_check_sum_of_mindspore_is_skipped(tmp_path: Path) -> None:
+    (tmp_path / 'file').write_bytes(mindspore(SMALL) + b'crc_num' + (1234).to_bytes(10, 'big'))
+    assert len(read(tmp_path / 'file').tree) == len([name for name in SMALL if 'batches' not in name])
