@@ -69,7 +69,7 @@ def test_predict_prints_files_with_their_labels(photos: Path) -> None:
     ('arguments', 'status', 'message'),
     [
         (('predict', '--model', 'res2nt50_26w_4s'), 2, 'did you mean res2net50_26w_4s'),
-        (('predict', '--weights', 'absent.pth'), 1, 'there is no file absent.pth'),
+        (('predict', '--weights', 'absent.pth'), 1, 'absent.pth can not be opened: No such file'),
         (('predict', 'china.jpg', '--model', 'res2net50d'), 1, 'weights of res2net50d can not be had'),
         (('predict', '--model', 'res2net152d'), 1, 'no published weights of res2net152d'),
         (('predict', '--topk', '0'), 2, '0 is not above zero'),
@@ -116,7 +116,8 @@ def test_list_selects() -> None:
         'res2net50d.in1k',
         *('25.72', 'M', '4.495', '80.28', '%', 'cc-by-nc-sa-4.0', 'hf-hub:timm/res2net50d.in1k'),
     ]
-    assert rows[2] == ''
+    assert rows[2].split()[-2:] == ['apache-2.0', WEIGHTS['res2net50d.mindcv_in1k'].cfg['url']]
+    assert rows[3] == ''
 
 
 def test_features_prints_and_draws_the_pyramid(photos: Path, tmp_path: Path) -> None:

@@ -481,14 +481,32 @@ README = (Path(__file__).parent.parent / 'README.md').read_text()
 
 
 def test_readme_shows_the_family_as_it_is() -> None:
+    default = {name.split('.')[0]: weights.top1 for name, weights in reversed(WEIGHTS.items())}
     for name, arch in ARCHS.items():
-        weights = WEIGHTS.get(f'{name}.in1k')
-        top1 = f'{weights.top1:.2f} %' if weights else ''
+        top1 = f'{default[name]:.2f} %' if name in default and name != 'test_res2net' else ''
         assert f'| `{name}` | {arch.params:,} | {arch.gmacs:.3f} | {top1} |' in README
 
 
-def test_readme_examples_run() -> None:
+def test_readme_shows_all_weights_as_they_are() -> None:
+    authors = {'github.com/Res2Net': 'the authors', 'PaddleClas': 'PaddleClas', 'mindcv': 'MindCV'}
+    rows = []
+    for name, weights in WEIGHTS.items():
+        if weights.top5 is not None:
+            cfg = timm.get_pretrained_cfg(name)
+            who = next(who for part, who in authors.items() if part in cfg.origin_url)
+            licence = {'apache-2.0': 'Apache-2.0', 'cc-by-nc-sa-4.0': 'CC BY-NC-SA 4.0'}[cfg.license]
+            rows.append(f'| `{name}` | {weights.top1:.2f} % | {weights.top5:.2f} % | {who} | {licence} |')
+    assert '\n'.join(rows) in README
+
+
+def test_readme_examples_run(tmp_path: Path) -> None:
     blocks = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
     assert len(blocks) == 2
-    offline = '\n'.join(blocks).replace("'res2net50d', pretrained=True", "'res2net50d'")
-    python(offline)
+    code = '\n'.join(blocks)
+    for name in ('res2net50d', 'res2net200_vd_26w_4s'):  # which would be downloaded
+        code = code.replace(f"'{name}', pretrained=True", f"'{name}'")
+    detector = timm.create_model('res2net101d', num_classes=0).state_dict()
+    detector = {name.replace('bn1.', 'stem.7.') if name.startswith('bn1') else name: t for name, t in detector.items()}
+    detector = {f'backbone.{re.sub("^conv1", "stem", name)}': tensor for name, tensor in detector.items()}
+    torch.save({'state_dict': detector}, tmp_path / 'faster_rcnn_r2_101_fpn.pth')
+    python(f'import os; os.chdir({str(tmp_path)!r})\n{code}')
