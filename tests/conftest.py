@@ -7,7 +7,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-os.environ['HF_HUB_OFFLINE'] = '1'  # read when huggingface_hub is imported, by timm; for this and for child processes
+# Read at import, also by child processes: the Hub is not asked for anything, and each worker keeps to one core.
+os.environ |= {'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1'}
 
 import pytest
 import timm

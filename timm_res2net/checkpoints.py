@@ -27,6 +27,19 @@ from .resnet import Res2Net
 
 __all__ = ['Checkpoint', 'Conversion', 'convert', 'export_checkpoint', 'load_checkpoint', 'read_checkpoint']
 
+DEFAULTS: dict[str, Any] = dict(  # of arguments that are not in all rows of ARCHS
+    layers=None,
+    base_width=None,
+    scale=None,
+    cardinality=1,
+    stem_type='',
+    stem_width=64,
+    avg_down=False,
+    attn_layer=None,
+    channels=(64, 128, 256, 512),
+    first_block='official',
+)
+
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -84,8 +97,9 @@ def trained_as(tree: Mapping[str, Any]) -> str | None:
     arch = ARCHS.get(str(tree.get('arch')).partition('.')[0])
     if arch is None:
         return None
-    arguments = getattr(tree.get('args'), 'model_kwargs', None) or {}
-    return arguments.get('first_block') or arch.args.get('first_block', 'official')
+    given = getattr(tree.get('args'), 'model_kwargs', None)
+    arguments = {**arch.args, **given} if isinstance(given, dict) else arch.args
+    return arguments.get('first_block', 'official')
 
 
 def load_checkpoint(
@@ -218,20 +232,6 @@ def architecture(state: Mapping[str, Tensor], first_block: str, name: str | None
             same = not first_blocks(model) or first_block in first_blocks(model)
             return each, args if same else {**args, 'first_block': first_block}
     raise refusal
-
-
-DEFAULTS: dict[str, Any] = dict(  # of arguments that are not in all rows of ARCHS
-    layers=None,
-    base_width=None,
-    scale=None,
-    cardinality=1,
-    stem_type='',
-    stem_width=64,
-    avg_down=False,
-    attn_layer=None,
-    channels=(64, 128, 256, 512),
-    first_block='official',
-)
 
 
 def resnet_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
