@@ -4,14 +4,19 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from conftest import tiny
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
 from timm_res2net.__main__ import main
+from timm_res2net.dialects import DIALECTS
+from timm_res2net.files import sha256
 from timm_res2net.predict import sheet
 from timm_res2net.res2net import ARCHS, WEIGHTS
 
@@ -76,6 +81,8 @@ def test_predict_prints_files_with_their_labels(photos: Path) -> None:
         (('predict', '--device', 'warp'), 2, 'warp can not be used here'),
         (('list', 'vgg*'), 1, 'no model of the family matches vgg'),
         (('features', 'text.png', '--model', 'test_res2net'), 1, 'this is not an image'),
+        (('convert', 'text.png'), 1, 'text.png is no file of weights'),
+        (('convert', 'text.png', '--dialect', 'caffe'), 2, 'invalid choice'),
         ((), 2, 'COMMAND'),
     ],
 )
@@ -143,6 +150,56 @@ def test_features_without_matplotlib_says_how_to_get_it(photos: Path, tmp_path: 
     done = run(*arguments, cwd=photos, PYTHONPATH=str(tmp_path))
     assert done.returncode == 1
     assert 'pip install "timm_res2net[plot]"' in done.stderr
+
+
+def test_convert_tells_what_it_found_and_did(references: Callable[[str], Path], tmp_path: Path) -> None:
+    file = references('paddle') / 'res2net50_vd.pdparams'
+    done = run('convert', str(file), '--out', 'net', cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        str(file),
+        f'  sha256 {sha256(file)}',
+        '',
+        'dialect      paddleclas: PaddleClas, .pdparams',
+        'first block  paddle: certain',
+        "model        timm.create_model('res2net50_vd_26w_4s', base_width=2): certain, all tensors fit",
+        'dropped      0',
+        'filled in    87: conv1.1.num_batches_tracked, conv1.4.num_batches_tracked, bn1.num_batches_tracked, ...',
+        'cast         0',
+        '',
+        'net/model.safetensors',
+        f'  sha256 {sha256(tmp_path / "net" / "model.safetensors")}',
+        '',
+        'wrote net; load it by',
+        "  timm.create_model('local-dir:net', pretrained=True)",
+    ]
+    done = run('convert', 'net/model.safetensors', '--to', 'paddleclas', '--out', 'back.pdparams', cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert f'wrote back.pdparams\n  sha256 {sha256(tmp_path / "back.pdparams")}' in done.stdout
+    done = run('convert', 'net/model.safetensors', '--to', 'paddleclas', '--out', 'back.pdparams', cwd=tmp_path)
+    assert (done.returncode, 'there is a back.pdparams already' in done.stderr) == (1, True)
+
+
+def test_convert_can_write_nothing(tmp_path: Path) -> None:
+    torch.save(
+        {'state_dict': {f'backbone.{name}': t.half() for name, t in tiny().state_dict().items()}}, tmp_path / 'x.pth'
+    )
+    done = run('convert', 'x.pth', '--dry-run', '--first-block', 'mmdet', cwd=tmp_path)
+    lines = done.stdout.splitlines()
+    assert lines[4] == 'first block  mmdet: certain'
+    assert lines[8].startswith('cast         ')
+    assert lines[8].endswith('of float16 to float32')
+    assert lines[-1] == 'nothing was written'
+    done = run('convert', 'x.pth', '--dry-run', cwd=tmp_path)
+    assert 'official: not certain, but usual for such a file; --first-block overrides it' in done.stdout
+    assert [path.name for path in tmp_path.iterdir()] == ['x.pth']
+
+
+def test_convert_shows_all_dialects() -> None:
+    done = run('convert', '--list-dialects')
+    assert done.returncode == 0
+    rows = [line.split()[0] for line in done.stdout.splitlines()]
+    assert rows == ['dialect', *DIALECTS]
 
 
 def test_a_reader_that_stops_early_is_no_error() -> None:

@@ -130,6 +130,9 @@ FORMATS: dict[str, Callable[[dict[str, Tensor]], bytes]] = {
     'pdparams of pairs': lambda state: paddle_pickle(state, pairs=True),
     'pdparams of protocol 2': lambda state: paddle_pickle(state, protocol=2),
     'pickle of protocol 5': lambda state: pickle.dumps({name: tensor.numpy() for name, tensor in state.items()}, 5),
+    'pickle of Jittor': lambda state: (
+        pickle.dumps({name: state[name].numpy() for name in state}) + b'-' * 20 + b'HCAJSLHD'
+    ),
     'mindspore': mindspore,
     'paddle archive': paddle_archive,
 }
