@@ -4,7 +4,6 @@ import io
 import json
 import os
 import pickle
-import shutil
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -313,51 +312,59 @@ def convert(
         raise CheckpointError(f'{file} can not be converted: {error}') from error
     made = timm.create_model(name, device='meta', num_classes=checkpoint.num_classes, **args)
     require_same_function(made, checkpoint.first_block, checkpoint.file)
-    config = configuration(made, name, args, checkpoint)
-    state = {key: checkpoint.state[key].contiguous() for key in made.state_dict()}
+    origin = dict(file=Path(file).name, sha256=sha256(file), dialect=checkpoint.translation.dialect)
+    tags = [key for key in WEIGHTS if key.split('.')[0] == name and not args]
+    published = [key for key in tags if Path(WEIGHTS[key].cfg.get('url', '')).name == origin['file']]
+    cfg = get_pretrained_cfg(published[0]).to_dict(remove_source=True) if published else default_cfg(name)
+    config = configuration(made, name, args, cfg, converted_from=origin)
     if not dry_run:
+        state = {key: checkpoint.state[key].contiguous() for key in made.state_dict()}
         write_folder(folder, state, config, checkpoint.first_block)
     return Conversion(checkpoint, name, args, config, folder)
 
 
-def configuration(model: nn.Module, name: str, args: Mapping[str, Any], checkpoint: Checkpoint) -> dict[str, Any]:
-    """Makes what timm reads from a `config.json` beside weights, with their origin under a key of our own."""
-    file = Path(checkpoint.file).name
-    tags = [key for key in WEIGHTS if key.split('.')[0] == name and not args]
-    published = [key for key in tags if Path(WEIGHTS[key].cfg.get('url', '')).name == file]
-    cfg = get_pretrained_cfg(published[0]).to_dict(remove_source=True) if published else default_cfg(name)
-    in_chans = args.get('in_chans', 3)
-    cfg.update(custom_load=False, num_classes=checkpoint.num_classes, input_size=(in_chans, *cfg['input_size'][1:]))
-    origin = dict(file=file, sha256=sha256(checkpoint.file), dialect=checkpoint.translation.dialect)
+def configuration(
+    model: nn.Module, name: str, args: Mapping[str, Any], cfg: Mapping[str, Any], **record: Any
+) -> dict[str, Any]:
+    """Makes what timm and transformers read from a `config.json` beside weights.
+
+    Args:
+        model: The weights' model.
+        name: The name that it is registered under.
+        args: What else it takes to make it, without the number of classes, which transformers gives by itself.
+        cfg: What timm records of weights.
+        **record: What this package records of them, under a key of its own.
+    """
+    num_classes: Any = model.num_classes
+    input_size = (args.get('in_chans', 3), *cfg['input_size'][1:])
     return dict(
         architecture=name,
-        num_classes=checkpoint.num_classes,
+        num_classes=num_classes,
         num_features=model.num_features,
         **({'model_args': dict(args)} if args else {}),
-        pretrained_cfg=cfg,
-        timm_res2net=dict(version=__version__, converted_from=origin),
+        pretrained_cfg={**cfg, 'custom_load': False, 'num_classes': num_classes, 'input_size': input_size},
+        timm_res2net=dict(version=__version__, **record),
     )
 
 
 def write_folder(folder: Path, state: dict[str, Tensor], config: dict[str, Any], first_block: str | None) -> None:
     """Writes weights and configuration, both or neither, and puts the hash of the weights into the configuration."""
     metadata = {'format': 'pt', **({'first_block': first_block} if first_block else {})}
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix='.', dir=folder.parent))
     try:
-        save_file(state, temporary / 'model.safetensors', metadata)
-        config['timm_res2net']['sha256'] = sha256(temporary / 'model.safetensors')
-        (temporary / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
-        os.chmod(temporary, 0o755)
-        if folder.exists():
-            for file in temporary.iterdir():
-                os.replace(file, folder / file.name)
-        else:
-            os.replace(temporary, folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix='.', dir=folder.parent, ignore_cleanup_errors=True) as temporary:
+            made = Path(temporary, 'made')
+            made.mkdir()
+            save_file(state, made / 'model.safetensors', metadata)
+            config['timm_res2net']['sha256'] = sha256(made / 'model.safetensors')
+            (made / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
+            if folder.exists():
+                for file in made.iterdir():
+                    os.replace(file, folder / file.name)
+            else:
+                os.replace(made, folder)
     except OSError as error:
         raise ValueError(f'{folder} can not be written: {first_line(error)}') from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def export_checkpoint(model: nn.Module, file: str | os.PathLike[str], dialect: str) -> None:
