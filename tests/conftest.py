@@ -1,21 +1,29 @@
 """What all tests share."""
 
 import os
+import shutil
 import tarfile
-from collections.abc import Callable
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-# Read at import, also by child processes: the Hub is not asked for anything, and each worker keeps to one core.
-os.environ |= {'HF_HUB_OFFLINE': '1', 'OMP_NUM_THREADS': '1'}
+from hub import Hub, free_port
+
+# Read at import, also by child processes: the only Hub is one of our own, and is asked only where a test wants it.
+os.environ |= {'HF_HUB_OFFLINE': '1', 'HF_ENDPOINT': f'http://127.0.0.1:{free_port()}', 'HF_HOME': tempfile.mkdtemp()}
+os.environ |= {'OMP_NUM_THREADS': '1'}  # each worker keeps to one core
+os.environ.pop('HF_TOKEN', None)
 
 import pytest
 import timm
 import torch
+from huggingface_hub import constants
 from torch import nn
 
-import timm_res2net  # noqa: F401 - registers the models
+import timm_res2net.hub  # registers the models
 
 
 @cache
@@ -74,3 +82,29 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         return folder
 
     return unpacked
+
+
+@pytest.fixture(scope='session')
+def hub_server() -> Iterator[Hub]:
+    with Hub(int(os.environ['HF_ENDPOINT'].rpartition(':')[2])) as server:
+        threading.Thread(target=server.serve_forever, kwargs={'poll_interval': 0.01}, daemon=True).start()
+        yield server
+        server.shutdown()
+    shutil.rmtree(os.environ['HF_HOME'], ignore_errors=True)
+
+
+@pytest.fixture(params=['lfs'])
+def hub(
+    request: pytest.FixtureRequest,
+    hub_server: Hub,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Hub:
+    """A Hub without anything in it, that keeps large files by itself ('lfs') or by hf_xet ('xet')."""
+    xet = request.param == 'xet'
+    hub_server.reset(tmp_path_factory.mktemp('xet') if xet else None)
+    shutil.rmtree(os.environ['HF_HOME'], ignore_errors=True)
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
+    monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', not xet)
+    monkeypatch.setattr(timm_res2net.hub, 'PAUSES', (0, 0))
+    return hub_server

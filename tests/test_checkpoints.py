@@ -216,6 +216,7 @@ def test_what_was_done_is_reported(tmp_path: Path) -> None:
     assert translation.dropped == ('head.weight',)
     assert len(translation.filled) == norms
     assert translation.cast == {'float16': len(state)}
+    assert {t.dtype for name, t in translation.state.items() if 'batches' not in name} == {torch.float32}
 
 
 def test_official_dla_files_lose_exactly_their_dead_projections(tmp_path: Path, build: Any) -> None:

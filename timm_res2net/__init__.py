@@ -5,8 +5,19 @@ Importing this package registers its models: `timm.create_model('res2net50d')` t
 
 __version__ = '0.1.0'
 
+from .cards import card
 from .checkpoints import export_checkpoint, load_checkpoint
+from .hub import pull, push
 from .readers import CheckpointError
 from .res2net import register, unregister
 
-__all__ = ['CheckpointError', 'export_checkpoint', 'load_checkpoint', 'register', 'unregister']
+__all__ = [
+    'CheckpointError',
+    'card',
+    'export_checkpoint',
+    'load_checkpoint',
+    'pull',
+    'push',
+    'register',
+    'unregister',
+]

@@ -3,19 +3,24 @@
 import argparse
 import json
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from fnmatch import fnmatch
+from pathlib import Path
 from typing import Any
 
 import timm
 import torch
+from huggingface_hub.errors import HfHubHTTPError
 from tqdm import tqdm
 
 from .blocks import FIRST_BLOCKS
+from .cards import card, problems_of
 from .checkpoints import Conversion, call, convert, export_checkpoint, load_checkpoint
 from .dialects import DIALECTS, EXPORTS
-from .files import first_line, sha256
+from .files import first_line, replace_file, sha256
+from .hub import fetch, problems_on_hub, push
 from .predict import (
     UnknownModelError,
     find_images,
@@ -108,7 +113,52 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument('--dry-run', action='store_true', help='write nothing')
     command.add_argument('--list-dialects', action=ListDialects, nargs=0, help='show whose files can be read')
     command.set_defaults(run=run_convert)
+
+    command = commands.add_parser(
+        'push',
+        help='upload a model to the Hub',
+        description='Uploads a model to the Hugging Face Hub: safetensors, configuration and card, all verified.',
+    )
+    command.add_argument('source', metavar='SOURCE', help='a file of weights, a folder that convert made, or a name')
+    command.add_argument('repo', metavar='USER/NAME', help='where to put it')
+    command.add_argument('--model', metavar='NAME', help='the model that the file fits (default: found out)')
+    command.add_argument('--tag', help='name of this set of weights')
+    command.add_argument('--result', type=result, action='append', metavar='WHAT=PERCENT', help='such as accuracy=99.5')
+    command.add_argument('--dataset', help='what it was trained and measured on, such as imagenet-1k')
+    command.add_argument('--license', metavar='ID', help='such as apache-2.0')
+    command.add_argument('--license-link', metavar='URL', help='of a licence that the Hub does not know')
+    command.add_argument('--base-model', metavar='USER/NAME', help='what it was fine-tuned from')
+    command.add_argument('--labels', metavar='FILE', help='names of the classes, a line each')
+    command.add_argument('--recipe', metavar='TEXT', help='how it was trained')
+    command.add_argument('--private', action='store_true', default=None, help='make the repository private')
+    command.add_argument('--revision', metavar='BRANCH', help='made if it does not exist (default: main)')
+    command.add_argument('--create-pr', action='store_true', help='propose it by a pull request')
+    command.add_argument('--message', help='of the commit')
+    command.add_argument('--overwrite-card', action='store_true', help='also a card that somebody wrote')
+    command.add_argument('--dry-run', metavar='DIR', help='write a folder instead, and show what would be sent')
+    command.set_defaults(run=run_push)
+
+    command = commands.add_parser(
+        'pull', help='download a model from the Hub', description='Downloads a model and checks every byte of it.'
+    )
+    command.add_argument('repo', metavar='USER/NAME', help='where it is')
+    command.add_argument('--revision', metavar='R', help='branch, tag or commit (default: main)')
+    command.add_argument('--out', metavar='DIR', help='copy it to this folder (default: only to the cache)')
+    command.set_defaults(run=run_pull)
+
+    command = commands.add_parser('card', help='show model cards', description='Shows the cards of published weights.')
+    command.add_argument('name', nargs='?', metavar='NAME', help='such as res2net50d.in1k, or a file to validate')
+    command.add_argument('--all', action='store_true', help='write all of them to a folder')
+    command.add_argument('--out', metavar='DIR', default='hub_cards', help='the folder (default: hub_cards)')
+    command.add_argument('--validate', action='store_true', help='check it here and, if it can be reached, on the Hub')
+    command.set_defaults(run=run_card)
     return main
+
+
+def result(text: str) -> tuple[str, float]:
+    """An argument that is a name and a percentage."""
+    name, _, value = text.partition('=')
+    return name, float(value)
 
 
 def run_predict(args: argparse.Namespace) -> int:
@@ -249,6 +299,85 @@ def show_conversion(done: Conversion) -> None:
         print(f'\n{done.folder / "model.safetensors"}\n  sha256 {record["sha256"]}')
 
 
+def run_push(args: argparse.Namespace) -> int:
+    """Uploads a model, or writes what would be uploaded."""
+    if os.path.isdir(args.source):
+        model = timm.create_model(f'local-dir:{args.source}', pretrained=True)
+    elif args.source in WEIGHTS:
+        model = load_model(args.source)
+    else:
+        done = convert(args.source, dry_run=True, model=args.model)
+        model = timm.create_model(done.name, num_classes=done.checkpoint.num_classes, **done.args)
+        load_checkpoint(model, done.checkpoint)
+    labels = read_lines(args.labels) if args.labels else None
+    pushed = push(
+        model,
+        args.repo,
+        tag=args.tag,
+        results=dict(args.result) if args.result else None,
+        dataset=args.dataset,
+        license=(args.license or 'other', args.license_link) if args.license_link else args.license,
+        base_model=args.base_model,
+        labels=labels,
+        recipe=args.recipe,
+        private=args.private,
+        revision=args.revision,
+        create_pr=args.create_pr,
+        commit_message=args.message,
+        overwrite_card=args.overwrite_card,
+        dry_run=args.dry_run,
+    )
+    for name, digest in pushed.hashes.items():
+        print(f'{digest}  {name}')
+    print(f'\nwrote {pushed.folder}; nothing was sent' if pushed.folder else f'\n{pushed.url}')
+    return 0
+
+
+def read_lines(path: str) -> list[str]:
+    """The lines of a text file that are not empty; ValueError if it can't be read."""
+    try:
+        with open(path, encoding='utf-8') as file:
+            return [line.strip() for line in file if line.strip()]
+    except OSError as error:
+        raise ValueError(f'{path} can not be opened: {error.strerror}') from error
+
+
+def run_pull(args: argparse.Namespace) -> int:
+    """Downloads a model, and says where it is and which."""
+    folder, commit = fetch(args.repo, args.revision)
+    if args.out:
+        os.makedirs(args.out, exist_ok=True)
+        for name in ('model.safetensors', 'config.json'):
+            replace_file(os.path.join(args.out, name), lambda path, name=name: shutil.copyfile(folder / name, path))  # type: ignore[misc]
+    where = args.out or folder
+    for name in ('model.safetensors', 'config.json'):
+        print(f'{sha256(os.path.join(where, name))}  {name}')
+    print(f'\n{args.repo} at {commit}, checked; load it by\n  {call(f"local-dir:{where}", dict(pretrained=True))}')
+    return 0
+
+
+def run_card(args: argparse.Namespace) -> int:
+    """Prints a card, writes all, or checks one."""
+    if args.all:
+        os.makedirs(args.out, exist_ok=True)
+        for name in tqdm(WEIGHTS, unit='card', disable=None, leave=False):
+            replace_file(f'{args.out}/{name}.md', lambda path, name=name: Path(path).write_text(card(name)))  # type: ignore[misc]
+        print(f'wrote {len(WEIGHTS)} cards to {args.out}')
+        return 0
+    if args.name is None:
+        raise ValueError('name published weights, or say --all; `timm-res2net list --pretrained` shows them')
+    text = Path(args.name).read_text() if os.path.isfile(args.name) else card(args.name)
+    if not args.validate:
+        print(text, end='')
+        return 0
+    problems = problems_of(text) + problems_on_hub(text)
+    for problem in problems:
+        print(f'timm-res2net: {args.name}: {problem}', file=sys.stderr)
+    if not problems:
+        print(f'{args.name} is a good card')
+    return 1 if problems else 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """Runs a command.
 
@@ -260,8 +389,9 @@ def main(argv: list[str] | None = None) -> int:
         status = args.run(args)
         sys.stdout.flush()  # here, where a reader that has gone is expected, and not at the interpreter's end
         return status
-    except ValueError as error:
-        print(f'timm-res2net: {error}', file=sys.stderr)
+    except (ValueError, ConnectionError, HfHubHTTPError) as error:
+        message = first_line(error) if isinstance(error, HfHubHTTPError) else error
+        print(f'timm-res2net: {message}', file=sys.stderr)
         return 2 if isinstance(error, UnknownModelError) else 1
     except BrokenPipeError:  # the reader has seen enough, as in `timm-res2net list | head -3`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
