@@ -108,6 +108,7 @@ class Hub(ThreadingHTTPServer):
         self.lock = threading.RLock()
         self.xet = xet
         self.xet_hashes: dict[str, str] = {}  # by SHA-256
+        self.slow = False  # send large files so slowly that a client can be killed meanwhile
 
     def reset(self, xet: Path | None = None) -> None:
         """Forgets everything."""
@@ -436,6 +437,8 @@ class Handler(BaseHTTPRequestHandler):
     def cdn(self, oid: str) -> None:
         if self.headers.get('Authorization'):
             raise Refusal(400, message='a token was sent to another host')
+        while self.server.slow:
+            time.sleep(0.05)
         self.send_content(self.server.large[oid], Accept_Ranges='bytes')
 
     def send_content(self, data: bytes, **headers: str) -> None:

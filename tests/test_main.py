@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from conftest import tiny
 from PIL import Image
 from sklearn.datasets import load_sample_image
 
+from timm_res2net import card
 from timm_res2net.__main__ import main
 from timm_res2net.dialects import DIALECTS
 from timm_res2net.files import sha256
@@ -200,6 +202,83 @@ def test_convert_shows_all_dialects() -> None:
     assert done.returncode == 0
     rows = [line.split()[0] for line in done.stdout.splitlines()]
     assert rows == ['dialect', *DIALECTS]
+
+
+# The Hub, by the functions themselves, as a child process would have to be told where it is
+
+
+def test_push_and_pull_say_what_went_and_what_came(
+    hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('HF_TOKEN', 'hf_write')
+    torch.save(tiny('mmdet').state_dict(), 'mine.pth')
+    Path('labels.txt').write_text('a\nb\nc\nd\n')
+    options = ['--license', 'Our Own', '--license-link', 'https://example.org', '--result', 'accuracy=91.5']
+    options += ['--labels', 'labels.txt', '--dataset', 'somebody/shapes', '--tag', 'mine']
+    assert main(['push', 'mine.pth', 'user/net', *options, '--dry-run', 'folder']) == 0
+    assert 'wrote folder; nothing was sent' in capsys.readouterr().out
+    assert hub.log == []
+    assert main(['push', 'folder', 'user/net', *options, '--private', '--message', 'First']) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in printed[:3]] == ['model.safetensors', 'config.json', 'README.md']
+    assert printed[4].startswith(f'{os.environ["HF_ENDPOINT"]}/user/net/commit/')
+    assert hub.repos['user/net'].private
+    assert 'license_name: our-own' in hub.files('user/net')['README.md'].decode()
+
+    assert main(['pull', 'user/net', '--out', 'back']) == 0
+    pulled = capsys.readouterr().out.splitlines()
+    assert pulled[:2] == printed[:2]
+    assert pulled[-1] == "  timm.create_model('local-dir:back', pretrained=True)"
+    assert sorted(os.listdir('back')) == ['config.json', 'model.safetensors']
+    assert Path('back/config.json').read_bytes() == hub.files('user/net')['config.json']
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (('pull', 'user/absent'), 'Repository not found|404|401'),
+        (('push', 'test_res2net.digits', 'user/net'), 'write permission'),
+        (('push', 'absent.pth', 'user/net'), 'can not be opened'),
+        (('push', 'test_res2net.digits', 'user/net', '--labels', 'absent.txt'), 'absent.txt can not be opened'),
+        (('push', 'test_res2net.digits', 'user/net', '--license', 'made-up'), 'none that the Hub knows'),
+        (('card', 'res2net50d.in22k'), 'no published weights'),
+        (('card',), 'name published weights'),
+    ],
+)
+def test_what_the_hub_commands_can_not_do_is_one_line(
+    arguments: tuple[str, ...],
+    message: str,
+    hub: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('HF_TOKEN', 'hf_read')
+    assert main(list(arguments)) == 1
+    captured = capsys.readouterr()
+    assert captured.out == ''
+    assert re.search(message, captured.err)
+    assert captured.err.count('\n') == 1
+    assert 'hf_read' not in captured.err
+
+
+def test_card_shows_writes_and_checks(
+    hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(['card', 'test_res2net.digits']) == 0
+    text = capsys.readouterr().out
+    assert text == card('test_res2net.digits')
+    assert main(['card', 'test_res2net.digits', '--validate']) == 0
+    assert capsys.readouterr().out == 'test_res2net.digits is a good card\n'
+    Path('bad.md').write_text(text.replace('license: apache-2.0', 'license: made-up'))
+    assert main(['card', 'bad.md', '--validate']) == 1
+    assert capsys.readouterr().err.count('timm-res2net: bad.md: ') == 2  # found here, and by the Hub
+    monkeypatch.setattr('timm_res2net.__main__.WEIGHTS', ['test_res2net.digits'])
+    assert main(['card', '--all', '--out', 'cards']) == 0
+    assert Path('cards/test_res2net.digits.md').read_text() == text
 
 
 def test_a_reader_that_stops_early_is_no_error() -> None:

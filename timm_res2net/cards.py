@@ -127,7 +127,7 @@ def card(
 def published_card(name: str) -> str:
     """The card of published weights."""
     if name not in WEIGHTS:
-        tags = [key for key in WEIGHTS if key.split('.')[0] == name]
+        tags = [key for key in WEIGHTS if key.split('.')[0] == name.split('.')[0]]
         hint = f'there are {", ".join(tags)}' if tags else '`timm-res2net list --pretrained` shows all'
         raise ValueError(f'there are no published weights {name}; {hint}')
     weights, cfg = WEIGHTS[name], timm.get_pretrained_cfg(name)
@@ -160,17 +160,18 @@ def published_card(name: str) -> str:
         license=cfg.license,
         base_model=None,
         recipe=weights.recipe + '.',
-        provenance=f'The weights come from <{origin_of(name)}>; see also <{cfg.origin_url}>.',
+        provenance=f'The weights {origin_of(name)}; see also <{cfg.origin_url}>.',
         licence=licence,
         limits=limits + notes,
     )
 
 
 def origin_of(name: str) -> str:
-    """The address of published weights."""
+    """Says where published weights are."""
     cfg = timm.get_pretrained_cfg(name)
-    own = 'https://pypi.org/project/timm_res2net'
-    return cfg.url or (f'https://huggingface.co/{cfg.hf_hub_id}' if cfg.hf_hub_id else own)
+    if cfg.file:
+        return 'are a part of the package'
+    return f'come from <{cfg.url or f"https://huggingface.co/{cfg.hf_hub_id}"}>'
 
 
 def kind_of(name: str) -> str:

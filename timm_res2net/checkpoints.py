@@ -355,7 +355,7 @@ def write_folder(folder: Path, state: dict[str, Tensor], config: dict[str, Any],
         with tempfile.TemporaryDirectory(prefix='.', dir=folder.parent, ignore_cleanup_errors=True) as temporary:
             made = Path(temporary, 'made')
             made.mkdir()
-            save_file(state, made / 'model.safetensors', metadata)
+            save_weights(state, made / 'model.safetensors', metadata)
             config['timm_res2net']['sha256'] = sha256(made / 'model.safetensors')
             (made / 'config.json').write_text(json.dumps(config, indent=2) + '\n')
             if folder.exists():
@@ -365,6 +365,19 @@ def write_folder(folder: Path, state: dict[str, Tensor], config: dict[str, Any],
                 os.replace(made, folder)
     except OSError as error:
         raise ValueError(f'{folder} can not be written: {first_line(error)}') from error
+
+
+def save_weights(state: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Saves safetensors, the same bytes for the same weights: the library writes metadata in an order of chance."""
+    save_file(state, path, metadata)
+    with open(path, 'r+b') as file:
+        size = int.from_bytes(file.read(8), 'little')
+        header = json.loads(file.read(size))
+        header['__metadata__'] = dict(sorted(header['__metadata__'].items()))
+        text = json.dumps(header, separators=(',', ':'), ensure_ascii=False).encode().ljust(size)
+        assert len(text) == size
+        file.seek(8)
+        file.write(text)
 
 
 def export_checkpoint(model: nn.Module, file: str | os.PathLike[str], dialect: str) -> None:

@@ -1,5 +1,6 @@
 """Push models to the Hugging Face Hub and pull them, so that what arrives is what left."""
 
+import copy
 import hashlib
 import json
 import logging
@@ -13,7 +14,7 @@ from typing import Any, TypeVar
 
 import timm
 import torch
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, hf_hub_download
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, hf_hub_download, is_offline_mode
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from timm.models import PretrainedCfg, get_model_args
 from torch import nn
@@ -165,17 +166,12 @@ def write_model(
 @torch.inference_mode()
 def prove(model: nn.Module, folder: Path) -> None:
     """Raises a ValueError unless a folder makes a model that computes just what the given one does."""
-    again = timm.create_model(f'local-dir:{folder}', pretrained=True)
     example = next(model.parameters())
-    again.to(device=example.device, dtype=example.dtype).eval()
+    again = timm.create_model(f'local-dir:{folder}', pretrained=True).to(example.device, example.dtype).eval()
+    itself = copy.deepcopy(model).to(memory_format=torch.contiguous_format).eval()  # as another order rounds otherwise
     in_chans: Any = model.in_chans
     x = torch.linspace(-2, 2, in_chans * 64 * 64, device=example.device).sin().reshape(1, in_chans, 64, 64)
-    x = x.to(example.dtype)
-    training = model.training
-    try:
-        same = torch.equal(model.eval()(x), again(x))
-    finally:
-        model.train(training)
+    same = torch.equal(itself(x.to(example.dtype)), again(x.to(example.dtype)))
     if not same:
         raise ValueError(
             f'what {folder} makes computes something else than the model: it was changed after create_model made it. '
@@ -252,9 +248,14 @@ def send(
 
 def same_files(api: HfApi, repo_id: str, revision: str, wanted: Mapping[str, Path]) -> bool:
     """Whether the Hub has just these files, by the hashes that it tells."""
-    entries = attempt(lambda: api.get_paths_info(repo_id, list(wanted), revision=revision))
-    found = {entry.path: entry.lfs.sha256 if entry.lfs else entry.blob_id for entry in entries}  # type: ignore[union-attr]
-    return all(found.get(name) in (sha256(path), git_hash(path)) for name, path in wanted.items())
+    told = hashes_on_hub(api, repo_id, list(wanted), revision)
+    return all(told.get(name) in (sha256(path), git_hash(path)) for name, path in wanted.items())
+
+
+def hashes_on_hub(api: HfApi, repo_id: str, names: list[str], revision: str) -> dict[str, str]:
+    """The hashes that the Hub tells of files, as far as they are there: SHA-256 of large ones, git's of others."""
+    entries: Any = attempt(lambda: api.get_paths_info(repo_id, names, revision=revision))
+    return {entry.path: entry.lfs.sha256 if entry.lfs else entry.blob_id for entry in entries}
 
 
 def git_hash(path: str | os.PathLike[str]) -> str:
@@ -310,8 +311,9 @@ def fetch(
     """
     config = download(repo_id, CONFIG, revision, token, cache_dir)
     commit = config.parent.name
+    recorded = json.loads(config.read_text()).get('timm_res2net', {}).get('sha256')
     try:
-        weights = download(repo_id, WEIGHTS, commit, token, cache_dir)
+        weights = download(repo_id, WEIGHTS, commit, token, cache_dir, recorded)
     except EntryNotFoundError as error:
         api = HfApi(token=token)
         pickles = [
@@ -325,7 +327,6 @@ def fetch(
                 else ''
             )
         ) from error
-    recorded = json.loads(config.read_text()).get('timm_res2net', {}).get('sha256')
     if recorded not in (None, sha256(weights)):
         raise CheckpointError(
             f'{WEIGHTS} of {repo_id} is not the file that its {CONFIG} was written with: SHA-256 {sha256(weights)} for '
@@ -340,11 +341,19 @@ def download(
     revision: str | None = None,
     token: str | None = None,
     cache_dir: str | os.PathLike[str] | None = None,
+    recorded: str | None = None,
 ) -> Path:
-    """Downloads a file of the Hub, or takes it from the cache, and checks it against its hash.
+    """Downloads a file of the Hub, or takes it from the cache, and checks it against the Hub's hash.
 
-    The cache names a file by the hash that the Hub told, and nothing compares the two but this. One that differs is
-    removed and fetched again once.
+    huggingface_hub compares no bytes with any hash. A file that differs is removed and fetched again once.
+
+    Args:
+        repo_id: As in `pull`.
+        name: Of the file.
+        revision: As in `pull`.
+        token: As in `pull`.
+        cache_dir: As in `pull`.
+        recorded: The SHA-256 to go by where the Hub can't be asked.
     """
     where = None if cache_dir is None else str(cache_dir)
     for force in (False, True):
@@ -355,14 +364,18 @@ def download(
                 )
             )
         )
-        told = path.resolve().name
-        if told in (sha256(path), git_hash(path)) or len(told) not in (40, 64):  # a cache without links has no hashes
+        hashes = sha256(path), git_hash(path)
+        # The cache calls a file by the Hub's hash; but those that came through Xet by Xet's, which says nothing here.
+        if path.resolve().name in hashes:
+            return path
+        told = recorded
+        if not is_offline_mode():
+            told = hashes_on_hub(HfApi(token=token), repo_id, [name], path.parent.name)[name]
+        if told in hashes or (told is None and len(path.resolve().name) == 64):
             return path
         path.resolve().unlink()
         path.unlink(missing_ok=True)
-    raise CheckpointError(
-        f'{name} of {repo_id} is damaged: it came twice with another hash than {told}, which the Hub tells'
-    )
+    raise CheckpointError(f'{name} of {repo_id} is damaged: it came twice with another hash than the Hub tells, {told}')
 
 
 def problems_on_hub(text: str) -> list[str]:

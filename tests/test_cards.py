@@ -1,0 +1,205 @@
+"""Cards say what is true, are as they should be, and every example in them runs."""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+import yaml
+from conftest import tiny
+from huggingface_hub import ModelCard
+from PIL import Image
+from torch import nn
+
+from timm_res2net import card, cards
+from timm_res2net.hub import problems_on_hub, with_text_of
+from timm_res2net.res2net import ARCHS, WEIGHTS
+
+FOLDER = Path(__file__).parent.parent / 'hub_cards'
+PUSHED: dict[str, Any] = dict(
+    repo_id='user/net',
+    tag='mine',
+    results={'accuracy': 91.25},
+    dataset='somebody/shapes',
+    license='mit',
+    base_model='timm/res2net50d.in1k',
+    recipe='Ten epochs of everything',
+)
+
+
+def front(text: str) -> dict[str, Any]:
+    return yaml.safe_load(text.split('---\n')[1])
+
+
+def test_a_card_is_committed_for_all_published_weights() -> None:
+    assert sorted(path.name for path in FOLDER.iterdir()) == sorted(f'{name}.md' for name in WEIGHTS)
+
+
+@pytest.mark.parametrize('name', WEIGHTS)
+def test_a_committed_card_is_fresh_and_good(name: str) -> None:
+    text = (FOLDER / f'{name}.md').read_text()
+    assert text == card(name), 'stale: timm-res2net card --all --out hub_cards'
+    assert cards.problems_of(text) == []
+    assert cards.is_unchanged(text)
+
+
+@pytest.mark.parametrize('name', WEIGHTS)
+def test_the_numbers_of_a_card_are_those_of_the_table(name: str) -> None:
+    text, arch, weights = (FOLDER / f'{name}.md').read_text(), ARCHS[name.split('.')[0]], WEIGHTS[name]
+    cfg = timm.get_pretrained_cfg(name)
+    model = timm.create_model(name, device='meta')
+    assert f'| parameters | {sum(p.numel() for p in model.parameters()):,} |' in text
+    if cfg.input_size[-1] == 224:
+        assert f'| parameters | {arch.params:,} |' in text
+        assert f'| multiply-adds | {arch.gmacs:.3f} G |' in text
+    meta = front(text)
+    assert meta['license'] == cfg.license
+    values = {metric['name']: metric['value'] for metric in meta['model-index'][0]['results'][0]['metrics']}
+    assert values['top-1 accuracy'] == weights.top1
+    assert values.get('top-5 accuracy') == weights.top5
+    assert f'| top-1 accuracy | {weights.top1:.2f} % |' in text
+    assert (cfg.url or cfg.hf_hub_id or 'are a part of the package') in text
+    assert str(cfg.origin_url) in text
+
+
+def created_without_download(create: Any) -> Any:
+    """Makes `timm.create_model` that puts weights of no meaning, quickly made, in the place of pretrained ones."""
+
+    def stub(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        assert pretrained
+        kwargs = {'num_classes': timm.get_pretrained_cfg(name).num_classes, **kwargs} if '.' in name else kwargs
+        model = create(name.split('.')[0], device='meta', **kwargs).to_empty(device='cpu')
+        with torch.no_grad():
+            for tensor in model.state_dict().values():
+                tensor.fill_(0.01)
+        model.pretrained_cfg = timm.get_pretrained_cfg(name).to_dict()
+        return model
+
+    return stub
+
+
+def run_examples(text: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs each block of Python and compares what it prints with the comments below."""
+    monkeypatch.chdir(folder)
+    Image.new('RGB', (320, 240), 'teal').save('photo.jpg')
+    blocks = re.findall(r'```python\n(.*?)```', text, re.DOTALL)
+    assert len(blocks) == 4
+    for block in blocks:
+        assert block.startswith('import timm, timm_res2net')
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(block, {})
+        assert printed.getvalue().splitlines() == [line[2:] for line in block.splitlines() if line.startswith('# ')]
+
+
+@pytest.mark.parametrize('name', WEIGHTS)
+def test_every_example_of_a_card_prints_what_it_says(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timm, 'create_model', created_without_download(timm.create_model))
+    run_examples((FOLDER / f'{name}.md').read_text(), tmp_path, monkeypatch)
+
+
+def test_every_example_of_a_pushed_card_runs(hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from timm_res2net import push
+
+    push(tiny(in_chans=3), 'user/net', token='hf_write')
+    run_examples(hub.files('user/net')['README.md'].decode(), tmp_path, monkeypatch)
+
+
+def test_a_card_of_a_model_says_what_was_told() -> None:
+    text = card(tiny(), **PUSHED)
+    meta = front(text)
+    assert meta['license'] == 'mit'
+    assert meta['datasets'] == ['somebody/shapes']
+    assert meta['base_model'] == 'timm/res2net50d.in1k'
+    assert meta['metrics'] == ['accuracy']
+    assert meta['model-index'][0]['results'][0]['metrics'][0]['value'] == 91.25
+    assert '# user/net' in text
+    assert "timm.create_model('hf-hub:user/net', pretrained=True)" in text
+    assert 'Ten epochs of everything.' in text
+    assert 'fine-tuned from [timm/res2net50d.in1k]' in text
+    assert '| accuracy | 91.25 % |' in text
+    assert cards.problems_of(text) == []
+
+
+def test_a_card_of_which_nothing_was_told_invents_nothing() -> None:
+    text = card(tiny())
+    assert not {'license', 'datasets', 'metrics', 'base_model', 'model-index'} & front(text).keys()
+    assert 'named no licence' in text
+    assert 'Nothing was said about it.' in text
+    assert cards.problems_of(text) == []
+
+
+def test_a_licence_that_the_hub_does_not_know_has_name_and_link() -> None:
+    meta = front(card(tiny(), license=('Our Own Licence', 'https://example.org/licence')))
+    assert (meta['license'], meta['license_name']) == ('other', 'our-own-licence')
+    assert meta['license_link'] == 'https://example.org/licence'
+
+
+def test_words_with_a_meaning_in_yaml_stay_words() -> None:
+    text = card(tiny(), dataset='digits: "8 x 8", 10 % # held out', results={'accuracy': 1.0}, recipe='a: b')
+    assert front(text)['model-index'][0]['results'][0]['dataset']['name'] == 'digits: "8 x 8", 10 % # held out'
+    assert cards.problems_of(text) == []
+
+
+def test_a_changed_card_is_known() -> None:
+    text = card(tiny())
+    assert cards.is_unchanged(text)
+    assert not cards.is_unchanged(text.replace('## Limits', '## Bounds'))
+    assert not cards.is_unchanged('')
+    written = '---\nlicense: mit\n---\nMy words.\n'
+    assert with_text_of(written, text).endswith('---\nMy words.\n')
+    assert with_text_of(text, written) == written
+
+
+@pytest.mark.parametrize(
+    ('text', 'problem'),
+    [
+        ('no metadata', 'does not begin with metadata'),
+        ('---\n: [\n---\n', 'can not be read'),
+        ('---\n- a\n---\n', 'mapping|dict'),
+        ('---\nlicence: mit\n---\n', "the key 'licence' means nothing"),
+        ('---\nlicense: made-up\n---\n', "'made-up' is no licence"),
+        ('---\nlicense: other\n---\n', 'needs license_name'),
+        ('---\ndatasets: [a b]\n---\n', "'a b' in datasets"),
+        ('---\nbase_model: a/b/c\n---\n', "'a/b/c' in base_model"),
+        ('---\nlibrary_name: timm\n---\nimport timm\n', 'no example imports timm_res2net'),
+        ('---\nmodel-index:\n- name: a\n  results:\n  - task: {type: b}\n---\n', 'can not be read|no dataset'),
+    ],
+)
+def test_what_is_wrong_with_a_card_is_found(text: str, problem: str) -> None:
+    found = cards.problems_of(text)
+    assert any(re.search(problem, line) for line in found), found
+
+
+def test_the_hub_is_asked_where_it_can_be(hub: Any) -> None:
+    assert problems_on_hub(card(tiny())) == []
+    assert 'license' in problems_on_hub('---\nlicense: made-up\n---\n')[0]
+
+
+def test_without_a_hub_nothing_is_found_there() -> None:
+    assert problems_on_hub('---\nlicense: made-up\n---\n') == []
+
+
+def test_a_name_without_weights_is_told() -> None:
+    with pytest.raises(ValueError, match=r'there are res2net50d\.in1k, res2net50d\.mindcv_in1k'):
+        card('res2net50d.in22k')
+    with pytest.raises(ValueError, match='--pretrained` shows all'):
+        card('res2net152d')
+
+
+def test_activations_are_outputs_of_convolutions_and_classifier() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(256, 5)).to('meta')
+    model.in_chans = 3
+    gmacs, activations = cards.measure(model.eval(), 8)
+    assert (gmacs, activations) == ((8 * 8 * 4 * 27 + 256 * 5) / 1e9, (8 * 8 * 4 + 5) / 1e6)
+
+
+def test_a_loaded_and_saved_card_is_the_same() -> None:
+    text = card('res2net50d.in1k')
+    assert str(ModelCard(text)) == text

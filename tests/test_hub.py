@@ -1,0 +1,513 @@
+"""What is pushed comes back byte for byte, through every fault; nothing half-written is trusted."""
+
+import hashlib
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from conftest import randomise, tiny
+from hub import Fault, Hub, free_port
+from huggingface_hub import constants
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from safetensors import safe_open
+from torch import nn
+
+import timm_res2net.hub
+from timm_res2net import CheckpointError, load_checkpoint, pull, push
+from timm_res2net.files import sha256
+from timm_res2net.predict import sheet
+
+FILES = ('model.safetensors', 'config.json', 'README.md')
+WRITE: dict[str, Any] = dict(token='hf_write')
+
+
+def digests(hub: Hub, repo_id: str = 'user/net', revision: str = 'main') -> dict[str, str]:
+    files = hub.files(repo_id, revision)
+    return {name: hashlib.sha256(files[name]).hexdigest() for name in FILES if name in files}
+
+
+def digits() -> nn.Module:
+    return timm.create_model('test_res2net.digits', pretrained=True).eval()
+
+
+def fine_tuned() -> nn.Module:
+    """The embedded model with three classes of its own, one image channel, and half the bits."""
+    torch.manual_seed(0)
+    model = randomise(timm.create_model('test_res2net.digits', pretrained=True, num_classes=3, in_chans=1))
+    return model.to(torch.bfloat16).to(memory_format=torch.channels_last).eval()
+
+
+# There and back
+
+
+@pytest.mark.parametrize('hub', ['lfs', 'xet'], indirect=True)
+@pytest.mark.parametrize('make', [digits, fine_tuned])
+def test_a_model_comes_back_bit_for_bit(make: Any, hub: Hub, tmp_path: Path) -> None:
+    model = make()
+    labels = ['round', 'straight', 'both'] if make is fine_tuned else None
+    pushed = push(model, 'user/net', tag='mine', labels=labels, **WRITE)
+    if not hub.xet:  # whose store only hf_xet can read
+        assert digests(hub) == pushed.hashes
+    back = pull('user/net', cache_dir=tmp_path)
+    dtype = next(model.parameters()).dtype
+    torch.testing.assert_close(back.to(dtype).state_dict(), model.state_dict(), rtol=0, atol=0)
+    x = torch.randn(2, model.in_chans, 32, 32).to(dtype)
+    torch.testing.assert_close(back(x), model(x), rtol=0, atol=0)
+    cfg = back.pretrained_cfg
+    assert cfg['hf_hub_id'] == f'user/net@{pushed.revision}'
+    assert list(cfg['label_names']) == (labels or list('0123456789'))
+    assert cfg['tag'] == 'mine'
+
+
+def test_accuracy_is_the_same_after_the_pull(hub: Hub, tmp_path: Path) -> None:
+    from timm.data import create_transform, resolve_model_data_config
+
+    push(digits(), 'user/net', **WRITE)
+    model = pull('user/net', cache_dir=tmp_path)
+    transform = create_transform(**resolve_model_data_config(model))
+    images, truths = zip(*sheet())
+    with torch.inference_mode():
+        found = model(torch.stack([transform(image) for image in images])).argmax(dim=1)
+    assert [str(index) for index in found.tolist()] == list(truths)
+
+
+@pytest.mark.parametrize('prefix', ['hf-hub:user/net', 'local-dir:'])
+def test_timm_loads_what_was_pushed(prefix: str, hub: Hub, tmp_path: Path) -> None:
+    arguments = dict(base_width=13, scale=3, first_block='paddle', attn_layer='se', act_layer='silu', global_pool='max')
+    torch.manual_seed(0)
+    model = randomise(timm.create_model('test_res2net', num_classes=4, output_stride=8, **arguments)).eval()
+    pushed = push(model, 'user/net', **WRITE)
+    assert pushed.url is not None
+    if prefix == 'local-dir:':
+        prefix += str(push(model, 'user/net', dry_run=tmp_path / 'folder').folder)
+    loaded = timm.create_model(prefix, pretrained=True, cache_dir=str(tmp_path / 'cache')).eval()
+    x = torch.randn(1, 3, 64, 64)
+    torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=0)
+    adapted = timm.create_model(prefix, pretrained=True, num_classes=2, in_chans=1, cache_dir=str(tmp_path / 'cache'))
+    assert adapted(x[:, :1]).shape == (1, 2)
+
+
+def test_transformers_load_what_was_pushed(hub: Hub, tmp_path: Path) -> None:
+    transformers = pytest.importorskip('transformers')
+    push(fine_tuned().float(), 'user/net', labels=['a', 'b', 'c'], **WRITE)
+    loaded = transformers.AutoModelForImageClassification.from_pretrained('user/net', cache_dir=tmp_path).eval()
+    x = torch.randn(2, 1, 32, 32)
+    model = pull('user/net', cache_dir=tmp_path)
+    torch.testing.assert_close(loaded.timm_model.state_dict(), model.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(loaded(x).logits, model(x))  # computed on memory that is laid out otherwise
+    assert loaded.config.id2label == {0: 'a', 1: 'b', 2: 'c'}
+
+
+def test_what_is_uploaded_is_what_was_promised(hub: Hub, tmp_path: Path) -> None:
+    push(fine_tuned(), 'user/net', license='mit', results={'accuracy': 91.5}, dataset='somebody/shapes', **WRITE)
+    files = hub.files('user/net')
+    assert sorted(files) == ['.gitattributes', *sorted(FILES)]
+    config = json.loads(files['config.json'])
+    assert config['model_args'] == {'in_chans': 1}
+    assert (config['num_classes'], config['pretrained_cfg']['input_size']) == (3, [1, 32, 32])
+    assert config['pretrained_cfg']['license'] == 'mit'
+    assert 'description' not in config['pretrained_cfg']
+    record = config['timm_res2net']
+    assert record['sha256'] == hashlib.sha256(files['model.safetensors']).hexdigest()
+    assert (record['version'], record['dataset']) == (timm_res2net.__version__, 'somebody/shapes')
+    (tmp_path / 'weights').write_bytes(files['model.safetensors'])
+    with safe_open(tmp_path / 'weights', 'pt') as weights:
+        assert weights.metadata() == {'format': 'pt', 'first_block': 'official'}
+    load_checkpoint(fine_tuned(), tmp_path / 'weights')
+
+
+def test_a_dry_run_sends_nothing(hub: Hub, tmp_path: Path) -> None:
+    done = push(digits(), 'user/net', dry_run=tmp_path / 'folder')
+    assert hub.log == []
+    assert done.folder == tmp_path / 'folder'
+    assert done.hashes == {name: sha256(tmp_path / 'folder' / name) for name in FILES}
+
+
+def test_an_unchanged_model_makes_no_second_commit(hub: Hub) -> None:
+    first = push(digits(), 'user/net', **WRITE)
+    commits = len(hub.repos['user/net'].commits)
+    assert push(digits(), 'user/net', **WRITE).revision == first.revision
+    assert len(hub.repos['user/net'].commits) == commits
+
+
+def test_a_new_branch_is_made_first(hub: Hub, tmp_path: Path) -> None:
+    first = push(digits(), 'user/net', **WRITE)
+    second = push(tiny(), 'user/net', revision='v2', **WRITE)
+    assert hub.repos['user/net'].branches == {'main': first.revision, 'v2': second.revision}
+    assert pull('user/net', revision='v2', cache_dir=tmp_path).num_classes == 4
+    assert pull('user/net', revision=first.revision, cache_dir=tmp_path).num_classes == 10
+
+
+def test_a_pull_request_leaves_main_alone(hub: Hub) -> None:
+    first = push(digits(), 'user/net', **WRITE)
+    proposed = push(tiny(), 'user/net', create_pr=True, **WRITE)
+    assert hub.repos['user/net'].branches['main'] == first.revision
+    assert proposed.url == f'{os.environ["HF_ENDPOINT"]}/user/net/discussions/1'
+    assert digests(hub, revision='refs/pr/1') == proposed.hashes
+
+
+def test_a_private_repository_is_private(hub: Hub, tmp_path: Path) -> None:
+    push(digits(), 'user/net', private=True, **WRITE)
+    with pytest.raises(RepositoryNotFoundError):
+        pull('user/net', cache_dir=tmp_path)
+    assert pull('user/net', token='hf_read', cache_dir=tmp_path).num_classes == 10
+
+
+# Cards
+
+
+def test_a_card_that_somebody_wrote_keeps_its_words(hub: Hub) -> None:
+    written = '---\nlanguage: en\nlicense: mit\n---\n# My net\n\nFor my students.\n'
+    hub.put('user/net', {'README.md': written.encode()})
+    push(digits(), 'user/net', license='apache-2.0', **WRITE)
+    card = hub.files('user/net')['README.md'].decode()
+    assert card.endswith('---\n# My net\n\nFor my students.\n')
+    assert 'language: en' in card
+    assert 'license: apache-2.0' in card
+    assert 'library_name: timm' in card
+    push(digits(), 'user/net', overwrite_card=True, **WRITE)
+    assert 'For my students' not in hub.files('user/net')['README.md'].decode()
+
+
+def test_a_card_that_push_made_is_made_anew(hub: Hub) -> None:
+    push(digits(), 'user/net', results={'accuracy': 98.0}, **WRITE)
+    push(digits(), 'user/net', results={'accuracy': 99.5}, **WRITE)
+    card = hub.files('user/net')['README.md'].decode()
+    assert '99.50 %' in card
+    assert '98.00 %' not in card
+
+
+# Faults while pushing
+
+
+def test_a_lost_answer_makes_neither_a_failure_nor_a_second_commit(hub: Hub) -> None:
+    hub.faults = [Fault('POST .*/commit/', 'lost')]
+    pushed = push(digits(), 'user/net', **WRITE)
+    assert digests(hub) == pushed.hashes
+    assert len(hub.repos['user/net'].commits) == 2
+    assert pushed.revision == hub.repos['user/net'].branches['main']
+
+
+@pytest.mark.parametrize(
+    'fault',
+    [
+        Fault('POST .*/commit/', 'status', status=503),
+        Fault('POST .*/commit/', 'drop'),
+        Fault('PUT /_large', 'drop'),
+        Fault('PUT /_large', 'status', status=500),
+        Fault('POST .*/preupload', 'status', status=429, headers={'Retry-After': '0'}),
+        Fault('GET .*/revision/main', 'drop'),
+        Fault('POST .*/verify', 'status', status=422),
+        Fault('GET .*/refs', 'status', status=503),
+        Fault('POST .*/repos/create', 'status', status=503),
+    ],
+    ids=lambda fault: f'{fault.match} {fault.kind} {fault.status}',
+)
+def test_what_passes_does_not_stop_a_push(fault: Fault, hub: Hub) -> None:
+    hub.faults = [Fault(**vars(fault))]
+    pushed = push(digits(), 'user/net', **WRITE)
+    assert hub.faults[0].times == 0
+    assert digests(hub) == pushed.hashes
+    assert len(hub.repos['user/net'].commits) == 2
+
+
+def test_bytes_that_are_damaged_on_their_way_up_never_arrive(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr('hub.PART', 10_000_000)
+    hub.faults = [Fault('PUT /_large', 'corrupt', times=100)]
+    with pytest.raises(ConnectionError, match='did not take the commit'):
+        push(digits(), 'user/net', **WRITE)
+    assert list(hub.files('user/net')) == ['.gitattributes']
+    assert hub.large == {}
+
+
+def test_a_push_of_somebody_else_at_the_same_time_is_not_overwritten(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    push(digits(), 'user/net', **WRITE)
+    send = timm_res2net.hub.send
+
+    def late(*args: Any) -> Any:
+        hub.put('user/net', {'theirs.txt': b'first'})
+        return send(*args)
+
+    monkeypatch.setattr(timm_res2net.hub, 'send', late)
+    with pytest.raises(ConnectionError, match='somebody else pushed to user/net at the same time'):
+        push(tiny(), 'user/net', **WRITE)
+    assert hub.files('user/net')['theirs.txt'] == b'first'
+    assert b'"num_classes": 10' in hub.files('user/net')['config.json']
+
+
+def test_of_four_pushes_at_once_each_is_whole_or_refused(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    push(digits(), 'user/net', **WRITE)
+    together = threading.Barrier(4, timeout=60)
+    send = timm_res2net.hub.send
+
+    def at_once(*args: Any) -> Any:
+        together.wait()
+        return send(*args)
+
+    monkeypatch.setattr(timm_res2net.hub, 'send', at_once)
+    outcomes: list[Any] = []
+
+    def run(num_classes: int) -> None:
+        try:
+            outcomes.append(push(tiny(num_classes=num_classes), 'user/net', **WRITE))
+        except ConnectionError as error:
+            outcomes.append(error)
+
+    threads = [threading.Thread(target=run, args=(number + 2,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    landed = [outcome for outcome in outcomes if not isinstance(outcome, ConnectionError)]
+    assert len(outcomes) == 4
+    assert len(landed) == 1
+    assert digests(hub) == landed[0].hashes
+    assert len(hub.repos['user/net'].commits) == 3
+
+
+@pytest.mark.parametrize(
+    ('token', 'message'),
+    [('hf_read', 'write permission'), ('hf_other', 'rights'), ('hf_bad', 'Invalid credentials'), (None, 'token|401')],
+)
+def test_who_may_not_write_is_told_so_and_no_token_is(
+    token: str | None, message: str, hub: Hub, caplog: pytest.LogCaptureFixture
+) -> None:
+    push(digits(), 'user/net', **WRITE)
+    before = digests(hub)
+    with caplog.at_level(logging.DEBUG), pytest.raises(HfHubHTTPError, match=message) as error:
+        push(tiny(), 'user/net', token=token if token else False)  # type: ignore[arg-type]
+    assert digests(hub) == before
+    assert token is None or token not in f'{error.value} {caplog.text}'
+
+
+def test_a_token_is_in_no_file(hub: Hub, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.DEBUG):
+        push(digits(), 'user/net', **WRITE)
+    assert all(b'hf_write' not in data for data in hub.files('user/net').values())
+    assert 'hf_write' not in caplog.text
+
+
+def test_a_full_disk_leaves_nothing(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(28, 'No space left on device')
+
+    monkeypatch.setattr('timm_res2net.checkpoints.save_file', full)
+    with pytest.raises(ValueError, match=r'can not be written: .*No space left'):
+        push(digits(), 'user/net', dry_run=tmp_path / 'folder')
+    with pytest.raises(ValueError, match=r'can not be written: .*No space left'):
+        push(digits(), 'user/net', **WRITE)
+    assert list(tmp_path.iterdir()) == []
+    assert hub.repos == {}
+
+
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (lambda model: setattr(model, 'maxpool', nn.AvgPool2d(3, 2, 1)), 'was changed after create_model made it'),
+        (lambda model: setattr(model, 'fc', nn.Linear(256, 7)), 'labels|changed|shape|size'),
+    ],
+)
+def test_a_model_that_its_configuration_does_not_make_stays_here(change: Any, message: str, hub: Hub) -> None:
+    model = digits()
+    change(model)
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        push(model, 'user/net', **WRITE)
+    assert hub.log == []
+
+
+@pytest.mark.parametrize(
+    ('make', 'arguments', 'message'),
+    [
+        (lambda: timm.create_model('test_resnet'), {}, 'can not be pushed: give a model of this package'),
+        (lambda: timm.create_model('test_res2net', features_only=True), {}, 'can not be pushed'),
+        (digits, dict(labels=['a']), 'labels has 1 names for 10 classes'),
+        (digits, dict(license='made-up'), "license='made-up' is none that the Hub knows"),
+        (lambda: timm.create_model('test_res2net', norm_layer=nn.BatchNorm2d), {}, 'no configuration can hold'),
+    ],
+)
+def test_a_wrong_call_is_told_before_anything_is_sent(make: Any, arguments: Any, message: str, hub: Hub) -> None:
+    with pytest.raises(ValueError, match=message):
+        push(make(), 'user/net', **arguments, **WRITE)
+    assert hub.log == []
+
+
+# Faults while pulling
+
+
+@pytest.mark.parametrize(
+    'fault',
+    [
+        Fault('GET /_cdn', 'cut'),
+        Fault('GET /_cdn', 'reset'),
+        Fault('GET /_cdn', 'status', status=503),
+        Fault('GET /_cdn', 'status', status=429, headers={'Retry-After': '0'}),
+        Fault('GET /_cdn', 'short'),
+        Fault('GET /_cdn', 'corrupt'),
+        Fault('HEAD .*model.safetensors', 'drop'),
+        Fault('HEAD .*config.json', 'status', status=503),
+        Fault('GET .*config.json', 'corrupt'),
+    ],
+    ids=lambda fault: f'{fault.match} {fault.kind} {fault.status}',
+)
+def test_what_passes_does_not_stop_a_pull(fault: Fault, hub: Hub, tmp_path: Path) -> None:
+    model = digits()
+    pushed = push(model, 'user/net', **WRITE)
+    hub.faults = [Fault(**vars(fault))]
+    back = pull('user/net', cache_dir=tmp_path)
+    assert hub.faults[0].times == 0
+    torch.testing.assert_close(back.state_dict(), model.state_dict(), rtol=0, atol=0)
+    blobs = [path for path in tmp_path.rglob('blobs/*') if path.is_file()]
+    assert {path.name for path in blobs} >= {pushed.hashes['model.safetensors']}
+    assert all(timm_res2net.hub.git_hash(path) == path.name or sha256(path) == path.name for path in blobs)
+
+
+def test_bytes_that_are_damaged_twice_are_not_kept(hub: Hub, tmp_path: Path) -> None:
+    push(digits(), 'user/net', **WRITE)
+    hub.faults = [Fault('GET /_cdn', 'corrupt', times=2)]
+    with pytest.raises(CheckpointError, match='is damaged: it came twice with another hash'):
+        pull('user/net', cache_dir=tmp_path)
+    assert not [path for path in tmp_path.rglob('*') if path.name == 'model.safetensors']
+    assert pull('user/net', cache_dir=tmp_path).num_classes == 10
+
+
+def test_a_cache_that_rotted_is_found_and_fetched_again(hub: Hub, tmp_path: Path) -> None:
+    pushed = push(digits(), 'user/net', **WRITE)
+    pull('user/net', cache_dir=tmp_path)
+    (blob,) = tmp_path.rglob(f'blobs/{pushed.hashes["model.safetensors"]}')
+    blob.write_bytes(blob.read_bytes()[:-1] + b'?')
+    torch.testing.assert_close(pull('user/net', cache_dir=tmp_path).state_dict(), digits().state_dict())
+    assert sha256(blob) == blob.name
+
+
+def test_weights_that_were_replaced_without_their_configuration_are_refused(hub: Hub, tmp_path: Path) -> None:
+    push(digits(), 'user/net', **WRITE)
+    push(randomise(digits()), 'user/other', **WRITE)
+    hub.put('user/net', {'model.safetensors': hub.files('user/other')['model.safetensors']})
+    with pytest.raises(CheckpointError, match=r'is not the file that its config\.json was written with'):
+        pull('user/net', cache_dir=tmp_path)
+
+
+def test_a_pickle_is_refused_with_the_way_out(hub: Hub, tmp_path: Path) -> None:
+    hub.put('user/net', {'config.json': b'{}', 'pytorch_model.bin': b'pickle'})
+    with pytest.raises(CheckpointError, match=r'download pytorch_model\.bin and `timm-res2net convert` it'):
+        pull('user/net', cache_dir=tmp_path)
+    assert not any('pytorch_model.bin' in line for line in hub.log)
+
+
+def test_what_the_hub_refuses_is_said_by_the_clients_own_errors(hub: Hub, tmp_path: Path) -> None:
+    push(digits(), 'user/net', **WRITE)
+    with pytest.raises(RevisionNotFoundError):
+        pull('user/net', revision='v9', cache_dir=tmp_path)
+    with pytest.raises(RepositoryNotFoundError):
+        pull('user/absent', cache_dir=tmp_path)
+    with pytest.raises(HfHubHTTPError, match='Invalid credentials'):
+        pull('user/net', token='hf_bad', cache_dir=tmp_path)
+    hub.repos['user/net'].gated = True
+    with pytest.raises(GatedRepoError):
+        pull('user/net', token='hf_other', cache_dir=tmp_path)
+    assert not [path for path in tmp_path.rglob('*') if path.name == 'model.safetensors']
+
+
+def test_without_a_network_the_cache_serves_what_it_has(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    push(digits(), 'user/net', **WRITE)
+    pull('user/net', cache_dir=tmp_path)
+    hub.log.clear()
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    assert pull('user/net', cache_dir=tmp_path).num_classes == 10
+    assert hub.log == []
+    with pytest.raises(LocalEntryNotFoundError):
+        pull('user/other', cache_dir=tmp_path)
+
+
+def test_a_hub_that_stays_away_is_told(hub: Hub, tmp_path: Path) -> None:
+    push(digits(), 'user/net', **WRITE)
+    hub.faults = [Fault('GET /_cdn', 'reset', times=100)]
+    with pytest.raises(ConnectionError, match='the Hub can not be reached'):
+        pull('user/net', cache_dir=tmp_path)
+    assert not [path for path in tmp_path.rglob('*') if path.name == 'model.safetensors']
+
+
+def test_an_interrupted_pull_leaves_nothing_that_is_trusted(hub: Hub, tmp_path: Path) -> None:
+    pushed = push(digits(), 'user/net', **WRITE)
+    code = f"""if True:
+        from huggingface_hub import constants
+        constants.HF_HUB_DISABLE_XET = True
+        import timm_res2net
+        timm_res2net.pull('user/net', cache_dir={str(tmp_path)!r})
+    """
+    hub.slow = True
+    try:
+        process = subprocess.Popen([sys.executable, '-c', code], env={**os.environ, 'HF_HUB_OFFLINE': '0'})
+        deadline = time.monotonic() + 60
+        while not any('GET /_cdn' in line for line in hub.log) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        process.kill()
+        process.wait()
+    finally:
+        hub.slow = False
+    assert not [path for path in tmp_path.rglob('blobs/*') if path.name == pushed.hashes['model.safetensors']]
+    torch.testing.assert_close(pull('user/net', cache_dir=tmp_path).state_dict(), digits().state_dict())
+
+
+# A third party between
+
+
+@pytest.fixture
+def olah(tmp_path: Path) -> Iterator[str]:
+    """olah, a proxy of the Hub that somebody else wrote, before our Hub."""
+    pytest.importorskip('olah')
+    port, upstream = free_port(), os.environ['HF_ENDPOINT'].removeprefix('http://')
+    options = dict(host='127.0.0.1', port=port, hf_scheme='http', hf_netloc=upstream)
+    options |= dict(hf_lfs_netloc=upstream.replace('127.0.0.1', 'localhost'), mirror_netloc=f'127.0.0.1:{port}')
+    options |= dict(mirror_lfs_netloc=f'127.0.0.1:{port}', repos_path=tmp_path / 'repos', log_path=tmp_path / 'log')
+    arguments = [part for key, value in options.items() for part in (f'--{key.replace("_", "-")}', str(value))]
+    program = Path(sys.executable).with_name('olah-cli')
+    process = subprocess.Popen(
+        [str(program), *arguments, '--mirror-scheme', 'http', '--metadata-cache-ttl', '0'],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    yield f'http://127.0.0.1:{port}'
+    process.kill()
+    process.wait()
+
+
+def test_a_pull_through_a_proxy_of_somebody_else_is_byte_exact(olah: str, hub: Hub, tmp_path: Path) -> None:
+    pushed = push(digits(), 'user/net', **WRITE)
+    code = f"""if True:
+        from huggingface_hub import constants
+        constants.HF_HUB_DISABLE_XET = True
+        import timm_res2net.hub, time
+        for attempt in range(60):
+            try:
+                folder, commit = timm_res2net.hub.fetch('user/net', cache_dir={str(tmp_path / 'cache')!r})
+                break
+            except Exception as error:
+                if attempt == 59:
+                    raise
+                time.sleep(0.5)
+        print(timm_res2net.hub.sha256(folder / 'model.safetensors'), timm_res2net.hub.sha256(folder / 'config.json'))
+    """
+    environment = {**os.environ, 'HF_HUB_OFFLINE': '0', 'HF_ENDPOINT': olah}
+    done = subprocess.run([sys.executable, '-c', code], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.split() == [pushed.hashes['model.safetensors'], pushed.hashes['config.json']]
