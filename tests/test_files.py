@@ -4,6 +4,7 @@ import base64
 import hashlib
 import http.server
 import logging
+import re
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -12,15 +13,15 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import randomise, tiny
+from conftest import TINY, randomise, tiny
 from safetensors.torch import save
 from torch import Tensor
 
 import timm_res2net.files
-from timm_res2net import export_checkpoint
+from timm_res2net import CheckpointError, export_checkpoint
 from timm_res2net.files import download, replace_file, sha256
 from timm_res2net.readers import read
-from timm_res2net.res2net import ARCHS, WEIGHTS
+from timm_res2net.res2net import WEIGHTS
 
 CONTENT = bytes(range(256)) * 4000  # 1 MB
 
@@ -268,12 +269,21 @@ def test_weights_of_another_function_are_refused_before_they_are_fetched(server:
         timm.create_model('res2net50d', pretrained=True, block_args=dict(first_block='paddle'))
 
 
+def test_a_file_of_another_function_in_the_place_of_published_weights_is_refused(tmp_path: Path) -> None:
+    export_checkpoint(tiny('paddle'), tmp_path / 'file.pdparams', 'paddleclas')
+    names = {name: re.sub(r'^conv1\.', 'stem.', re.sub(r'^bn1\.', 'stem.7.', name)) for name in tiny().state_dict()}
+    detector = {f'backbone.{names[name]}': tensor for name, tensor in tiny().state_dict().items()}
+    torch.save(detector, tmp_path / 'file.pth')
+    for file, custom_load, function in (('file.pdparams', True, 'paddle'), ('file.pth', False, 'mmdet')):
+        overlay = dict(file=str(tmp_path / file), custom_load=custom_load, num_classes=4)
+        with pytest.raises(CheckpointError, match=f"is of a network with first_block='{function}'"):
+            timm.create_model('test_res2net', pretrained=True, pretrained_cfg_overlay=overlay, **TINY)
+
+
 def test_a_foreign_file_that_timm_reads_is_adapted_too(tmp_path: Path) -> None:
     state = {f'backbone.{name}': tensor for name, tensor in tiny().state_dict().items()}
     state = {name.replace('backbone.fc.', 'head.fc.'): tensor for name, tensor in state.items()}
     (tmp_path / 'file.safetensors').write_bytes(save(state))
-    args = dict(layers=(1, 2, 1, 1), channels=(8, 8, 8, 8), stem_width=8, base_width=32, scale=3)
     overlay = dict(file=str(tmp_path / 'file.safetensors'), num_classes=4)
-    model = timm.create_model('test_res2net', pretrained=True, pretrained_cfg_overlay=overlay, **args)
+    model = timm.create_model('test_res2net', pretrained=True, pretrained_cfg_overlay=overlay, **TINY)
     torch.testing.assert_close(model.state_dict(), tiny().state_dict(), rtol=0, atol=0)
-    assert ARCHS['test_res2net'].args.get('first_block') is None

@@ -499,10 +499,11 @@ def test_readme_shows_all_weights_as_they_are() -> None:
     assert '\n'.join(rows) in README
 
 
+EXAMPLES = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
+
+
 def test_readme_examples_run(tmp_path: Path) -> None:
-    blocks = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
-    assert len(blocks) == 2
-    code = '\n'.join(blocks)
+    code = '\n'.join(EXAMPLES[:2])
     for name in ('res2net50d', 'res2net200_vd_26w_4s'):  # which would be downloaded
         code = code.replace(f"'{name}', pretrained=True", f"'{name}'")
     detector = timm.create_model('res2net101d', num_classes=0).state_dict()
@@ -510,3 +511,10 @@ def test_readme_examples_run(tmp_path: Path) -> None:
     detector = {f'backbone.{re.sub("^conv1", "stem", name)}': tensor for name, tensor in detector.items()}
     torch.save({'state_dict': detector}, tmp_path / 'faster_rcnn_r2_101_fpn.pth')
     python(f'import os; os.chdir({str(tmp_path)!r})\n{code}')
+
+
+def test_the_readme_example_of_the_hub_runs(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv('HF_TOKEN', 'hf_write')
+    assert len(EXAMPLES) == 3
+    exec(f'import timm, timm_res2net\n{EXAMPLES[2].replace("you/", "user/")}', namespace := {})
+    assert namespace['model'].pretrained_cfg['hf_hub_id'].startswith('user/digits@')
