@@ -306,9 +306,13 @@ class Handler(BaseHTTPRequestHandler):
 
     @route('GET', '/api/models/{id}/refs')
     def refs(self, repo_id: str) -> None:
-        branches = self.repo(repo_id).branches
-        told = [{'name': name, 'ref': f'refs/heads/{name}', 'targetCommit': oid} for name, oid in branches.items()]
-        self.answer({'branches': told, 'converts': [], 'tags': []})
+        repo = self.repo(repo_id)
+
+        def told(prefix: str, refs: dict[str, str]) -> list[dict[str, str]]:
+            return [{'name': name, 'ref': prefix + name, 'targetCommit': oid} for name, oid in refs.items()]
+
+        pulls = {'pullRequests': told('', repo.pulls)} if 'include_prs' in self.query else {}
+        self.answer({'branches': told('refs/heads/', repo.branches), 'converts': [], 'tags': [], **pulls})
 
     @route('POST', '/api/models/{id}/branch/{rev}')
     def branch(self, repo_id: str, name: str) -> None:

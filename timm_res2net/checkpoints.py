@@ -302,9 +302,8 @@ def convert(
     if model is not None and model not in ARCHS:
         raise ValueError(f'{model} is no model of this package; `timm-res2net list` shows them')
     folder = Path(out) if out is not None else Path(Path(file).name.split('.')[0])
-    present = [name for name in ('model.safetensors', 'config.json') if (folder / name).exists()]
-    if present and not dry_run:
-        raise ValueError(f'{folder} has a {present[0]} already; name another folder by --out, or move it away')
+    if not dry_run:
+        require_no_model(folder)
     checkpoint = read_checkpoint(file, dialect=dialect, first_block=first_block, prefix=prefix)
     try:
         name, args = architecture(checkpoint.state, checkpoint.first_block or 'official', model)
@@ -321,6 +320,13 @@ def convert(
         state = {key: checkpoint.state[key].contiguous() for key in made.state_dict()}
         write_folder(folder, state, config, checkpoint.first_block)
     return Conversion(checkpoint, name, args, config, folder)
+
+
+def require_no_model(folder: Path) -> None:
+    """Raises a ValueError if there is a model in a folder already."""
+    present = [name for name in ('model.safetensors', 'config.json') if (folder / name).exists()]
+    if present:
+        raise ValueError(f'{folder} has a {present[0]} already; name another folder, or move it away')
 
 
 def configuration(
