@@ -400,6 +400,8 @@ class Handler(BaseHTTPRequestHandler):
                 value = operation['value']
                 if operation['key'] == 'file':
                     data = base64.b64decode(value['content'])
+                    if self.fault and self.fault.kind == 'corrupt':
+                        data += b' '
                     files[value['path']] = File(data, None, len(data))
                 elif operation['key'] == 'lfsFile':
                     if value['oid'] not in self.server.large and value['oid'] not in self.server.xet_hashes:

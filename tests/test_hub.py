@@ -42,6 +42,10 @@ def digests(hub: Hub, repo_id: str = 'user/net', revision: str = 'main') -> dict
     return {name: hashlib.sha256(files[name]).hexdigest() for name in FILES if name in files}
 
 
+def sha256_of_weights(hub: Hub) -> str:
+    return digests(hub)['model.safetensors']
+
+
 def digits() -> nn.Module:
     return timm.create_model('test_res2net.digits', pretrained=True).eval()
 
@@ -251,6 +255,12 @@ def test_bytes_that_are_damaged_on_their_way_up_never_arrive(hub: Hub, monkeypat
     assert hub.large == {}
 
 
+def test_a_hub_that_keeps_something_else_is_noticed(hub: Hub) -> None:
+    hub.faults = [Fault('POST .*/commit/', 'corrupt')]
+    with pytest.raises(ConnectionError, match='are not those that were sent'):
+        push(digits(), 'user/net', **WRITE)
+
+
 def test_a_push_of_somebody_else_at_the_same_time_is_not_overwritten(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     push(digits(), 'user/net', **WRITE)
     send = timm_res2net.hub.send
@@ -399,7 +409,7 @@ def test_bytes_that_are_damaged_twice_are_not_kept(hub: Hub, tmp_path: Path) -> 
     hub.faults = [Fault('GET /_cdn', 'corrupt', times=2)]
     with pytest.raises(CheckpointError, match='is damaged: it came twice with another hash'):
         pull('user/net', cache_dir=tmp_path)
-    assert not [path for path in tmp_path.rglob('*') if path.name == 'model.safetensors']
+    assert not [path for path in tmp_path.rglob('*') if path.name in ('model.safetensors', sha256_of_weights(hub))]
     assert pull('user/net', cache_dir=tmp_path).num_classes == 10
 
 
@@ -425,6 +435,9 @@ def test_a_pickle_is_refused_with_the_way_out(hub: Hub, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r'download pytorch_model\.bin and `timm-res2net convert` it'):
         pull('user/net', cache_dir=tmp_path)
     assert not any('pytorch_model.bin' in line for line in hub.log)
+    hub.put('user/empty', {'config.json': b'{}'})
+    with pytest.raises(CheckpointError, match=r'^user/empty has no model\.safetensors$'):
+        pull('user/empty', cache_dir=tmp_path)
 
 
 def test_what_the_hub_refuses_is_said_by_the_clients_own_errors(hub: Hub, tmp_path: Path) -> None:

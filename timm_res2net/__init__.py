@@ -7,6 +7,7 @@ __version__ = '0.1.0'
 
 from .cards import card
 from .checkpoints import export_checkpoint, load_checkpoint
+from .explain import class_activation_map, receptive_field
 from .hub import pull, push
 from .readers import CheckpointError
 from .res2net import register, unregister
@@ -14,10 +15,12 @@ from .res2net import register, unregister
 __all__ = [
     'CheckpointError',
     'card',
+    'class_activation_map',
     'export_checkpoint',
     'load_checkpoint',
     'pull',
     'push',
+    'receptive_field',
     'register',
     'unregister',
 ]

@@ -19,6 +19,7 @@ from .blocks import FIRST_BLOCKS
 from .cards import card, problems_of
 from .checkpoints import Conversion, call, convert, export_checkpoint, load_checkpoint
 from .dialects import DIALECTS, EXPORTS
+from .explain import draw
 from .files import first_line, replace_file, sha256
 from .hub import fetch, problems_on_hub, push
 from .predict import (
@@ -31,10 +32,11 @@ from .predict import (
     read_image,
     sheet,
 )
-from .res2net import ARCHS, WEIGHTS
+from .res2net import ARCHS, DENSEST, WEIGHTS
 
 EMBEDDED = 'test_res2net.digits'
 PHOTO = 'res2net50d.in1k'
+EXAMPLE = 20  # of the bundled digits, a 3
 
 
 def positive(text: str) -> int:
@@ -94,6 +96,18 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument('--model', default=PHOTO, metavar='NAME', help=f'default: {PHOTO}')
     command.add_argument('--out', metavar='PNG', help='draw them to this file')
     command.set_defaults(run=run_features)
+
+    command = commands.add_parser(
+        'explain',
+        help='draw what the network looks at',
+        description='Draws an image, where it speaks for the likeliest class, and how far the splits of a block see.',
+    )
+    command.add_argument('image', nargs='?', metavar='IMAGE', help='a file; a bundled digit without')
+    command.add_argument('--model', metavar='NAME', help=f'default: {PHOTO}; {EMBEDDED} for the bundled digit')
+    command.add_argument('--weights', metavar='FILE', help='a file of weights instead of published ones')
+    command.add_argument('--stage', type=positive, default=2, metavar='N', help='whose block to look at (default: 2)')
+    command.add_argument('--out', default='explain.png', metavar='PNG', help='the picture (default: explain.png)')
+    command.set_defaults(run=run_explain)
 
     command = commands.add_parser(
         'convert',
@@ -253,6 +267,19 @@ def run_features(args: argparse.Namespace) -> int:
     if args.out:
         plot_pyramid(shown, features, info.reduction(), args.out)
         print(f'\ndrawn to {args.out}')
+    return 0
+
+
+def run_explain(args: argparse.Namespace) -> int:
+    """Draws what a network looks at, and says what is in the picture."""
+    image = read_image(args.image) if args.image else sheet()[EXAMPLE][0]
+    name = args.model or (PHOTO if args.image else EMBEDDED)
+    model = load_model(name, args.weights)
+    arch = ARCHS.get(name.split('.')[0])
+    dense = load_model(name, args.weights, **DENSEST[arch.trunk]) if arch else None
+    for line in draw(model, image, args.stage, args.out, dense):
+        print(line)
+    print(f'\ndrawn to {args.out}')
     return 0
 
 

@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import get_act_layer, get_norm_layer
+from timm.layers import get_act_layer
 from timm.models.resnet import drop_blocks
 from torch import Tensor, nn
 
-from .blocks import Bottle2neck, Layer, Stage
+from .blocks import Bottle2neck, Layer, Stage, norm_maker
 from .trunk import Layers, Trunk, conv_norm_act
 
 __all__ = ['Res2NetBigLittle']
@@ -186,7 +186,7 @@ class Res2NetBigLittle(Trunk):
         if len(layers) != 4 or min(layers[:3]) < 2:
             raise ValueError(f'layers={layers} must have an entry for each of 4 stages, at least 2 in the first three')
         dd = {'device': device, 'dtype': dtype}
-        act, norm = get_act_layer(act_layer), get_norm_layer(norm_layer)
+        act, norm = get_act_layer(act_layer), norm_maker(norm_layer)
         splits: dict[str, Any] = dict(scale=scale, base_width=base_width, cardinality=cardinality)
         block = partial(
             Bottle2neck, first_block=first_block, attn_layer=attn_layer, act_layer=act, norm_layer=norm, **splits, **dd

@@ -6,6 +6,7 @@ pixels of its stage, the i-th output of an undilated block has seen 2i + 3 of th
 scales at once. Paper: `Res2Net: A New Multi-scale Backbone Architecture` - https://arxiv.org/abs/1904.01169
 """
 
+import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
 from functools import partial
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 import torch.utils.checkpoint
-from timm.layers import create_attn
+from timm.layers import create_attn, get_norm_layer
 from torch import Tensor, nn
 
 Layer = Callable[..., nn.Module]
@@ -136,7 +137,7 @@ class Bottle2neck(nn.Module):
         self.acts = nn.ModuleList(act_layer(inplace=True) for _ in range(num_convs))
         self.pool: nn.Module = nn.Identity()
         if last_split == 'pooled' and dilate_pool and first_dilation > 1:
-            self.pool = DilatedAvgPool2d(first_dilation, count_include_pad)
+            self.pool = DilatedAvgPool2d(first_dilation, count_include_pad=count_include_pad)
         elif last_split == 'pooled':
             self.pool = nn.AvgPool2d(3, stride, padding=1, count_include_pad=count_include_pad)
         self.drop_block = nn.Identity() if drop_block is None else drop_block()
@@ -186,6 +187,19 @@ class Bottle2neck(nn.Module):
         return self.act3(y)
 
 
+def norm_maker(norm_layer: str | Layer) -> Layer:
+    """Makes a norm class, given itself or its name in timm, take device and dtype, which torchvision's doesn't."""
+    layer = get_norm_layer(norm_layer)
+    parameters = inspect.signature(layer).parameters
+    if 'device' in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+        return layer
+
+    def made(num_features: int, device: Any = None, dtype: Any = None, **kwargs: Any) -> nn.Module:
+        return layer(num_features, **kwargs).to(device=device, dtype=dtype)
+
+    return made
+
+
 def first_blocks(model: nn.Module) -> set[str]:
     """What the first blocks of a model compute, keys of `FIRST_BLOCKS`; without splits they are all the same."""
     return {block.first_block for block in model.modules() if isinstance(block, Bottle2neck) and block.scale > 1}
@@ -200,31 +214,38 @@ def attention(attn_layer: str | Layer | None, channels: int, **dd: Any) -> nn.Mo
 
 
 class DilatedAvgPool2d(nn.Module):
-    """Average over a 3x3 neighbourhood whose pixels are `dilation` apart, at stride 1. torch's pool has no dilation.
+    """Average over neighbours that are `dilation` apart, at stride 1. torch's pool has no dilation.
 
     Args:
         dilation: Distance of neighbours, in pixels.
+        kernel_size: 3 for a pixel and those around it, 2 for a pixel and those to its right and below.
         count_include_pad: Whether positions beyond the border count (as zeros).
     """
 
-    def __init__(self, dilation: int, count_include_pad: bool = True) -> None:
+    def __init__(self, dilation: int, kernel_size: int = 3, count_include_pad: bool = True) -> None:
         super().__init__()
         self.dilation = dilation
+        self.kernel_size = kernel_size
         self.count_include_pad = count_include_pad
 
     def total(self, x: Tensor) -> Tensor:
         """Sums the neighbourhoods, (N, C, H, W) to (N, C, H, W): rows first, then columns."""
-        d = self.dilation
-        x = F.pad(x, [d, d, d, d])
+        d, before = self.dilation, self.dilation * (self.kernel_size - 2)
+        x = F.pad(x, [before, d, before, d])
+        if self.kernel_size == 2:
+            x = x[:, :, :-d] + x[:, :, d:]
+            return x[..., :-d] + x[..., d:]
         x = x[:, :, : -2 * d] + x[:, :, d:-d] + x[:, :, 2 * d :]
         return x[..., : -2 * d] + x[..., d:-d] + x[..., 2 * d :]
 
     def forward(self, x: Tensor) -> Tensor:
         """Averages the neighbourhoods, (N, C, H, W) to (N, C, H, W)."""
-        return self.total(x) / (9 if self.count_include_pad else self.total(torch.ones_like(x[:1, :1])))
+        if self.count_include_pad:
+            return self.total(x) / (self.kernel_size * self.kernel_size)
+        return self.total(x) / self.total(torch.ones_like(x[:1, :1]))
 
     def extra_repr(self) -> str:
-        return f'dilation={self.dilation}, count_include_pad={self.count_include_pad}'
+        return f'dilation={self.dilation}, kernel_size={self.kernel_size}, count_include_pad={self.count_include_pad}'
 
 
 class Stage(nn.Sequential):

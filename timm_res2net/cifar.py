@@ -5,11 +5,11 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import get_act_layer, get_norm_layer
+from timm.layers import get_act_layer
 from timm.models.resnet import drop_blocks
 from torch import Tensor, nn
 
-from .blocks import Bottle2neck, Layer, Stage
+from .blocks import Bottle2neck, Layer, Stage, norm_maker
 from .trunk import Trunk, conv_norm_act
 
 __all__ = ['Res2NetCifar']
@@ -84,7 +84,7 @@ class Res2NetCifar(Trunk):
         if len(layers) != 3 or len(channels) != 3:
             raise ValueError(f'layers={layers} and channels={channels} must have an entry for each of 3 stages')
         dd = {'device': device, 'dtype': dtype}
-        act, norm = get_act_layer(act_layer), get_norm_layer(norm_layer)
+        act, norm = get_act_layer(act_layer), norm_maker(norm_layer)
         splits: dict[str, Any] = dict(scale=scale, base_width=base_width, cardinality=cardinality)
         block = partial(
             Bottle2neck, first_block=first_block, attn_layer=attn_layer, act_layer=act, norm_layer=norm, **splits, **dd

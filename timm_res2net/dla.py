@@ -8,11 +8,11 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import torch
-from timm.layers import get_act_layer, get_norm_layer
+from timm.layers import get_act_layer
 from timm.models.resnet import drop_blocks
 from torch import Tensor, nn
 
-from .blocks import Bottle2neck, Layer, checkpoint
+from .blocks import Bottle2neck, Layer, checkpoint, norm_maker
 from .trunk import Layers, Trunk, conv_norm_act
 
 __all__ = ['Res2NetDla']
@@ -237,7 +237,7 @@ class Res2NetDla(Trunk):
         if len(levels) != 6 or len(channels) != 6:
             raise ValueError(f'levels={levels} and channels={channels} must have an entry for each of 6 levels')
         dd = {'device': device, 'dtype': dtype}
-        norm = get_norm_layer(norm_layer)
+        norm = norm_maker(norm_layer)
         layers = dict(act_layer=get_act_layer(act_layer), norm_layer=norm, **dd)
         conv: Layers = partial(conv_norm_act, **layers)
         self.base_layer = nn.Sequential(*conv(in_chans, channels[0], 7))

@@ -47,7 +47,8 @@ class Arch:
     gmacs: float  # 10^9 multiply-adds of convolutions and classifier, for one image of 224 x 224, on CIFAR of 32 x 32
     trunk: type[nn.Module]
     args: dict[str, Any]
-    out_indices: tuple[int, ...]  # of features_only, by default
+    features: int  # that can be taken
+    out_indices: tuple[int, ...]  # of them features_only gives these by default
     cfg: dict[str, Any]
 
 
@@ -55,20 +56,20 @@ def resnet(params: int, gmacs: float, layers: Sequence[int], base_width: int, sc
     """Res2Net block in timm's ResNet: blocks of each stage, channels of a split for 64 planes, splits."""
     args = dict(layers=layers, base_width=base_width, scale=scale, **args)
     cfg = dict(first_conv='conv1.0' if args.get('stem_type') == 'deep' else 'conv1')
-    return Arch(params, gmacs, Res2Net, args, (0, 1, 2, 3, 4), cfg)
+    return Arch(params, gmacs, Res2Net, args, 5, (0, 1, 2, 3, 4), cfg)
 
 
 def dla(params: int, gmacs: float, levels: Sequence[int], base_width: int, scale: int, **args: Any) -> Arch:
     """Res2Net block in DLA: depth of each level, channels of a split for 64 planes, splits."""
     args = dict(levels=levels, base_width=base_width, scale=scale, **args)
-    return Arch(params, gmacs, Res2NetDla, args, (1, 2, 3, 4, 5), dict(first_conv='base_layer.0'))
+    return Arch(params, gmacs, Res2NetDla, args, 6, (1, 2, 3, 4, 5), dict(first_conv='base_layer.0'))
 
 
 def biglittle(params: int, gmacs: float, layers: Sequence[int], base_width: int, scale: int, **args: Any) -> Arch:
     """Res2Net block in Big-Little Net: blocks of each stage, channels of a split for 64 planes, splits."""
     args = dict(layers=layers, base_width=base_width, scale=scale, **args)
     cfg = dict(paper_ids=('arXiv:1904.01169', 'arXiv:1807.03848'))
-    return Arch(params, gmacs, Res2NetBigLittle, args, (0, 1, 2, 4, 5), cfg)  # of two with stride 16, the deeper
+    return Arch(params, gmacs, Res2NetBigLittle, args, 6, (0, 1, 2, 4, 5), cfg)  # of two with stride 16, the deeper
 
 
 def cifar(params: int, gmacs: float, cardinality: int, base_width: int, scale: int, **args: Any) -> Arch:
@@ -76,7 +77,7 @@ def cifar(params: int, gmacs: float, cardinality: int, base_width: int, scale: i
     args = dict(cardinality=cardinality, base_width=base_width, scale=scale, **args)
     mean, std = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
     size = dict(input_size=(3, 32, 32), pool_size=(8, 8), crop_pct=1.0)
-    return Arch(params, gmacs, Res2NetCifar, args, (0, 1, 2, 3), dict(num_classes=100, mean=mean, std=std, **size))
+    return Arch(params, gmacs, Res2NetCifar, args, 4, (0, 1, 2, 3), dict(num_classes=100, mean=mean, std=std, **size))
 
 
 R50, R101, R152, R200 = (3, 4, 6, 3), (3, 4, 23, 3), (3, 8, 36, 3), (3, 12, 48, 3)
@@ -341,7 +342,10 @@ def create(name: str, pretrained: bool = False, block_args: dict[str, Any] | Non
     if twice := sorted(kwargs.keys() & block_args.keys()):
         raise TypeError(f'{name} got {", ".join(twice)} both by keyword and in block_args; give it once')
     kwargs.update(block_args)
+    if kwargs.get('output_stride', 32) is None:  # as transformers say that they don't mind
+        del kwargs['output_stride']
     if kwargs.get('features_only'):
+        require_features(name, kwargs.get('out_indices'))
         feature_cls = kwargs.get('feature_cls', 'list')
         kwargs['feature_cls'] = FEATURE_CLASSES.get(feature_cls, feature_cls)
     if pretrained:
@@ -355,6 +359,26 @@ def create(name: str, pretrained: bool = False, block_args: dict[str, Any] | Non
         pretrained_filter_fn=adapt,
         **{**arch.args, **kwargs},
     )
+
+
+def require_features(name: str, out_indices: Any) -> None:
+    """Raises a ValueError for features that a model doesn't have; a number stands for that many of the last ones."""
+    count = ARCHS[name].features
+    taken = range(-out_indices, 0) if isinstance(out_indices, int) else out_indices or ()
+    if not all(-count <= index < count for index in taken):
+        raise ValueError(
+            f'out_indices={out_indices!r} goes beyond the features of {name}: it has {count}, 0 to {count - 1} or, '
+            f'from the end, -{count} to -1'
+        )
+
+
+# What makes a model compute what it does on the densest grid that it can have.
+DENSEST: dict[type[nn.Module], dict[str, Any]] = {
+    Res2Net: dict(output_stride=8, dilate_pool=True),
+    Res2NetDla: dict(output_stride=8),
+    Res2NetBigLittle: dict(output_stride=16),
+    Res2NetCifar: dict(output_stride=1),
+}
 
 
 def entrypoint(name: str, arch: Arch) -> Callable[..., nn.Module]:

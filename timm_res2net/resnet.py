@@ -5,9 +5,10 @@ from typing import Any
 
 import timm.models
 import torch
+from timm.layers import AvgPool2dSame
 from timm.models.resnet import ResNet
 
-from .blocks import Bottle2neck, Layer, Stage, set_grad_checkpointing
+from .blocks import Bottle2neck, DilatedAvgPool2d, Layer, Stage, norm_maker, set_grad_checkpointing
 from .dialects import require_same_function, translate
 from .readers import read
 
@@ -28,6 +29,11 @@ class Res2Net(ResNet):
         first_block: What the first block of a stage computes, see `Bottle2neck`.
         attn_layer: Attention class or its name in timm.
         output_stride: 8, 16 or 32; stages beyond it are dilated.
+        dilate_pool: Dilate the average pools, too, where stages are dilated. Weights then compute, on a denser grid,
+            what they compute in the undilated network. timm leaves the pools as they are, so with `output_stride=8`
+            its features are some percent off; that is the default here, for equality with timm. Attention that pools
+            over the whole image is another thing on a denser grid in any case.
+        norm_layer: Norm class or its name in timm; also one that knows no device and dtype, as torchvision's.
         **kwargs: Other arguments of timm's `ResNet`.
 
     Raises:
@@ -45,6 +51,8 @@ class Res2Net(ResNet):
         first_block: str = 'official',
         attn_layer: str | Layer | None = None,
         output_stride: int = 32,
+        dilate_pool: bool = False,
+        norm_layer: str | Layer = 'batchnorm2d',
         **kwargs: Any,
     ) -> None:
         if output_stride not in (8, 16, 32):
@@ -55,11 +63,19 @@ class Res2Net(ResNet):
             base_width=base_width,
             cardinality=cardinality,
             output_stride=output_stride,
-            block_args=dict(scale=scale, first_block=first_block, attn_layer=attn_layer),
+            norm_layer=norm_maker(norm_layer),
+            block_args=dict(scale=scale, first_block=first_block, attn_layer=attn_layer, dilate_pool=dilate_pool),
             **kwargs,
         )
         for name in ('layer1', 'layer2', 'layer3', 'layer4'):
-            setattr(self, name, Stage(*getattr(self, name)))
+            stage: Any = Stage(*getattr(self, name))
+            setattr(self, name, stage)
+            shortcut = stage[0].downsample
+            if (
+                dilate_pool and shortcut is not None and isinstance(shortcut[0], AvgPool2dSame)
+            ):  # timm's where it dilates
+                dilation = stage[0].convs[0].dilation[0]
+                shortcut[0] = DilatedAvgPool2d(dilation, kernel_size=2, count_include_pad=False)
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:

@@ -1,0 +1,160 @@
+"""Pictures and the numbers behind them: maps add up to scores, receptive fields are what the paper says."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import randomise, tiny
+from PIL import Image
+from torch import Tensor, nn
+
+from timm_res2net import class_activation_map, receptive_field
+from timm_res2net.__main__ import main
+from timm_res2net.blocks import Bottle2neck
+from timm_res2net.explain import blocks_of, draw, radius
+from timm_res2net.predict import sheet
+from timm_res2net.res2net import ARCHS, DENSEST
+
+KINDS = ['test_res2net', 'dla60_res2net', 'blres2net50_26w_4s', 'res2next29_6c_24w_4s']
+
+
+@pytest.mark.parametrize('name', KINDS)
+def test_a_map_adds_up_to_the_score(name: str, build: Any, images: Tensor) -> None:
+    model = build(name)
+    images = images[..., :32, :32]
+    scores = model(images)
+    for classes in (None, [3, 5]):
+        maps = class_activation_map(model, images, classes)
+        wanted = scores.argmax(dim=1).tolist() if classes is None else classes
+        bias = model.get_classifier().bias[wanted]
+        expected = torch.stack([score[index] for score, index in zip(scores, wanted)]) - bias
+        torch.testing.assert_close(torch.from_numpy(maps.mean((1, 2))), expected.detach(), rtol=1e-4, atol=1e-4)
+        assert maps.shape[1:] == model.forward_features(images).shape[2:]
+
+
+def test_a_dense_map_is_the_same_on_a_finer_grid(images: Tensor) -> None:
+    for name in ('test_res2net', 'dla60_res2net'):
+        torch.manual_seed(0)
+        model = randomise(timm.create_model(name)).eval()
+        dense = timm.create_model(name, **DENSEST[ARCHS[name].trunk]).eval()
+        dense.load_state_dict(model.state_dict())
+        coarse, fine = (class_activation_map(each, images, [1, 2]) for each in (model, dense))
+        np.testing.assert_allclose(fine[:, ::4, ::4], coarse, rtol=1e-3, atol=1e-3 * np.abs(coarse).max())
+
+
+@pytest.mark.parametrize(
+    'make',
+    [
+        lambda: timm.create_model('test_res2net', num_classes=0),
+        lambda: timm.create_model('test_res2net', global_pool='max'),
+        lambda: timm.create_model('test_res2net', features_only=True),
+    ],
+)
+def test_a_map_without_a_linear_classifier_is_refused(make: Any, images: Tensor) -> None:
+    with pytest.raises(ValueError, match='needs a classifier on average pooling'):
+        class_activation_map(make().eval(), images)
+
+
+class Alone(nn.Module):
+    """A block with nothing around it, whose weights are all one and whose norms do nothing."""
+
+    def __init__(self, scale: int, **arguments: Any) -> None:
+        super().__init__()
+        self.block = Bottle2neck(64, 16, scale=scale, base_width=8, norm_layer=nn.Identity, **arguments)
+        for parameter in self.block.parameters():
+            nn.init.ones_(parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.block(x)
+
+
+def supports(fields: np.ndarray) -> list[int]:
+    """How many pixels across each field is not zero; it must be a full square."""
+    sizes = []
+    for field in fields:
+        rows, columns = np.nonzero(field)
+        size = int(rows.max() - rows.min()) + 1
+        assert np.count_nonzero(field) == size**2 == (int(columns.max() - columns.min()) + 1) ** 2
+        sizes.append(size)
+    return sizes
+
+
+@pytest.mark.parametrize('scale', [1, 2, 4, 8])
+def test_split_i_of_a_cascade_sees_2i_plus_3_pixels(scale: int) -> None:
+    fields = receptive_field(Alone(scale).eval(), 'block', torch.rand(2, 64, 33, 33), of_block=True)
+    expected = [2 * i + 3 for i in range(max(1, scale - 1))] + [1] * (scale > 1)
+    assert supports(fields) == expected
+    np.testing.assert_allclose(fields.sum((1, 2)), 1, rtol=1e-5)
+
+
+def test_without_a_cascade_all_splits_see_three_pixels() -> None:
+    shortcut = nn.Conv2d(64, 64, 1)
+    fields = receptive_field(Alone(4, downsample=shortcut).eval(), 'block', torch.rand(1, 64, 33, 33), of_block=True)
+    assert supports(fields) == [3, 3, 3, 3]
+
+
+def test_the_field_in_the_image_has_the_stride_of_the_stage() -> None:
+    model = timm.create_model('test_res2net.digits', pretrained=True).eval()
+    noise = torch.randn(2, 3, 96, 96)
+    in_image = receptive_field(model, 'layer2.1', noise)
+    in_block = receptive_field(model, 'layer2.1', noise, of_block=True)
+    assert in_image.shape == (4, 96, 96)
+    assert in_block.shape == (4, 12, 12)
+    assert supports(in_block)[:3] == [3, 5, 7]
+    radii = [radius(field) for field in in_image]
+    assert radii[3] < radii[0] < radii[1] < radii[2]
+
+
+def test_a_field_of_one_pixel_has_no_radius_and_a_ring_its_own() -> None:
+    field = np.zeros((9, 9), np.float32)
+    assert radius(field) == 0
+    field[4, 4] = 1
+    assert radius(field) == 0
+    field[:] = 0
+    field[[1, 7, 4, 4], [4, 4, 1, 7]] = 1
+    assert radius(field) == 3
+
+
+def test_measuring_leaves_the_model_as_it_was(images: Tensor) -> None:
+    model = tiny()
+    before = model(images)
+    receptive_field(model, 'layer2.1', images)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    torch.testing.assert_close(model(images), before, rtol=0, atol=0)
+
+
+def test_absent_blocks_and_stages_are_told() -> None:
+    model = tiny()
+    with pytest.raises(ValueError, match=r'no block layer9\.0; there are layer1\.0, layer2\.0, layer2\.1'):
+        receptive_field(model, 'layer9.0', torch.rand(1, 3, 32, 32))
+    with pytest.raises(ValueError, match='no stage 5; there are 1 to 4, layer1, layer2, layer3, layer4'):
+        blocks_of(model, 5)
+    assert blocks_of(timm.create_model('dla60_res2net', device='meta'), 1) == ['level2.tree1', 'level2.tree2']
+
+
+@pytest.mark.parametrize('name', KINDS)
+def test_a_picture_is_drawn_of_every_kind(name: str, tmp_path: Path, build: Any) -> None:
+    lines = draw(build(name), sheet()[0][0], 1, str(tmp_path / 'out.png'))
+    assert len(lines) == 4
+    with Image.open(tmp_path / 'out.png') as picture:
+        pixels = np.asarray(picture.convert('RGB')).astype(int)
+    assert pixels.shape[0] > 700
+    assert (np.ptp(pixels, axis=2) > 60).mean() > 0.05  # there is colour: a map, bars, receptive fields
+
+
+def test_explain_draws_the_bundled_digit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(['explain']) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split()[1] == '3'
+    assert lines[3].startswith('layer2.1: radius of each split ')
+    assert [path.name for path in tmp_path.iterdir()] == ['explain.png']
+    assert main(['explain', '--stage', '9']) == 1
+    assert 'there is no stage 9' in capsys.readouterr().err
+    assert main(['explain', 'absent.png']) == 1

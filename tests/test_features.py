@@ -1,0 +1,163 @@
+"""Feature maps at every stride: dilated networks compute what undilated ones do, under any norm."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torchvision
+from conftest import randomise
+from timm.layers import FrozenBatchNormAct2d, GroupNorm, freeze_batch_norm_2d, unfreeze_batch_norm_2d
+from torch import Tensor, nn
+
+from timm_res2net.blocks import DilatedAvgPool2d
+from timm_res2net.res2net import ARCHS, DENSEST
+
+SHALLOW: dict[str, Any] = dict(layers=(1, 2, 1, 1))
+KINDS: dict[str, dict[str, Any]] = {
+    'res2net50_26w_4s': SHALLOW,
+    'res2next50': SHALLOW,
+    'res2net50d': SHALLOW,
+    'res2net50_pd_26w_4s': SHALLOW,
+    'res2net50_vd_26w_4s': SHALLOW,
+    'dla60_res2net': dict(levels=(1, 1, 1, 2, 1, 1)),
+    'dla60_res2next': dict(levels=(1, 1, 1, 2, 1, 1)),
+    'blres2net50_26w_4s': dict(layers=(2, 2, 3, 1)),
+}
+
+
+def exact(name: str, output_stride: int) -> dict[str, Any]:
+    """What makes a dilated network exact, beyond its stride."""
+    return {**DENSEST[ARCHS[name].trunk], 'output_stride': output_stride}
+
+
+@pytest.mark.parametrize(
+    ('name', 'output_stride'),
+    [(name, stride) for name in KINDS for stride in (8, 16) if stride >= DENSEST[ARCHS[name].trunk]['output_stride']],
+)
+def test_a_dilated_network_computes_the_undilated_one_on_a_denser_grid(name: str, output_stride: int) -> None:
+    torch.manual_seed(0)
+    plain = randomise(timm.create_model(name, **KINDS[name])).eval()
+    dilated = timm.create_model(name, **KINDS[name], **exact(name, output_stride)).eval()
+    dilated.load_state_dict(plain.state_dict())
+    x = torch.randn(1, 3, 96, 64)
+    wanted, dense = (model.forward_intermediates(x, intermediates_only=True) for model in (plain, dilated))
+    for ours, theirs, info in zip(dense, wanted, plain.feature_info):
+        step = max(1, info['reduction'] // output_stride)
+        torch.testing.assert_close(ours[..., ::step, ::step], theirs, rtol=1e-3, atol=1e-4)
+
+
+def test_timms_form_is_the_default_and_is_off_at_stride_8() -> None:
+    torch.manual_seed(0)
+    plain = randomise(timm.create_model('res2net50d', **SHALLOW)).eval()
+    x = torch.randn(1, 3, 96, 64)
+    wanted = plain.forward_features(x)
+    for output_stride, is_exact in ((16, True), (8, False)):
+        dilated = timm.create_model('res2net50d', output_stride=output_stride, **SHALLOW).eval()
+        dilated.load_state_dict(plain.state_dict())
+        step = 32 // output_stride
+        difference = (dilated.forward_features(x)[..., ::step, ::step] - wanted).abs().max() / wanted.abs().max()
+        assert (difference < 1e-5) == is_exact
+        assert not any(isinstance(module, DilatedAvgPool2d) for module in dilated.modules())
+
+
+@pytest.mark.parametrize('size', [(8, 6), (9, 7)])
+def test_a_pool_of_two_pixels_dilates_as_well(size: tuple[int, int]) -> None:
+    x = torch.rand(2, 3, *size)
+    strided = nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False)
+    for dilation in (1, 2):
+        dense = x.repeat_interleave(dilation, 2).repeat_interleave(dilation, 3)  # the grid that a dilated stage is on
+        pooled = DilatedAvgPool2d(dilation, kernel_size=2, count_include_pad=False)(dense)
+        torch.testing.assert_close(pooled[..., :: 2 * dilation, :: 2 * dilation], strided(x))
+
+
+def test_the_exact_form_can_be_traced_scripted_and_exported() -> None:
+    torch.manual_seed(0)
+    model = randomise(timm.create_model('res2net50_vd_26w_4s', output_stride=8, dilate_pool=True, **SHALLOW)).eval()
+    x = torch.randn(1, 3, 64, 64)
+    expected = model(x)
+    for converted in (
+        torch.jit.script(model),
+        torch.fx.symbolic_trace(model),
+        torch.export.export(model, (x,)).module(),
+    ):
+        torch.testing.assert_close(converted(x), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('name', ['res2net50_26w_4s', 'dla60_res2net', 'blres2net50_26w_4s', 'res2next29_6c_24w_4s'])
+def test_no_output_stride_is_the_usual_one(name: str) -> None:
+    features = timm.models.model_entrypoint(name)(features_only=True, output_stride=None, device='meta')
+    usual = timm.create_model(name, features_only=True, device='meta')
+    assert features.feature_info.reduction() == usual.feature_info.reduction()
+
+
+@pytest.mark.parametrize('name', ARCHS)
+def test_features_beyond_the_pyramid_are_told(name: str) -> None:
+    count = ARCHS[name].features
+    for indices in ((0, count), (-count - 1,), count + 1):
+        with pytest.raises(ValueError, match=f'it has {count}, 0 to {count - 1} or, from the end, -{count} to -1'):
+            timm.create_model(name, features_only=True, out_indices=indices, device='meta')
+    for indices in ((0, count - 1), (-count, -1), 2):
+        assert (
+            len(timm.create_model(name, features_only=True, out_indices=indices, device='meta').feature_info.channels())
+            == 2
+        )
+
+
+@pytest.mark.parametrize('name', ['res2net50_26w_4s', 'dla60_res2net', 'blres2net50_26w_4s'])
+def test_a_stride_that_a_trunk_cannot_give_is_told(name: str) -> None:
+    possible = '16 or 32' if name.startswith('bl') else '8, 16 or 32'
+    with pytest.raises(ValueError, match=f'output_stride=4 is not possible; choose {possible}'):
+        timm.create_model(name, features_only=True, output_stride=4, device='meta')
+
+
+@pytest.mark.parametrize('name', KINDS)
+def test_an_image_smaller_than_the_stride_gives_a_pixel(name: str) -> None:
+    model = timm.create_model(name, features_only=True, device='meta', **KINDS[name]).eval()
+    assert model(torch.empty(1, 3, 7, 5, device='meta'))[-1].shape[2:] == (1, 1)
+
+
+# Norms
+
+
+@pytest.mark.parametrize('name', ['res2net50d', 'dla60_res2net', 'blres2net50_26w_4s', 'res2next29_6c_24w_4s'])
+@pytest.mark.parametrize(
+    'norm_layer',
+    [
+        torchvision.ops.FrozenBatchNorm2d,
+        partial(FrozenBatchNormAct2d, apply_act=False),
+        partial(GroupNorm, num_groups=1),
+        'groupnorm1',
+        nn.SyncBatchNorm,
+    ],
+    ids=['torchvision frozen', 'timm frozen', 'group', 'groupnorm1', 'sync'],
+)
+def test_other_norms_build_and_load_what_they_share(name: str, norm_layer: Any, images: Tensor) -> None:
+    arguments = KINDS.get(name, dict(layers=(1, 1, 1)))
+    torch.manual_seed(0)
+    plain = randomise(timm.create_model(name, **arguments)).eval()
+    model = timm.create_model(name, norm_layer=norm_layer, **arguments).eval()
+    images = images[..., :32, :32]
+    missing = model.load_state_dict(plain.state_dict(), strict=False).missing_keys
+    assert missing == []
+    if 'group' not in str(norm_layer).lower():
+        torch.testing.assert_close(model(images), plain(images), rtol=1e-4, atol=1e-4)
+    else:
+        assert model(images).isfinite().all()
+    if 'frozen' in str(norm_layer).lower():
+        assert all('bn' not in key for key, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize('name', ['res2net50d', 'dla60_res2net', 'blres2net50_26w_4s'])
+def test_norms_can_be_frozen_thawed_and_synchronised(name: str, images: Tensor) -> None:
+    torch.manual_seed(0)
+    model = randomise(timm.create_model(name, **KINDS[name])).eval()
+    expected = model(images)
+    frozen = freeze_batch_norm_2d(model)
+    torch.testing.assert_close(frozen.train()(images), expected, rtol=1e-4, atol=1e-4)
+    thawed = unfreeze_batch_norm_2d(frozen).eval()
+    torch.testing.assert_close(thawed(images), expected, rtol=1e-4, atol=1e-4)
+    synchronised = nn.SyncBatchNorm.convert_sync_batchnorm(thawed).eval()
+    assert any(isinstance(module, nn.SyncBatchNorm) for module in synchronised.modules())
+    torch.testing.assert_close(synchronised(images), expected, rtol=1e-4, atol=1e-4)
