@@ -163,6 +163,7 @@ def test_a_changed_card_is_known() -> None:
         ('no metadata', 'does not begin with metadata'),
         ('---\n: [\n---\n', 'can not be read'),
         ('---\n- a\n---\n', 'mapping|dict'),
+        ('---\n\n---\n', 'no mapping'),
         ('---\nlicence: mit\n---\n', "the key 'licence' means nothing"),
         ('---\nlicense: made-up\n---\n', "'made-up' is no licence"),
         ('---\nlicense: other\n---\n', 'needs license_name'),

@@ -502,8 +502,24 @@ def test_readme_shows_all_weights_as_they_are() -> None:
 EXAMPLES = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
 
 
+def example(part: str) -> str:
+    """The only example in the README that has this part in it."""
+    (found,) = (each for each in EXAMPLES if part in each)
+    return found
+
+
+def test_readme_shows_the_pyramid_of_every_model() -> None:
+    rows = {}
+    for name in ARCHS:
+        model = timm.create_model(name, device='meta')
+        pyramid = ', '.join(f'{info["reduction"]}: {info["num_chs"]}' for info in model.feature_info)
+        rows.setdefault((pyramid, ', '.join(map(str, strides(name)))), []).append(f'`{name}`')
+    for (pyramid, possible), names in rows.items():
+        assert f'| {", ".join(names)} | {pyramid} | {possible} |' in README
+
+
 def test_readme_examples_run(tmp_path: Path) -> None:
-    code = '\n'.join(EXAMPLES[:2])
+    code = example('85.13 %') + example('faster_rcnn_r2_101_fpn.pth')
     for name in ('res2net50d', 'res2net200_vd_26w_4s'):  # which would be downloaded
         code = code.replace(f"'{name}', pretrained=True", f"'{name}'")
     detector = timm.create_model('res2net101d', num_classes=0).state_dict()
@@ -515,6 +531,13 @@ def test_readme_examples_run(tmp_path: Path) -> None:
 
 def test_the_readme_example_of_the_hub_runs(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv('HF_TOKEN', 'hf_write')
-    assert len(EXAMPLES) == 3
-    exec(f'import timm, timm_res2net\n{EXAMPLES[2].replace("you/", "user/")}', namespace := {})
+    code = example('timm_res2net.push').replace('you/', 'user/')
+    exec(f'import timm, timm_res2net\n{code}', namespace := {})
     assert namespace['model'].pretrained_cfg['hf_hub_id'].startswith('user/digits@')
+
+
+def test_the_readme_examples_of_backbones_run() -> None:
+    exec(f'import timm, torch\n{example("ops import FeaturePyramidNetwork")}', made := {})
+    assert [level.shape[-1] for level in made['levels'].values()] == [56, 28, 14, 7]
+    exec(f'import timm, torch\n{example("FasterRCNN")}', made := {})
+    assert made['found'][0].keys() == {'boxes', 'labels', 'scores'}

@@ -137,7 +137,7 @@ class Bottle2neck(nn.Module):
         self.acts = nn.ModuleList(act_layer(inplace=True) for _ in range(num_convs))
         self.pool: nn.Module = nn.Identity()
         if last_split == 'pooled' and dilate_pool and first_dilation > 1:
-            self.pool = DilatedAvgPool2d(first_dilation, count_include_pad=count_include_pad)
+            self.pool = DilatedAvgPool2d(first_dilation, count_include_pad)
         elif last_split == 'pooled':
             self.pool = nn.AvgPool2d(3, stride, padding=1, count_include_pad=count_include_pad)
         self.drop_block = nn.Identity() if drop_block is None else drop_block()
@@ -218,15 +218,15 @@ class DilatedAvgPool2d(nn.Module):
 
     Args:
         dilation: Distance of neighbours, in pixels.
-        kernel_size: 3 for a pixel and those around it, 2 for a pixel and those to its right and below.
         count_include_pad: Whether positions beyond the border count (as zeros).
+        kernel_size: 3 for a pixel and those around it, 2 for a pixel and those to its right and below.
     """
 
-    def __init__(self, dilation: int, kernel_size: int = 3, count_include_pad: bool = True) -> None:
+    def __init__(self, dilation: int, count_include_pad: bool = True, kernel_size: int = 3) -> None:
         super().__init__()
         self.dilation = dilation
-        self.kernel_size = kernel_size
         self.count_include_pad = count_include_pad
+        self.kernel_size = kernel_size
 
     def total(self, x: Tensor) -> Tensor:
         """Sums the neighbourhoods, (N, C, H, W) to (N, C, H, W): rows first, then columns."""
@@ -245,7 +245,7 @@ class DilatedAvgPool2d(nn.Module):
         return self.total(x) / self.total(torch.ones_like(x[:1, :1]))
 
     def extra_repr(self) -> str:
-        return f'dilation={self.dilation}, kernel_size={self.kernel_size}, count_include_pad={self.count_include_pad}'
+        return f'dilation={self.dilation}, count_include_pad={self.count_include_pad}, kernel_size={self.kernel_size}'
 
 
 class Stage(nn.Sequential):

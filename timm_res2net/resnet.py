@@ -75,7 +75,7 @@ class Res2Net(ResNet):
                 dilate_pool and shortcut is not None and isinstance(shortcut[0], AvgPool2dSame)
             ):  # timm's where it dilates
                 dilation = stage[0].convs[0].dilation[0]
-                shortcut[0] = DilatedAvgPool2d(dilation, kernel_size=2, count_include_pad=False)
+                shortcut[0] = DilatedAvgPool2d(dilation, count_include_pad=False, kernel_size=2)
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:

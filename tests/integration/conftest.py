@@ -1,0 +1,41 @@
+"""What the tests with other libraries share."""
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+from conftest import randomise
+from torch import Tensor, nn
+
+# One of each kind, shallow.
+KINDS: dict[str, dict[str, Any]] = {
+    'res2net50_26w_4s': dict(layers=(1, 2, 1, 1), base_width=8),
+    'res2net50_vd_26w_4s': dict(layers=(1, 2, 1, 1), base_width=8),
+    'dla60_res2net': dict(levels=(1, 1, 1, 2, 1, 1), base_width=8),
+    'blres2net50_26w_4s': dict(layers=(2, 2, 3, 1), base_width=8),
+}
+
+
+def make(name: str, **arguments: Any) -> nn.Module:
+    """Makes a shallow model with randomised norms."""
+    torch.manual_seed(0)
+    return randomise(timm.create_model(name, **{**KINDS.get(name, {}), **arguments}))
+
+
+def step(model: nn.Module, loss: Tensor) -> list[Tensor]:
+    """Takes a step of gradient descent; the gradients, none of which may be missing in the backbone's first layer."""
+    loss.backward()
+    first = next(parameter for parameter in model.parameters() if parameter.ndim == 4)
+    assert first.grad is not None
+    assert first.grad.abs().sum() > 0
+    before = first.detach().clone()
+    torch.optim.SGD(model.parameters(), lr=0.01).step()
+    assert not torch.equal(first, before)
+    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    """The name of a model of each kind."""
+    return request.param

@@ -1,0 +1,52 @@
+"""segmentation_models_pytorch makes encoders of these models by name."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from conftest import randomise
+
+from integration.conftest import step
+
+smp = pytest.importorskip('segmentation_models_pytorch')
+
+
+@pytest.mark.parametrize('in_channels', [1, 4])
+@pytest.mark.parametrize('name', ['test_res2net', 'res2net50_vd_26w_4s', 'dla60_res2net'])
+@pytest.mark.parametrize(
+    ('architecture', 'options'),
+    [
+        ('Unet', {}),
+        ('FPN', {}),
+        ('DeepLabV3Plus', dict(encoder_output_stride=16)),
+        ('DeepLabV3Plus', dict(encoder_output_stride=8)),
+    ],
+    ids=['Unet', 'FPN', 'DeepLabV3+ 16', 'DeepLabV3+ 8'],
+)
+def test_a_model_segments_and_learns(architecture: str, options: dict[str, Any], name: str, in_channels: int) -> None:
+    torch.manual_seed(0)
+    make = getattr(smp, architecture)
+    model = randomise(make(f'tu-{name}', encoder_weights=None, in_channels=in_channels, classes=2, **options))
+    x = torch.randn(2, in_channels, 64, 64)
+    with torch.no_grad():
+        assert model.eval()(x).shape == (2, 2, 64, 64)
+        features = model.encoder(x)
+        ours = timm.create_model(
+            name, in_chans=in_channels, output_stride=options.get('encoder_output_stride', 32)
+        ).eval()
+        missing = ours.load_state_dict(model.encoder.model.state_dict(), strict=False).missing_keys
+        assert [key for key in missing if not key.startswith('fc.')] == []
+        wanted = ours.forward_intermediates(x, intermediates_only=True)
+    torch.testing.assert_close(features[-4:], wanted[-4:], rtol=0, atol=0)
+    loss = torch.nn.functional.cross_entropy(model.train()(x), torch.randint(0, 2, (2, 64, 64)))
+    step(model.encoder, loss)
+
+
+def test_the_readme_example_runs() -> None:
+    readme = (Path(__file__).parents[2] / 'README.md').read_text()
+    (example,) = (block for block in re.findall(r'```python\n(.*?)```', readme, re.DOTALL) if 'smp.Unet' in block)
+    exec(f'import torch, timm_res2net\n{example}', made := {})
+    assert made['mask'].shape == (1, 2, 224, 224)
