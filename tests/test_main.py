@@ -237,7 +237,7 @@ def test_push_and_pull_say_what_went_and_what_came(
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        (('pull', 'user/absent'), 'Repository not found|404|401'),
+        (('pull', 'user/absent'), 'Repository Not Found for url: .*user/absent'),
         (('push', 'test_res2net.digits', 'user/net'), 'write permission'),
         (('push', 'absent.pth', 'user/net'), 'can not be opened'),
         (('push', 'test_res2net.digits', 'user/net', '--labels', 'absent.txt'), 'absent.txt can not be opened'),

@@ -417,8 +417,7 @@ def main(argv: list[str] | None = None) -> int:
         sys.stdout.flush()  # here, where a reader that has gone is expected, and not at the interpreter's end
         return status
     except (ValueError, ConnectionError, HfHubHTTPError) as error:
-        message = first_line(error) if isinstance(error, HfHubHTTPError) else error
-        print(f'timm-res2net: {message}', file=sys.stderr)
+        print(f'timm-res2net: {" ".join(str(error).split())}', file=sys.stderr)
         return 2 if isinstance(error, UnknownModelError) else 1
     except BrokenPipeError:  # the reader has seen enough, as in `timm-res2net list | head -3`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -38,7 +38,7 @@ PAPERS = {
     'Res2NetDla': 'in a DLA trunk ([paper](https://arxiv.org/abs/1707.06484))',
     'Res2NetBigLittle': 'in a Big-Little trunk ([paper](https://arxiv.org/abs/1807.03848))',
 }
-FIRST_BLOCKS = {
+COMPUTED_BY = {
     'official': "the authors' code computes",
     'paddle': 'PaddleClas computes',
     'mmdet': 'mmdet computes',
@@ -182,7 +182,7 @@ def kind_of(name: str) -> str:
     grouped = f' with {cardinality} groups' if cardinality > 1 else ''
     attention = ' and squeeze-and-excitation' if arch.args.get('attn_layer') == 'se' else ''
     trunk = PAPERS.get(arch.trunk.__name__, 'in a ResNet trunk')
-    function = FIRST_BLOCKS[
+    function = COMPUTED_BY[
         arch.args.get('first_block', 'group' if arch.trunk.__name__ == 'Res2NetCifar' else 'official')
     ]
     return (

@@ -5,6 +5,7 @@ different things, so each dialect says which first block (see `blocks.FIRST_BLOC
 """
 
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
@@ -243,6 +244,7 @@ DIALECTS = {
     ),
 }
 EXPORTS = ('official', 'mmpretrain', 'paddleclas')
+# What says nothing about a network that it is wrapped in.
 WRAPPERS = {'state_dict', 'state_dict_ema', 'model', 'model_ema', 'model_state', 'ema', 'module', '_orig_mod', 'net'}
 
 
@@ -396,7 +398,7 @@ def translate(tree: Mapping[str, Any], dialect: str | None = None, prefix: str |
     parent = at(prefix, '../')
     state: dict[str, Tensor] = {}
     dropped: list[str] = []
-    cast: dict[str, int] = {}
+    cast: Counter[str] = Counter()
     for full, value in tensors.items():
         inside = full.startswith(prefix)
         outside = '../' + full.removeprefix(parent) if prefix and full.startswith(parent) else '../'
@@ -411,7 +413,7 @@ def translate(tree: Mapping[str, Any], dialect: str | None = None, prefix: str |
                 f'{full} holds values that are NaN or infinite; this training failed, take an earlier file'
             )
         if value.is_floating_point() and value.dtype != torch.float32:
-            cast[str(value.dtype).removeprefix('torch.')] = cast.get(str(value.dtype).removeprefix('torch.'), 0) + 1
+            cast[str(value.dtype).removeprefix('torch.')] += 1
             value = value.float()
         state[ours] = value
     if names.transposed and 'fc.weight' in state:
@@ -427,7 +429,7 @@ def translate(tree: Mapping[str, Any], dialect: str | None = None, prefix: str |
     first_block = names.in_detector if names.in_detector and part_of_more else names.first_block
     grouped = convolves_all_splits(state)
     first_block, certain = ('group', True) if grouped else (first_block, names.certain)
-    return Translation(state, key, prefix, first_block, certain, tuple(dropped), tuple(filled), cast)
+    return Translation(state, key, prefix, first_block, certain, tuple(dropped), tuple(filled), dict(cast))
 
 
 def convolves_all_splits(state: Mapping[str, Tensor]) -> bool:
