@@ -1,5 +1,6 @@
 """What all tests share."""
 
+import atexit
 import os
 import shutil
 import tarfile
@@ -24,6 +25,8 @@ from huggingface_hub import constants
 from torch import nn
 
 import timm_res2net.hub  # registers the models
+
+atexit.register(shutil.rmtree, os.environ['HF_HOME'], ignore_errors=True)
 
 
 @cache
@@ -90,7 +93,6 @@ def hub_server() -> Iterator[Hub]:
         threading.Thread(target=server.serve_forever, kwargs={'poll_interval': 0.01}, daemon=True).start()
         yield server
         server.shutdown()
-    shutil.rmtree(os.environ['HF_HOME'], ignore_errors=True)
 
 
 @pytest.fixture(params=['lfs'])
