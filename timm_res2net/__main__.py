@@ -416,12 +416,12 @@ def main(argv: list[str] | None = None) -> int:
         status = args.run(args)
         sys.stdout.flush()  # here, where a reader that has gone is expected, and not at the interpreter's end
         return status
-    except (ValueError, ConnectionError, HfHubHTTPError) as error:
-        print(f'timm-res2net: {" ".join(str(error).split())}', file=sys.stderr)
-        return 2 if isinstance(error, UnknownModelError) else 1
     except BrokenPipeError:  # the reader has seen enough, as in `timm-res2net list | head -3`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except (ValueError, ConnectionError, HfHubHTTPError) as error:
+        print(f'timm-res2net: {" ".join(str(error).split())}', file=sys.stderr)
+        return 2 if isinstance(error, UnknownModelError) else 1
     except KeyboardInterrupt:
         return 130
 
