@@ -241,6 +241,14 @@ def test_weights_of_mindcv_come_from_their_address_if_their_hash_is_right(
     torch.testing.assert_close(model.fc.weight.detach(), read(file).tree['classifier.weight'], rtol=0, atol=0)
 
 
+def test_a_file_without_a_res2net_is_not_kept(server: Server, tmp_path: Path) -> None:
+    name = 'res2net50_vd_26w_4s.ssld_in1k'
+    overlay = served(server, FOREIGN[name], save({'layer1.0.conv2.weight': torch.ones(1)}))
+    with pytest.raises(ConnectionError, match='is of no use: there is no Res2Net'):
+        timm.create_model(name, pretrained=True, cache_dir=tmp_path, pretrained_cfg_overlay=overlay)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_full_sized_weights_are_adapted_as_timm_adapts_its_own(server: Server, tmp_path: Path, images: Tensor) -> None:
     name = 'res2net50_vd_26w_4s.ssld_in1k'
     torch.manual_seed(0)

@@ -321,7 +321,8 @@ def fetch_weights(name: str, kwargs: dict[str, Any]) -> None:
             'same, make the model without pretrained=True and give it the state_dict() of one that has them'
         )
     if isinstance(cfg.url, str) and not (cfg.state_dict or cfg.file or cfg.hf_hub_id):
-        download(cfg.url, kwargs.get('cache_dir') or Path(torch.hub.get_dir(), 'checkpoints'), check=read)
+        folder = kwargs.get('cache_dir') or Path(torch.hub.get_dir(), 'checkpoints')
+        download(cfg.url, folder, check=lambda path: translate(read(path).tree))
 
 
 def create(name: str, pretrained: bool = False, block_args: dict[str, Any] | None = None, **kwargs: Any) -> nn.Module:
