@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from .blocks import FIRST_BLOCKS
 from .cards import card, problems_of
-from .checkpoints import Conversion, call, convert, export_checkpoint, load_checkpoint
+from .checkpoints import Conversion, call, convert, export_checkpoint
 from .dialects import DIALECTS, EXPORTS
 from .explain import draw
 from .files import first_line, replace_file, sha256
@@ -296,9 +296,7 @@ def run_convert(args: argparse.Namespace) -> int:
         out = args.out or f'{done.folder}{".pdparams" if args.to == "paddleclas" else ".pth"}'
         if os.path.exists(out):
             raise ValueError(f'there is a {out} already; name another file by --out, or move it away')
-        model = timm.create_model(done.name, num_classes=done.checkpoint.num_classes, **done.args)
-        load_checkpoint(model, done.checkpoint)
-        export_checkpoint(model, out, args.to)
+        export_checkpoint(done.load(), out, args.to)
         print(f'\nwrote {out}\n  sha256 {sha256(out)}')
     return 0
 
@@ -333,9 +331,7 @@ def run_push(args: argparse.Namespace) -> int:
     elif args.source in WEIGHTS:
         model = load_model(args.source)
     else:
-        done = convert(args.source, dry_run=True, model=args.model)
-        model = timm.create_model(done.name, num_classes=done.checkpoint.num_classes, **done.args)
-        load_checkpoint(model, done.checkpoint)
+        model = convert(args.source, dry_run=True, model=args.model).load()
     labels = read_lines(args.labels) if args.labels else None
     pushed = push(
         model,

@@ -273,6 +273,12 @@ class Conversion:
     config: dict[str, Any]  # with the hashes of both files
     folder: Path
 
+    def load(self) -> nn.Module:
+        """Makes the model with these weights."""
+        model = timm.create_model(self.name, num_classes=self.checkpoint.num_classes, **self.args)
+        load_checkpoint(model, self.checkpoint)
+        return model
+
 
 def convert(
     file: str | os.PathLike[str],

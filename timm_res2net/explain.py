@@ -7,12 +7,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
 from .blocks import Bottle2neck
 from .files import replace_file
-from .predict import labels_of
+from .predict import labels_of, new_figure, preprocessed
 
 __all__ = ['class_activation_map', 'draw', 'radius', 'receptive_field']
 
@@ -145,15 +144,8 @@ def draw(model: nn.Module, image: Image.Image, stage: int, out: str, dense: nn.M
     Raises:
         ValueError: If matplotlib is missing, or there is no such stage, or the file can't be written.
     """
-    try:
-        import matplotlib.figure
-        import matplotlib.patches
-    except ModuleNotFoundError:
-        raise ValueError('a picture needs matplotlib: pip install "timm_res2net[plot]"') from None
-    config = resolve_model_data_config(model)
-    x = create_transform(**config)(image)
-    mean, std = (torch.tensor(config[key])[:, None, None] for key in ('mean', 'std'))
-    shown = (x * std + mean).clamp(0, 1).permute(1, 2, 0).numpy()  # (H, W, 3)
+    x, shown_planes = preprocessed(model, image)
+    shown = shown_planes.permute(1, 2, 0).numpy()  # (H, W, 3)
     with torch.no_grad():
         probabilities = model(x[None]).softmax(dim=1)[0]
     best = probabilities.topk(min(3, len(probabilities)))
@@ -168,7 +160,9 @@ def draw(model: nn.Module, image: Image.Image, stage: int, out: str, dense: nn.M
     radii, centres = [radius(field) for field in fields], [centre(field) for field in fields]
 
     columns = max(len(fields), 3)
-    figure = matplotlib.figure.Figure(figsize=(2.6 * columns, 6.6), layout='constrained')
+    figure = new_figure(2.6 * columns, 6.6)
+    from matplotlib.patches import Circle
+
     parts: Any = figure.subfigures(2, 1, height_ratios=[1.15, 1])
     upper, lower = parts
     panels = upper.subplots(1, 3)
@@ -198,7 +192,7 @@ def draw(model: nn.Module, image: Image.Image, stage: int, out: str, dense: nn.M
         panel.set_xlim(column - reach, column + reach)
         panel.set_ylim(row + reach, row - reach)
         ring = dict(fill=False, color='white', linewidth=1, linestyle='--')
-        panel.add_patch(matplotlib.patches.Circle(centres[i][::-1], radii[i], **ring))
+        panel.add_patch(Circle(centres[i][::-1], radii[i], **ring))
         name = 'not convolved' if i == len(fields) - 1 and len(fields) > 1 else f'split {i + 1}'
         panel.set_title(f'{name}\nradius {radii[i]:.1f} pixels')
         panel.set_xticks([])

@@ -262,13 +262,18 @@ def send(
 def same_files(api: HfApi, repo_id: str, revision: str, wanted: Mapping[str, Path]) -> bool:
     """Whether the Hub has just these files, by the hashes that it tells."""
     told = hashes_on_hub(api, repo_id, list(wanted), revision)
-    return all(told.get(name) in (sha256(path), git_hash(path)) for name, path in wanted.items())
+    return all(has_hash(path, told.get(name, '')) for name, path in wanted.items())
 
 
 def hashes_on_hub(api: HfApi, repo_id: str, names: list[str], revision: str) -> dict[str, str]:
     """The hashes that the Hub tells of files, as far as they are there: SHA-256 of large ones, git's of others."""
     entries: Any = attempt(lambda: api.get_paths_info(repo_id, names, revision=revision))
     return {entry.path: entry.lfs.sha256 if entry.lfs else entry.blob_id for entry in entries}
+
+
+def has_hash(path: Path, told: str) -> bool:
+    """Whether a file has the hash that the Hub tells: SHA-256 for a large one, git's for another."""
+    return told == (sha256(path) if len(told) == 64 else git_hash(path))
 
 
 def git_hash(path: str | os.PathLike[str]) -> str:
@@ -377,14 +382,13 @@ def download(
                 )
             )
         )
-        hashes = sha256(path), git_hash(path)
         # The cache calls a file by the Hub's hash; but those that came through Xet by Xet's, which says nothing here.
-        if path.resolve().name in hashes:
+        if has_hash(path, path.resolve().name):
             return path
         told = recorded
         if not is_offline_mode():
             told = hashes_on_hub(HfApi(token=token), repo_id, [name], path.parent.name)[name]
-        if told in hashes or (told is None and len(path.resolve().name) == 64):
+        if has_hash(path, told) if told else len(path.resolve().name) == 64:
             return path
         path.resolve().unlink()
         path.unlink(missing_ok=True)

@@ -216,11 +216,26 @@ def pyramid(model: nn.Module, image: Image.Image) -> tuple[Tensor, list[Tensor]]
     Returns:
         What the model was shown, (3, H, W) in 0..1, and its feature maps, (C, H / stride, W / stride) each.
     """
+    x, shown = preprocessed(model, image)
+    features = model(x[None].to(next(model.parameters()).device))
+    return shown, [feature[0].cpu() for feature in features]
+
+
+def preprocessed(model: nn.Module, image: Image.Image) -> tuple[Tensor, Tensor]:
+    """What a model takes for an image, (3, H, W), and the same as a person can look at it, in 0..1."""
     config = resolve_model_data_config(model)
     x = create_transform(**config)(image)
-    features = model(x[None].to(next(model.parameters()).device))
     mean, std = (torch.tensor(config[key])[:, None, None] for key in ('mean', 'std'))
-    return (x * std + mean).clamp(0, 1), [feature[0].cpu() for feature in features]
+    return x, (x * std + mean).clamp(0, 1)
+
+
+def new_figure(width: float, height: float) -> Any:
+    """Makes matplotlib's figure of a size in inches; ValueError if matplotlib is missing."""
+    try:
+        import matplotlib.figure
+    except ModuleNotFoundError:
+        raise ValueError('a picture needs matplotlib: pip install "timm_res2net[plot]"') from None
+    return matplotlib.figure.Figure(figsize=(width, height), layout='constrained')
 
 
 def plot_pyramid(shown: Tensor, features: Sequence[Tensor], strides: Sequence[int], out: str) -> None:
@@ -235,11 +250,7 @@ def plot_pyramid(shown: Tensor, features: Sequence[Tensor], strides: Sequence[in
     Raises:
         ValueError: If matplotlib is missing or can't write such a file.
     """
-    try:
-        import matplotlib.figure
-    except ModuleNotFoundError:
-        raise ValueError('a picture needs matplotlib: pip install "timm_res2net[plot]"') from None
-    figure = matplotlib.figure.Figure(figsize=(2.4 * (len(features) + 1), 3.1), layout='constrained')
+    figure = new_figure(2.4 * (len(features) + 1), 3.1)
     panels = figure.subplots(1, len(features) + 1)
     panels[0].imshow(shown.permute(1, 2, 0).numpy(), interpolation='nearest')
     panels[0].set_title(f'image\n{shown.shape[2]} x {shown.shape[1]}')
