@@ -9,6 +9,7 @@ from .cards import card
 from .checkpoints import export_checkpoint, load_checkpoint
 from .explain import class_activation_map, receptive_field
 from .hub import pull, push
+from .inference import fuse, optimize
 from .readers import CheckpointError
 from .res2net import register, unregister
 
@@ -17,7 +18,9 @@ __all__ = [
     'card',
     'class_activation_map',
     'export_checkpoint',
+    'fuse',
     'load_checkpoint',
+    'optimize',
     'pull',
     'push',
     'receptive_field',

@@ -6,6 +6,7 @@ pixels of its stage, the i-th output of an undilated block has seen 2i + 3 of th
 scales at once. Paper: `Res2Net: A New Multi-scale Backbone Architecture` - https://arxiv.org/abs/1904.01169
 """
 
+import copy
 import inspect
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -17,6 +18,8 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from timm.layers import create_attn, get_norm_layer
 from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torchvision.ops import FrozenBatchNorm2d
 
 Layer = Callable[..., nn.Module]
 
@@ -155,6 +158,55 @@ class Bottle2neck(nn.Module):
         if weight is not None:
             nn.init.zeros_(weight)
 
+    @torch.jit.ignore
+    def fuse(self) -> 'Bottle2neck':
+        """Makes a block for inference that computes the same; `timm.utils.reparameterize_model` calls this.
+
+        Batch norms become part of the convolutions before them. Where no cascade orders the convolutions, they and what
+        happens to the last split become one grouped convolution.
+
+        Raises:
+            ValueError: If the block is in training mode.
+        """
+        require_evaluation(self)
+        block = copy.deepcopy(self)
+        fold_norms(block)
+        for i, (conv, bn) in enumerate(zip(block.convs, block.bns)):
+            block.bns[i] = folded(conv, bn)
+        if isinstance(block.downsample, nn.Sequential):
+            fold_norms(block.downsample)
+        block.merge_splits()
+        return block
+
+    @torch.jit.ignore
+    def merge_splits(self) -> None:
+        """Makes one grouped convolution of those that run side by side and of what happens to the last split.
+
+        One convolution has one activation behind it, which the last split meets, too. ReLU leaves that alone, averaged or
+        not, as it comes from a ReLU. Left as they are: a cascade, splits that another activation would change, norms that
+        are not folded, and an average that no convolution computes, as it doesn't count the padding or has another
+        dilation.
+        """
+        conv: Any = self.convs[0]
+        if self.cascade or len(self.convs) == 1 or not all(isinstance(bn, nn.Identity) for bn in self.bns):
+            return
+        weights = [each.weight for each in self.convs]  # (width, width / cardinality, 3, 3) each
+        biases = [each.bias if each.bias is not None else conv.weight.new_zeros(len(conv.weight)) for each in self.convs]
+        if len(self.convs) < self.scale:
+            kernel = kernel_of(self.pool, conv)
+            if kernel is None or not isinstance(self.act1, nn.ReLU | nn.ReLU6):
+                return
+            same = torch.eye(conv.weight.shape[1]).repeat(conv.groups, 1)  # output channel i is made of input channel i
+            weights.append((same[:, :, None, None] * kernel).to(conv.weight))
+            biases.append(torch.zeros_like(biases[0]))
+        grid = dict(stride=conv.stride, padding=conv.padding, dilation=conv.dilation)
+        width, groups = conv.in_channels * self.scale, conv.groups * self.scale
+        dd = dict(device=conv.weight.device, dtype=conv.weight.dtype)
+        merged = nn.Conv2d(width, width, conv.kernel_size, groups=groups, **grid, **dd).eval()
+        merged.weight, merged.bias = (nn.Parameter(torch.cat(each).detach()) for each in (weights, biases))
+        self.convs, self.bns, self.acts = nn.ModuleList([merged]).eval(), self.bns[:1], self.acts[:1]
+        self.pool, self.scale = nn.Identity(), 1
+
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
         """Runs the block.
 
@@ -174,7 +226,8 @@ class Bottle2neck(nn.Module):
             outs.append(act(bn(conv(y))))  # (N, width, H / stride, W / stride), the i-th has seen 2i + 3 pixels across
         if len(outs) < self.scale:
             outs.append(self.pool(splits[-1]))
-        y = self.drop_block(torch.cat(outs, dim=1))  # (N, scale * width, H / stride, W / stride)
+        y = torch.cat(outs, dim=1) if self.scale > 1 else outs[0]  # (N, scale * width, H / stride, W / stride)
+        y = self.drop_block(y)
 
         y = self.bn3(self.conv3(y))  # (N, planes * expansion, H / stride, W / stride)
         if self.se is not None:
@@ -211,6 +264,57 @@ def attention(attn_layer: str | Layer | None, channels: int, **dd: Any) -> nn.Mo
         return create_attn(attn_layer, channels, **dd)
     except AssertionError as error:
         raise ValueError(f"attn_layer={attn_layer!r} is no attention layer of timm; 'se' or 'eca' are") from error
+
+
+def require_evaluation(module: nn.Module) -> None:
+    """Raises a ValueError for a module in training mode, whose norms don't compute what a convolution can."""
+    if any(each.training for each in module.modules()):
+        raise ValueError(
+            f'this {type(module).__name__} is in training mode, where its norms take the statistics of each batch; '
+            'fuse it after .eval()'
+        )
+
+
+class Folded(nn.Identity):
+    """Stands where a norm was that is part of the convolution before it now."""
+
+    def train(self, mode: bool = True) -> 'Folded':
+        """Raises a ValueError for training: without its norms a network would learn something else, and worse."""
+        if mode:
+            raise ValueError('a fused model has no norms left to train with; train the model that it was made from')
+        return super().train(False)
+
+
+def folded(conv: nn.Module | None, norm: nn.Module) -> nn.Module:
+    """Folds a norm into the convolution that runs before it, if that can be.
+
+    Returns:
+        What has to take the place of the norm: itself if it was not folded.
+    """
+    frozen = isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm | FrozenBatchNorm2d)
+    if not isinstance(conv, nn.Conv2d) or not frozen or norm.running_mean is None:
+        return norm
+    if not isinstance(getattr(norm, 'act', None), nn.Identity | None):  # timm has norms with an activation
+        return norm
+    statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+    conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
+    return Folded().eval()
+
+
+def fold_norms(module: nn.Module) -> None:
+    """Folds norms into convolutions among the children of a module that runs them in their order."""
+    before = None
+    for name, child in list(module.named_children()):
+        setattr(module, name, folded(before, child))
+        before = child[-1] if isinstance(child, nn.Sequential) and len(child) else child  # as in a deep stem
+
+
+def kernel_of(pool: nn.Module, conv: nn.Conv2d) -> Tensor | None:
+    """The 3x3 kernel by which a convolution beside a pool computes the same, None if none does."""
+    if isinstance(pool, nn.Identity):
+        return F.pad(torch.ones(1, 1), [1, 1, 1, 1]) if conv.stride == (1, 1) else None
+    dilation = pool.dilation if isinstance(pool, DilatedAvgPool2d) else 1
+    return torch.full((3, 3), 1 / 9) if pool.count_include_pad and conv.dilation == (dilation, dilation) else None
 
 
 class DilatedAvgPool2d(nn.Module):

@@ -406,14 +406,18 @@ def register() -> None:
             register_model(globals()[name])
 
 
+def timms_own(name: str) -> Callable[..., nn.Module] | None:
+    """The function by which timm makes its own model of that name, None if it has none."""
+    return getattr(timm.models.res2net, name, None) or getattr(timm.models.dla, name, None)
+
+
 def unregister() -> None:
     """Gives timm its own models back and removes the others from its registry."""
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         for name in ARCHS:
-            timms_own = getattr(timm.models.res2net, name, None) or getattr(timm.models.dla, name, None)
-            if timms_own is not None:
-                register_model(timms_own)
+            if own := timms_own(name):
+                register_model(own)
             elif timm_registry.is_model(name):  # timm has no public way to remove a model
                 timm_registry._clear_model_entries(name)
                 del timm_registry._model_entrypoints[name]
