@@ -15,6 +15,7 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError
 from tqdm import tqdm
 
+from .bench import MODELS, OPPONENTS, Result, bench, environment, growth, plot
 from .blocks import FIRST_BLOCKS
 from .cards import card, problems_of
 from .checkpoints import Conversion, call, convert, export_checkpoint
@@ -22,6 +23,7 @@ from .dialects import DIALECTS, EXPORTS
 from .explain import draw
 from .files import first_line, replace_file, sha256
 from .hub import fetch, problems_on_hub, push
+from .inference import PRECISIONS
 from .predict import (
     UnknownModelError,
     find_images,
@@ -34,6 +36,7 @@ from .predict import (
 )
 from .res2net import ARCHS, DENSEST, WEIGHTS
 
+DTYPES = {str(dtype).removeprefix('torch.'): dtype for dtype in PRECISIONS}
 EMBEDDED = 'test_res2net.digits'
 PHOTO = 'res2net50d.in1k'
 EXAMPLE = 20  # of the bundled digits, a 3
@@ -160,6 +163,31 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument('--out', metavar='DIR', help='copy it to this folder (default: only to the cache)')
     command.set_defaults(run=run_pull)
 
+    command = commands.add_parser(
+        'bench',
+        help="measure models beside timm's own",
+        description="Measures models beside timm's own, in turns in one run: in inference as they are, fused and "
+        'optimized, or in training. All ways have to compute the same before any is measured.',
+    )
+    command.add_argument('--models', nargs='+', default=MODELS, metavar='NAME', help=f'default: {" ".join(MODELS)}')
+    command.add_argument('--batch', nargs='+', type=positive, default=[8], metavar='N', help='images (default: 8)')
+    command.add_argument('--size', nargs='+', type=positive, default=[224], metavar='PX', help='default: 224')
+    command.add_argument(
+        '--dtype', nargs='+', choices=DTYPES, default=['float32', 'bfloat16'], help='default: float32 bfloat16'
+    )
+    command.add_argument(
+        '--against', type=opponents, default=('timm',), metavar='A,B', help=f'of {",".join(OPPONENTS)} (default: timm)'
+    )
+    command.add_argument('--train', action='store_true', help='measure steps of training')
+    command.add_argument(
+        '--growth', action='store_true', help='measure how cost grows with scale, batch and image size'
+    )
+    command.add_argument('--rounds', type=positive, default=20, metavar='N', help='measurements of each (default: 20)')
+    command.add_argument('--device', type=device, default='cpu', metavar='D', help='such as cuda (default: cpu)')
+    command.add_argument('--json', metavar='FILE', help='write all figures to this file')
+    command.add_argument('--plot', metavar='PNG', help='draw them to this file')
+    command.set_defaults(run=run_bench)
+
     command = commands.add_parser('card', help='show model cards', description='Shows the cards of published weights.')
     command.add_argument('name', nargs='?', metavar='NAME', help='such as res2net50d.in1k, or a file to validate')
     command.add_argument('--all', action='store_true', help='write all of them to a folder')
@@ -167,6 +195,14 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument('--validate', action='store_true', help='check it here and, if it can be reached, on the Hub')
     command.set_defaults(run=run_card)
     return main
+
+
+def opponents(text: str) -> tuple[str, ...]:
+    """An argument that is names of what to measure against."""
+    names = tuple(text.split(','))
+    if unknown := set(names) - set(OPPONENTS):
+        raise argparse.ArgumentTypeError(f'{", ".join(unknown)} is not of {", ".join(OPPONENTS)}')
+    return names
 
 
 def result(text: str) -> tuple[str, float]:
@@ -354,6 +390,64 @@ def run_push(args: argparse.Namespace) -> int:
         print(f'{digest}  {name}')
     print(f'\nwrote {pushed.folder}; nothing was sent' if pushed.folder else f'\n{pushed.url}')
     return 0
+
+
+def run_bench(args: argparse.Namespace) -> int:
+    """Prints how fast models are, writes and draws it."""
+    dtypes = [DTYPES[name] for name in args.dtype]
+    if args.growth:
+        parts = growth(args.device, args.rounds)
+    else:
+        results = bench(args.models, args.batch, args.size, dtypes, args.against, args.train, args.device, args.rounds)
+        parts = {'training' if args.train else 'inference': results}
+    about = environment()
+    print(', '.join(f'{name} {value}' for name, value in about.items()))
+    for part, results in parts.items():
+        print(f'\n{part}')
+        show_results(results)
+    if args.json:
+        document = dict(environment=about, **{part: [vars(each) for each in found] for part, found in parts.items()})
+        replace_file(args.json, lambda path: Path(path).write_text(json.dumps(document, indent=1) + '\n'))
+        print(f'\nwrote {args.json}')
+    if args.plot:
+        plot([each for found in parts.values() for each in found], args.plot)
+        print(f'\ndrawn to {args.plot}')
+    return 0
+
+
+def show_results(results: Sequence[Result]) -> None:
+    """Prints a line for each result."""
+    rows = [
+        (
+            'model',
+            'batch',
+            'size',
+            'way',
+            'type',
+            'ms',
+            '+-',
+            'images/s',
+            'x timm',
+            '(first)',
+            'of peak',
+            'operators',
+            'MB',
+        )
+    ]
+    for each in results:
+        numbers = f'{each.milliseconds:.1f}', f'{each.spread:.1f}', f'{each.images_per_second:.1f}'
+        ratios = ['-' if ratio is None else f'{ratio:.2f}' for ratio in (each.ratio, each.first_ratio)]
+        share = '-' if each.share_of_peak is None else f'{each.share_of_peak:.0%}'
+        memory = '-' if each.peak_memory is None else f'{each.peak_memory / 1e6:.0f}'
+        place = each.model, str(each.batch), str(each.size), each.way, each.dtype
+        rows.append((*place, *numbers, *ratios, share, str(each.operators or '-'), memory))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        cells = [
+            cell.ljust(width) if i in (0, 3, 4) else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths))
+        ]
+        print('  '.join(cells).rstrip())
 
 
 def read_lines(path: str) -> list[str]:

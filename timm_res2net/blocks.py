@@ -176,35 +176,36 @@ class Bottle2neck(nn.Module):
         if isinstance(block.downsample, nn.Sequential):
             fold_norms(block.downsample)
         block.merge_splits()
-        return block
+        return block.eval()  # new modules begin in training mode
 
     @torch.jit.ignore
     def merge_splits(self) -> None:
         """Makes one grouped convolution of those that run side by side and of what happens to the last split.
 
-        One convolution has one activation behind it, which the last split meets, too. ReLU leaves that alone, averaged or
-        not, as it comes from a ReLU. Left as they are: a cascade, splits that another activation would change, norms that
-        are not folded, and an average that no convolution computes, as it doesn't count the padding or has another
+        One convolution has one activation behind it, which the last split meets, too. ReLU leaves that alone, averaged
+        or not, as it comes from a ReLU. Left as they are: a cascade, splits that another activation would change, norms
+        that are not folded, and an average that no convolution computes, as it doesn't count the padding or has another
         dilation.
         """
         conv: Any = self.convs[0]
         if self.cascade or len(self.convs) == 1 or not all(isinstance(bn, nn.Identity) for bn in self.bns):
             return
-        weights = [each.weight for each in self.convs]  # (width, width / cardinality, 3, 3) each
-        biases = [each.bias if each.bias is not None else conv.weight.new_zeros(len(conv.weight)) for each in self.convs]
+        weights: list[Any] = [each.weight for each in self.convs]  # (width, width / cardinality, 3, 3) each
+        none = torch.zeros_like(conv.weight[:, 0, 0, 0])
+        biases: list[Any] = [none if each.bias is None else each.bias for each in self.convs]
         if len(self.convs) < self.scale:
             kernel = kernel_of(self.pool, conv)
             if kernel is None or not isinstance(self.act1, nn.ReLU | nn.ReLU6):
                 return
             same = torch.eye(conv.weight.shape[1]).repeat(conv.groups, 1)  # output channel i is made of input channel i
             weights.append((same[:, :, None, None] * kernel).to(conv.weight))
-            biases.append(torch.zeros_like(biases[0]))
+            biases.append(none)
         grid = dict(stride=conv.stride, padding=conv.padding, dilation=conv.dilation)
         width, groups = conv.in_channels * self.scale, conv.groups * self.scale
         dd = dict(device=conv.weight.device, dtype=conv.weight.dtype)
-        merged = nn.Conv2d(width, width, conv.kernel_size, groups=groups, **grid, **dd).eval()
+        merged = nn.Conv2d(width, width, conv.kernel_size, groups=groups, **grid, **dd)
         merged.weight, merged.bias = (nn.Parameter(torch.cat(each).detach()) for each in (weights, biases))
-        self.convs, self.bns, self.acts = nn.ModuleList([merged]).eval(), self.bns[:1], self.acts[:1]
+        self.convs, self.bns, self.acts = nn.ModuleList([merged]), self.bns[:1], self.acts[:1]
         self.pool, self.scale = nn.Identity(), 1
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
@@ -278,6 +279,10 @@ def require_evaluation(module: nn.Module) -> None:
 class Folded(nn.Identity):
     """Stands where a norm was that is part of the convolution before it now."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.training = False
+
     def train(self, mode: bool = True) -> 'Folded':
         """Raises a ValueError for training: without its norms a network would learn something else, and worse."""
         if mode:
@@ -296,9 +301,9 @@ def folded(conv: nn.Module | None, norm: nn.Module) -> nn.Module:
         return norm
     if not isinstance(getattr(norm, 'act', None), nn.Identity | None):  # timm has norms with an activation
         return norm
-    statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+    statistics: Any = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
     conv.weight, conv.bias = fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
-    return Folded().eval()
+    return Folded()
 
 
 def fold_norms(module: nn.Module) -> None:

@@ -17,7 +17,7 @@ from .trunk import Trunk
 
 __all__ = ['fuse', 'optimize']
 
-logger = logging.getLogger(__name__)
+_logger = logging.getLogger(__name__)
 
 # Modules that run their children in the order in which they have them.
 IN_ORDER = nn.Sequential, DlaRoot, Trunk, ResNet, FeatureDictNet, FeatureHookNet
@@ -30,8 +30,8 @@ def fuse(model: nn.Module) -> nn.Module:
 
     Every batch norm becomes part of the convolution before it, all over the model. In blocks without a cascade the
     convolutions that run side by side and the average beside them become one grouped convolution, where one can compute
-    the same: not with an activation that negative numbers tell from ReLU, and not for Paddle's average, which leaves out
-    the padding. `timm.utils.reparameterize_model` does the same to the blocks alone.
+    the same: not with an activation other than ReLU, and not for Paddle's average, which leaves out the padding.
+    `timm.utils.reparameterize_model` does the same to the blocks alone.
 
     The result is made of other modules and can't be trained: its `train()` is an error. It exports, scripts and gives
     features like the model that it was made from, which stays as it is.
@@ -94,15 +94,10 @@ class OptimizedByOpenVino(nn.Module):
 
     def __init__(self, model: nn.Module, example_input: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
-        import openvino
-
         outputs = model(example_input)
         self.names = list(outputs) if isinstance(outputs, dict) else None
         self.single = isinstance(outputs, Tensor)
-        converted = openvino.convert_model(model, example_input=example_input)
-        converted.reshape([-1, *example_input.shape[1:]])
-        hints = {'INFERENCE_PRECISION_HINT': PRECISIONS[dtype], 'PERFORMANCE_HINT': 'LATENCY'}
-        self.run = openvino.Core().compile_model(converted, 'CPU', hints)
+        self.run = compiled_by_openvino(model, example_input, dtype)
         self.path = f'fused, {str(dtype).removeprefix("torch.")}, OpenVINO'
 
     def forward(self, x: Tensor) -> Any:
@@ -158,16 +153,17 @@ def optimize(
     if backend == 'openvino':
         return by_openvino(fused.float(), example_input, dtype)
 
-    optimized = Optimized(fused.to(dtype=dtype, memory_format=torch.channels_last), dtype).eval()
+    fused = fused.to(dtype).to(memory_format=torch.channels_last)
+    optimized = Optimized(fused, dtype).eval()
     for way in (fastest, plain) if compile else ():
         try:
             optimized.warm_up(example_input, **way(example_input.device))
         except Exception as error:  # whatever the compiler's own tools raise
-            logger.warning('torch.compile with %s settings is not possible here: %s', way.__name__, first_line(error))
+            _logger.warning('torch.compile with %s settings is not possible here: %s', way.__name__, first_line(error))
         else:
             optimized.path += ', compiled'
             break
-    logger.info('%s: %s', type(model).__name__, optimized.path)
+    _logger.info('%s: %s', type(model).__name__, optimized.path)
     return optimized
 
 
@@ -177,8 +173,22 @@ def by_openvino(fused: nn.Module, example_input: Tensor, dtype: torch.dtype) -> 
         optimized = OptimizedByOpenVino(fused, example_input.float(), dtype).eval()
     except ImportError as error:
         raise ValueError(f"backend='openvino' needs it: {error}; pip install openvino, or leave backend out") from error
-    logger.info('%s: %s', type(fused).__name__, optimized.path)
+    _logger.info('%s: %s', type(fused).__name__, optimized.path)
     return optimized
+
+
+def compiled_by_openvino(model: nn.Module, example_input: Tensor, dtype: torch.dtype) -> Any:
+    """Has OpenVINO compile a float32 model for the CPU and any batch size, to compute in a data type."""
+    import openvino
+
+    converted = openvino.convert_model(model, example_input=example_input)
+    converted.reshape([-1, *example_input.shape[1:]])
+    hints = {
+        'INFERENCE_PRECISION_HINT': PRECISIONS[dtype],
+        'PERFORMANCE_HINT': 'LATENCY',
+        'INFERENCE_NUM_THREADS': torch.get_num_threads(),
+    }
+    return openvino.Core().compile_model(converted, 'CPU', hints)
 
 
 def fastest(device: torch.device) -> dict[str, Any]:

@@ -1,0 +1,271 @@
+"""Fused and optimized models compute the same, with less, and can't be trained."""
+
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+from conftest import randomise, tiny
+from timm.utils import reparameterize_model
+from torch import Tensor, nn
+
+from timm_res2net import fuse, optimize
+from timm_res2net.blocks import Bottle2neck
+from timm_res2net.res2net import ARCHS
+
+NORMS = nn.BatchNorm2d
+
+
+def require_equal(fused: nn.Module, model: nn.Module, x: Tensor, tolerance: float = 1e-5) -> None:
+    """Outputs agree, relative to the largest one."""
+    with torch.no_grad():
+        outputs, expected = fused(x), model(x)
+    for output, wanted in zip(*([y] if isinstance(y, Tensor) else y for y in (outputs, expected))):
+        torch.testing.assert_close(output, wanted, rtol=0, atol=tolerance * wanted.abs().max().item())
+
+
+def count(model: nn.Module, kind: Any) -> int:
+    return sum(isinstance(module, kind) for module in model.modules())
+
+
+@pytest.mark.parametrize('name', ARCHS)
+def test_every_model_fuses_without_a_norm_left(name: str, build: Callable[[str], nn.Module], images: Tensor) -> None:
+    model = build(name)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    fused = fuse(model)
+    require_equal(fused, model, images)
+    assert count(fused, NORMS) == 0
+    assert count(model, NORMS) > 0
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('first_block', ['official', 'paddle', 'mmdet', 'group'])
+@pytest.mark.parametrize(
+    'arguments',
+    [
+        {},
+        dict(cardinality=2, base_width=16),
+        dict(scale=2),
+        dict(scale=1),
+        dict(output_stride=8),
+        dict(output_stride=8, dilate_pool=True),
+        dict(attn_layer='se'),
+        dict(attn_layer='cbam'),
+        dict(act_layer='relu6'),
+        dict(act_layer='silu'),
+        dict(act_layer='leaky_relu'),
+        dict(norm_layer='groupnorm1'),
+        dict(norm_layer='frozenbatchnorm2d'),
+        dict(drop_rate=0.1, drop_path_rate=0.1, drop_block_rate=0.1),
+    ],
+    ids=str,
+)
+def test_every_function_of_the_block_fuses(first_block: str, arguments: dict[str, Any], images: Tensor) -> None:
+    model = tiny(first_block, **arguments)
+    require_equal(fuse(model), model, images[:, :, :33, :40])
+    require_equal(reparameterize_model(model), model, images[:, :, :33, :40])
+
+
+def merged(model: nn.Module) -> list[bool]:
+    """Whether the first block of each stage is one grouped convolution."""
+    stages: Any = [model.layer1, model.layer2, model.layer3, model.layer4]
+    return [len(stage[0].convs) == 1 for stage in stages]
+
+
+@pytest.mark.parametrize(
+    ('first_block', 'arguments', 'expected'),
+    [
+        ('official', {}, [True, True, True, True]),
+        ('official', dict(scale=2), [True, True, True, True]),  # with one convolution before it was fused
+        ('official', dict(act_layer='silu'), [False, False, False, False]),
+        ('official', dict(output_stride=8), [True, True, True, False]),  # convolutions dilated, pool not
+        ('official', dict(output_stride=8, dilate_pool=True), [True, True, True, True]),
+        ('official', dict(norm_layer='groupnorm1'), [False, False, False, False]),
+        ('paddle', {}, [False, False, False, False]),
+        ('mmdet', {}, [True, True, True, True]),
+        ('group', dict(act_layer='silu'), [True, True, True, True]),
+    ],
+    ids=str,
+)
+def test_first_blocks_become_one_convolution_where_that_computes_the_same(
+    first_block: str, arguments: dict[str, Any], expected: list[bool]
+) -> None:
+    model = tiny(first_block, channels=(8, 16, 8, 16), **arguments)
+    assert merged(fuse(model)) == expected
+    assert merged(reparameterize_model(model)) == expected
+
+
+def test_the_average_beside_one_convolution_stays_a_pool() -> None:
+    blocks = [module for module in fuse(tiny(scale=2)).modules() if isinstance(module, Bottle2neck)]
+    assert [isinstance(block.pool, nn.AvgPool2d) for block in blocks] == [True, True, False, True, True]
+
+
+def test_timm_fuses_blocks_and_leaves_the_rest() -> None:
+    model: Any = reparameterize_model(tiny())
+    assert isinstance(model.bn1, NORMS)
+    assert count(model, NORMS) == 3  # those of the stem
+    model = reparameterize_model(nn.Sequential(tiny()))
+    assert count(model, NORMS) == 3
+
+
+def test_fusing_again_changes_nothing(images: Tensor) -> None:
+    fused = fuse(tiny())
+    require_equal(fuse(fused), fused, images, tolerance=0)
+
+
+def test_a_bigger_model_fuses_what_it_has_of_ours(images: Tensor) -> None:
+    head = nn.Sequential(nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+    whole = randomise(nn.Sequential(tiny(num_classes=0, global_pool=''), nn.Conv2d(32, 8, 1), head)).eval()
+    fused = fuse(whole)
+    require_equal(fused, whole, images)
+    assert count(fused, NORMS) == 0
+
+
+@pytest.mark.parametrize('make', [fuse, reparameterize_model])
+def test_a_model_in_training_does_not_fuse(make: Callable[[nn.Module], nn.Module]) -> None:
+    with pytest.raises(ValueError, match=r'training mode.*eval'):
+        make(tiny().train())
+
+
+@pytest.mark.parametrize('make', [fuse, reparameterize_model])
+def test_a_fused_model_does_not_train(make: Callable[[nn.Module], nn.Module], images: Tensor) -> None:
+    model = make(tiny())
+    with pytest.raises(ValueError, match='train the model that it was made from'):
+        model.train()
+    before = make(tiny())
+    require_equal(model.eval(), before, images, tolerance=0)
+
+
+def test_a_model_without_our_blocks_does_not_fuse() -> None:
+    with pytest.raises(ValueError, match='no Res2Net block'):
+        fuse(timm.create_model('resnet18').eval())
+
+
+@pytest.mark.parametrize('feature_cls', ['list', 'dict', 'hook', 'getter'])
+@pytest.mark.parametrize('name', ['test_res2net', 'dla60_res2net', 'blres2net50_26w_4s', 'res2next29_6c_24w_4s'])
+def test_fused_models_give_the_same_features(name: str, feature_cls: str, images: Tensor) -> None:
+    torch.manual_seed(0)
+    model = randomise(timm.create_model(name, features_only=True, feature_cls=feature_cls)).eval()
+    features, expected = fuse(model)(images), model(images)
+    if isinstance(features, dict):
+        features, expected = features.values(), expected.values()
+    for feature, wanted in zip(features, expected, strict=True):
+        torch.testing.assert_close(feature, wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
+
+
+def test_features_of_a_fused_model_are_taken_at_the_same_places(images: Tensor) -> None:
+    model: Any = tiny()
+    features, expected = (each.forward_intermediates(images, intermediates_only=True) for each in (fuse(model), model))
+    for feature, wanted in zip(features, expected, strict=True):
+        torch.testing.assert_close(feature, wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
+
+
+@pytest.mark.parametrize('first_block', ['official', 'paddle'])
+def test_a_fused_model_scripts_exports_and_traces(first_block: str, images: Tensor) -> None:
+    model = tiny(first_block)
+    fused = fuse(model)
+    require_equal(torch.jit.script(fused), model, images)
+    require_equal(torch.export.export(fused, (images,)).module(), model, images)
+    require_equal(torch.fx.symbolic_trace(fused), model, images)
+
+
+class Log(logging.Handler):
+    """What the module logs, level and message."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lines: list[tuple[str, str]] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append((record.levelname, record.getMessage()))
+
+
+@pytest.fixture
+def log(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+    handler = Log()
+    logger = logging.getLogger('timm_res2net.inference')
+    monkeypatch.setattr(logger, 'handlers', [handler])
+    monkeypatch.setattr(logger, 'propagate', False)
+    monkeypatch.setattr(logger, 'level', logging.INFO)
+    return handler.lines
+
+
+def test_optimized_models_compute_the_same_and_do_not_mix(images: Tensor, log: list[tuple[str, str]]) -> None:
+    torch._dynamo.reset()
+    first, second = tiny(), randomise(tiny())
+    optimized = [optimize(model, images) for model in (first, second)]
+    assert [each.path for each in optimized] == ['fused, channels last, float32, compiled'] * 2
+    assert log == [('INFO', 'Res2Net: fused, channels last, float32, compiled')] * 2
+    for each, model in zip(optimized, (first, second)):
+        require_equal(each, model, images)
+    frames = torch._dynamo.utils.counters['frames']['total']
+    with torch.inference_mode():  # none of these compiles again
+        optimized[0](images.clone())
+        optimized[0](images.to(memory_format=torch.channels_last))
+        optimized[0](images.double())
+    assert torch._dynamo.utils.counters['frames']['total'] == frames
+    require_equal(optimized[0], first, images[:1])
+    with pytest.raises(ValueError, match='train the model'):
+        optimized[0].train()
+
+
+def test_optimize_computes_in_the_given_type_and_returns_that_of_the_input(images: Tensor) -> None:
+    model = tiny()
+    optimized = optimize(model, images, dtype=torch.bfloat16, compile=False)
+    assert optimized.path == 'fused, channels last, bfloat16'
+    assert optimized(images).dtype == torch.float32
+    assert optimized(images.bfloat16()).dtype == torch.bfloat16
+    require_equal(optimized, model, images, tolerance=5e-2)
+    assert next(model.parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize('feature_cls', ['list', 'dict'])
+def test_optimized_features(feature_cls: str, images: Tensor) -> None:
+    model = tiny(features_only=True, feature_cls=feature_cls)
+    features, expected = optimize(model, images, compile=False)(images), model(images)
+    if isinstance(expected, dict):
+        assert list(features) == list(expected)
+        features, expected = list(features.values()), list(expected.values())
+    assert len(features) == len(expected)
+    for feature, wanted in zip(features, expected):
+        torch.testing.assert_close(feature, wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
+
+
+def test_without_a_compiler_the_model_is_not_compiled_and_the_log_says_why(
+    images: Tensor, log: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from torch._inductor import config
+
+    torch._dynamo.reset()
+    monkeypatch.setattr(config.cpp, 'cxx', ('no-such-compiler',))
+    monkeypatch.setattr(config, 'force_disable_caches', True)
+    model = tiny()
+    optimized = optimize(model, images)
+    assert optimized.path == 'fused, channels last, float32'
+    assert [level for level, _ in log] == ['WARNING', 'WARNING', 'INFO']
+    assert 'torch.compile with fastest settings is not possible here: InvalidCxxCompiler' in log[0][1]
+    require_equal(optimized, model, images)
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'named'),
+    [
+        (dict(example_input=torch.zeros(3, 32, 32)), r'example_input is \(3, 32, 32\)'),
+        (dict(example_input=torch.zeros(1, 3, 32, 32, dtype=torch.uint8)), 'floating-point'),
+        (dict(backend='tensorrt'), "backend='tensorrt'"),
+        (dict(dtype=torch.int8), 'torch.int8'),
+    ],
+    ids=str,
+)
+def test_what_optimize_cannot_do_is_named(arguments: dict[str, Any], named: str, images: Tensor) -> None:
+    with pytest.raises(ValueError, match=named):
+        optimize(tiny(), **{'example_input': images, **arguments})
+
+
+def test_openvino_that_is_missing_is_named(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, 'openvino', None)
+    with pytest.raises(ValueError, match='pip install openvino'):
+        optimize(tiny(), images, backend='openvino')
