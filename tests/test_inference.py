@@ -3,6 +3,7 @@
 import logging
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -235,13 +236,13 @@ def test_optimized_features(feature_cls: str, images: Tensor) -> None:
 
 
 def test_without_a_compiler_the_model_is_not_compiled_and_the_log_says_why(
-    images: Tensor, log: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+    images: Tensor, log: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from torch._inductor import config
 
     torch._dynamo.reset()
     monkeypatch.setattr(config.cpp, 'cxx', ('no-such-compiler',))
-    monkeypatch.setattr(config, 'force_disable_caches', True)
+    monkeypatch.setenv('TORCHINDUCTOR_CACHE_DIR', str(tmp_path))  # where nothing is compiled yet
     model = tiny()
     optimized = optimize(model, images)
     assert optimized.path == 'fused, channels last, float32'

@@ -12,6 +12,7 @@ import yaml
 from PIL import Image
 
 import timm_res2net
+from timm_res2net.__main__ import main
 from timm_res2net.recipes.digits import split
 
 
@@ -58,3 +59,17 @@ def test_timms_train_script_knows_every_key(recipe: Path) -> None:
     """
     environment = {**os.environ, 'PYTHONPATH': os.environ['TIMM_SCRIPTS']}
     subprocess.run([sys.executable, '-c', code], env=environment, check=True)
+
+
+def test_recipes_are_listed_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(['recipe']) == 0
+    listed = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in listed] == [recipe.stem for recipe in RECIPES]
+    for recipe in RECIPES:
+        assert main(['recipe', recipe.stem]) == 0
+        assert capsys.readouterr().out == recipe.read_text()
+        assert main(['recipe', recipe.stem, '--out', str(tmp_path / 'a.yaml')]) == 0
+        assert (tmp_path / 'a.yaml').read_text() == recipe.read_text()
+    capsys.readouterr()
+    assert main(['recipe', 'imagnet']) == 1
+    assert 'there is no recipe imagnet; there are cifar100, digits, imagenet' in capsys.readouterr().err

@@ -16,13 +16,14 @@ from conftest import randomise
 from safetensors.torch import safe_open, save_file
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_res2net.res2net
 from timm_res2net.biglittle import Res2NetBigLittle
 from timm_res2net.blocks import Bottle2neck
 from timm_res2net.cifar import Res2NetCifar
-from timm_res2net.res2net import ARCHS, ASSETS, WEIGHTS
+from timm_res2net.res2net import ARCHS, ASSETS, WEIGHTS, InitialisationAfterLoading
 
 TIMMS_OWN = {
     name: getattr(module, name)
@@ -541,3 +542,48 @@ def test_the_readme_examples_of_backbones_run() -> None:
     assert [level.shape[-1] for level in made['levels'].values()] == [56, 28, 14, 7]
     exec(f'import timm, torch\n{example("FasterRCNN")}', made := {})
     assert made['found'][0].keys() == {'boxes', 'labels', 'scores'}
+
+
+class CountNormal(TorchDispatchMode):
+    """Counts tensors that are filled with random numbers."""
+
+    filled = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.filled += func in (torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize('name', ['test_res2net', 'dla60_res2net', 'blres2net50_26w_4s', 'res2next29_6c_24w_4s'])
+def test_only_what_no_weights_are_loaded_into_is_initialised(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    state = timm.create_model(name).state_dict()
+    save_file(state, tmp_path / 'a.safetensors')
+    weights = dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'a.safetensors')))
+    with CountNormal() as count:
+        model = timm.create_model(name, **weights)
+    assert count.filled <= 1  # the classifier's bias
+    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
+
+    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
+    try:
+        model = timm.create_model(name, num_classes=7, in_chans=4, **weights)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    fresh = timm.create_model(name, num_classes=7)
+    assert model.fc.weight.std().item() == pytest.approx(fresh.fc.weight.std().item(), rel=0.2)
+    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
+    classifier = ('fc.weight', 'fc.bias')
+    first = model.pretrained_cfg['first_conv'] + '.weight'
+    for key, tensor in model.state_dict().items():
+        assert key in (*classifier, first) or tensor.equal(state[key])
+
+
+def test_an_initialisation_in_several_steps_is_whole() -> None:
+    with InitialisationAfterLoading():
+        layer = torch.nn.Conv2d(8, 8, 3)
+        torch.nn.init.normal_(layer.weight).abs_().add_(1)
+        loaded = torch.nn.Conv2d(8, 8, 3)
+        loaded.load_state_dict(layer.state_dict())
+    assert layer.weight.min() >= 1
+    assert loaded.weight.equal(layer.weight)

@@ -39,6 +39,7 @@ from .res2net import ARCHS, DENSEST, WEIGHTS
 DTYPES = {str(dtype).removeprefix('torch.'): dtype for dtype in PRECISIONS}
 EMBEDDED = 'test_res2net.digits'
 PHOTO = 'res2net50d.in1k'
+RECIPES = Path(__file__).parent / 'recipes'
 EXAMPLE = 20  # of the bundled digits, a 3
 
 
@@ -187,6 +188,16 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument('--json', metavar='FILE', help='write all figures to this file')
     command.add_argument('--plot', metavar='PNG', help='draw them to this file')
     command.set_defaults(run=run_bench)
+
+    command = commands.add_parser(
+        'recipe',
+        help="show configurations for timm's train script",
+        description="Lists configurations for timm's train script, or prints or writes one: "
+        'train.py --device-modules timm_res2net --config FILE --data-dir DIR',
+    )
+    command.add_argument('name', nargs='?', metavar='NAME', help='such as imagenet; all are listed without')
+    command.add_argument('--out', metavar='FILE', help='write it to this file')
+    command.set_defaults(run=run_recipe)
 
     command = commands.add_parser('card', help='show model cards', description='Shows the cards of published weights.')
     command.add_argument('name', nargs='?', metavar='NAME', help='such as res2net50d.in1k, or a file to validate')
@@ -417,23 +428,8 @@ def run_bench(args: argparse.Namespace) -> int:
 
 def show_results(results: Sequence[Result]) -> None:
     """Prints a line for each result."""
-    rows = [
-        (
-            'model',
-            'batch',
-            'size',
-            'way',
-            'type',
-            'ms',
-            '+-',
-            'images/s',
-            'x timm',
-            '(first)',
-            'of peak',
-            'operators',
-            'MB',
-        )
-    ]
+    head = 'model batch size way type ms +- images/s x-timm (first) of-peak operators MB'
+    rows = [tuple(head.split())]
     for each in results:
         numbers = f'{each.milliseconds:.1f}', f'{each.spread:.1f}', f'{each.images_per_second:.1f}'
         ratios = ['-' if ratio is None else f'{ratio:.2f}' for ratio in (each.ratio, each.first_ratio)]
@@ -470,6 +466,23 @@ def run_pull(args: argparse.Namespace) -> int:
     for name in ('model.safetensors', 'config.json'):
         print(f'{sha256(os.path.join(where, name))}  {name}')
     print(f'\n{args.repo} at {commit}, checked; load it by\n  {call(f"local-dir:{where}", dict(pretrained=True))}')
+    return 0
+
+
+def run_recipe(args: argparse.Namespace) -> int:
+    """Lists the recipes, or prints or writes one."""
+    recipes = {path.stem: path.read_text() for path in sorted(RECIPES.glob('*.yaml'))}
+    if args.name is None:
+        for name, text in recipes.items():
+            print(f'{name:{max(map(len, recipes))}}  {text.splitlines()[0].removeprefix("# ")}')
+        return 0
+    if args.name not in recipes:
+        raise ValueError(f'there is no recipe {args.name}; there are {", ".join(recipes)}')
+    if args.out is None:
+        print(recipes[args.name], end='')
+        return 0
+    replace_file(args.out, lambda path: Path(path).write_text(recipes[args.name]))
+    print(f'wrote {args.out}')
     return 0
 
 

@@ -228,7 +228,7 @@ def bench(
     """
     device = torch.device(device)
     if unknown := sorted(set(models) - ARCHS.keys()):
-        raise ValueError(f'{", ".join(unknown)} are not models of this package; see `timm-res2net list`')
+        raise ValueError(f'not models of this package: {", ".join(unknown)}; `timm-res2net list` shows them')
     if device.type != 'cpu' and set(against) - {'timm'}:
         raise ValueError(f'{" and ".join(set(against) - {"timm"})} can be measured on the CPU only')
     torch.backends.cudnn.benchmark = True
@@ -241,40 +241,47 @@ def bench(
             x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
             ways = ways_to_train(name, x, dtypes) if train else ways_to_infer(name, x, dtypes, against)
             with torch.set_grad_enabled(train):
-                if not train:
-                    require_agreement(name, ways)
-                first: list[list[float]] = [[] for _ in ways]
-                second: list[list[float]] = [[] for _ in ways]
-                for _ in range(rounds):
-                    for i in random.sample(range(len(ways)), len(ways)):
-                        for times in (first, second):
-                            times[i].append(timed(ways[i].run, device))
-                    bar.update()
-                flops = flops_of(name, x) * (3 if train else 1)  # a step: forward, gradients of inputs and of weights
-                own = {way.dtype: i for i, way in enumerate(ways) if way.name == TIMM}
-                for i, way in enumerate(ways):
-                    median = statistics.median(second[i])
-                    baseline = own.get(way.dtype if train else torch.float32)
-                    ratios = [
-                        None if baseline is None else ratio(times[baseline], times[i]) for times in (second, first)
-                    ]
-                    results.append(
-                        Result(
-                            model=name,
-                            batch=batch,
-                            size=size,
-                            way=way.name,
-                            dtype=str(way.dtype).removeprefix('torch.'),
-                            milliseconds=round(median * 1e3, 2),
-                            spread=round(quartiles(second[i]) * 1e3, 2),
-                            images_per_second=round(batch / median, 2),
-                            ratio=ratios[0],
-                            first_ratio=ratios[1],
-                            share_of_peak=round(flops / median / peaks[way.dtype], 3),
-                            operators=operators(way.run) if way.eager else None,
-                            peak_memory=peak_memory(way.run, device) if way.torch else None,
-                        )
-                    )
+                results += compare(name, x, ways, peaks, train, rounds, bar)
+            torch.compiler.reset()  # lets go of the models
+    return results
+
+
+def compare(
+    name: str, x: Tensor, ways: Sequence[Way], peaks: dict[torch.dtype, float], train: bool, rounds: int, bar: Any
+) -> list[Result]:
+    """Measures ways to run a model; arguments as in `bench`."""
+    if not train:
+        require_agreement(name, ways)
+    first: list[list[float]] = [[] for _ in ways]
+    second: list[list[float]] = [[] for _ in ways]
+    for _ in range(rounds):
+        for i in random.sample(range(len(ways)), len(ways)):
+            for times in (first, second):
+                times[i].append(timed(ways[i].run, x.device))
+        bar.update()
+    flops = flops_of(name, x) * (3 if train else 1)  # a step: forward, gradients of inputs and of weights
+    timms = {way.dtype: i for i, way in enumerate(ways) if way.name == TIMM}
+    results = []
+    for i, way in enumerate(ways):
+        seconds = statistics.median(second[i])
+        baseline = timms.get(way.dtype if train else torch.float32)
+        ratios = [None if baseline is None else ratio(times[baseline], times[i]) for times in (second, first)]
+        result = Result(
+            model=name,
+            batch=x.shape[0],
+            size=x.shape[2],
+            way=way.name,
+            dtype=str(way.dtype).removeprefix('torch.'),
+            milliseconds=round(seconds * 1e3, 2),
+            spread=round(quartiles(second[i]) * 1e3, 2),
+            images_per_second=round(x.shape[0] / seconds, 2),
+            ratio=ratios[0],
+            first_ratio=ratios[1],
+            share_of_peak=round(flops / seconds / peaks[way.dtype], 3),
+            operators=operators(way.run) if way.eager else None,
+            peak_memory=peak_memory(way.run, x.device) if way.torch else None,
+        )
+        results.append(result)
     return results
 
 
@@ -412,33 +419,29 @@ def plot(results: Sequence[Result], out: str) -> None:
     ways = list(dict.fromkeys((r.way, r.dtype) for r in shown))
     colours = {way: f'C{i}' for i, way in enumerate(ways)}
     models = list(dict.fromkeys(r.model for r in shown))
-    figure = new_figure(12, 4.8)
+    figure = new_figure(12, 1.8 + 1.1 * len(models))
     left, right = figure.subplots(1, 2, width_ratios=(1, 1.4))
-    for r in shown:
-        accuracy = next((weights.top1 for name, weights in WEIGHTS.items() if name.split('.')[0] == r.model), None)
-        if accuracy is not None:
-            left.scatter(
-                r.images_per_second,
-                accuracy,
-                s=ARCHS[r.model].params / 2e5,
-                color=colours[r.way, r.dtype],
-                alpha=0.6,
-                linewidths=0,
-            )
-            if (r.way, r.dtype) == ways[0]:
-                left.annotate(r.model, (r.images_per_second, accuracy), (0, 9), textcoords='offset points', fontsize=8)
+    for model in models:
+        of_model = [r for r in shown if r.model == model]
+        weights = next((each for name, each in WEIGHTS.items() if name.split('.')[0] == model), None)
+        if weights is None or weights.top5 is None:  # not of ImageNet
+            continue
+        area = ARCHS[model].params / 2e5
+        for r in of_model:
+            left.scatter(r.images_per_second, weights.top1, area, colours[r.way, r.dtype], alpha=0.6, linewidths=0)
+        fastest = max(r.images_per_second for r in of_model)
+        left.annotate(model, (fastest, weights.top1), (0, 9), textcoords='offset points', fontsize=8, ha='right')
     left.set(xlabel='images per second', ylabel='ImageNet top-1, %', title='Throughput and accuracy; area: parameters')
     left.margins(0.15)
     height = 0.8 / len(ways)
     for i, way in enumerate(ways):
-        of_way = {r.model: r.ratio or 0 for r in shown if (r.way, r.dtype) == way}
-        places = [row + (i - (len(ways) - 1) / 2) * height for row in range(len(models))]
-        widths = [of_way.get(model, 0) for model in models]
-        bars = right.barh(places, widths, height, color=colours[way], label=', '.join(way))
+        ratios = {models.index(r.model): r.ratio for r in shown if (r.way, r.dtype) == way and r.ratio}
+        places = [row + (i - (len(ways) - 1) / 2) * height for row in ratios]
+        bars = right.barh(places, list(ratios.values()), height, color=colours[way], label=', '.join(way))
         right.bar_label(bars, fmt='%.2f', fontsize=7, padding=2)
     right.axvline(1, color='black', linewidth=0.8)
     right.set_yticks(range(len(models)), models)
     right.invert_yaxis()
     right.set(xlabel="throughput, times timm's own", title=f'Batch {shown[0].batch}, {shown[0].size} x {shown[0].size}')
-    right.legend(fontsize=7, loc='lower right')
+    figure.legend(*right.get_legend_handles_labels(), loc='outside lower center', ncols=4, fontsize=8)
     replace_file(out, lambda path: figure.savefig(path, dpi=120))

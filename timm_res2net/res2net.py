@@ -6,7 +6,9 @@ timm names the module of a model after the last part of the file that registers 
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from timm.models import (
 )
 from timm.models import _registry as timm_registry
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from .biglittle import Res2NetBigLittle
 from .blocks import set_grad_checkpointing
@@ -325,6 +328,41 @@ def fetch_weights(name: str, kwargs: dict[str, Any]) -> None:
         download(cfg.url, folder, check=lambda path: translate(read(path).tree))
 
 
+class InitialisationAfterLoading(TorchFunctionMode):
+    """While a model is made and loaded: leaves out random initialisation, and catches up on what was not loaded.
+
+    That is most of what `create_model` does for a model that is to have other weights. A tensor was loaded if it was
+    written since, as its version tells.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.left_out: dict[int, tuple[Tensor, int, list[Callable[[], object]]]] = {}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        run = partial(func, *args, **(kwargs or {}))
+        if func in (nn.init.kaiming_uniform_, Tensor.normal_):
+            tensor = args[0]
+            self.left_out.setdefault(id(tensor), (tensor, tensor._version, []))[2].append(run)
+            return tensor
+        if func is not Tensor.copy_ and func.__name__.endswith('_') and args and id(args[0]) in self.left_out:
+            self.catch_up(*self.left_out.pop(id(args[0])))  # an initialisation in several steps
+        return run()
+
+    def catch_up(self, tensor: Tensor, version: int, runs: list[Callable[[], object]]) -> None:
+        """Runs what was left out for a tensor, unless it was loaded."""
+        if tensor._version == version:
+            with torch.no_grad():
+                for run in runs:
+                    run()
+
+    def __exit__(self, *error: Any) -> None:
+        super().__exit__(*error)
+        if error[0] is None:
+            for each in self.left_out.values():
+                self.catch_up(*each)
+
+
 def create(name: str, pretrained: bool = False, block_args: dict[str, Any] | None = None, **kwargs: Any) -> nn.Module:
     """Makes a model of the family.
 
@@ -352,14 +390,15 @@ def create(name: str, pretrained: bool = False, block_args: dict[str, Any] | Non
     if pretrained:
         fetch_weights(name, kwargs)
     arch = ARCHS[name]
-    return build_model_with_cfg(
-        arch.trunk,
-        name,
-        pretrained,
-        feature_cfg=dict(out_indices=arch.out_indices),
-        pretrained_filter_fn=adapt,
-        **{**arch.args, **kwargs},
-    )
+    with InitialisationAfterLoading() if pretrained else nullcontext():
+        return build_model_with_cfg(
+            arch.trunk,
+            name,
+            pretrained,
+            feature_cfg=dict(out_indices=arch.out_indices),
+            pretrained_filter_fn=adapt,
+            **{**arch.args, **kwargs},
+        )
 
 
 def require_features(name: str, out_indices: Any) -> None:

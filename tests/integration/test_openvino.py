@@ -1,0 +1,45 @@
+"""OpenVINO runs fused models as torch does."""
+
+from typing import Any
+
+import pytest
+import torch
+
+from integration.conftest import make
+from timm_res2net import optimize
+
+pytest.importorskip('openvino')
+
+
+@pytest.mark.filterwarnings('ignore::FutureWarning')
+@pytest.mark.filterwarnings('ignore::UserWarning')
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+@pytest.mark.parametrize(
+    'features', [{}, dict(features_only=True), dict(features_only=True, feature_cls='dict')], ids=str
+)
+def test_openvino_computes_the_same(kind: str, features: dict[str, Any]) -> None:
+    model = make(kind, **features).eval()
+    images = torch.randn(2, 3, 64, 64)
+    optimized = optimize(model, images, backend='openvino')
+    assert optimized.path == 'fused, float32, OpenVINO'
+    for x in (images, images[:1], images.repeat(2, 1, 1, 1)):  # any batch size
+        with torch.no_grad():
+            found, expected = optimized(x), model(x)
+        if isinstance(expected, dict):
+            assert list(found) == list(expected)
+            found, expected = list(found.values()), list(expected.values())
+        assert type(found) is type(expected)
+        for output, wanted in zip(*([y] if isinstance(y, torch.Tensor) else y for y in (found, expected)), strict=True):
+            torch.testing.assert_close(output, wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
+
+
+@pytest.mark.filterwarnings('ignore::FutureWarning')
+@pytest.mark.filterwarnings('ignore::UserWarning')
+@pytest.mark.filterwarnings('ignore::DeprecationWarning')
+def test_openvino_takes_and_returns_other_types() -> None:
+    model, images = make('res2net50_26w_4s').eval(), torch.randn(2, 3, 64, 64)
+    optimized = optimize(model, images, dtype=torch.bfloat16, backend='openvino')
+    found = optimized(images.bfloat16())
+    assert found.dtype == torch.bfloat16
+    expected = model(images).detach()
+    torch.testing.assert_close(found.float(), expected, rtol=0, atol=0.05 * expected.abs().max().item())

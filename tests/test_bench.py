@@ -1,0 +1,169 @@
+"""What is counted is exact, what is compared computes the same, and ours never does more than timm's."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from conftest import tiny
+from torch import Tensor, nn
+
+import timm_res2net.bench
+from timm_res2net import fuse
+from timm_res2net.__main__ import main
+from timm_res2net.bench import Counter, Way, bench, growth, plot, require_agreement, saved_bytes
+from timm_res2net.res2net import ARCHS, timms_own
+
+TIMMS = [name for name in ARCHS if timms_own(name)]
+
+
+def test_operators_and_their_memory_are_counted() -> None:
+    x = torch.ones(2, 5)
+    for _ in range(2):
+        with Counter() as counter:
+            y = x + 1  # 40 bytes
+            y.view(5, 2).relu_()  # a view, and in place
+            torch.chunk(y, 5, dim=1)  # views
+            torch.cat([x, y])  # 80 bytes
+        assert (counter.operators, counter.allocated) == (5, 120)
+
+
+def counted(model: nn.Module, x: Tensor, train: bool = False) -> tuple[int, int]:
+    with Counter() as counter, torch.set_grad_enabled(train):
+        model(x)
+    return counter.operators, counter.allocated
+
+
+@pytest.mark.parametrize('name', TIMMS)
+def test_less_work_than_timms_own_in_inference_and_not_more_in_training(name: str, images: Tensor) -> None:
+    theirs, ours = timms_own(name)(), timm.create_model(name)
+    for training in (True, False):
+        pairs = zip(*(counted(model.train(training), images, training) for model in (ours, theirs)))
+        assert all(mine <= timms for mine, timms in pairs)
+    operators, allocated = counted(fuse(ours), images)
+    timms_operators, timms_allocated = counted(theirs, images)
+    assert operators < 0.61 * timms_operators
+    assert allocated < 0.61 * timms_allocated
+
+
+@pytest.mark.parametrize('name', ['res2net50_26w_4s', 'res2net50_14w_8s', 'res2net101_26w_4s', 'res2next50'])
+def test_a_fused_model_runs_the_operators_of_its_figure(name: str, images: Tensor) -> None:
+    blocks, scale = sum(ARCHS[name].args['layers']), ARCHS[name].args['scale']
+    stem = 3  # convolution, activation, pool
+    first = 9  # splits that run as one; 1x1, 3x3 and their activations, 1x1, shortcut, sum, activation
+    # Split; convolutions and activations; sums of the cascade; concatenation; 1x1 before and after, sum, activations.
+    later = 1 + 2 * (scale - 1) + (scale - 2) + 1 + 5
+    head = 4  # average, flatten, classifier and its transpose
+    operators, _ = counted(fuse(timm.create_model(name).eval()), images)
+    assert operators == stem + 4 * first + (blocks - 4) * later + head
+
+
+@pytest.mark.parametrize('name', ['res2net50_26w_4s', 'dla60_res2net'])
+def test_training_keeps_no_more_than_timms_and_with_checkpointing_a_third(name: str, images: Tensor) -> None:
+    ours, theirs = timm.create_model(name).train(), timms_own(name)().train()
+    plain = saved_bytes(ours, images)
+    assert 0 < plain <= saved_bytes(theirs, images)
+    ours.set_grad_checkpointing()
+    assert saved_bytes(ours, images) <= plain / 3
+
+
+def test_what_is_kept_is_counted_once_and_without_parameters() -> None:
+    layers = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Sigmoid(), nn.Tanh())
+    assert saved_bytes(layers, torch.ones(2, 4)) == 2 * 2 * 4 * 4  # what each activation returns, 32 bytes
+
+
+@pytest.mark.parametrize('checkpointing', [False, True])
+def test_a_training_step_compiles_without_a_graph_break(checkpointing: bool, images: Tensor) -> None:
+    torch._dynamo.reset()
+    model: Any = tiny().train()
+    model.set_grad_checkpointing(checkpointing)
+    torch.compile(model, fullgraph=True, backend='aot_eager')(images).sum().backward()
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    again: Any = tiny().train()
+    again(images).sum().backward()
+    for gradient, parameter in zip(gradients, again.parameters()):
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-3, atol=1e-4)
+
+
+def test_bench_compares_with_timms_own() -> None:
+    results = bench(['res2net50_26w_4s'], batches=(1,), sizes=(32,), dtypes=(), rounds=2)
+    assert [each.way for each in results] == ['timm', 'timm_res2net, as it is', 'timm_res2net, fused']
+    theirs, ours, fused = results
+    assert theirs.ratio == theirs.first_ratio == 1
+    assert ours.ratio == pytest.approx(theirs.milliseconds / ours.milliseconds, rel=0.01)
+    assert ours.images_per_second == pytest.approx(1000 / ours.milliseconds, rel=0.01)
+    assert ours.operators == theirs.operators
+    assert fused.operators is not None
+    assert theirs.operators is not None
+    assert fused.operators < theirs.operators
+    assert all(0 < each.share_of_peak < 1 for each in results if each.share_of_peak is not None)
+
+
+def test_bench_of_training() -> None:
+    results = bench(['res2net50_26w_4s'], batches=(2,), sizes=(32,), dtypes=(torch.float32,), train=True, rounds=1)
+    assert [each.way for each in results] == ['timm', 'timm_res2net', 'timm_res2net, checkpointing']
+    assert results[0].operators == results[1].operators
+
+
+def test_bench_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch._dynamo.reset()
+    json_file, png = tmp_path / 'speed.json', tmp_path / 'speed.png'
+    arguments = '--models test_res2net --size 32 --batch 1 --dtype float32 --rounds 1'
+    assert main(['bench', *arguments.split(), '--json', str(json_file), '--plot', str(png)]) == 0
+    document = json.loads(json_file.read_text())
+    assert [each['way'] for each in document['inference']] == [
+        'timm_res2net, as it is',
+        'timm_res2net, fused',
+        'timm_res2net, optimized',
+    ]
+    assert document['environment']['torch'] == torch.__version__.partition('+')[0]
+    assert all(each['ratio'] is None for each in document['inference'])  # timm has no such model
+    assert 'timm_res2net, optimized' in capsys.readouterr().out
+    assert png.read_bytes().startswith(b'\x89PNG')
+
+
+def test_the_plot_shows_ratios_and_accuracy(tmp_path: Path) -> None:
+    some = dict(batch=1, size=32, milliseconds=1.0, spread=0.1, first_ratio=1.0, share_of_peak=0.5)
+    more = dict(operators=1, peak_memory=None)
+    results = [
+        timm_res2net.bench.Result(
+            model=model, way=way, dtype='float32', images_per_second=speed, ratio=ratio, **some, **more
+        )
+        for model in ('res2net50d', 'test_res2net')
+        for way, speed, ratio in (('timm', 10.0, 1.0), ('timm_res2net, fused', 20.0, 2.0))
+    ]
+    plot(results, str(tmp_path / 'a.png'))
+    assert (tmp_path / 'a.png').stat().st_size > 10_000
+
+
+def test_ways_that_compute_something_else_are_not_measured() -> None:
+    x = torch.ones(3)
+    ways = [Way('timm', torch.float32, lambda: x), Way('other', torch.float32, lambda: x + 0.01)]
+    with pytest.raises(ValueError, match=r'other in torch\.float32 is 1\.0e-02 off'):
+        require_agreement('a model', ways)
+
+
+def test_growth_is_over_scale_batch_and_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[dict[str, Any]] = []
+    monkeypatch.setattr(timm_res2net.bench, 'bench', lambda models, **options: asked.append(options) or list(models))
+    parts = growth(rounds=1)
+    assert list(parts) == ['scale', 'batch', 'size']
+    assert sorted(ARCHS[str(name)].args['scale'] for name in parts['scale']) == [2, 4, 6, 8]
+    assert len(asked[1]['batches']) > 2
+    assert len(asked[2]['sizes']) > 2
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'named'), [('--against timm,tensorrt', 'tensorrt'), ('--dtype int8', 'int8'), ('--batch 0', '0')]
+)
+def test_a_wrong_call_of_bench_is_named(arguments: str, named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match='2'):
+        main(['bench', *arguments.split()])
+    assert named in capsys.readouterr().err
+
+
+def test_a_model_that_bench_does_not_know_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(['bench', '--models', 'resnet50']) == 1
+    assert 'not models of this package: resnet50' in capsys.readouterr().err
