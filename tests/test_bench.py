@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import timm_res2net.bench
 from timm_res2net import fuse
 from timm_res2net.__main__ import main
-from timm_res2net.bench import Counter, Way, bench, growth, plot, require_agreement, saved_bytes
+from timm_res2net.bench import Counter, Run, bench, growth, ours_eager, plot, saved_bytes
 from timm_res2net.res2net import ARCHS, timms_own
 
 TIMMS = [name for name in ARCHS if timms_own(name)]
@@ -91,7 +91,7 @@ def test_bench_compares_with_timms_own() -> None:
     results = bench(['res2net50_26w_4s'], batches=(1,), sizes=(32,), dtypes=(), rounds=2)
     assert [each.way for each in results] == ['timm', 'timm_res2net, as it is', 'timm_res2net, fused']
     theirs, ours, fused = results
-    assert theirs.ratio == theirs.first_ratio == 1
+    assert theirs.ratio == 1
     assert ours.ratio == pytest.approx(theirs.milliseconds / ours.milliseconds, rel=0.01)
     assert ours.images_per_second == pytest.approx(1000 / ours.milliseconds, rel=0.01)
     assert ours.operators == theirs.operators
@@ -125,7 +125,7 @@ def test_bench_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
 
 
 def test_the_plot_shows_ratios_and_accuracy(tmp_path: Path) -> None:
-    some = dict(batch=1, size=32, milliseconds=1.0, spread=0.1, first_ratio=1.0, share_of_peak=0.5)
+    some = dict(batch=1, size=32, milliseconds=1.0, spread=0.1, share_of_peak=0.5)
     more = dict(operators=1, peak_memory=None)
     results = [
         timm_res2net.bench.Result(
@@ -138,11 +138,27 @@ def test_the_plot_shows_ratios_and_accuracy(tmp_path: Path) -> None:
     assert (tmp_path / 'a.png').stat().st_size > 10_000
 
 
-def test_ways_that_compute_something_else_are_not_measured() -> None:
-    x = torch.ones(3)
-    ways = [Way('timm', torch.float32, lambda: x), Way('other', torch.float32, lambda: x + 0.01)]
-    with pytest.raises(ValueError, match=r'other in torch\.float32 is 1\.0e-02 off'):
-        require_agreement('a model', ways)
+def shifted(name: str, x: Tensor, dtype: torch.dtype) -> Run:
+    return lambda: ours_eager(name, x, dtype)() + 0.1
+
+
+def failing(name: str, x: Tensor, dtype: torch.dtype) -> Run:
+    raise KeyError('no such thing')
+
+
+@pytest.mark.parametrize(
+    ('make', 'named'),
+    [
+        (shifted, r'test_res2net: other in torch\.float32 is .* off what timm_res2net, as it is computes'),
+        (failing, r"other in torch\.float32 can not be measured: 'no such thing'"),
+    ],
+)
+def test_what_computes_something_else_or_fails_is_not_measured(
+    make: Any, named: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timm_res2net.bench, 'ours_fused', make)
+    with pytest.raises(ValueError, match=named.replace('other', 'timm_res2net, fused')):
+        bench(['test_res2net'], batches=(1,), sizes=(32,), dtypes=(), rounds=1)
 
 
 def test_growth_is_over_scale_batch_and_size(monkeypatch: pytest.MonkeyPatch) -> None:

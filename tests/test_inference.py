@@ -2,7 +2,7 @@
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -185,13 +185,14 @@ class Log(logging.Handler):
 
 
 @pytest.fixture
-def log(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, str]]:
+def log() -> Iterator[list[tuple[str, str]]]:
     handler = Log()
     logger = logging.getLogger('timm_res2net.inference')
-    monkeypatch.setattr(logger, 'handlers', [handler])
-    monkeypatch.setattr(logger, 'propagate', False)
-    monkeypatch.setattr(logger, 'level', logging.INFO)
-    return handler.lines
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    yield handler.lines
+    logger.setLevel(logging.NOTSET)
+    logger.removeHandler(handler)
 
 
 def test_optimized_models_compute_the_same_and_do_not_mix(images: Tensor, log: list[tuple[str, str]]) -> None:

@@ -70,6 +70,6 @@ def test_recipes_are_listed_printed_and_written(tmp_path: Path, capsys: pytest.C
         assert capsys.readouterr().out == recipe.read_text()
         assert main(['recipe', recipe.stem, '--out', str(tmp_path / 'a.yaml')]) == 0
         assert (tmp_path / 'a.yaml').read_text() == recipe.read_text()
-    capsys.readouterr()
+        capsys.readouterr()
     assert main(['recipe', 'imagnet']) == 1
     assert 'there is no recipe imagnet; there are cifar100, digits, imagenet' in capsys.readouterr().err

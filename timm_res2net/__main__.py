@@ -428,15 +428,15 @@ def run_bench(args: argparse.Namespace) -> int:
 
 def show_results(results: Sequence[Result]) -> None:
     """Prints a line for each result."""
-    head = 'model batch size way type ms +- images/s x-timm (first) of-peak operators MB'
+    head = 'model batch size way type ms +- images/s x-timm of-peak operators MB'
     rows = [tuple(head.split())]
     for each in results:
         numbers = f'{each.milliseconds:.1f}', f'{each.spread:.1f}', f'{each.images_per_second:.1f}'
-        ratios = ['-' if ratio is None else f'{ratio:.2f}' for ratio in (each.ratio, each.first_ratio)]
+        ratio = '-' if each.ratio is None else f'{each.ratio:.2f}'
         share = '-' if each.share_of_peak is None else f'{each.share_of_peak:.0%}'
         memory = '-' if each.peak_memory is None else f'{each.peak_memory / 1e6:.0f}'
         place = each.model, str(each.batch), str(each.size), each.way, each.dtype
-        rows.append((*place, *numbers, *ratios, share, str(each.operators or '-'), memory))
+        rows.append((*place, *numbers, ratio, share, str(each.operators or '-'), memory))
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         cells = [

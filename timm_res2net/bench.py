@@ -1,7 +1,7 @@
-"""How fast models are beside timm's own: all of them in one run, in turns, on the machine that asks."""
+"""How fast models are beside timm's own: all in one run, in turns, on the machine that asks."""
 
 import ctypes
-import logging
+import multiprocessing
 import os
 import platform
 import random
@@ -15,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
@@ -23,14 +24,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from .files import replace_file
+from .files import first_line, replace_file
 from .inference import compiled_by_openvino, optimize
 from .predict import new_figure
 from .res2net import ARCHS, WEIGHTS, timms_own
 
 __all__ = ['MODELS', 'OPPONENTS', 'Counter', 'Result', 'bench', 'environment', 'growth', 'plot', 'saved_bytes']
-
-_logger = logging.getLogger(__name__)
 
 Run = Callable[[], Any]
 
@@ -103,7 +102,6 @@ class Result:
     spread: float  # milliseconds between the quartiles
     images_per_second: float
     ratio: float | None  # to the throughput of timm's own, if timm has the model
-    first_ratio: float | None  # the same of first calls, after another's
     share_of_peak: float | None  # of the machine's matrix products in this data type
     operators: int | None  # of ATen, where PyTorch runs them one by one
     peak_memory: int | None  # bytes beyond weights and input, where they can be known
@@ -111,71 +109,109 @@ class Result:
 
 @dataclass(frozen=True)
 class Way:
-    """One way to run a model: its name, its data type, the call, and whether PyTorch runs its operators one by one."""
+    """One way to run a model."""
 
     name: str
     dtype: torch.dtype
-    run: Run
-    eager: bool = False
-    torch: bool = True
+    make: Callable[[str, Tensor, torch.dtype], Run]  # from the model's name, images and the data type
+    eager: bool = False  # PyTorch runs its operators one by one
+    torch: bool = True  # PyTorch has its memory
 
 
-def ways_to_infer(name: str, x: Tensor, dtypes: Sequence[torch.dtype], against: Sequence[str]) -> list[Way]:
-    """Makes everything that is to be compared in inference, with the same weights; timm's own comes first."""
-    torch.manual_seed(0)
-    ours = timm.create_model(name).to(x.device).eval()
-    own = timms_own(name)
-    theirs = own().to(x.device).eval() if own else ours
-    theirs.load_state_dict(ours.state_dict(), strict=False)  # timm's DLA has tensors that it never uses
-    ways = [Way(TIMM, torch.float32, partial(theirs, x), eager=True)] if own else []
-    ways.append(Way(f'{OURS}, as it is', torch.float32, partial(ours, x), eager=True))
-    ways.append(Way(f'{OURS}, fused', torch.float32, partial(optimize(ours, x, compile=False), x), eager=True))
+def ways_to_infer(own: bool, dtypes: Sequence[torch.dtype], against: Sequence[str]) -> list[Way]:
+    """What is to be compared in inference; timm's own comes first, if there is one."""
+    ways = [Way(TIMM, torch.float32, timms_eager, eager=True)] if own else []
+    ways.append(Way(f'{OURS}, as it is', torch.float32, ours_eager, eager=True))
+    ways.append(Way(f'{OURS}, fused', torch.float32, ours_fused, eager=True))
     for dtype in dtypes:
-        ways.append(Way(f'{OURS}, optimized', dtype, partial(optimize(ours, x, dtype=dtype), x)))
+        ways.append(Way(f'{OURS}, optimized', dtype, ours_optimized))
         if 'openvino' in against:
-            by_openvino = optimize(ours, x, dtype=dtype, backend='openvino')
-            ways.append(Way(f'{OURS}, OpenVINO', dtype, partial(by_openvino, x), torch=False))
-            converted = compiled_by_openvino(theirs, x, dtype)
-            ways.append(Way(f'{TIMM}, OpenVINO', dtype, partial(converted, x.numpy()), torch=False))
-    if 'onnxruntime' in against:
-        ways.append(Way(f'{TIMM}, onnxruntime', torch.float32, by_onnxruntime(theirs, x), torch=False))
+            ways.append(Way(f'{OURS}, OpenVINO', dtype, ours_by_openvino, torch=False))
+            ways += [Way(f'{TIMM}, OpenVINO', dtype, timms_by_openvino, torch=False)] if own else []
+    if 'onnxruntime' in against and own:
+        ways.append(Way(f'{TIMM}, onnxruntime', torch.float32, timms_by_onnxruntime, torch=False))
     return ways
 
 
-def by_onnxruntime(model: nn.Module, x: Tensor) -> Run:
-    """Exports a model and has onnxruntime run it."""
+def ways_to_train(own: bool, dtypes: Sequence[torch.dtype]) -> list[Way]:
+    """What is to be compared in training, steps with channels last; timm's own comes first, if there is one."""
+    ways = []
+    for dtype in dtypes:
+        ways += [Way(TIMM, dtype, timms_step, eager=True)] if own else []
+        ways.append(Way(OURS, dtype, ours_step, eager=True))
+        ways.append(Way(f'{OURS}, checkpointing', dtype, ours_checkpointing_step, eager=True))
+    return ways
+
+
+def ours(name: str, x: Tensor) -> nn.Module:
+    """Makes our model, always with the same weights."""
+    torch.manual_seed(0)
+    return timm.create_model(name).to(x.device).eval()
+
+
+def timms(name: str, x: Tensor) -> nn.Module:
+    """Makes timm's own model, with the weights that ours has."""
+    model: Any = timms_own(name)
+    model = model().to(x.device).eval()
+    model.load_state_dict(ours(name, x).state_dict(), strict=False)  # timm's DLA has tensors that it never uses
+    return model
+
+
+def timms_eager(name: str, x: Tensor, dtype: torch.dtype) -> Run:
+    return partial(timms(name, x), x)
+
+
+def ours_eager(name: str, x: Tensor, dtype: torch.dtype) -> Run:
+    return partial(ours(name, x), x)
+
+
+def ours_fused(name: str, x: Tensor, dtype: torch.dtype) -> Run:
+    return partial(optimize(ours(name, x), x, compile=False), x)
+
+
+def ours_optimized(name: str, x: Tensor, dtype: torch.dtype) -> Run:
+    return partial(optimize(ours(name, x), x, dtype=dtype), x)
+
+
+def ours_by_openvino(name: str, x: Tensor, dtype: torch.dtype) -> Run:
+    return partial(optimize(ours(name, x), x, dtype=dtype, backend='openvino'), x)
+
+
+def timms_by_openvino(name: str, x: Tensor, dtype: torch.dtype) -> Run:
+    return partial(compiled_by_openvino(timms(name, x), x, dtype), x.numpy())
+
+
+def timms_by_onnxruntime(name: str, x: Tensor, dtype: torch.dtype) -> Run:
     import onnxruntime
 
     with TemporaryDirectory() as folder:
         file = f'{folder}/model.onnx'
-        torch.onnx.export(model, (x,), file, dynamo=True, external_data=False, verbose=False)
+        torch.onnx.export(timms(name, x), (x,), file, dynamo=True, external_data=False, verbose=False)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.add_session_config_entry('session.intra_op.allow_spinning', '0')  # not into the turn of others
         session = onnxruntime.InferenceSession(file, options, providers=['CPUExecutionProvider'])
-    feed = {session.get_inputs()[0].name: x.numpy()}
-    return partial(session.run, None, feed)
+    return partial(session.run, None, {session.get_inputs()[0].name: x.numpy()})
 
 
-def ways_to_train(name: str, x: Tensor, dtypes: Sequence[torch.dtype]) -> list[Way]:
-    """Makes steps of training, channels last: forward, backward and an update by SGD; timm's own comes first."""
-    x = x.to(memory_format=torch.channels_last)
-    own = timms_own(name)
-    makers: dict[str, Callable[[], nn.Module]] = {TIMM: own} if own else {}
-    makers |= {OURS: partial(timm.create_model, name), f'{OURS}, checkpointing': partial(checkpointing, name)}
-    ways = []
-    for dtype in dtypes:
-        for label, make in makers.items():
-            torch.manual_seed(0)
-            model: Any = make().to(x.device).train()
-            ways.append(
-                Way(label, dtype, training_step(model.to(memory_format=torch.channels_last), x, dtype), eager=True)
-            )
-    return ways
+def timms_step(name: str, x: Tensor, dtype: torch.dtype) -> Run:
+    return training_step(timms(name, x), x, dtype)
+
+
+def ours_step(name: str, x: Tensor, dtype: torch.dtype) -> Run:
+    return training_step(ours(name, x), x, dtype)
+
+
+def ours_checkpointing_step(name: str, x: Tensor, dtype: torch.dtype) -> Run:
+    model: Any = ours(name, x)
+    model.set_grad_checkpointing()
+    return training_step(model, x, dtype)
 
 
 def training_step(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Run:
-    """Makes a step of training of a model: forward, backward and an update by SGD."""
+    """Makes a step of training of a model: forward, backward and an update by SGD. It returns the loss."""
+    model = model.train().to(memory_format=torch.channels_last)
+    x = x.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     target = torch.zeros(len(x), dtype=torch.long, device=x.device)
 
@@ -185,16 +221,60 @@ def training_step(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Run:
             loss = F.cross_entropy(model(x), target)
         loss.backward()
         optimizer.step()
-        return loss
+        return loss.detach()
 
     return step
 
 
-def checkpointing(name: str) -> nn.Module:
-    """Makes a model with gradient checkpointing."""
-    model = timm.create_model(name)
-    model.set_grad_checkpointing()
-    return model
+class Worker:
+    """A process of its own for one way to run a model.
+
+    In a common one, what others leave on the heap makes those fast that ask for much memory, as timm's own does, and
+    threads of one runtime may still spin in the turn of another.
+    """
+
+    def __init__(self, way: Way, name: str, shape: Sequence[int], device: torch.device, train: bool) -> None:
+        context = multiprocessing.get_context('spawn')
+        self.way = way
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=work, args=(theirs, way, name, shape, device, train), daemon=True)
+        self.process.start()
+        theirs.close()  # so that the end of the process is the end of the connection
+
+    def ask(self, question: Callable[[Run, torch.device], Any] | None = None) -> Any:
+        """Sends a function of what runs the model, and returns its answer; None for the output of the first call.
+
+        Raises:
+            ValueError: If the process failed.
+        """
+        try:
+            if question is not None:
+                self.connection.send(question)
+            answer = self.connection.recv()
+        except (EOFError, BrokenPipeError):
+            answer = RuntimeError('its process ended; it may have run out of memory')
+        if isinstance(answer, Exception):
+            raise ValueError(
+                f'{self.way.name} in {self.way.dtype} can not be measured: {first_line(answer)}'
+            ) from answer
+        return answer
+
+
+def work(connection: Any, way: Way, name: str, shape: Sequence[int], device: torch.device, train: bool) -> None:
+    """What a worker's process does: makes its way to run a model, then answers questions until it is ended."""
+    try:
+        torch.backends.cudnn.benchmark = True
+        x = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(device)
+        with torch.set_grad_enabled(train):
+            run = way.make(name, x, way.dtype)
+            output = run()
+            connection.send(output.cpu().numpy() if isinstance(output, Tensor) else output[0])
+            while True:
+                connection.send(connection.recv()(run, device))
+    except EOFError:  # nobody asks any more
+        return
+    except Exception as error:
+        connection.send(RuntimeError(first_line(error)))
 
 
 def bench(
@@ -209,9 +289,9 @@ def bench(
 ) -> list[Result]:
     """Measures models side by side.
 
-    All ways to run a model are made first, and have to compute the same. Then each has a turn in each round, in an
-    order of chance, so that what else the machine does meets all alike. A turn is two calls, of which the second
-    counts. The first one finds caches and memory as another has left them; only its ratio is told.
+    Each way to run a model has a process of its own, and all have to compute the same. Then each has a turn in each
+    round, in an order of chance, so that what else the machine does meets all alike. A turn is two calls, of which the
+    second counts, as the first one finds caches as another has left them.
 
     Args:
         models: Names.
@@ -224,80 +304,96 @@ def bench(
         rounds: Measurements of each.
 
     Raises:
-        ValueError: If a name is not known, or two ways to run a model don't agree.
+        ValueError: If a name is not known, a way to run a model fails, or two don't agree.
     """
     device = torch.device(device)
     if unknown := sorted(set(models) - ARCHS.keys()):
         raise ValueError(f'not models of this package: {", ".join(unknown)}; `timm-res2net list` shows them')
     if device.type != 'cpu' and set(against) - {'timm'}:
         raise ValueError(f'{" and ".join(set(against) - {"timm"})} can be measured on the CPU only')
-    torch.backends.cudnn.benchmark = True
     plans = [(name, batch, size) for name in models for size in sizes for batch in batches]
     peaks = {dtype: peak(dtype, device) for dtype in {torch.float32, *dtypes}}
     results = []
     with tqdm(total=len(plans) * rounds, unit='round', disable=None, leave=False) as bar:
         for name, batch, size in plans:
             bar.set_description(f'{name}, {batch} x {size} px')
-            x = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0)).to(device)
-            ways = ways_to_train(name, x, dtypes) if train else ways_to_infer(name, x, dtypes, against)
-            with torch.set_grad_enabled(train):
-                results += compare(name, x, ways, peaks, train, rounds, bar)
-            torch.compiler.reset()  # lets go of the models
+            own = timms_own(name) is not None
+            ways = ways_to_train(own, dtypes) if train else ways_to_infer(own, dtypes, against)
+            workers = [Worker(way, name, (batch, 3, size, size), device, train) for way in ways]
+            try:
+                require_agreement(name, workers)
+                times = take_turns(workers, rounds, bar)
+                flops = flops_of(name, size) * batch * (3 if train else 1)  # of inputs and weights there are gradients
+                results += [
+                    result_of(name, batch, size, flops, peaks, train, i, workers, times) for i in range(len(ways))
+                ]
+            finally:
+                for worker in workers:
+                    worker.connection.close()
+                for worker in workers:
+                    worker.process.join()
     return results
 
 
-def compare(
-    name: str, x: Tensor, ways: Sequence[Way], peaks: dict[torch.dtype, float], train: bool, rounds: int, bar: Any
-) -> list[Result]:
-    """Measures ways to run a model; arguments as in `bench`."""
-    if not train:
-        require_agreement(name, ways)
-    first: list[list[float]] = [[] for _ in ways]
-    second: list[list[float]] = [[] for _ in ways]
-    for _ in range(rounds):
-        for i in random.sample(range(len(ways)), len(ways)):
-            for times in (first, second):
-                times[i].append(timed(ways[i].run, x.device))
-        bar.update()
-    flops = flops_of(name, x) * (3 if train else 1)  # a step: forward, gradients of inputs and of weights
-    timms = {way.dtype: i for i, way in enumerate(ways) if way.name == TIMM}
-    results = []
-    for i, way in enumerate(ways):
-        seconds = statistics.median(second[i])
-        baseline = timms.get(way.dtype if train else torch.float32)
-        ratios = [None if baseline is None else ratio(times[baseline], times[i]) for times in (second, first)]
-        result = Result(
-            model=name,
-            batch=x.shape[0],
-            size=x.shape[2],
-            way=way.name,
-            dtype=str(way.dtype).removeprefix('torch.'),
-            milliseconds=round(seconds * 1e3, 2),
-            spread=round(quartiles(second[i]) * 1e3, 2),
-            images_per_second=round(x.shape[0] / seconds, 2),
-            ratio=ratios[0],
-            first_ratio=ratios[1],
-            share_of_peak=round(flops / seconds / peaks[way.dtype], 3),
-            operators=operators(way.run) if way.eager else None,
-            peak_memory=peak_memory(way.run, x.device) if way.torch else None,
-        )
-        results.append(result)
-    return results
-
-
-def require_agreement(name: str, ways: Sequence[Way]) -> None:
+def require_agreement(name: str, workers: Sequence[Any]) -> None:
     """Raises a ValueError if two ways to run a model compute different things."""
-    first: Tensor | None = None
-    for way in ways:
-        output = way.run()
-        if not isinstance(output, Tensor):  # one array, in what a runtime returns
-            output = torch.from_numpy(output[0])
-        first = output if first is None else first
-        difference = ((output - first).abs().max() / first.abs().max()).item()
-        if not difference < TOLERANCES[way.dtype]:
-            raise ValueError(
-                f'{name} by {way.name} in {way.dtype} is {difference:.1e} off what {ways[0].name} computes'
-            )
+    outputs = [torch.from_numpy(np.asarray(worker.ask(), np.float32)) for worker in workers]
+    for worker, output in zip(workers, outputs):
+        difference = ((output - outputs[0]).abs().max() / outputs[0].abs().max()).item()
+        if not difference < TOLERANCES[worker.way.dtype]:
+            first, way = workers[0].way, worker.way
+            raise ValueError(f'{name}: {way.name} in {way.dtype} is {difference:.1e} off what {first.name} computes')
+
+
+def take_turns(workers: Sequence[Worker], rounds: int, bar: Any) -> list[list[float]]:
+    """Has each worker run its model in each round; seconds of each."""
+    times: list[list[float]] = [[] for _ in workers]
+    for _ in range(rounds):
+        for i in random.sample(range(len(workers)), len(workers)):
+            times[i].append(workers[i].ask(second_call))
+        bar.update()
+    return times
+
+
+def result_of(
+    name: str,
+    batch: int,
+    size: int,
+    flops: int,
+    peaks: dict[torch.dtype, float],
+    train: bool,
+    i: int,
+    workers: Sequence[Worker],
+    times: Sequence[Sequence[float]],
+) -> Result:
+    """Sums up what the i-th worker measured."""
+    way = workers[i].way
+    seconds = statistics.median(times[i])
+    of_timm = [
+        statistics.median(measured)
+        for worker, measured in zip(workers, times)
+        if worker.way.name == TIMM and worker.way.dtype == (way.dtype if train else torch.float32)
+    ]
+    return Result(
+        model=name,
+        batch=batch,
+        size=size,
+        way=way.name,
+        dtype=str(way.dtype).removeprefix('torch.'),
+        milliseconds=round(seconds * 1e3, 2),
+        spread=round(quartiles(times[i]) * 1e3, 2),
+        images_per_second=round(batch / seconds, 2),
+        ratio=round(of_timm[0] / seconds, 3) if of_timm else None,
+        share_of_peak=round(flops / seconds / peaks[way.dtype], 3),
+        operators=workers[i].ask(operators) if way.eager else None,
+        peak_memory=workers[i].ask(peak_memory) if way.torch else None,
+    )
+
+
+def second_call(run: Run, device: torch.device) -> float:
+    """Seconds that a call takes right after another."""
+    run()
+    return timed(run, device)
 
 
 def timed(run: Run, device: torch.device) -> float:
@@ -312,11 +408,6 @@ def timed(run: Run, device: torch.device) -> float:
     start = time.perf_counter()
     run()
     return time.perf_counter() - start
-
-
-def ratio(these: Sequence[float], those: Sequence[float]) -> float:
-    """How many times as long these take as those, by their medians."""
-    return round(statistics.median(these) / statistics.median(those), 3)
 
 
 def quartiles(values: Sequence[float]) -> float:
@@ -334,14 +425,14 @@ def peak(dtype: torch.dtype, device: torch.device, n: int = 2048) -> float:
     return 2 * n**3 / min(times[1:])
 
 
-def flops_of(name: str, x: Tensor) -> int:
-    """Floating-point operations of convolutions and classifier, two for each multiply-add."""
+def flops_of(name: str, size: int) -> int:
+    """Floating-point operations of convolutions and classifier for an image, two for each multiply-add."""
     with torch.device('meta'), FlopCounterMode(display=False) as counter, torch.no_grad():
-        timm.create_model(name).eval()(torch.empty(x.shape))
+        timm.create_model(name).eval()(torch.empty(1, 3, size, size))
     return counter.get_total_flops()
 
 
-def operators(run: Run) -> int:
+def operators(run: Run, device: torch.device) -> int:
     """Calls of ATen operators."""
     with Counter() as counter:
         run()

@@ -340,13 +340,15 @@ class InitialisationAfterLoading(TorchFunctionMode):
         self.left_out: dict[int, tuple[Tensor, int, list[Callable[[], object]]]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        run = partial(func, *args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        run = partial(func, *args, **kwargs)
+        tensor = args[0] if args else kwargs.get('tensor')
         if func in (nn.init.kaiming_uniform_, Tensor.normal_):
-            tensor = args[0]
             self.left_out.setdefault(id(tensor), (tensor, tensor._version, []))[2].append(run)
             return tensor
-        if func is not Tensor.copy_ and func.__name__.endswith('_') and args and id(args[0]) in self.left_out:
-            self.catch_up(*self.left_out.pop(id(args[0])))  # an initialisation in several steps
+        in_place = func.__name__.endswith('_') and not func.__name__.endswith('__')
+        if in_place and func is not Tensor.copy_ and id(tensor) in self.left_out:
+            self.catch_up(*self.left_out.pop(id(tensor)))  # an initialisation in several steps
         return run()
 
     def catch_up(self, tensor: Tensor, version: int, runs: list[Callable[[], object]]) -> None:
