@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import timm_res2net.bench
 from timm_res2net import fuse
 from timm_res2net.__main__ import main
-from timm_res2net.bench import Counter, Run, bench, growth, ours_eager, plot, saved_bytes
+from timm_res2net.bench import Counter, Result, Run, bench, ours_eager, plot, saved_bytes
 from timm_res2net.res2net import ARCHS, timms_own
 
 TIMMS = [name for name in ARCHS if timms_own(name)]
@@ -128,9 +128,7 @@ def test_the_plot_shows_ratios_and_accuracy(tmp_path: Path) -> None:
     some = dict(batch=1, size=32, milliseconds=1.0, spread=0.1, share_of_peak=0.5)
     more = dict(operators=1, peak_memory=None)
     results = [
-        timm_res2net.bench.Result(
-            model=model, way=way, dtype='float32', images_per_second=speed, ratio=ratio, **some, **more
-        )
+        Result(model=model, way=way, dtype='float32', images_per_second=speed, ratio=ratio, **some, **more)
         for model in ('res2net50d', 'test_res2net')
         for way, speed, ratio in (('timm', 10.0, 1.0), ('timm_res2net, fused', 20.0, 2.0))
     ]
@@ -161,14 +159,23 @@ def test_what_computes_something_else_or_fails_is_not_measured(
         bench(['test_res2net'], batches=(1,), sizes=(32,), dtypes=(), rounds=1)
 
 
-def test_growth_is_over_scale_batch_and_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[dict[str, Any]] = []
-    monkeypatch.setattr(timm_res2net.bench, 'bench', lambda models, **options: asked.append(options) or list(models))
-    parts = growth(rounds=1)
-    assert list(parts) == ['scale', 'batch', 'size']
-    assert sorted(ARCHS[str(name)].args['scale'] for name in parts['scale']) == [2, 4, 6, 8]
-    assert len(asked[1]['batches']) > 2
-    assert len(asked[2]['sizes']) > 2
+def test_growth_is_over_scale_batch_and_size(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def measured(models: Any, batches: Any = (8,), sizes: Any = (224,), **options: Any) -> list[Result]:
+        plans = [(model, batch, size) for model in models for batch in batches for size in sizes]
+        rest = dict(spread=0.0, images_per_second=1.0, ratio=1.0, share_of_peak=0.5, operators=1, peak_memory=None)
+        return [Result(*plan, way='timm', dtype='float32', milliseconds=1.0, **rest) for plan in plans]  # type: ignore[arg-type]
+
+    monkeypatch.setattr(timm_res2net.bench, 'bench', measured)
+    png = tmp_path / 'growth.png'
+    assert main(['bench', '--growth', '--plot', str(png), '--json', str(tmp_path / 'a.json')]) == 0
+    assert png.stat().st_size > 10_000
+    parts = json.loads((tmp_path / 'a.json').read_text())
+    assert sorted(ARCHS[each['model']].args['scale'] for each in parts['scale']) == [2, 4, 6, 8]
+    assert len({each['batch'] for each in parts['batch']}) > 2
+    assert len({each['size'] for each in parts['size']}) > 2
+    assert 'res2net50_26w_8s' in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

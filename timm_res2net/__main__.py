@@ -15,7 +15,7 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError
 from tqdm import tqdm
 
-from .bench import MODELS, OPPONENTS, Result, bench, environment, growth, plot
+from .bench import MODELS, OPPONENTS, Result, bench, environment, growth, plot, plot_growth
 from .blocks import FIRST_BLOCKS
 from .cards import card, problems_of
 from .checkpoints import Conversion, call, convert, export_checkpoint
@@ -421,7 +421,7 @@ def run_bench(args: argparse.Namespace) -> int:
         replace_file(args.json, lambda path: Path(path).write_text(json.dumps(document, indent=1) + '\n'))
         print(f'\nwrote {args.json}')
     if args.plot:
-        plot([each for found in parts.values() for each in found], args.plot)
+        plot_growth(parts, args.plot) if args.growth else plot(results, args.plot)
         print(f'\ndrawn to {args.plot}')
     return 0
 

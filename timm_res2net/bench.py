@@ -29,7 +29,18 @@ from .inference import compiled_by_openvino, optimize
 from .predict import new_figure
 from .res2net import ARCHS, WEIGHTS, timms_own
 
-__all__ = ['MODELS', 'OPPONENTS', 'Counter', 'Result', 'bench', 'environment', 'growth', 'plot', 'saved_bytes']
+__all__ = [
+    'MODELS',
+    'OPPONENTS',
+    'Counter',
+    'Result',
+    'bench',
+    'environment',
+    'growth',
+    'plot',
+    'plot_growth',
+    'saved_bytes',
+]
 
 Run = Callable[[], Any]
 
@@ -37,6 +48,7 @@ MODELS = 'res2net50_26w_4s', 'res2net50d', 'res2next50', 'dla60_res2net'
 OPPONENTS = 'timm', 'openvino', 'onnxruntime'
 TIMM = 'timm'  # as people run it: eager, float32, NCHW; ratios are to this
 OURS = 'timm_res2net'
+GROWTH = {'scale': 'scale s', 'batch': 'images in a batch', 'size': 'image height and width, pixels'}
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # relative to the largest output
 
 
@@ -535,4 +547,30 @@ def plot(results: Sequence[Result], out: str) -> None:
     right.invert_yaxis()
     right.set(xlabel="throughput, times timm's own", title=f'Batch {shown[0].batch}, {shown[0].size} x {shown[0].size}')
     figure.legend(*right.get_legend_handles_labels(), loc='outside lower center', ncols=4, fontsize=8)
+    replace_file(out, lambda path: figure.savefig(path, dpi=120))
+
+
+def plot_growth(parts: dict[str, list[Result]], out: str) -> None:
+    """Draws the time of an image over scale, batch size and image size, a panel for each part of `growth`.
+
+    Args:
+        parts: Of `growth`.
+        out: File to write; it appears whole or not at all.
+
+    Raises:
+        ValueError: If matplotlib is missing.
+    """
+    figure = new_figure(11, 3.8)
+    panels = figure.subplots(1, len(parts))
+    for panel, (part, results) in zip(panels, parts.items()):
+        for way in dict.fromkeys((r.way, r.dtype) for r in results):
+            points = [
+                (ARCHS[r.model].args['scale'] if part == 'scale' else getattr(r, part), r.milliseconds / r.batch)
+                for r in results
+                if (r.way, r.dtype) == way
+            ]
+            panel.plot(*zip(*sorted(points)), marker='o', label=', '.join(way))
+        panel.set(xlabel=GROWTH[part], ylabel='milliseconds for an image')
+        panel.set_ylim(bottom=0)
+    figure.legend(*panels[0].get_legend_handles_labels(), loc='outside lower center', ncols=4, fontsize=8)
     replace_file(out, lambda path: figure.savefig(path, dpi=120))

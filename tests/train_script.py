@@ -1,0 +1,151 @@
+"""Trains as timm's train.py does, by timm's public parts in the same order, on a hundred digits in memory.
+
+python tests/train_script.py [--OPTION ...]            or under torchrun
+"""
+
+import argparse
+import json
+import os
+from contextlib import nullcontext
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.distributed as dist
+from timm.data import Mixup
+from timm.layers import convert_splitbn_model, convert_sync_batchnorm
+from timm.loss import SoftTargetCrossEntropy
+from timm.models import resume_checkpoint
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from timm.utils import CheckpointSaver, ModelEmaV3, ParseKwargs, init_distributed_device
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+import timm_res2net  # noqa: F401 - registers the models
+from timm_res2net.recipes.digits import split
+
+
+def options(argv: list[str] | None) -> argparse.Namespace:
+    """The options of train.py that are used here, under the same names."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument('--model', default='test_res2net')
+    parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs)
+    parser.add_argument('--num-classes', type=int, default=10)
+    parser.add_argument('--pretrained', action='store_true')
+    parser.add_argument('--batch-size', type=int, default=32, help='of one process')
+    parser.add_argument('--epochs', type=int, default=2)
+    parser.add_argument('--stop-after', type=int, help='epochs, as if the process had been killed then')
+    parser.add_argument('--opt', default='sgd')
+    parser.add_argument('--lr', type=float, default=0.05)
+    parser.add_argument('--weight-decay', type=float, default=0.01)
+    parser.add_argument('--layer-decay', type=float)
+    parser.add_argument('--mixup', action='store_true')
+    parser.add_argument('--amp', action='store_true')
+    parser.add_argument('--channels-last', action='store_true')
+    parser.add_argument('--grad-checkpointing', action='store_true')
+    parser.add_argument('--sync-bn', action='store_true')
+    parser.add_argument('--split-bn', type=int, default=0)
+    parser.add_argument('--torchcompile', metavar='BACKEND')
+    parser.add_argument('--resume')
+    parser.add_argument('--output', required=True)
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> list[float]:
+    """Trains; the loss of each step, a mean over processes."""
+    args = options(argv)
+    device: Any = init_distributed_device(args)  # sets rank, world_size and distributed
+    torch.manual_seed(0)
+    model = timm.create_model(
+        args.model,
+        pretrained=args.pretrained,
+        in_chans=None,
+        num_classes=args.num_classes,
+        drop_rate=0.0,
+        drop_path_rate=None,
+        drop_block_rate=None,
+        global_pool=None,
+        bn_momentum=None,
+        bn_eps=None,
+        scriptable=False,
+        checkpoint_path='',
+        **args.model_kwargs,
+    )
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing(enable=True)
+    if args.split_bn:
+        model = convert_splitbn_model(model, args.split_bn)
+    model.to(device=device)
+    if args.channels_last:
+        model.to(memory_format=torch.channels_last)
+    if args.sync_bn:
+        model = convert_sync_batchnorm(model)
+    autocast = partial(torch.autocast, device.type, torch.bfloat16) if args.amp else nullcontext
+    optimizer = create_optimizer_v2(
+        model, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay, momentum=0.9, layer_decay=args.layer_decay
+    )
+    start = (resume_checkpoint(model, args.resume, optimizer, log_info=False) or 0) if args.resume else 0
+    ema = ModelEmaV3(model, decay=0.9)
+    if args.resume:
+        ema.load_state_dict({f'module.{key}': value for key, value in saved_ema(args.resume).items()})
+    trained: Any = torch.compile(model, backend=args.torchcompile, fullgraph=True) if args.torchcompile else model
+    if args.distributed:
+        trained = DistributedDataParallel(trained)
+    scheduler, _ = create_scheduler_v2(optimizer, sched='cosine', num_epochs=args.epochs, warmup_epochs=0)
+    scheduler.step(start)
+    mixup = Mixup(mixup_alpha=0.2, cutmix_alpha=1.0, num_classes=args.num_classes) if args.mixup else None
+    criterion: nn.Module = SoftTargetCrossEntropy() if args.mixup else nn.CrossEntropyLoss()
+    saver = None
+    if args.rank == 0:
+        os.makedirs(args.output, exist_ok=True)
+        saver = CheckpointSaver(
+            model, optimizer, args=args, model_ema=ema, checkpoint_dir=args.output, recovery_dir=args.output
+        )
+
+    pixels, labels = split()['train']
+    images = torch.as_tensor(pixels[:128], dtype=torch.float32)[:, None].expand(-1, 3, -1, -1) / 255
+    images = nn.functional.interpolate(images, scale_factor=4)
+    targets = torch.as_tensor(labels[:128]) % args.num_classes
+    losses = []
+    for epoch in range(start, args.epochs):
+        if epoch == args.stop_after:
+            break
+        trained.train()
+        order = torch.randperm(len(images), generator=torch.Generator().manual_seed(epoch))
+        for batch in order.split(args.batch_size * args.world_size):
+            chosen = batch[args.rank * args.batch_size :][: args.batch_size]
+            x, target = images[chosen].to(device), targets[chosen].to(device)
+            if mixup is not None:
+                x, target = mixup(x, target)
+            if args.channels_last:
+                x = x.contiguous(memory_format=torch.channels_last)
+            with autocast():
+                loss = criterion(trained(x), target)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            ema.update(model)
+            loss = loss.detach()
+            if args.distributed:
+                dist.all_reduce(loss)
+            losses.append(loss.item() / args.world_size)
+        scheduler.step(epoch + 1)
+        if saver is not None:
+            saver.save_checkpoint(epoch, metric=-losses[-1])
+    if args.rank == 0:
+        Path(args.output, 'losses.json').write_text(json.dumps(losses))
+    if args.distributed:
+        dist.destroy_process_group()
+    return losses
+
+
+def saved_ema(path: str) -> dict[str, Any]:
+    """The averaged weights in a checkpoint."""
+    return torch.load(path, map_location='cpu', weights_only=False)['state_dict_ema']
+
+
+if __name__ == '__main__':
+    main()
