@@ -15,7 +15,7 @@ import timm
 import torch
 import torch.distributed as dist
 from timm.data import Mixup
-from timm.layers import convert_splitbn_model, convert_sync_batchnorm
+from timm.layers import convert_sync_batchnorm
 from timm.loss import SoftTargetCrossEntropy
 from timm.models import resume_checkpoint
 from timm.optim import create_optimizer_v2
@@ -47,8 +47,9 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--channels-last', action='store_true')
     parser.add_argument('--grad-checkpointing', action='store_true')
     parser.add_argument('--sync-bn', action='store_true')
-    parser.add_argument('--split-bn', type=int, default=0)
+    parser.add_argument('--grad-accum-steps', type=int, default=1)
     parser.add_argument('--torchcompile', metavar='BACKEND')
+    parser.add_argument('--device', default='cpu')
     parser.add_argument('--resume')
     parser.add_argument('--output', required=True)
     return parser.parse_args(argv)
@@ -76,8 +77,6 @@ def main(argv: list[str] | None = None) -> list[float]:
     )
     if args.grad_checkpointing:
         model.set_grad_checkpointing(enable=True)
-    if args.split_bn:
-        model = convert_splitbn_model(model, args.split_bn)
     model.to(device=device)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
@@ -115,23 +114,24 @@ def main(argv: list[str] | None = None) -> list[float]:
             break
         trained.train()
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(epoch))
-        for batch in order.split(args.batch_size * args.world_size):
-            chosen = batch[args.rank * args.batch_size :][: args.batch_size]
-            x, target = images[chosen].to(device), targets[chosen].to(device)
-            if mixup is not None:
-                x, target = mixup(x, target)
-            if args.channels_last:
-                x = x.contiguous(memory_format=torch.channels_last)
-            with autocast():
-                loss = criterion(trained(x), target)
+        for batch in order.split(args.batch_size * args.world_size * args.grad_accum_steps):
+            total = torch.zeros((), device=device)
             optimizer.zero_grad()
-            loss.backward()
+            for part in batch.split(args.batch_size)[args.rank :: args.world_size]:
+                x, target = images[part].to(device), targets[part].to(device)
+                if mixup is not None:
+                    x, target = mixup(x, target)
+                if args.channels_last:
+                    x = x.contiguous(memory_format=torch.channels_last)
+                with autocast():
+                    loss = criterion(trained(x), target) / args.grad_accum_steps
+                loss.backward()
+                total += loss.detach()
             optimizer.step()
             ema.update(model)
-            loss = loss.detach()
             if args.distributed:
-                dist.all_reduce(loss)
-            losses.append(loss.item() / args.world_size)
+                dist.all_reduce(total)
+            losses.append(total.item() / args.world_size)
         scheduler.step(epoch + 1)
         if saver is not None:
             saver.save_checkpoint(epoch, metric=-losses[-1])
