@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import importlib
+import json
 import re
 import subprocess
 import sys
@@ -517,6 +518,20 @@ def test_readme_shows_the_pyramid_of_every_model() -> None:
         rows.setdefault((pyramid, ', '.join(map(str, strides(name)))), []).append(f'`{name}`')
     for (pyramid, possible), names in rows.items():
         assert f'| {", ".join(names)} | {pyramid} | {possible} |' in README
+
+
+def test_readme_shows_the_speed_that_was_measured() -> None:
+    rows: dict[str, list[str]] = {}
+    for each in json.loads((ASSETS / 'speed.json').read_text())['inference']:
+        rows.setdefault(f'| {each["batch"]} | {each["way"]}, {each["dtype"]} | ', []).append(f'{each["ratio"]:.2f}')
+    assert len(rows) > 10
+    for begin, ratios in rows.items():
+        assert begin + ' | '.join(ratios) + ' |' in README
+
+
+def test_the_readme_example_of_speed_runs() -> None:
+    code = example('print(fast.path)').replace('224, 224', '32, 32').replace('res2net50_26w_4s', 'test_res2net')
+    python(f'import timm, timm_res2net\n{code}\nassert logits.shape == (8, 1000) and logits.dtype == torch.float32')
 
 
 def test_readme_examples_run(tmp_path: Path) -> None:

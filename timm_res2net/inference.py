@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -66,24 +67,26 @@ class Optimized(nn.Module):
         super().__init__()
         self.model = model
         self.dtype = dtype
-        self.run: Callable[[Tensor], Any] = model
+        self.context: Callable[[], Any] = nullcontext
         self.path = f'fused, channels last, {str(dtype).removeprefix("torch.")}'
 
     def forward(self, x: Tensor) -> Any:
         """Runs the model on (N, C, H, W); outputs have the data type of `x`, and no gradient."""
         # The compiler takes tensors that inference mode made for another kind, and would compile once more.
-        with torch.inference_mode(False), torch.no_grad(), freezing():
+        with torch.inference_mode(False), torch.no_grad(), self.context():
             images = x.to(self.dtype, memory_format=torch.channels_last)
-            return cast(self.run(images.clone() if images.is_inference() else images), x.dtype)
+            return cast(self.model(images.clone() if images.is_inference() else images), x.dtype)
 
     def warm_up(self, example_input: Tensor, **options: Any) -> None:
-        """Compiles the model, and runs it so that compilation takes place now."""
-        self.run = torch.compile(self.model, fullgraph=True, **options)
+        """Compiles the model, and runs it so that compilation takes place now; what fails changes nothing."""
+        model, context = self.model, self.context
         try:
+            self.model, self.context = torch.compile(model, fullgraph=True, **options), freezing  # type: ignore[assignment]
             self(example_input)
         except Exception:
-            self.run = self.model
+            self.model, self.context = model, context
             raise
+        self.path += ', compiled'
 
     def extra_repr(self) -> str:
         return self.path
@@ -94,7 +97,9 @@ class OptimizedByOpenVino(nn.Module):
 
     def __init__(self, model: nn.Module, example_input: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
-        outputs = model(example_input)
+        with torch.no_grad():
+            outputs = model(example_input)
+        self.shape = example_input.shape[1:]
         self.names = list(outputs) if isinstance(outputs, dict) else None
         self.single = isinstance(outputs, Tensor)
         self.run = compiled_by_openvino(model, example_input, dtype)
@@ -102,7 +107,11 @@ class OptimizedByOpenVino(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         """Runs the model on (N, C, H, W); outputs have the data type of `x`, and no gradient."""
-        results = self.run(x.detach().float().numpy(), share_inputs=True)
+        if x.shape[1:] != self.shape:
+            raise ValueError(
+                f'images are {tuple(x.shape)}; this was optimized for (N, {", ".join(map(str, self.shape))})'
+            )
+        results = self.run(x.detach().float().contiguous().numpy(), share_inputs=True)
         outputs = [torch.from_numpy(results[i]).to(x.dtype) for i in range(len(results))]
         if self.single:
             return outputs[0]
@@ -161,7 +170,6 @@ def optimize(
         except Exception as error:  # whatever the compiler's own tools raise
             _logger.warning('torch.compile with %s settings is not possible here: %s', way.__name__, first_line(error))
         else:
-            optimized.path += ', compiled'
             break
     _logger.info('%s: %s', type(model).__name__, optimized.path)
     return optimized

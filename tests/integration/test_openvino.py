@@ -22,7 +22,7 @@ def test_openvino_computes_the_same(kind: str, features: dict[str, Any]) -> None
     images = torch.randn(2, 3, 64, 64)
     optimized = optimize(model, images, backend='openvino')
     assert optimized.path == 'fused, float32, OpenVINO'
-    for x in (images, images[:1], images.repeat(2, 1, 1, 1)):  # any batch size
+    for x in (images, images[:1], images.repeat(2, 1, 1, 1), images.to(memory_format=torch.channels_last)):
         with torch.no_grad():
             found, expected = optimized(x), model(x)
         if isinstance(expected, dict):
@@ -31,6 +31,8 @@ def test_openvino_computes_the_same(kind: str, features: dict[str, Any]) -> None
         assert type(found) is type(expected)
         for output, wanted in zip(*([y] if isinstance(y, torch.Tensor) else y for y in (found, expected)), strict=True):
             torch.testing.assert_close(output, wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
+    with pytest.raises(ValueError, match=r'optimized for \(N, 3, 64, 64\)'):
+        optimized(torch.randn(1, 3, 32, 64))
 
 
 @pytest.mark.filterwarnings('ignore::FutureWarning')
