@@ -19,6 +19,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import (
     FeatureDictNet,
     FeatureListNet,
+    PretrainedCfg,
     build_model_with_cfg,
     generate_default_cfgs,
     register_model,
@@ -298,7 +299,7 @@ def adapt(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
     return translation.state
 
 
-def fetch_weights(name: str, kwargs: dict[str, Any]) -> None:
+def fetch_weights(name: str, kwargs: dict[str, Any]) -> PretrainedCfg:
     """Sees to the weights that timm is about to load, as far as timm doesn't.
 
     Those at an address are downloaded to where timm looks before it would do so itself: it takes what has arrived when
@@ -307,6 +308,9 @@ def fetch_weights(name: str, kwargs: dict[str, Any]) -> None:
     Args:
         name: Key of `ARCHS`.
         kwargs: Of `create`.
+
+    Returns:
+        What timm records of them.
 
     Raises:
         ValueError: If they are of a network that computes something else than the one asked for.
@@ -326,43 +330,44 @@ def fetch_weights(name: str, kwargs: dict[str, Any]) -> None:
     if isinstance(cfg.url, str) and not (cfg.state_dict or cfg.file or cfg.hf_hub_id):
         folder = kwargs.get('cache_dir') or Path(torch.hub.get_dir(), 'checkpoints')
         download(cfg.url, folder, check=lambda path: translate(read(path).tree))
+    return cfg
 
 
 class InitialisationAfterLoading(TorchFunctionMode):
     """While a model is made and loaded: leaves out random initialisation, and catches up on what was not loaded.
 
-    That is most of what `create_model` does for a model that is to have other weights. A tensor was loaded if it was
-    written since, as its version tells.
+    That is most of what `create_model` does for a model that is to have other weights.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.left_out: dict[int, tuple[Tensor, int, list[Callable[[], object]]]] = {}
+        self.left_out: dict[int, tuple[Tensor, list[Callable[[], object]]]] = {}
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         run = partial(func, *args, **kwargs)
         tensor = args[0] if args else kwargs.get('tensor')
         if func in (nn.init.kaiming_uniform_, Tensor.normal_):
-            self.left_out.setdefault(id(tensor), (tensor, tensor._version, []))[2].append(run)
+            self.left_out.setdefault(id(tensor), (tensor, []))[1].append(run)
             return tensor
-        in_place = func.__name__.endswith('_') and not func.__name__.endswith('__')
-        if in_place and func is not Tensor.copy_ and id(tensor) in self.left_out:
-            self.catch_up(*self.left_out.pop(id(tensor)))  # an initialisation in several steps
+        if func is Tensor.copy_:  # loaded
+            self.left_out.pop(id(tensor), None)
+        elif func.__name__.endswith('_') and not func.__name__.endswith('__') and id(tensor) in self.left_out:
+            self.catch_up(id(tensor))  # an initialisation in several steps
         return run()
 
-    def catch_up(self, tensor: Tensor, version: int, runs: list[Callable[[], object]]) -> None:
-        """Runs what was left out for a tensor, unless it was loaded."""
-        if tensor._version == version:
-            with torch.no_grad():
-                for run in runs:
-                    run()
+    def catch_up(self, key: int) -> None:
+        """Runs what was left out for a tensor."""
+        _, runs = self.left_out.pop(key)
+        with torch.no_grad():
+            for run in runs:
+                run()
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
         if error[0] is None:
-            for each in self.left_out.values():
-                self.catch_up(*each)
+            for key in list(self.left_out):
+                self.catch_up(key)
 
 
 def create(name: str, pretrained: bool = False, block_args: dict[str, Any] | None = None, **kwargs: Any) -> nn.Module:
@@ -389,10 +394,13 @@ def create(name: str, pretrained: bool = False, block_args: dict[str, Any] | Non
         require_features(name, kwargs.get('out_indices'))
         feature_cls = kwargs.get('feature_cls', 'list')
         kwargs['feature_cls'] = FEATURE_CLASSES.get(feature_cls, feature_cls)
+    quick = False
     if pretrained:
-        fetch_weights(name, kwargs)
+        cfg = fetch_weights(name, kwargs)
+        # A classifier for other classes stays random, and is to be the one that timm makes from the same seed.
+        quick = kwargs.get('num_classes') in (None, 0, cfg.num_classes) and cfg.num_classes > 0
     arch = ARCHS[name]
-    with InitialisationAfterLoading() if pretrained else nullcontext():
+    with InitialisationAfterLoading() if quick else nullcontext():
         return build_model_with_cfg(
             arch.trunk,
             name,
