@@ -291,10 +291,7 @@ def run_list(args: argparse.Namespace) -> int:
     if len(rows) == 1:
         print(f'timm-res2net: no model of the family matches {args.pattern}', file=sys.stderr)
         return 1
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for name, *numbers, licence, where in rows:
-        cells = [cell.rjust(width) for cell, width in zip(numbers, widths[1:])]
-        print('  '.join([name.ljust(widths[0]), *cells, licence.ljust(widths[4]), where]).rstrip())
+    print_table(rows, left=(0, 4, 5))
     print('\nGMACs at 224 x 224, of the 29-layer networks for CIFAR at 32 x 32.')
     print('Top-1 on ImageNet-1k at 224 x 224, of digits on their held-out third.')
     return 0
@@ -437,11 +434,15 @@ def show_results(results: Sequence[Result]) -> None:
         memory = '-' if each.peak_memory is None else f'{each.peak_memory / 1e6:.0f}'
         place = each.model, str(each.batch), str(each.size), each.way, each.dtype
         rows.append((*place, *numbers, ratio, share, str(each.operators or '-'), memory))
+    print_table(rows, left=(0, 3, 4))
+
+
+def print_table(rows: Sequence[Sequence[str]], left: Sequence[int]) -> None:
+    """Prints rows in columns, of which some are aligned to the left and the others, with numbers, to the right."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
         cells = [
-            cell.ljust(width) if i in (0, 3, 4) else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths))
+            cell.ljust(width) if i in left else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))
         ]
         print('  '.join(cells).rstrip())
 

@@ -160,8 +160,15 @@ def optimize(
     if dtype not in PRECISIONS:
         raise ValueError(f'dtype={dtype} is not possible; choose {", ".join(map(str, PRECISIONS))}')
     if backend == 'openvino':
-        return by_openvino(fused.float(), example_input, dtype)
+        optimized = by_openvino(fused.float(), example_input, dtype)
+    else:
+        optimized = by_torch(fused, example_input, dtype, compile)
+    _logger.info('%s: %s', type(model).__name__, optimized.path)
+    return optimized
 
+
+def by_torch(fused: nn.Module, example_input: Tensor, dtype: torch.dtype, compile: bool) -> nn.Module:
+    """Has torch run a fused model, compiled if that is wanted and can be."""
     fused = fused.to(dtype).to(memory_format=torch.channels_last)
     optimized = Optimized(fused, dtype).eval()
     for way in (fastest, plain) if compile else ():
@@ -171,18 +178,15 @@ def optimize(
             _logger.warning('torch.compile with %s settings is not possible here: %s', way.__name__, first_line(error))
         else:
             break
-    _logger.info('%s: %s', type(model).__name__, optimized.path)
     return optimized
 
 
 def by_openvino(fused: nn.Module, example_input: Tensor, dtype: torch.dtype) -> nn.Module:
     """Has OpenVINO run a fused model; ValueError if it isn't installed."""
     try:
-        optimized = OptimizedByOpenVino(fused, example_input.float(), dtype).eval()
+        return OptimizedByOpenVino(fused, example_input.float(), dtype).eval()
     except ImportError as error:
         raise ValueError(f"backend='openvino' needs it: {error}; pip install openvino, or leave backend out") from error
-    _logger.info('%s: %s', type(fused).__name__, optimized.path)
-    return optimized
 
 
 def compiled_by_openvino(model: nn.Module, example_input: Tensor, dtype: torch.dtype) -> Any:

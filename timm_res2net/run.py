@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> None:
     """Runs what the arguments name as `__main__`, with the rest of them in `sys.argv`."""
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ('-h', '--help') or argv == ['-m']:
-        sys.exit(f'{__doc__}')
+        sys.exit(__doc__)
     paths = [str(CHILDREN), *filter(None, [os.environ.get('PYTHONPATH')])]
     os.environ['PYTHONPATH'] = os.pathsep.join(paths)
     if argv[0] == '-m':
