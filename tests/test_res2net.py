@@ -127,6 +127,20 @@ def test_unregister_restores_timm_exactly() -> None:
     """)
 
 
+def test_importing_the_package_imports_nothing_but_the_models() -> None:
+    python("""if True:
+        import sys, timm
+        before = set(sys.modules)
+        import timm_res2net
+        new = {name.partition('.')[0] for name in set(sys.modules) - before}
+        assert new == {'timm_res2net'}, new
+        for name in ('hub', 'cards', 'checkpoints', 'explain', 'inference', 'bench'):
+            assert f'timm_res2net.{name}' not in sys.modules, name
+        assert all(callable(getattr(timm_res2net, name)) for name in timm_res2net.__all__)
+        assert set(timm_res2net.__all__) <= set(dir(timm_res2net))
+    """)
+
+
 def test_importing_again_changes_nothing() -> None:
     names = timm.list_models(include_tags=True)
     importlib.reload(timm_res2net.res2net)

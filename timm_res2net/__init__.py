@@ -3,15 +3,20 @@
 Importing this package registers its models: `timm.create_model('res2net50d')` then makes ours.
 """
 
-__version__ = '0.1.0'
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from .cards import card
-from .checkpoints import export_checkpoint, load_checkpoint
-from .explain import class_activation_map, receptive_field
-from .hub import pull, push
-from .inference import fuse, optimize
 from .readers import CheckpointError
 from .res2net import register, unregister
+
+if TYPE_CHECKING:
+    from .cards import card
+    from .checkpoints import export_checkpoint, load_checkpoint
+    from .explain import class_activation_map, receptive_field
+    from .hub import pull, push
+    from .inference import fuse, optimize
+
+__version__ = '0.1.0'
 
 __all__ = [
     'CheckpointError',
@@ -27,3 +32,26 @@ __all__ = [
     'register',
     'unregister',
 ]
+
+# Imported when first used: who imports the package to have its models doesn't wait for the rest.
+HOMES = {
+    'card': 'cards',
+    'class_activation_map': 'explain',
+    'export_checkpoint': 'checkpoints',
+    'fuse': 'inference',
+    'load_checkpoint': 'checkpoints',
+    'optimize': 'inference',
+    'pull': 'hub',
+    'push': 'hub',
+    'receptive_field': 'explain',
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in HOMES:
+        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    return getattr(import_module(f'.{HOMES[name]}', __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *HOMES})
