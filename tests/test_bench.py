@@ -13,7 +13,7 @@ from torch import Tensor, nn
 import timm_res2net.bench
 from timm_res2net import fuse
 from timm_res2net.__main__ import main
-from timm_res2net.bench import Counter, Result, Run, bench, ours_eager, plot, saved_bytes
+from timm_res2net.bench import Counter, Result, Run, bench, ours_eager, plot, storages_of
 from timm_res2net.res2net import ARCHS, timms_own
 
 TIMMS = [name for name in ARCHS if timms_own(name)]
@@ -58,6 +58,21 @@ def test_a_fused_model_runs_the_operators_of_its_figure(name: str, images: Tenso
     head = 4  # average, flatten, classifier and its transpose
     operators, _ = counted(fuse(timm.create_model(name).eval()), images)
     assert operators == stem + 4 * first + (blocks - 4) * later + head
+
+
+def saved_bytes(model: nn.Module, x: Tensor) -> int:
+    """Bytes that a forward pass keeps for the backward pass, without images, parameters and buffers."""
+    saved: dict[int, Any] = {}  # whose memory is held, so that nothing else gets its address
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.update(storages_of(tensor))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model(x)
+    del output
+    known = storages_of([x, *model.parameters(), *model.buffers()])
+    return sum(saved[pointer].nbytes() for pointer in saved.keys() - known.keys())
 
 
 @pytest.mark.parametrize('name', ['res2net50_26w_4s', 'dla60_res2net'])

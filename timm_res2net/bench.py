@@ -29,18 +29,7 @@ from .inference import compiled_by_openvino, optimize
 from .predict import new_figure
 from .res2net import ARCHS, WEIGHTS, timms_own
 
-__all__ = [
-    'MODELS',
-    'OPPONENTS',
-    'Counter',
-    'Result',
-    'bench',
-    'environment',
-    'growth',
-    'plot',
-    'plot_growth',
-    'saved_bytes',
-]
+__all__ = ['MODELS', 'OPPONENTS', 'Counter', 'Result', 'bench', 'environment', 'growth', 'plot', 'plot_growth']
 
 Run = Callable[[], Any]
 
@@ -84,21 +73,6 @@ def storages_of(values: Any) -> dict[int, Any]:
     for value in values if isinstance(values, list | tuple) else ():
         found |= storages_of(value)
     return found
-
-
-def saved_bytes(model: nn.Module, x: Tensor) -> int:
-    """Bytes that a forward pass keeps for the backward pass, without images, parameters and buffers."""
-    saved: dict[int, Any] = {}  # whose memory is held, so that nothing else gets its address
-
-    def keep(tensor: Tensor) -> Tensor:
-        saved.update(storages_of(tensor))
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = model(x)
-    del output
-    known = storages_of([x, *model.parameters(), *model.buffers()])
-    return sum(saved[pointer].nbytes() for pointer in saved.keys() - known.keys())
 
 
 @dataclass(frozen=True)
@@ -334,10 +308,16 @@ def bench(
             try:
                 require_agreement(name, workers)
                 times = take_turns(workers, rounds, bar)
+                timms_seconds = {
+                    worker.way.dtype: statistics.median(measured)
+                    for worker, measured in zip(workers, times)
+                    if worker.way.name == TIMM
+                }
                 flops = flops_of(name, size) * batch * (3 if train else 1)  # of inputs and weights there are gradients
-                results += [
-                    result_of(name, batch, size, flops, peaks, train, i, workers, times) for i in range(len(ways))
-                ]
+                for worker, measured in zip(workers, times):
+                    dtype = worker.way.dtype
+                    baseline = timms_seconds.get(dtype if train else torch.float32)
+                    results.append(result_of((name, batch, size), worker, measured, baseline, flops / peaks[dtype]))
             finally:
                 for worker in workers:
                     worker.connection.close()
@@ -367,24 +347,19 @@ def take_turns(workers: Sequence[Worker], rounds: int, bar: Any) -> list[list[fl
 
 
 def result_of(
-    name: str,
-    batch: int,
-    size: int,
-    flops: int,
-    peaks: dict[torch.dtype, float],
-    train: bool,
-    i: int,
-    workers: Sequence[Worker],
-    times: Sequence[Sequence[float]],
+    plan: tuple[str, int, int], worker: Worker, times: Sequence[float], baseline: float | None, shortest: float
 ) -> Result:
-    """Sums up what the i-th worker measured."""
-    way = workers[i].way
-    seconds = statistics.median(times[i])
-    of_timm = [
-        statistics.median(measured)
-        for worker, measured in zip(workers, times)
-        if worker.way.name == TIMM and worker.way.dtype == (way.dtype if train else torch.float32)
-    ]
+    """Sums up what a worker measured.
+
+    Args:
+        plan: Name of the model, batch size, and image height and width.
+        worker: Asked for operators and memory.
+        times: Seconds that the worker took.
+        baseline: Seconds that timm's own takes, None where timm has no such model.
+        shortest: Seconds that the machine would take at its peak.
+    """
+    name, batch, size = plan
+    way, seconds = worker.way, statistics.median(times)
     return Result(
         model=name,
         batch=batch,
@@ -392,12 +367,12 @@ def result_of(
         way=way.name,
         dtype=str(way.dtype).removeprefix('torch.'),
         milliseconds=round(seconds * 1e3, 2),
-        spread=round(quartiles(times[i]) * 1e3, 2),
+        spread=round(quartiles(times) * 1e3, 2),
         images_per_second=round(batch / seconds, 2),
-        ratio=round(of_timm[0] / seconds, 3) if of_timm else None,
-        share_of_peak=round(flops / seconds / peaks[way.dtype], 3),
-        operators=workers[i].ask(operators) if way.eager else None,
-        peak_memory=workers[i].ask(peak_memory) if way.torch else None,
+        ratio=None if baseline is None else round(baseline / seconds, 3),
+        share_of_peak=round(shortest / seconds, 3),
+        operators=worker.ask(operators) if way.eager else None,
+        peak_memory=worker.ask(peak_memory) if way.torch else None,
     )
 
 
