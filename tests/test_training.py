@@ -11,16 +11,27 @@ import timm
 import torch
 import train_script
 from conftest import tiny
+from hub import Hub
 from timm.layers import convert_sync_batchnorm
+from timm.models import group_modules
+from timm.utils import freeze
 from torch import nn
 
-SMALL = 'layers=(1,1,1,1) channels=(8,8,8,8) stem_width=8 base_width=32 scale=3'
-KINDS = {
-    'test_res2net': SMALL,
-    'dla60_res2net': 'levels=(1,1,1,1,1,1) channels=(8,8,16,16,16,32)',
-    'blres2net50_26w_4s': 'layers=(2,2,2,1) base_width=8',
-    'res2next29_6c_24w_4s': 'layers=(1,1,1) channels=(8,8,16) cardinality=1',
+from timm_res2net import pull
+from timm_res2net.__main__ import main
+
+KINDS: dict[str, dict[str, Any]] = {  # small networks on each trunk
+    'test_res2net': dict(layers=(1, 1, 1, 1), channels=(8, 8, 8, 8), stem_width=8, base_width=32, scale=3),
+    'dla60_res2net': dict(levels=(1, 1, 1, 1, 1, 1), channels=(8, 8, 16, 16, 16, 32)),
+    'blres2net50_26w_4s': dict(layers=(2, 2, 2, 1), base_width=8),
+    'res2next29_6c_24w_4s': dict(layers=(1, 1, 1), channels=(8, 8, 16), cardinality=1),
 }
+
+
+def options_of(name: str) -> list[str]:
+    """The options of timm's scripts for such a network."""
+    kwargs = [f'{key}={value}'.replace(' ', '') for key, value in KINDS[name].items()]
+    return ['--model', name, '--model-kwargs', *kwargs]
 
 
 def train(folder: Path, *arguments: str) -> list[float]:
@@ -35,42 +46,45 @@ def weights(folder: Path) -> Any:
 def test_every_trunk_trains_with_everything_at_once(name: str, tmp_path: Path) -> None:
     torch._dynamo.reset()
     options = '--opt adamw --lr 3e-3 --layer-decay 0.9 --mixup --amp --channels-last --grad-checkpointing'
-    losses = train(
-        tmp_path,
-        *options.split(),
-        *('--torchcompile', 'aot_eager', '--model', name, '--epochs', '3', '--model-kwargs', *KINDS[name].split()),
-    )
+    more = '--torchcompile aot_eager --epochs 3'
+    losses = train(tmp_path, *options.split(), *more.split(), *options_of(name))
     assert len(losses) == 12
     assert sum(losses[-4:]) < sum(losses[:4])
     assert weights(tmp_path)['epoch'] == 2
 
 
-def test_a_run_that_was_killed_resumes_to_the_same_weights(tmp_path: Path) -> None:
-    common = ('--epochs', '3', '--model-kwargs', *SMALL.split())
-    whole = train(tmp_path / 'whole', *common)
-    begun = train(tmp_path / 'begun', '--stop-after', '1', *common)
-    rest = train(tmp_path / 'rest', '--resume', str(tmp_path / 'begun' / 'last.pth.tar'), *common)
-    assert begun + rest == whole
-    for key in ('state_dict', 'state_dict_ema'):
-        torch.testing.assert_close(weights(tmp_path / 'rest')[key], weights(tmp_path / 'whole')[key], rtol=0, atol=0)
-
-
-def torchrun(folder: Path, *arguments: str) -> list[float]:
+def torchrun(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """Trains in two processes."""
     script = str(Path(train_script.__file__))
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', script]
-    done = subprocess.run([*command, '--output', str(folder), *arguments], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    return subprocess.run([*command, '--output', str(folder), *arguments], capture_output=True, text=True)
+
+
+def losses_of(folder: Path) -> list[float]:
     return json.loads((folder / 'losses.json').read_text())
 
 
 def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
     # Norms see the half of a batch that their process has; the one process takes the halves one after the other.
-    options = ['--epochs', '2', '--grad-checkpointing', '--model-kwargs', *SMALL.split()]
-    two = torchrun(tmp_path / 'two', '--batch-size', '16', *options)
+    options = ['--epochs', '2', '--grad-checkpointing', *options_of('test_res2net')]
+    done = torchrun(tmp_path / 'two', '--batch-size', '16', *options)
+    assert done.returncode == 0, done.stderr
     one = train(tmp_path / 'one', '--batch-size', '16', '--grad-accum-steps', '2', *options)
     assert len(one) == 8
-    torch.testing.assert_close(two, one, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(losses_of(tmp_path / 'two'), one, rtol=1e-4, atol=1e-4)
+
+
+def test_a_run_of_which_a_process_was_killed_resumes_to_the_same_weights(tmp_path: Path) -> None:
+    options = ['--epochs', '3', '--batch-size', '16', *options_of('test_res2net')]  # epochs of 4 steps
+    whole, begun, rest = (tmp_path / name for name in ('whole', 'begun', 'rest'))
+    assert torchrun(whole, *options).returncode == 0
+    assert torchrun(begun, '--die-at', '6', *options).returncode != 0
+    assert weights(begun)['epoch'] == 0  # what is lost is the epoch in which it died
+    done = torchrun(rest, '--resume', str(begun / 'last.pth.tar'), *options)
+    assert done.returncode == 0, done.stderr
+    assert losses_of(rest) == losses_of(whole)[4:]
+    for key in ('state_dict', 'state_dict_ema'):
+        torch.testing.assert_close(weights(rest)[key], weights(whole)[key], rtol=0, atol=0)
 
 
 def test_sharded_stages_take_the_step_that_whole_ones_take() -> None:
@@ -89,9 +103,30 @@ def test_norms_become_synchronized_ones_and_keep_what_they_compute(images: torch
     torch.testing.assert_close(converted(images), model(images), rtol=0, atol=0)
 
 
-def test_fine_tuning_starts_from_the_embedded_weights(tmp_path: Path) -> None:
+def test_what_was_fine_tuned_is_as_accurate_after_the_hub(hub: Hub, tmp_path: Path) -> None:
     losses = train(tmp_path, '--pretrained', '--num-classes', '2', '--epochs', '4', '--lr', '0.01')  # odd or even
     assert losses[-1] < 0.35 < losses[0]
-    before = timm.create_model('test_res2net.digits', pretrained=True, num_classes=2).state_dict()
-    after = weights(tmp_path)['state_dict']
-    assert after.keys() == before.keys()
+    checkpoint = str(tmp_path / 'last.pth.tar')
+    assert main(['push', checkpoint, 'user/parity', '--model', 'test_res2net', '--license', 'apache-2.0']) == 0
+    pulled = pull('user/parity', cache_dir=tmp_path / 'cache')
+    trained = timm.create_model('test_res2net', num_classes=2, checkpoint_path=checkpoint).eval()
+    images, targets = train_script.digits('val', num_classes=2)
+    with torch.no_grad():
+        truth, found = trained(images), pulled(images)
+    torch.testing.assert_close(found, truth, rtol=0, atol=0)
+    assert (found.argmax(dim=1) == targets).float().mean() > 0.9
+
+
+@pytest.mark.parametrize('name', KINDS)
+def test_frozen_stages_stay_as_they_are(name: str, images: torch.Tensor) -> None:
+    torch.manual_seed(0)
+    model: Any = timm.create_model(name, num_classes=4, **KINDS[name])
+    groups = group_modules(model, model.group_matcher(coarse=True))
+    frozen = [module for group in (0, 1) for module in groups[group]]  # stem and first stage
+    freeze(model, frozen)
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model.train()(images).square().sum().backward()
+    optimizer.step()
+    same = {key.rpartition('.')[0] for key, tensor in model.state_dict().items() if torch.equal(tensor, before[key])}
+    assert same == set(frozen)

@@ -6,6 +6,7 @@ python tests/train_script.py [--OPTION ...]            or under torchrun
 import argparse
 import json
 import os
+import signal
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -37,7 +38,7 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--pretrained', action='store_true')
     parser.add_argument('--batch-size', type=int, default=32, help='of one process')
     parser.add_argument('--epochs', type=int, default=2)
-    parser.add_argument('--stop-after', type=int, help='epochs, as if the process had been killed then')
+    parser.add_argument('--die-at', type=int, help='step at which the last process is killed')
     parser.add_argument('--opt', default='sgd')
     parser.add_argument('--lr', type=float, default=0.05)
     parser.add_argument('--weight-decay', type=float, default=0.01)
@@ -53,6 +54,13 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--resume')
     parser.add_argument('--output', required=True)
     return parser.parse_args(argv)
+
+
+def digits(part: str, num_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """A hundred digits, (128, 3, 32, 32), and their classes: the digits' remainders."""
+    pixels, labels = split()[part]
+    images = torch.as_tensor(pixels[:128], dtype=torch.float32)[:, None].expand(-1, 3, -1, -1) / 255
+    return nn.functional.interpolate(images, scale_factor=4), torch.as_tensor(labels[:128]) % num_classes
 
 
 def main(argv: list[str] | None = None) -> list[float]:
@@ -104,17 +112,14 @@ def main(argv: list[str] | None = None) -> list[float]:
             model, optimizer, args=args, model_ema=ema, checkpoint_dir=args.output, recovery_dir=args.output
         )
 
-    pixels, labels = split()['train']
-    images = torch.as_tensor(pixels[:128], dtype=torch.float32)[:, None].expand(-1, 3, -1, -1) / 255
-    images = nn.functional.interpolate(images, scale_factor=4)
-    targets = torch.as_tensor(labels[:128]) % args.num_classes
+    images, targets = digits('train', args.num_classes)
     losses = []
     for epoch in range(start, args.epochs):
-        if epoch == args.stop_after:
-            break
         trained.train()
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(epoch))
         for batch in order.split(args.batch_size * args.world_size * args.grad_accum_steps):
+            if len(losses) == args.die_at and args.rank == args.world_size - 1:
+                os.kill(os.getpid(), signal.SIGKILL)
             total = torch.zeros((), device=device)
             optimizer.zero_grad()
             for part in batch.split(args.batch_size)[args.rank :: args.world_size]:

@@ -1,0 +1,32 @@
+"""The table of what training on many GPUs asks for is worked out from the real models."""
+
+from pathlib import Path
+
+import pytest
+import timm
+
+from timm_res2net.recipes.scale_out import main, rows, table
+
+
+def test_the_readme_has_the_table_of_the_real_model(capsys: pytest.CaptureFixture[str]) -> None:
+    main([])
+    printed = capsys.readouterr().out
+    assert printed in (Path(__file__).parents[1] / 'README.md').read_text()
+    params = sum(p.numel() for p in timm.create_model('res2net50_26w_4s', device='meta').parameters())
+    assert printed == '\n'.join(table(rows(params, images_per_second=851))) + '\n'
+
+
+def test_each_row_follows_from_the_model_and_the_speed_of_one_gpu() -> None:
+    one, two, *_, most = rows(params=1_000_000, images_per_second=100, batch_size=50)
+    assert (one.batch, one.steps, one.sent, one.bandwidth) == (50, 25_624, 0, 0)
+    assert one.seconds == pytest.approx(12_812)  # half a second for each step
+    assert two.sent == 4_000_000  # each sends half of 4 MB to add up, and half to hand on the sums
+    assert two.bandwidth == pytest.approx(4_000_000 / (0.5 * 2 / 3))
+    assert (most.gpus, most.batch, most.lr, most.warmup_epochs) == (64, 3200, pytest.approx(1.25), 5)
+    assert most.sent == pytest.approx(2 * 63 / 64 * 4_000_000)
+    assert most.seconds == pytest.approx(most.steps * 0.5)
+
+
+def test_the_papers_row_is_the_papers() -> None:
+    four = rows(params=1, images_per_second=1)[2]
+    assert (four.gpus, four.batch, four.lr, four.warmup_epochs) == (4, 256, 0.1, 0)

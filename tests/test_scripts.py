@@ -1,0 +1,78 @@
+"""timm's own scripts run unmodified on every trunk; TIMM_SCRIPTS names the folder of a checkout that has them."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import timm
+from safetensors.torch import save_file
+from test_training import KINDS, options_of
+
+SCRIPTS = Path(os.environ.get('TIMM_SCRIPTS', ''))
+pytestmark = pytest.mark.skipif(
+    not (SCRIPTS / 'train.py').is_file(), reason="TIMM_SCRIPTS does not name the folder of timm's train.py"
+)
+
+
+def run(*command: str, cwd: Path) -> str:
+    environment = {**os.environ, 'OMP_NUM_THREADS': '1'}
+    done = subprocess.run([sys.executable, *command], cwd=cwd, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope='module')
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp('digits')
+    run('-m', 'timm_res2net.recipes.digits', str(folder), cwd=folder)
+    return folder
+
+
+def script(name: str) -> tuple[str, ...]:
+    return '-m', 'timm_res2net.run', str(SCRIPTS / name)
+
+
+@pytest.mark.parametrize('name', KINDS)
+def test_train_and_validate(name: str, digits: Path, tmp_path: Path) -> None:
+    model = ['--num-classes', '10', *options_of(name)]
+    common = ['--data-dir', str(digits), '--device', 'cpu', '--workers', '0', '--input-size', '3', '32', '32']
+    options = '--epochs 2 --batch-size 64 --opt adamw --lr 3e-3 --warmup-epochs 0 --layer-decay 0.9 --mixup 0.2'
+    more = '--amp --amp-dtype bfloat16 --channels-last --grad-checkpointing --model-ema --drop-path 0.1'
+    output = ['--output', str(tmp_path), '--experiment', 'run']
+    train = str(SCRIPTS / 'train.py'), '--device-modules', 'timm_res2net'
+    run(*train, *model, *common, *options.split(), *more.split(), *output, cwd=tmp_path)
+    summary = (tmp_path / 'run' / 'summary.csv').read_text().splitlines()
+    assert summary[0].startswith('epoch,')
+    assert len(summary) == 3
+    weights = str(tmp_path / 'run' / 'last.pth.tar')
+    found = run(*script('validate.py'), *model, *common, '--checkpoint', weights, '--crop-pct', '1.0', cwd=tmp_path)
+    assert 0 <= float(re.findall(r'"top1": ([\d.]+)', found)[0]) <= 100
+
+
+def test_validate_finds_the_accuracy_of_the_embedded_weights(digits: Path, tmp_path: Path) -> None:
+    options = '--model test_res2net.digits --pretrained --device cpu --workers 0 --split val'
+    found = run(*script('validate.py'), *options.split(), '--data-dir', str(digits), cwd=tmp_path)
+    assert float(re.findall(r'"top1": ([\d.]+)', found)[0]) == pytest.approx(99.5, abs=0.01)
+
+
+@pytest.mark.parametrize('name', KINDS)
+def test_benchmark(name: str, tmp_path: Path) -> None:
+    options = '--device cpu --bench both --batch-size 2 --input-size 3 64 64 --num-warm-iter 1 --num-bench-iter 5'
+    found = run(*script('benchmark.py'), *options_of(name), *options.split(), cwd=tmp_path)
+    result = json.loads(found[found.index('--result') :].partition('\n')[2].rpartition('}')[0] + '}')
+    assert result['infer_samples_per_sec'] > 0
+    assert result['train_samples_per_sec'] > 0
+
+
+@pytest.mark.parametrize('name', KINDS)
+def test_onnx_export(name: str, tmp_path: Path) -> None:
+    pytest.importorskip('onnx')
+    weights = tmp_path / 'weights.safetensors'
+    save_file(timm.create_model(name).state_dict(), weights)
+    options = ['--model', name, '--checkpoint', str(weights), '--img-size', '64', '--check-forward', '--dynamo']
+    run(*script('onnx_export.py'), 'model.onnx', *options, cwd=tmp_path)
+    assert (tmp_path / 'model.onnx').stat().st_size > 100_000

@@ -1,0 +1,88 @@
+"""The small study compares what is comparable, goes on where it was stopped, and its table is of its figures."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from timm_res2net import recipes
+from timm_res2net.explain import radius
+from timm_res2net.recipes import small_study
+from timm_res2net.recipes.small_study import BASE_WIDTHS, TASKS, data, mean_and_error, network, parameters_of, table
+
+ASSETS = Path(recipes.__file__).parents[1] / 'assets'
+
+
+def test_all_scales_have_the_same_number_of_parameters() -> None:
+    plain, *counts = [parameters_of(network(scale, num_classes=10)) for scale in BASE_WIDTHS]
+    assert all(count == pytest.approx(plain, rel=0.025) for count in counts)
+    assert [network(scale, 10).layer1[1].scale for scale in BASE_WIDTHS] == list(BASE_WIDTHS)
+
+
+@pytest.mark.parametrize('task', TASKS)
+def test_data_are_balanced_and_tell_nothing_by_their_brightness(task: str) -> None:
+    (images, labels), (test_images, test_labels) = data(task)
+    counts, test_counts = torch.bincount(labels), torch.bincount(test_labels)
+    assert len(counts) == len(test_counts) == {'digits': 10, 'photographs': 18}[task]
+    assert counts.max() < 1.1 * counts.min()
+    assert 2 * len(test_images) <= len(images) <= 3 * len(test_images)
+    for part in (images, test_images):
+        torch.testing.assert_close(part.mean((2, 3)), torch.zeros(len(part), 1), rtol=0, atol=1e-4)
+        assert part.std((2, 3)).median() == pytest.approx(1, abs=1e-3)
+    again = data(task)
+    assert torch.equal(images, again[0][0])
+
+
+def test_held_out_patches_come_from_other_places_of_a_photograph(monkeypatch: pytest.MonkeyPatch) -> None:
+    def held_out_is_white(file: Any) -> Image.Image:
+        cells = np.repeat(np.repeat(np.eye(4), 100, axis=0), 120, axis=1)
+        return Image.fromarray((cells * 255).astype(np.uint8))
+
+    monkeypatch.setattr(small_study.Image, 'open', held_out_is_white)
+    (images, _), (held_out, _) = small_study.patches()
+    assert images.max() == 0
+    assert held_out.min() == 255
+
+
+def arguments(folder: Path, *more: str) -> list[str]:
+    return [str(folder), '--tasks', 'digits', '--scales', '1', '4', '--seeds', '1', '--epochs', '2', *more]
+
+
+def test_a_study_goes_on_where_it_was_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small_study.main(arguments(tmp_path))
+    shown = capsys.readouterr().out
+    lost, kept = tmp_path / 'digits_scale4_seed0.json', tmp_path / 'digits_scale1_seed0.json'
+    first, before = json.loads(lost.read_text()), kept.stat().st_mtime_ns
+    lost.unlink()
+    small_study.main(arguments(tmp_path))
+    assert capsys.readouterr().out == shown
+    assert kept.stat().st_mtime_ns == before
+    assert {**json.loads(lost.read_text()), 'seconds': 0} == {**first, 'seconds': 0}
+
+    document = json.loads((tmp_path / 'study.json').read_text())
+    assert [(run['scale'], run['seed']) for run in document['runs']] == [(1, 0), (4, 0)]
+    assert all(run['top1'] > 40 for run in document['runs'])
+    assert '\n'.join(table(document['runs'])) + '\n' == shown
+    assert radius(np.array(first['field'])) == pytest.approx(first['radius'], rel=0.02)
+    assert (tmp_path / 'study.png').read_bytes().startswith(b'\x89PNG')
+
+    with pytest.raises(ValueError, match=r'digits_scale1_seed0\.json is of 2 epochs, not 3; choose another folder'):
+        small_study.main(arguments(tmp_path, '--epochs', '3'))
+
+
+def test_means_have_a_standard_error() -> None:
+    assert mean_and_error([1.0, 2.0, 3.0, 4.0]) == pytest.approx((2.5, (5 / 3) ** 0.5 / 2))
+    assert mean_and_error([1.0]) == (1.0, 0.0)
+
+
+def test_the_readme_has_the_table_of_the_study_that_was_run() -> None:
+    document = json.loads((ASSETS / 'small_study.json').read_text())
+    readme = (Path(__file__).parents[1] / 'README.md').read_text()
+    assert '\n'.join(table(document['runs'])) in readme
+    for run in document['runs']:
+        assert run['params'] == parameters_of(network(run['scale'], num_classes=10))
+    assert len(document['runs']) == len(TASKS) * len(BASE_WIDTHS) * 5
