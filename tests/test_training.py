@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 import train_script
-from conftest import tiny
+from conftest import randomise, tiny
 from hub import Hub
 from timm.layers import convert_sync_batchnorm
 from timm.models import group_modules
@@ -103,7 +103,10 @@ def test_norms_become_synchronized_ones_and_keep_what_they_compute(images: torch
     torch.testing.assert_close(converted(images), model(images), rtol=0, atol=0)
 
 
-def test_what_was_fine_tuned_is_as_accurate_after_the_hub(hub: Hub, tmp_path: Path) -> None:
+def test_what_was_fine_tuned_is_as_accurate_after_the_hub(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv('HF_TOKEN', 'hf_write')
     losses = train(tmp_path, '--pretrained', '--num-classes', '2', '--epochs', '4', '--lr', '0.01')  # odd or even
     assert losses[-1] < 0.35 < losses[0]
     checkpoint = str(tmp_path / 'last.pth.tar')
@@ -120,7 +123,7 @@ def test_what_was_fine_tuned_is_as_accurate_after_the_hub(hub: Hub, tmp_path: Pa
 @pytest.mark.parametrize('name', KINDS)
 def test_frozen_stages_stay_as_they_are(name: str, images: torch.Tensor) -> None:
     torch.manual_seed(0)
-    model: Any = timm.create_model(name, num_classes=4, **KINDS[name])
+    model: Any = randomise(timm.create_model(name, num_classes=4, **KINDS[name]))
     groups = group_modules(model, model.group_matcher(coarse=True))
     frozen = [module for group in (0, 1) for module in groups[group]]  # stem and first stage
     freeze(model, frozen)

@@ -57,9 +57,9 @@ def options(argv: list[str] | None) -> argparse.Namespace:
 
 
 def digits(part: str, num_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A hundred digits, (128, 3, 32, 32), and their classes: the digits' remainders."""
+    """A hundred digits, (128, 3, 32, 32) in -1..1, and their classes: the digits' remainders."""
     pixels, labels = split()[part]
-    images = torch.as_tensor(pixels[:128], dtype=torch.float32)[:, None].expand(-1, 3, -1, -1) / 255
+    images = torch.as_tensor(pixels[:128], dtype=torch.float32)[:, None].expand(-1, 3, -1, -1) / 127.5 - 1
     return nn.functional.interpolate(images, scale_factor=4), torch.as_tensor(labels[:128]) % num_classes
 
 
