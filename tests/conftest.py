@@ -26,6 +26,9 @@ from torch import nn
 
 import timm_res2net.hub  # registers the models
 
+# Python 3.11 before 3.11.4 has no filters yet.
+SAFELY: dict[str, Any] = {'filter': 'data'} if hasattr(tarfile, 'data_filter') else {}
+
 atexit.register(shutil.rmtree, os.environ['HF_HOME'], ignore_errors=True)
 
 
@@ -81,7 +84,7 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     def unpacked(framework: str) -> Path:
         folder = tmp_path_factory.mktemp(framework)
         with tarfile.open(Path(__file__).parent / 'data' / f'{framework}.tar.xz') as archive:
-            archive.extractall(folder, filter='data')
+            archive.extractall(folder, **SAFELY)
         return folder
 
     return unpacked

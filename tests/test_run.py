@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from timm_res2net.run import main
+
 PRINT = "import sys, timm; print(sys.argv[1:], __name__, timm.is_model('res2net50_vd_26w_4s'), sys.path[0])"
 
 
@@ -62,12 +64,12 @@ def test_children_keep_the_customisation_that_they_had_and_start_without_timm(tm
     assert done.stdout.split() == ['mine', 'mine', 'False', 'False'], done.stderr  # this process, then its child
 
 
-@pytest.mark.parametrize('arguments', [[], ['-m'], ['--help']])
-def test_without_a_program_the_usage_is_shown(arguments: list[str]) -> None:
-    assert 'timm_res2net.run validate.py' in run(*arguments).stderr
+@pytest.mark.parametrize('arguments', [[], ['-m'], ['no_such_script.py']])
+def test_without_a_program_it_is_said_how_to_name_one(arguments: list[str]) -> None:
+    with pytest.raises(SystemExit, match=r'timm_res2net.run validate\.py|there is no no_such_script\.py'):
+        main(arguments)
 
 
-def test_a_script_that_is_missing_is_named() -> None:
-    done = run('no_such_script.py')
-    assert done.returncode == 1
-    assert 'there is no no_such_script.py' in done.stderr
+def test_the_usage_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+    main(['--help'])
+    assert 'timm_res2net.run validate.py' in capsys.readouterr().out

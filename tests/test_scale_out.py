@@ -30,3 +30,9 @@ def test_each_row_follows_from_the_model_and_the_speed_of_one_gpu() -> None:
 def test_the_papers_row_is_the_papers() -> None:
     four = rows(params=1, images_per_second=1)[2]
     assert (four.gpus, four.batch, four.lr, four.warmup_epochs) == (4, 256, 0.1, 0)
+
+
+def test_a_wrong_call_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match='2'):
+        main(['--batch-size', '0'])
+    assert '0 is not above zero' in capsys.readouterr().err

@@ -7,9 +7,9 @@ weights, and those of models that are not ours, are left out.
 """
 
 import os
+import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 from importlib.metadata import version
 from pathlib import Path
@@ -28,8 +28,7 @@ def main() -> int:
         download = [sys.executable, '-m', 'pip', 'download', '-q', '--no-deps', '--no-binary', 'timm', '-d', folder]
         subprocess.run([*download, release], check=True)
         (archive,) = Path(folder).glob('timm-*.tar.gz')
-        with tarfile.open(archive) as files:
-            files.extractall(folder, filter='data')
+        shutil.unpack_archive(archive, folder)
         (tests,) = Path(folder).glob('timm-*/tests')
         pytest = [sys.executable, '-m', 'pytest', '-p', 'timm_suite', '-q', '--disable-warnings', '-k', 'not inference']
         # A rootdir without timm's own folder, or its tests would import that instead of the installed package.

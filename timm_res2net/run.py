@@ -20,8 +20,13 @@ CHILDREN = Path(__file__).parent / 'children'
 def main(argv: list[str] | None = None) -> None:
     """Runs what the arguments name as `__main__`, with the rest of them in `sys.argv`."""
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ('-h', '--help') or argv == ['-m']:
+    if argv[:1] in (['-h'], ['--help']):
+        print(__doc__)
+        return
+    if argv in ([], ['-m']):
         sys.exit(__doc__)
+    if argv[0] != '-m' and not os.path.exists(argv[0]):
+        sys.exit(f'timm_res2net.run: there is no {argv[0]}; name a script, or a module by -m')
     paths = [str(CHILDREN), *filter(None, [os.environ.get('PYTHONPATH')])]
     os.environ['PYTHONPATH'] = os.pathsep.join(paths)
     if argv[0] == '-m':
@@ -29,8 +34,6 @@ def main(argv: list[str] | None = None) -> None:
         sys.path[0] = os.getcwd()
         runpy.run_module(argv[1], run_name='__main__', alter_sys=True)
         return
-    if not os.path.exists(argv[0]):
-        sys.exit(f'timm_res2net.run: there is no {argv[0]}; name a script, or a module by -m')
     sys.argv = argv
     sys.path[0] = os.path.dirname(os.path.abspath(argv[0]))
     runpy.run_path(argv[0], run_name='__main__')

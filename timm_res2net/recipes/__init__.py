@@ -1,1 +1,1 @@
-"""Configurations for timm's train script, and what writes their data."""
+"""Configurations for timm's train script, what writes their data, and two small programs: a study and a table."""

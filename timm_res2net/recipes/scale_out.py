@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import timm
 
+from ..__main__ import positive
 from ..res2net import ARCHS
 
 GPUS = 1, 2, 4, 8, 16, 32, 64
@@ -85,8 +86,8 @@ def main(argv: list[str] | None = None) -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--model', default='res2net50_26w_4s', choices=ARCHS, metavar='NAME')
-    parser.add_argument('--batch-size', type=int, default=64, help='images of one GPU (default: 64)')
-    parser.add_argument('--images-per-second', type=float, default=851, help='of one GPU in training (default: 851)')
+    parser.add_argument('--batch-size', type=positive, default=64, help='images of one GPU (default: 64)')
+    parser.add_argument('--images-per-second', type=positive, default=851, help='of one GPU in training (default: 851)')
     parser.add_argument('--lr', type=float, default=0.1, help='for a batch of 256 (default: 0.1)')
     args = parser.parse_args(argv)
     model = timm.create_model(args.model, device='meta')

@@ -30,6 +30,7 @@ from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..__main__ import positive
 from ..bench import environment
 from ..explain import radius, receptive_field
 from ..files import replace_file
@@ -172,7 +173,7 @@ def study(
     """Runs what the folder does not hold yet, and returns all runs in order.
 
     Raises:
-        ValueError: If the folder holds runs of another length.
+        ValueError: If the folder holds runs of another number of epochs.
     """
     folder.mkdir(parents=True, exist_ok=True)
     wanted = [(task, scale, seed, epochs) for seed in range(seeds) for task in tasks for scale in scales]
@@ -252,11 +253,16 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('folder', type=Path, help='where to write')
     parser.add_argument('--tasks', nargs='+', choices=TASKS, default=TASKS)
     parser.add_argument('--scales', nargs='+', type=int, choices=BASE_WIDTHS, default=list(BASE_WIDTHS))
-    parser.add_argument('--seeds', type=int, default=SEEDS, help=f'runs of each (default: {SEEDS})')
-    parser.add_argument('--epochs', type=int, default=EPOCHS, help=f'of a run (default: {EPOCHS})')
-    parser.add_argument('--workers', type=int, default=os.cpu_count(), help='runs at a time (default: one a core)')
+    parser.add_argument('--seeds', type=positive, default=SEEDS, help=f'runs of each (default: {SEEDS})')
+    parser.add_argument('--epochs', type=positive, default=EPOCHS, help=f'of a run (default: {EPOCHS})')
+    parser.add_argument('--workers', type=positive, default=os.cpu_count(), help='runs at a time (default: one a core)')
     args = parser.parse_args(argv)
-    runs = study(args.folder, args.tasks, args.scales, args.seeds, args.epochs, args.workers)
+    try:
+        runs = study(args.folder, args.tasks, args.scales, args.seeds, args.epochs, args.workers)
+    except ValueError as error:
+        parser.error(str(error))
+    except ImportError as error:
+        parser.error(f'{error}; the images come with it: pip install "timm_res2net[study]"')
     command = ' '.join(['python -m timm_res2net.recipes.small_study', *(sys.argv[1:] if argv is None else argv)])
     shown = [{key: value for key, value in record.items() if key != 'field'} for record in runs]
     document = dict(command=command, environment=environment(), runs=shown)
