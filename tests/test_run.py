@@ -31,6 +31,14 @@ def test_a_module_runs_as_main_from_the_current_folder(tmp_path: Path) -> None:
     assert done.stdout.strip() == f"['-x'] __main__ True {tmp_path}", done.stderr
 
 
+def test_every_process_of_torchrun_has_the_family(tmp_path: Path) -> None:
+    script = tmp_path / 'script.py'
+    script.write_text("import os, timm; print(os.environ['RANK'], timm.is_model('res2net50_vd_26w_4s'))")
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
+    done = subprocess.run([*launch, '-m', 'timm_res2net.run', str(script)], capture_output=True, text=True)
+    assert sorted(done.stdout.splitlines()) == ['0 True', '1 True'], done.stderr
+
+
 def test_the_exit_status_is_that_of_the_script(tmp_path: Path) -> None:
     (tmp_path / 'script.py').write_text('raise SystemExit(3)')
     assert run(str(tmp_path / 'script.py')).returncode == 3
