@@ -21,7 +21,7 @@ from .cards import card, problems_of
 from .checkpoints import Conversion, call, convert, export_checkpoint
 from .dialects import DIALECTS, EXPORTS
 from .explain import draw
-from .files import first_line, replace_file, sha256
+from .files import first_line, replace_file, replace_text, sha256
 from .hub import fetch, problems_on_hub, push
 from .inference import PRECISIONS
 from .predict import (
@@ -415,7 +415,7 @@ def run_bench(args: argparse.Namespace) -> int:
         show_results(results)
     if args.json:
         document = dict(environment=about, **{part: [vars(each) for each in found] for part, found in parts.items()})
-        replace_file(args.json, lambda path: Path(path).write_text(json.dumps(document, indent=1) + '\n'))
+        replace_text(args.json, json.dumps(document, indent=1) + '\n')
         print(f'\nwrote {args.json}')
     if args.plot:
         plot_growth(parts, args.plot) if args.growth else plot(results, args.plot)
@@ -482,7 +482,7 @@ def run_recipe(args: argparse.Namespace) -> int:
     if args.out is None:
         print(recipes[args.name], end='')
         return 0
-    replace_file(args.out, lambda path: Path(path).write_text(recipes[args.name]))
+    replace_text(args.out, recipes[args.name])
     print(f'wrote {args.out}')
     return 0
 
@@ -492,7 +492,7 @@ def run_card(args: argparse.Namespace) -> int:
     if args.all:
         os.makedirs(args.out, exist_ok=True)
         for name in tqdm(WEIGHTS, unit='card', disable=None, leave=False):
-            replace_file(f'{args.out}/{name}.md', lambda path, name=name: Path(path).write_text(card(name)))  # type: ignore[misc]
+            replace_text(f'{args.out}/{name}.md', card(name))
         print(f'wrote {len(WEIGHTS)} cards to {args.out}')
         return 0
     if args.name is None:

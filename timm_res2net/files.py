@@ -66,6 +66,11 @@ def replace_file(out: str | os.PathLike[str], write: Callable[[str], object]) ->
         raise ValueError(f'{out} can not be written: {first_line(error)}') from error
 
 
+def replace_text(out: str | os.PathLike[str], text: str) -> None:
+    """Writes a file of text as `replace_file` does."""
+    replace_file(out, lambda path: Path(path).write_text(text))
+
+
 def download(url: str, folder: str | os.PathLike[str], check: Callable[[str], object]) -> Path:
     """Downloads a file, unless it is in the folder already.
 

@@ -11,8 +11,6 @@ import argparse
 import math
 from dataclasses import dataclass
 
-import timm
-
 from ..__main__ import positive
 from ..res2net import ARCHS
 
@@ -90,9 +88,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--images-per-second', type=positive, default=851, help='of one GPU in training (default: 851)')
     parser.add_argument('--lr', type=float, default=0.1, help='for a batch of 256 (default: 0.1)')
     args = parser.parse_args(argv)
-    model = timm.create_model(args.model, device='meta')
-    params = sum(parameter.numel() for parameter in model.parameters())
-    print('\n'.join(table(rows(params, args.images_per_second, args.batch_size, args.lr))))
+    print('\n'.join(table(rows(ARCHS[args.model].params, args.images_per_second, args.batch_size, args.lr))))
 
 
 if __name__ == '__main__':

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from ..__main__ import positive
 from ..bench import environment
 from ..explain import radius, receptive_field
-from ..files import replace_file
+from ..files import replace_file, replace_text
 from ..predict import new_figure
 from . import digits
 
@@ -189,8 +189,7 @@ def study(
         for future in as_completed(futures):
             each, record = futures[future], future.result()
             done[each] = record
-            text = json.dumps(record) + '\n'
-            replace_file(str(paths[each]), lambda path, text=text: Path(path).write_text(text))  # type: ignore[misc]
+            replace_text(paths[each], json.dumps(record) + '\n')
             bar.update()
     return sorted(done.values(), key=lambda record: (record['task'], record['scale'], record['seed']))
 
@@ -201,6 +200,11 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
     return statistics.mean(values), error
 
 
+def arm_of(runs: Sequence[dict[str, Any]], task: str, scale: int) -> list[dict[str, Any]]:
+    """The runs of a task at a scale."""
+    return [record for record in runs if (record['task'], record['scale']) == (task, scale)]
+
+
 def table(runs: Sequence[dict[str, Any]]) -> list[str]:
     """Lines of a Markdown table: parameters, and for each task mean and standard error of top-1 and of the radius."""
     tasks = list(dict.fromkeys(record['task'] for record in runs))
@@ -209,7 +213,7 @@ def table(runs: Sequence[dict[str, Any]]) -> list[str]:
     for scale in sorted({record['scale'] for record in runs}):
         cells = [str(scale)]
         for task in tasks:
-            arm = [record for record in runs if (record['task'], record['scale']) == (task, scale)]
+            arm = arm_of(runs, task, scale)
             cells += [f'{arm[0]["params"]:,}'] if len(cells) == 1 else []
             for key in ('top1', 'radius'):
                 mean, error = mean_and_error([record[key] for record in arm])
@@ -232,7 +236,7 @@ def plot(runs: Sequence[dict[str, Any]], out: str) -> None:
         upper, lower = part.subfigures(2, 1, height_ratios=(1.4, 1))
         panel, fields = upper.subplots(), np.atleast_1d(lower.subplots(1, len(scales)))
         for i, scale in enumerate(scales):
-            arm = [record for record in runs if (record['task'], record['scale']) == (task, scale)]
+            arm = arm_of(runs, task, scale)
             top1 = [record['top1'] for record in arm]
             mean, error = mean_and_error(top1)
             panel.scatter([i] * len(top1), top1, color='C0', alpha=0.35, linewidths=0)
@@ -266,8 +270,7 @@ def main(argv: list[str] | None = None) -> None:
     command = ' '.join(['python -m timm_res2net.recipes.small_study', *(sys.argv[1:] if argv is None else argv)])
     shown = [{key: value for key, value in record.items() if key != 'field'} for record in runs]
     document = dict(command=command, environment=environment(), runs=shown)
-    out = args.folder / 'study.json'
-    replace_file(str(out), lambda path: Path(path).write_text(json.dumps(document, indent=1) + '\n'))
+    replace_text(args.folder / 'study.json', json.dumps(document, indent=1) + '\n')
     plot(runs, str(args.folder / 'study.png'))
     print('\n'.join(table(runs)))
 
