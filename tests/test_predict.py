@@ -213,9 +213,10 @@ def test_weights_of_another_function_are_refused(tmp_path: Path) -> None:
         subject.load_model('test_res2net', file)
 
 
-def test_an_error_without_a_message_is_named_by_its_type() -> None:
+def test_an_error_is_told_in_a_line() -> None:
     assert subject.first_line(EOFError()) == 'EOFError'
     assert subject.first_line(ValueError('first.\nsecond')) == 'first'
+    assert subject.first_line(ValueError('it raised:\n  the cause.\nmore')) == 'it raised: the cause'
 
 
 def test_labels_of_imagenet_are_words() -> None:

@@ -33,7 +33,8 @@ def test_a_module_runs_as_main_from_the_current_folder(tmp_path: Path) -> None:
 
 def test_every_process_of_torchrun_has_the_family(tmp_path: Path) -> None:
     script = tmp_path / 'script.py'
-    script.write_text("import os, timm; print(os.environ['RANK'], timm.is_model('res2net50_vd_26w_4s'))")
+    line = "os.environ['RANK'] + ' ' + str(timm.is_model('res2net50_vd_26w_4s'))"
+    script.write_text(f'import os, timm; os.write(1, ({line} + os.linesep).encode())')  # at one go: they share a pipe
     launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
     done = subprocess.run([*launch, '-m', 'timm_res2net.run', str(script)], capture_output=True, text=True)
     assert sorted(done.stdout.splitlines()) == ['0 True', '1 True'], done.stderr

@@ -28,8 +28,14 @@ HASH_IN_NAME = re.compile(
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, to quote in a message: its first line without the full stop, or its type if it is mute."""
-    return str(error).strip().split('\n')[0].rstrip('.') or type(error).__name__
+    """What an error says, to quote in a message: its first line without the full stop, or its type if it is mute.
+
+    A line that ends in a colon goes on in the next one.
+    """
+    line, *more = str(error).strip().split('\n')
+    if more and line.endswith(':'):
+        line = f'{line} {more[0].strip()}'
+    return line.rstrip('.') or type(error).__name__
 
 
 def sha256(path: str | os.PathLike[str]) -> str:
