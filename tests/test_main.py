@@ -86,6 +86,11 @@ def test_predict_prints_files_with_their_labels(photos: Path) -> None:
         (('convert', 'text.png'), 1, 'text.png is no file of weights'),
         (('convert', 'text.png', '--dialect', 'caffe'), 2, 'invalid choice'),
         ((), 2, 'COMMAND'),
+        (('bench', '--growth', '--train', '--size', '64'), 2, '--size and --train would have no effect'),
+        (('push', 'test_res2net.digits', 'me/digits', '--model', 'res2net50d'), 2, 'says which model it is'),
+        (('recipe', '--out', 'a.yaml'), 2, 'name the recipe'),
+        (('card', 'res2net50d.in1k', '--all'), 2, 'NAME would have no effect'),
+        (('card', 'res2net50d.in1k', '--out', 'cards'), 2, 'cards are written by --all'),
     ],
 )
 def test_a_wrong_call_gets_one_line(

@@ -170,15 +170,11 @@ def parser() -> argparse.ArgumentParser:
         description="Measures models beside timm's own, in turns in one run: in inference as they are, fused and "
         'optimized, or in training. All ways have to compute the same before any is measured.',
     )
-    command.add_argument('--models', nargs='+', default=MODELS, metavar='NAME', help=f'default: {" ".join(MODELS)}')
-    command.add_argument('--batch', nargs='+', type=positive, default=[8], metavar='N', help='images (default: 8)')
-    command.add_argument('--size', nargs='+', type=positive, default=[224], metavar='PX', help='default: 224')
-    command.add_argument(
-        '--dtype', nargs='+', choices=DTYPES, default=['float32', 'bfloat16'], help='default: float32 bfloat16'
-    )
-    command.add_argument(
-        '--against', type=opponents, default=('timm',), metavar='A,B', help=f'of {",".join(OPPONENTS)} (default: timm)'
-    )
+    command.add_argument('--models', nargs='+', metavar='NAME', help=f'default: {" ".join(MODELS)}')
+    command.add_argument('--batch', nargs='+', type=positive, metavar='N', help='images (default: 8)')
+    command.add_argument('--size', nargs='+', type=positive, metavar='PX', help='default: 224')
+    command.add_argument('--dtype', nargs='+', choices=DTYPES, help='default: float32 bfloat16')
+    command.add_argument('--against', type=opponents, metavar='A,B', help=f'of {",".join(OPPONENTS)} (default: timm)')
     command.add_argument('--train', action='store_true', help='measure steps of training')
     command.add_argument(
         '--growth', action='store_true', help='measure how cost grows with scale, batch and image size'
@@ -202,7 +198,7 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser('card', help='show model cards', description='Shows the cards of published weights.')
     command.add_argument('name', nargs='?', metavar='NAME', help='such as res2net50d.in1k, or a file to validate')
     command.add_argument('--all', action='store_true', help='write all of them to a folder')
-    command.add_argument('--out', metavar='DIR', default='hub_cards', help='the folder (default: hub_cards)')
+    command.add_argument('--out', metavar='DIR', help='the folder (default: hub_cards)')
     command.add_argument('--validate', action='store_true', help='check it here and, if it can be reached, on the Hub')
     command.set_defaults(run=run_card)
     return main
@@ -220,6 +216,12 @@ def result(text: str) -> tuple[str, float]:
     """An argument that is a name and a percentage."""
     name, _, value = text.partition('=')
     return name, float(value)
+
+
+def refuse(args: argparse.Namespace, why: str, *options: str) -> None:
+    """Ends the program, as for any other wrong call, if options are given that would have no effect."""
+    if given := [option for option in options if getattr(args, option.removeprefix('--').lower())]:
+        parser().error(f'{" and ".join(given)} would have no effect: {why}')
 
 
 def run_predict(args: argparse.Namespace) -> int:
@@ -370,6 +372,8 @@ def show_conversion(done: Conversion) -> None:
 
 def run_push(args: argparse.Namespace) -> int:
     """Uploads a model, or writes what would be uploaded."""
+    if os.path.isdir(args.source) or args.source in WEIGHTS:
+        refuse(args, f'{args.source} says which model it is', '--model')
     if os.path.isdir(args.source):
         model = timm.create_model(f'local-dir:{args.source}', pretrained=True)
     elif args.source in WEIGHTS:
@@ -402,11 +406,16 @@ def run_push(args: argparse.Namespace) -> int:
 
 def run_bench(args: argparse.Namespace) -> int:
     """Prints how fast models are, writes and draws it."""
-    dtypes = [DTYPES[name] for name in args.dtype]
     if args.growth:
+        refuse(
+            args, '--growth says what it measures', '--models', '--batch', '--size', '--dtype', '--against', '--train'
+        )
         parts = growth(args.device, args.rounds)
     else:
-        results = bench(args.models, args.batch, args.size, dtypes, args.against, args.train, args.device, args.rounds)
+        given: dict[str, Any] = dict(models=args.models, batches=args.batch, sizes=args.size, against=args.against)
+        given['dtypes'] = args.dtype and [DTYPES[name] for name in args.dtype]
+        given = {name: value for name, value in given.items() if value}
+        results = bench(**given, train=args.train, device=args.device, rounds=args.rounds)
         parts = {'training' if args.train else 'inference': results}
     about = environment()
     print(', '.join(f'{name} {value}' for name, value in about.items()))
@@ -430,10 +439,9 @@ def show_results(results: Sequence[Result]) -> None:
     for each in results:
         numbers = f'{each.milliseconds:.1f}', f'{each.spread:.1f}', f'{each.images_per_second:.1f}'
         ratio = '-' if each.ratio is None else f'{each.ratio:.2f}'
-        share = '-' if each.share_of_peak is None else f'{each.share_of_peak:.0%}'
         memory = '-' if each.peak_memory is None else f'{each.peak_memory / 1e6:.0f}'
         place = each.model, str(each.batch), str(each.size), each.way, each.dtype
-        rows.append((*place, *numbers, ratio, share, str(each.operators or '-'), memory))
+        rows.append((*place, *numbers, ratio, f'{each.share_of_peak:.0%}', str(each.operators or '-'), memory))
     print_table(rows, left=(0, 3, 4))
 
 
@@ -474,6 +482,7 @@ def run_recipe(args: argparse.Namespace) -> int:
     """Lists the recipes, or prints or writes one."""
     recipes = {path.stem: path.read_text() for path in sorted(RECIPES.glob('*.yaml'))}
     if args.name is None:
+        refuse(args, 'name the recipe to write', '--out')
         for name, text in recipes.items():
             print(f'{name:{max(map(len, recipes))}}  {text.splitlines()[0].removeprefix("# ")}')
         return 0
@@ -490,11 +499,14 @@ def run_recipe(args: argparse.Namespace) -> int:
 def run_card(args: argparse.Namespace) -> int:
     """Prints a card, writes all, or checks one."""
     if args.all:
-        os.makedirs(args.out, exist_ok=True)
+        refuse(args, '--all writes the cards of all published weights', 'NAME', '--validate')
+        folder = args.out or 'hub_cards'
+        os.makedirs(folder, exist_ok=True)
         for name in tqdm(WEIGHTS, unit='card', disable=None, leave=False):
-            replace_text(f'{args.out}/{name}.md', card(name))
-        print(f'wrote {len(WEIGHTS)} cards to {args.out}')
+            replace_text(f'{folder}/{name}.md', card(name))
+        print(f'wrote {len(WEIGHTS)} cards to {folder}')
         return 0
+    refuse(args, 'cards are written by --all', '--out')
     if args.name is None:
         raise ValueError('name published weights, or say --all; `timm-res2net list --pretrained` shows them')
     text = Path(args.name).read_text() if os.path.isfile(args.name) else card(args.name)

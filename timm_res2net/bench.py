@@ -92,7 +92,7 @@ class Result:
     spread: float  # milliseconds between the quartiles
     images_per_second: float
     ratio: float | None  # to the throughput of timm's own, if timm has the model
-    share_of_peak: float | None  # of the machine's matrix products in this data type
+    share_of_peak: float  # of the machine's matrix products in this data type
     operators: int | None  # of ATen, where PyTorch runs them one by one
     peak_memory: int | None  # bytes beyond weights and input, where they can be known
 
@@ -452,7 +452,7 @@ def resident(which: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(which))
 
 
-def growth(device: str | torch.device = 'cpu', rounds: int = 10) -> dict[str, list[Result]]:
+def growth(device: str | torch.device = 'cpu', rounds: int = 20) -> dict[str, list[Result]]:
     """Measures how the cost of ours and timm's grows with scale, batch and resolution, in float32: many minutes."""
     options: dict[str, Any] = dict(dtypes=(torch.float32,), device=device, rounds=rounds)
     return {
