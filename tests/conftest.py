@@ -3,6 +3,8 @@
 import atexit
 import os
 import shutil
+import subprocess
+import sys
 import tarfile
 import tempfile
 import threading
@@ -74,6 +76,12 @@ def tiny(first_block: str = 'official', **arguments: Any) -> nn.Module:
     torch.manual_seed(0)
     made = timm.create_model('test_res2net', **{**TINY, 'num_classes': 4, 'first_block': first_block, **arguments})
     return randomise(made).eval()
+
+
+def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs a script, or a module after '-m', in two processes."""
+    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
 @pytest.fixture(scope='session')

@@ -38,6 +38,7 @@ def main() -> None:
             parameter.full_tensor(), expected.data, msg=lambda text, name=name: f'{name}: {text}'
         )
     print('equal')
+    dist.barrier()
     dist.destroy_process_group()
 
 

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from conftest import torchrun
 
 from timm_res2net.run import main
 
@@ -35,8 +36,7 @@ def test_every_process_of_torchrun_has_the_family(tmp_path: Path) -> None:
     script = tmp_path / 'script.py'
     line = "os.environ['RANK'] + ' ' + str(timm.is_model('res2net50_vd_26w_4s'))"
     script.write_text(f'import os, timm; os.write(1, ({line} + os.linesep).encode())')  # at one go: they share a pipe
-    launch = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2']
-    done = subprocess.run([*launch, '-m', 'timm_res2net.run', str(script)], capture_output=True, text=True)
+    done = torchrun('-m', 'timm_res2net.run', str(script))
     assert sorted(done.stdout.splitlines()) == ['0 True', '1 True'], done.stderr
 
 

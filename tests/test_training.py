@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ import pytest
 import timm
 import torch
 import train_script
-from conftest import randomise, tiny
+from conftest import randomise, tiny, torchrun
 from hub import Hub
 from timm.layers import convert_sync_batchnorm
 from timm.models import group_modules
@@ -53,11 +52,8 @@ def test_every_trunk_trains_with_everything_at_once(name: str, tmp_path: Path) -
     assert weights(tmp_path)['epoch'] == 2
 
 
-def torchrun(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """Trains in two processes."""
-    script = str(Path(train_script.__file__))
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', script]
-    return subprocess.run([*command, '--output', str(folder), *arguments], capture_output=True, text=True)
+def train_in_two(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return torchrun(train_script.__file__, '--output', str(folder), *arguments)
 
 
 def losses_of(folder: Path) -> list[float]:
@@ -67,7 +63,7 @@ def losses_of(folder: Path) -> list[float]:
 def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
     # Norms see the half of a batch that their process has; the one process takes the halves one after the other.
     options = ['--epochs', '2', '--grad-checkpointing', *options_of('test_res2net')]
-    done = torchrun(tmp_path / 'two', '--batch-size', '16', *options)
+    done = train_in_two(tmp_path / 'two', '--batch-size', '16', *options)
     assert done.returncode == 0, done.stderr
     one = train(tmp_path / 'one', '--batch-size', '16', '--grad-accum-steps', '2', *options)
     assert len(one) == 8
@@ -77,10 +73,10 @@ def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
 def test_a_run_of_which_a_process_was_killed_resumes_to_the_same_weights(tmp_path: Path) -> None:
     options = ['--epochs', '3', '--batch-size', '16', *options_of('test_res2net')]  # epochs of 4 steps
     whole, begun, rest = (tmp_path / name for name in ('whole', 'begun', 'rest'))
-    assert torchrun(whole, *options).returncode == 0
-    assert torchrun(begun, '--die-at', '6', *options).returncode != 0
+    assert train_in_two(whole, *options).returncode == 0
+    assert train_in_two(begun, '--die-at', '6', *options).returncode != 0
     assert weights(begun)['epoch'] == 0  # what is lost is the epoch in which it died
-    done = torchrun(rest, '--resume', str(begun / 'last.pth.tar'), *options)
+    done = train_in_two(rest, '--resume', str(begun / 'last.pth.tar'), *options)
     assert done.returncode == 0, done.stderr
     assert losses_of(rest) == losses_of(whole)[4:]
     for key in ('state_dict', 'state_dict_ema'):
@@ -88,9 +84,7 @@ def test_a_run_of_which_a_process_was_killed_resumes_to_the_same_weights(tmp_pat
 
 
 def test_sharded_stages_take_the_step_that_whole_ones_take() -> None:
-    script = str(Path(__file__).parent / 'shard_script.py')
-    command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', script]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = torchrun(str(Path(__file__).parent / 'shard_script.py'))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count('equal') == 2
 

@@ -143,6 +143,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     if args.rank == 0:
         Path(args.output, 'losses.json').write_text(json.dumps(losses))
     if args.distributed:
+        dist.barrier()  # torch can hang where a process ends while the last exchange is being tidied up
         dist.destroy_process_group()
     return losses
 
