@@ -271,7 +271,8 @@ class Handler(BaseHTTPRequestHandler):
         if repo_id.split('/')[0] != user:
             raise Refusal(403, message="You don't have the rights to create a model under this name")
         attributes = b'*.safetensors filter=lfs diff=lfs merge=lfs -text\n'
-        self.server.put(repo_id, {'.gitattributes': attributes}, private=wanted.get('visibility') == 'private')
+        private = wanted.get('visibility') == 'private' or wanted.get('private', False)  # as older clients say it
+        self.server.put(repo_id, {'.gitattributes': attributes}, private=private)
         self.answer({'url': url})
 
     @route('GET', '/api/models/{id}')

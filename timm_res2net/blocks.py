@@ -391,7 +391,7 @@ def checkpoint(run: Callable[..., Tensor], *args: Any, buffers_of: nn.Module) ->
         *args: What to run it on.
         buffers_of: The module whose norms run.
     """
-    if torch.compiler.is_compiling():  # the compiler recomputes values, never updates, and takes no context
+    if torch.compiler.is_compiling():  # it recomputes values, never updates (from torch 2.9 on), and takes no context
         return torch.utils.checkpoint.checkpoint(run, *args, use_reentrant=False)
     contexts = nullcontext(), SpareBuffers(buffers_of)
     return torch.utils.checkpoint.checkpoint(run, *args, use_reentrant=False, context_fn=lambda: contexts)
