@@ -412,9 +412,9 @@ def run_bench(args: argparse.Namespace) -> int:
         )
         parts = growth(args.device, args.rounds)
     else:
-        given: dict[str, Any] = dict(models=args.models, batches=args.batch, sizes=args.size, against=args.against)
-        given['dtypes'] = args.dtype and [DTYPES[name] for name in args.dtype]
-        given = {name: value for name, value in given.items() if value}
+        dtypes = [DTYPES[name] for name in args.dtype or ()]
+        options = dict(models=args.models, batches=args.batch, sizes=args.size, dtypes=dtypes, against=args.against)
+        given: dict[str, Any] = {name: value for name, value in options.items() if value}
         results = bench(**given, train=args.train, device=args.device, rounds=args.rounds)
         parts = {'training' if args.train else 'inference': results}
     about = environment()
