@@ -391,7 +391,8 @@ def checkpoint(run: Callable[..., Tensor], *args: Any, buffers_of: nn.Module) ->
         *args: What to run it on.
         buffers_of: The module whose norms run.
     """
-    if torch.compiler.is_compiling():  # it recomputes values, never updates (from torch 2.9 on), and takes no context
+    # The compiler takes no context, and needs none: it recomputes values, and from torch 2.9 on repeats no update.
+    if torch.compiler.is_compiling():
         return torch.utils.checkpoint.checkpoint(run, *args, use_reentrant=False)
     contexts = nullcontext(), SpareBuffers(buffers_of)
     return torch.utils.checkpoint.checkpoint(run, *args, use_reentrant=False, context_fn=lambda: contexts)
