@@ -9,9 +9,9 @@ from conftest import randomise
 from test_blocks import normalised, pooled
 from torch import Tensor, nn
 
-from timm_res2net.biglittle import BigLittleModule, BigLittleStem, Res2NetBigLittle
-from timm_res2net.blocks import Bottle2neck
-from timm_res2net.trunk import conv_norm_act
+from timm_res2net.models.biglittle import BigLittleModule, BigLittleStem, Res2NetBigLittle
+from timm_res2net.models.block import Bottle2neck
+from timm_res2net.models.trunk import conv_norm_act
 
 SMALL: dict[str, Any] = dict(layers=(2, 3, 2, 2), base_width=8, scale=3)
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import randomise
 from torch import Tensor, nn
 
-from timm_res2net.blocks import FIRST_BLOCKS, Bottle2neck, DilatedAvgPool2d, Stage
+from timm_res2net.models.block import FIRST_BLOCKS, Bottle2neck, DilatedAvgPool2d, Stage
 
 
 def normalised(x: Tensor, norm: Any) -> Tensor:

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from conftest import randomise
 from torch import nn
 
-from timm_res2net.cifar import Res2NetCifar
+from timm_res2net.models.cifar import Res2NetCifar
 
 VARIANTS = [(6, 24, 4), (8, 25, 4), (6, 24, 6)]
 

@@ -9,8 +9,8 @@ from conftest import randomise
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from timm_res2net.blocks import FIRST_BLOCKS
-from timm_res2net.dla import DlaBottle2neck, Res2NetDla
+from timm_res2net.models.block import FIRST_BLOCKS
+from timm_res2net.models.dla import DlaBottle2neck, Res2NetDla
 
 SMALL: dict[str, Any] = dict(levels=(1, 1, 1, 2, 3, 1), channels=(8, 8, 32, 32, 64, 64))
 

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from timm_res2net import class_activation_map, receptive_field
 from timm_res2net.__main__ import main
-from timm_res2net.blocks import Bottle2neck
 from timm_res2net.explain import blocks_of, draw, radius
+from timm_res2net.models.block import Bottle2neck
 from timm_res2net.predict import sheet
 from timm_res2net.res2net import ARCHS, DENSEST
 

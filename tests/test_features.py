@@ -11,7 +11,7 @@ from conftest import randomise
 from timm.layers import FrozenBatchNormAct2d, GroupNorm, freeze_batch_norm_2d, unfreeze_batch_norm_2d
 from torch import Tensor, nn
 
-from timm_res2net.blocks import DilatedAvgPool2d
+from timm_res2net.models.block import DilatedAvgPool2d
 from timm_res2net.res2net import ARCHS, DENSEST
 
 SHALLOW: dict[str, Any] = dict(layers=(1, 2, 1, 1))

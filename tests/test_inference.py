@@ -14,7 +14,7 @@ from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
 from timm_res2net import fuse, optimize
-from timm_res2net.blocks import Bottle2neck
+from timm_res2net.models.block import Bottle2neck
 from timm_res2net.res2net import ARCHS
 
 NORMS = nn.BatchNorm2d

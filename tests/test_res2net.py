@@ -21,9 +21,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_res2net.res2net
-from timm_res2net.biglittle import Res2NetBigLittle
-from timm_res2net.blocks import Bottle2neck
-from timm_res2net.cifar import Res2NetCifar
+from timm_res2net.models.biglittle import Res2NetBigLittle
+from timm_res2net.models.block import Bottle2neck
+from timm_res2net.models.cifar import Res2NetCifar
 from timm_res2net.res2net import ARCHS, ASSETS, WEIGHTS, InitialisationAfterLoading
 
 TIMMS_OWN = {
@@ -123,7 +123,7 @@ def test_unregister_restores_timm_exactly() -> None:
         assert snapshot() == before
         assert timm.create_model('res2net50d', device='meta').__class__.__module__ == 'timm.models.resnet'
         timm_res2net.register()
-        assert timm.create_model('res2net50d', device='meta').__class__.__module__ == 'timm_res2net.resnet'
+        assert timm.create_model('res2net50d', device='meta').__class__.__module__ == 'timm_res2net.models.resnet'
     """)
 
 

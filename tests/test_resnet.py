@@ -7,8 +7,8 @@ import torch
 from conftest import randomise
 from torch import Tensor, nn
 
-from timm_res2net.blocks import FIRST_BLOCKS
-from timm_res2net.resnet import Res2Net
+from timm_res2net.models.block import FIRST_BLOCKS
+from timm_res2net.models.resnet import Res2Net
 
 SHALLOW: dict[str, Any] = dict(layers=(1, 2, 1, 1), channels=(8, 16, 24, 32))
 

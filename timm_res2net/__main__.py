@@ -16,7 +16,6 @@ from huggingface_hub.errors import HfHubHTTPError
 from tqdm import tqdm
 
 from .bench import MODELS, OPPONENTS, Result, bench, environment, growth, plot, plot_growth
-from .blocks import FIRST_BLOCKS
 from .cards import card, problems_of
 from .checkpoints import Conversion, call, convert, export_checkpoint
 from .dialects import DIALECTS, EXPORTS
@@ -24,6 +23,7 @@ from .explain import draw
 from .files import first_line, replace_file, replace_text, sha256
 from .hub import fetch, problems_on_hub, push
 from .inference import PRECISIONS
+from .models.block import FIRST_BLOCKS
 from .predict import (
     UnknownModelError,
     find_images,

@@ -17,12 +17,12 @@ from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
 from . import __version__
-from .blocks import FIRST_BLOCKS, Bottle2neck, first_blocks
 from .dialects import DIALECTS, Translation, export, recognise, require_same_function, translate
 from .files import first_line, replace_file, sha256
+from .models.block import FIRST_BLOCKS, Bottle2neck, first_blocks
+from .models.resnet import Res2Net
 from .readers import CheckpointError, read
 from .res2net import ARCHS, WEIGHTS, default_cfg
-from .resnet import Res2Net
 
 __all__ = ['Checkpoint', 'Conversion', 'convert', 'export_checkpoint', 'load_checkpoint', 'read_checkpoint']
 

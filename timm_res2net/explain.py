@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from .blocks import Bottle2neck
 from .files import replace_file
+from .models.block import Bottle2neck
 from .predict import labels_of, new_figure, preprocessed
 
 __all__ = ['class_activation_map', 'draw', 'radius', 'receptive_field']

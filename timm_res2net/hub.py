@@ -20,10 +20,10 @@ from timm.models import PretrainedCfg, get_model_args
 from timm.utils import unwrap_model
 from torch import nn
 
-from .blocks import first_blocks
 from .cards import LICENSES, card, is_unchanged
 from .checkpoints import configuration, name_of, require_no_model, write_folder
 from .files import first_line, sha256
+from .models.block import first_blocks
 from .readers import CheckpointError
 from .res2net import ARCHS
 

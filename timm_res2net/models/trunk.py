@@ -8,7 +8,7 @@ from timm.layers import DropPath, calculate_drop_path_rates, create_classifier, 
 from timm.models._features import feature_take_indices
 from torch import Tensor, nn
 
-from .blocks import Bottle2neck, Layer, set_grad_checkpointing
+from .block import Bottle2neck, Layer, set_grad_checkpointing
 
 Layers = Callable[..., list[nn.Module]]
 

@@ -13,7 +13,7 @@ from timm.layers import get_act_layer
 from timm.models.resnet import drop_blocks
 from torch import Tensor, nn
 
-from .blocks import Bottle2neck, Layer, Stage, norm_maker
+from .block import Bottle2neck, Layer, Stage, norm_maker
 from .trunk import Layers, Trunk, conv_norm_act
 
 __all__ = ['Res2NetBigLittle']

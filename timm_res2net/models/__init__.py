@@ -1,0 +1,1 @@
+"""The networks: the Res2Net block, the trunks that host it, and the table of variants."""
