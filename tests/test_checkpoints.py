@@ -17,9 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from timm_res2net import CheckpointError, export_checkpoint, load_checkpoint
-from timm_res2net.checkpoints import convert, read_checkpoint
-from timm_res2net.files import sha256
-from timm_res2net.readers import read
+from timm_res2net.weights.checkpoints import convert, read_checkpoint
+from timm_res2net.weights.files import sha256
+from timm_res2net.weights.readers import read
 
 References = Callable[[str], Path]
 

@@ -17,11 +17,11 @@ from conftest import TINY, randomise, tiny
 from safetensors.torch import save
 from torch import Tensor
 
-import timm_res2net.files
+import timm_res2net.weights.files
 from timm_res2net import CheckpointError, export_checkpoint
-from timm_res2net.files import download, replace_file, sha256
-from timm_res2net.readers import read
 from timm_res2net.res2net import WEIGHTS
+from timm_res2net.weights.files import download, replace_file, sha256
+from timm_res2net.weights.readers import read
 
 CONTENT = bytes(range(256)) * 4000  # 1 MB
 
@@ -69,7 +69,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(timm_res2net.files, 'PAUSES', (0, 0, 0))
+    monkeypatch.setattr(timm_res2net.weights.files, 'PAUSES', (0, 0, 0))
     with Server() as running:
         running.files['/file.bin'] = CONTENT
         threading.Thread(target=running.serve_forever, kwargs={'poll_interval': 0.01}, daemon=True).start()

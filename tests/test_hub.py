@@ -30,8 +30,8 @@ from torch import nn
 
 import timm_res2net.hub
 from timm_res2net import CheckpointError, load_checkpoint, pull, push
-from timm_res2net.files import sha256
 from timm_res2net.predict import sheet
+from timm_res2net.weights.files import sha256
 
 FILES = ('model.safetensors', 'config.json', 'README.md')
 WRITE: dict[str, Any] = dict(token='hf_write')
@@ -332,7 +332,7 @@ def test_a_full_disk_leaves_nothing(hub: Hub, tmp_path: Path, monkeypatch: pytes
     def full(*args: Any) -> None:
         raise OSError(28, 'No space left on device')
 
-    monkeypatch.setattr('timm_res2net.checkpoints.save_file', full)
+    monkeypatch.setattr('timm_res2net.weights.checkpoints.save_file', full)
     with pytest.raises(ValueError, match=r'can not be written: .*No space left'):
         push(digits(), 'user/net', dry_run=tmp_path / 'folder')
     with pytest.raises(ValueError, match=r'can not be written: .*No space left'):

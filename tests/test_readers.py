@@ -26,8 +26,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from timm_res2net import CheckpointError, load_checkpoint
-from timm_res2net.dialects import export, translate
-from timm_res2net.readers import read
+from timm_res2net.weights.dialects import export, translate
+from timm_res2net.weights.readers import read
 
 # Writers of the formats that no library here writes
 

@@ -6,15 +6,15 @@ Importing this package registers its models: `timm.create_model('res2net50d')` t
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from .readers import CheckpointError
 from .res2net import register, unregister
+from .weights.readers import CheckpointError
 
 if TYPE_CHECKING:
     from .cards import card
-    from .checkpoints import export_checkpoint, load_checkpoint
     from .explain import class_activation_map, receptive_field
     from .hub import pull, push
     from .inference import fuse, optimize
+    from .weights.checkpoints import export_checkpoint, load_checkpoint
 
 __version__ = '0.1.0'
 

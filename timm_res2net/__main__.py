@@ -17,10 +17,7 @@ from tqdm import tqdm
 
 from .bench import MODELS, OPPONENTS, Result, bench, environment, growth, plot, plot_growth
 from .cards import card, problems_of
-from .checkpoints import Conversion, call, convert, export_checkpoint
-from .dialects import DIALECTS, EXPORTS
 from .explain import draw
-from .files import first_line, replace_file, replace_text, sha256
 from .hub import fetch, problems_on_hub, push
 from .inference import PRECISIONS
 from .models.block import FIRST_BLOCKS
@@ -35,6 +32,9 @@ from .predict import (
     sheet,
 )
 from .res2net import ARCHS, DENSEST, WEIGHTS
+from .weights.checkpoints import Conversion, call, convert, export_checkpoint
+from .weights.dialects import DIALECTS, EXPORTS
+from .weights.files import first_line, replace_file, replace_text, sha256
 
 DTYPES = {str(dtype).removeprefix('torch.'): dtype for dtype in PRECISIONS}
 EMBEDDED = 'test_res2net.digits'

@@ -21,11 +21,11 @@ from timm.utils import unwrap_model
 from torch import nn
 
 from .cards import LICENSES, card, is_unchanged
-from .checkpoints import configuration, name_of, require_no_model, write_folder
-from .files import first_line, sha256
 from .models.block import first_blocks
-from .readers import CheckpointError
 from .res2net import ARCHS
+from .weights.checkpoints import configuration, name_of, require_no_model, write_folder
+from .weights.files import first_line, sha256
+from .weights.readers import CheckpointError
 
 __all__ = ['Push', 'pull', 'push']
 

@@ -29,14 +29,14 @@ from timm.models import _registry as timm_registry
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from .dialects import DIALECTS, recognise, require_same_function, translate
-from .files import download
 from .models.biglittle import Res2NetBigLittle
 from .models.block import set_grad_checkpointing
 from .models.cifar import Res2NetCifar
 from .models.dla import Res2NetDla
 from .models.resnet import Res2Net
-from .readers import read
+from .weights.dialects import DIALECTS, recognise, require_same_function, translate
+from .weights.files import download
+from .weights.readers import read
 
 __all__ = ['register', 'unregister']  # register_model adds the models
 

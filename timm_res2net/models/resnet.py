@@ -8,8 +8,8 @@ import torch
 from timm.layers import AvgPool2dSame
 from timm.models.resnet import ResNet
 
-from ..dialects import require_same_function, translate
-from ..readers import read
+from ..weights.dialects import require_same_function, translate
+from ..weights.readers import read
 from .block import Bottle2neck, DilatedAvgPool2d, Layer, Stage, norm_maker, set_grad_checkpointing
 
 __all__ = ['Res2Net']

@@ -33,8 +33,8 @@ from tqdm import tqdm
 from ..__main__ import positive
 from ..bench import environment
 from ..explain import radius, receptive_field
-from ..files import replace_file, replace_text
 from ..predict import new_figure
+from ..weights.files import replace_file, replace_text
 from . import digits
 
 TASKS = 'digits', 'photographs'

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .models.block import first_blocks
+from ..models.block import first_blocks
 from .readers import CheckpointError
 
 __all__ = [

@@ -16,13 +16,13 @@ from safetensors.torch import save_file
 from timm.models import get_pretrained_cfg
 from torch import Tensor, nn
 
-from . import __version__
+from .. import __version__
+from ..models.block import FIRST_BLOCKS, Bottle2neck, first_blocks
+from ..models.resnet import Res2Net
+from ..res2net import ARCHS, WEIGHTS, default_cfg
 from .dialects import DIALECTS, Translation, export, recognise, require_same_function, translate
 from .files import first_line, replace_file, sha256
-from .models.block import FIRST_BLOCKS, Bottle2neck, first_blocks
-from .models.resnet import Res2Net
 from .readers import CheckpointError, read
-from .res2net import ARCHS, WEIGHTS, default_cfg
 
 __all__ = ['Checkpoint', 'Conversion', 'convert', 'export_checkpoint', 'load_checkpoint', 'read_checkpoint']
 
