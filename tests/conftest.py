@@ -26,7 +26,7 @@ import torch
 from huggingface_hub import constants
 from torch import nn
 
-import timm_res2net.hub  # registers the models
+import timm_res2net.hub.client  # registers the models
 
 # Python 3.11 before 3.11.4 has no filters yet.
 SAFELY: dict[str, Any] = {'filter': 'data'} if hasattr(tarfile, 'data_filter') else {}
@@ -119,5 +119,5 @@ def hub(
     shutil.rmtree(os.environ['HF_HOME'], ignore_errors=True)
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
     monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', not xet)
-    monkeypatch.setattr(timm_res2net.hub, 'PAUSES', (0, 0))
+    monkeypatch.setattr(timm_res2net.hub.client, 'PAUSES', (0, 0))
     return hub_server

@@ -10,10 +10,10 @@ import torch
 from conftest import tiny
 from torch import Tensor, nn
 
-import timm_res2net.bench
+import timm_res2net.deploy.bench
 from timm_res2net import fuse
 from timm_res2net.__main__ import main
-from timm_res2net.bench import Counter, Result, Run, bench, ours_eager, plot, storages_of
+from timm_res2net.deploy.bench import Counter, Result, Run, bench, ours_eager, plot, storages_of
 from timm_res2net.res2net import ARCHS, timms_own
 
 TIMMS = [name for name in ARCHS if timms_own(name)]
@@ -167,7 +167,7 @@ def failing(name: str, x: Tensor, dtype: torch.dtype) -> Run:
 def test_what_computes_something_else_or_fails_is_not_measured(
     make: Any, named: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(timm_res2net.bench, 'ours_fused', make)
+    monkeypatch.setattr(timm_res2net.deploy.bench, 'ours_fused', make)
     with pytest.raises(ValueError, match=named.replace('other', 'timm_res2net, fused')):
         bench(['test_res2net'], batches=(1,), sizes=(32,), dtypes=(), rounds=1)
 
@@ -180,7 +180,7 @@ def test_growth_is_over_scale_batch_and_size(
         rest = dict(spread=0.0, images_per_second=1.0, ratio=1.0, share_of_peak=0.5, operators=1, peak_memory=None)
         return [Result(*plan, way='timm', dtype='float32', milliseconds=1.0, **rest) for plan in plans]  # type: ignore[arg-type]
 
-    monkeypatch.setattr(timm_res2net.bench, 'bench', measured)
+    monkeypatch.setattr(timm_res2net.deploy.bench, 'bench', measured)
     png = tmp_path / 'growth.png'
     assert main(['bench', '--growth', '--plot', str(png), '--json', str(tmp_path / 'a.json')]) == 0
     assert png.stat().st_size > 10_000

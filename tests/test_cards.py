@@ -16,7 +16,7 @@ from PIL import Image
 from torch import nn
 
 from timm_res2net import card, cards
-from timm_res2net.hub import problems_on_hub, with_text_of
+from timm_res2net.hub.client import problems_on_hub, with_text_of
 from timm_res2net.res2net import ARCHS, WEIGHTS
 
 FOLDER = Path(__file__).parent.parent / 'hub_cards'

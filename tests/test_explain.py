@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from timm_res2net import class_activation_map, receptive_field
 from timm_res2net.__main__ import main
-from timm_res2net.explain import blocks_of, draw, radius
 from timm_res2net.models.block import Bottle2neck
-from timm_res2net.predict import sheet
 from timm_res2net.res2net import ARCHS, DENSEST
+from timm_res2net.vision.explain import blocks_of, draw, radius
+from timm_res2net.vision.predict import sheet
 
 KINDS = ['test_res2net', 'dla60_res2net', 'blres2net50_26w_4s', 'res2next29_6c_24w_4s']
 

@@ -28,9 +28,9 @@ from huggingface_hub.errors import (
 from safetensors import safe_open
 from torch import nn
 
-import timm_res2net.hub
+import timm_res2net.hub.client
 from timm_res2net import CheckpointError, load_checkpoint, pull, push
-from timm_res2net.predict import sheet
+from timm_res2net.vision.predict import sheet
 from timm_res2net.weights.files import sha256
 
 FILES = ('model.safetensors', 'config.json', 'README.md')
@@ -263,13 +263,13 @@ def test_a_hub_that_keeps_something_else_is_noticed(hub: Hub) -> None:
 
 def test_a_push_of_somebody_else_at_the_same_time_is_not_overwritten(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     push(digits(), 'user/net', **WRITE)
-    send = timm_res2net.hub.send
+    send = timm_res2net.hub.client.send
 
     def late(*args: Any) -> Any:
         hub.put('user/net', {'theirs.txt': b'first'})
         return send(*args)
 
-    monkeypatch.setattr(timm_res2net.hub, 'send', late)
+    monkeypatch.setattr(timm_res2net.hub.client, 'send', late)
     with pytest.raises(ConnectionError, match='somebody else pushed to user/net at the same time'):
         push(tiny(), 'user/net', **WRITE)
     assert hub.files('user/net')['theirs.txt'] == b'first'
@@ -279,13 +279,13 @@ def test_a_push_of_somebody_else_at_the_same_time_is_not_overwritten(hub: Hub, m
 def test_of_four_pushes_at_once_each_is_whole_or_refused(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     push(digits(), 'user/net', **WRITE)
     together = threading.Barrier(4, timeout=60)
-    send = timm_res2net.hub.send
+    send = timm_res2net.hub.client.send
 
     def at_once(*args: Any) -> Any:
         together.wait()
         return send(*args)
 
-    monkeypatch.setattr(timm_res2net.hub, 'send', at_once)
+    monkeypatch.setattr(timm_res2net.hub.client, 'send', at_once)
     outcomes: list[Any] = []
 
     def run(num_classes: int) -> None:
@@ -401,7 +401,7 @@ def test_what_passes_does_not_stop_a_pull(fault: Fault, hub: Hub, tmp_path: Path
     torch.testing.assert_close(back.state_dict(), model.state_dict(), rtol=0, atol=0)
     blobs = [path for path in tmp_path.rglob('blobs/*') if path.is_file()]
     assert {path.name for path in blobs} >= {pushed.hashes['model.safetensors']}
-    assert all(timm_res2net.hub.git_hash(path) == path.name or sha256(path) == path.name for path in blobs)
+    assert all(timm_res2net.hub.client.git_hash(path) == path.name or sha256(path) == path.name for path in blobs)
 
 
 def test_bytes_that_are_damaged_twice_are_not_kept(hub: Hub, tmp_path: Path) -> None:
@@ -526,16 +526,17 @@ def test_a_pull_through_a_proxy_of_somebody_else_is_byte_exact(olah: str, hub: H
     code = f"""if True:
         from huggingface_hub import constants
         constants.HF_HUB_DISABLE_XET = True
-        import timm_res2net.hub, time
+        import timm_res2net.hub.client, time
         for attempt in range(60):
             try:
-                folder, commit = timm_res2net.hub.fetch('user/net', cache_dir={str(tmp_path / 'cache')!r})
+                folder, commit = timm_res2net.hub.client.fetch('user/net', cache_dir={str(tmp_path / 'cache')!r})
                 break
             except Exception as error:
                 if attempt == 59:
                     raise
                 time.sleep(0.5)
-        print(timm_res2net.hub.sha256(folder / 'model.safetensors'), timm_res2net.hub.sha256(folder / 'config.json'))
+        from timm_res2net.weights.files import sha256
+        print(sha256(folder / 'model.safetensors'), sha256(folder / 'config.json'))
     """
     environment = {**os.environ, 'HF_HUB_OFFLINE': '0', 'HF_ENDPOINT': olah}
     done = subprocess.run([sys.executable, '-c', code], env=environment, capture_output=True, text=True)

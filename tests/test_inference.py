@@ -187,7 +187,7 @@ class Log(logging.Handler):
 @pytest.fixture
 def log() -> Iterator[list[tuple[str, str]]]:
     handler = Log()
-    logger = logging.getLogger('timm_res2net.inference')
+    logger = logging.getLogger('timm_res2net.deploy.optimize')
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     yield handler.lines

@@ -17,8 +17,8 @@ from sklearn.datasets import load_sample_image
 
 from timm_res2net import card
 from timm_res2net.__main__ import main
-from timm_res2net.predict import sheet
 from timm_res2net.res2net import ARCHS, WEIGHTS
+from timm_res2net.vision.predict import sheet
 from timm_res2net.weights.dialects import DIALECTS
 from timm_res2net.weights.files import sha256
 

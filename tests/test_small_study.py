@@ -10,9 +10,9 @@ import torch
 from PIL import Image
 
 from timm_res2net import recipes
-from timm_res2net.explain import radius
 from timm_res2net.recipes import small_study
 from timm_res2net.recipes.small_study import BASE_WIDTHS, TASKS, data, mean_and_error, network, parameters_of, table
+from timm_res2net.vision.explain import radius
 
 ASSETS = Path(recipes.__file__).parents[1] / 'assets'
 

@@ -10,10 +10,10 @@ from .res2net import register, unregister
 from .weights.readers import CheckpointError
 
 if TYPE_CHECKING:
-    from .cards import card
-    from .explain import class_activation_map, receptive_field
-    from .hub import pull, push
-    from .inference import fuse, optimize
+    from .deploy.optimize import fuse, optimize
+    from .hub.cards import card
+    from .hub.client import pull, push
+    from .vision.explain import class_activation_map, receptive_field
     from .weights.checkpoints import export_checkpoint, load_checkpoint
 
 __version__ = '0.1.0'
@@ -35,15 +35,15 @@ __all__ = [
 
 # Imported when first used: who imports the package to have its models doesn't wait for the rest.
 HOMES = {
-    'card': 'cards',
-    'class_activation_map': 'explain',
-    'export_checkpoint': 'checkpoints',
-    'fuse': 'inference',
-    'load_checkpoint': 'checkpoints',
-    'optimize': 'inference',
-    'pull': 'hub',
-    'push': 'hub',
-    'receptive_field': 'explain',
+    'card': 'hub.cards',
+    'class_activation_map': 'vision.explain',
+    'export_checkpoint': 'weights.checkpoints',
+    'fuse': 'deploy.optimize',
+    'load_checkpoint': 'weights.checkpoints',
+    'optimize': 'deploy.optimize',
+    'pull': 'hub.client',
+    'push': 'hub.client',
+    'receptive_field': 'vision.explain',
 }
 
 

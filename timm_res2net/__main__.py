@@ -15,13 +15,14 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError
 from tqdm import tqdm
 
-from .bench import MODELS, OPPONENTS, Result, bench, environment, growth, plot, plot_growth
-from .cards import card, problems_of
-from .explain import draw
-from .hub import fetch, problems_on_hub, push
-from .inference import PRECISIONS
+from .deploy.bench import MODELS, OPPONENTS, Result, bench, environment, growth, plot, plot_growth
+from .deploy.optimize import PRECISIONS
+from .hub.cards import card, problems_of
+from .hub.client import fetch, problems_on_hub, push
 from .models.block import FIRST_BLOCKS
-from .predict import (
+from .res2net import ARCHS, DENSEST, WEIGHTS
+from .vision.explain import draw
+from .vision.predict import (
     UnknownModelError,
     find_images,
     load_model,
@@ -31,7 +32,6 @@ from .predict import (
     read_image,
     sheet,
 )
-from .res2net import ARCHS, DENSEST, WEIGHTS
 from .weights.checkpoints import Conversion, call, convert, export_checkpoint
 from .weights.dialects import DIALECTS, EXPORTS
 from .weights.files import first_line, replace_file, replace_text, sha256

@@ -31,9 +31,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..__main__ import positive
-from ..bench import environment
-from ..explain import radius, receptive_field
-from ..predict import new_figure
+from ..deploy.bench import environment
+from ..vision.explain import radius, receptive_field
+from ..vision.predict import new_figure
 from ..weights.files import replace_file, replace_text
 from . import digits
 

@@ -20,12 +20,12 @@ from timm.models import PretrainedCfg, get_model_args
 from timm.utils import unwrap_model
 from torch import nn
 
+from ..models.block import first_blocks
+from ..res2net import ARCHS
+from ..weights.checkpoints import configuration, name_of, require_no_model, write_folder
+from ..weights.files import first_line, sha256
+from ..weights.readers import CheckpointError
 from .cards import LICENSES, card, is_unchanged
-from .models.block import first_blocks
-from .res2net import ARCHS
-from .weights.checkpoints import configuration, name_of, require_no_model, write_folder
-from .weights.files import first_line, sha256
-from .weights.readers import CheckpointError
 
 __all__ = ['Push', 'pull', 'push']
 

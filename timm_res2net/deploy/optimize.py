@@ -11,10 +11,10 @@ from timm.models.resnet import ResNet
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 
-from .models.block import Bottle2neck, fold_norms, require_evaluation
-from .models.dla import DlaRoot
-from .models.trunk import Trunk
-from .weights.files import first_line
+from ..models.block import Bottle2neck, fold_norms, require_evaluation
+from ..models.dla import DlaRoot
+from ..models.trunk import Trunk
+from ..weights.files import first_line
 
 __all__ = ['fuse', 'optimize']
 

@@ -16,9 +16,9 @@ from PIL import Image, ImageOps
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
 from torch import Tensor, nn
 
-from .res2net import ASSETS
-from .weights.checkpoints import load_checkpoint, read_checkpoint
-from .weights.files import first_line, replace_file
+from ..res2net import ASSETS
+from ..weights.checkpoints import load_checkpoint, read_checkpoint
+from ..weights.files import first_line, replace_file
 
 __all__ = ['Prediction', 'load_model', 'plot_pyramid', 'predict', 'read_image']
 

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from .models.block import Bottle2neck
+from ..models.block import Bottle2neck
+from ..weights.files import replace_file
 from .predict import labels_of, new_figure, preprocessed
-from .weights.files import replace_file
 
 __all__ = ['class_activation_map', 'draw', 'radius', 'receptive_field']
 

@@ -13,7 +13,7 @@ from timm.models import get_model_args
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from .res2net import ARCHS, ASSETS, WEIGHTS
+from ..res2net import ARCHS, ASSETS, WEIGHTS
 
 __all__ = ['LICENSES', 'card', 'is_unchanged', 'measure', 'problems_of']
 

@@ -24,10 +24,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from .inference import compiled_by_openvino, optimize
-from .predict import new_figure
-from .res2net import ARCHS, WEIGHTS, timms_own
-from .weights.files import first_line, replace_file
+from ..res2net import ARCHS, WEIGHTS, timms_own
+from ..vision.predict import new_figure
+from ..weights.files import first_line, replace_file
+from .optimize import compiled_by_openvino, optimize
 
 __all__ = ['MODELS', 'OPPONENTS', 'Counter', 'Result', 'bench', 'environment', 'growth', 'plot', 'plot_growth']
 

@@ -1,0 +1,1 @@
+"""Fast inference: fold norms, compile, and measure beside timm."""
