@@ -5,7 +5,7 @@ torchrun --nproc-per-node 2 tests/shard_script.py
 
 import torch
 import torch.distributed as dist
-from conftest import tiny
+from support import tiny
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 

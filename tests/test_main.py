@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny
 from PIL import Image
 from sklearn.datasets import load_sample_image
+from support import tiny
 
 from timm_res2net import card
 from timm_res2net.__main__ import main

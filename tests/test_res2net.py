@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import randomise
 from safetensors.torch import safe_open, save_file
+from support import ROOT, randomise
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -493,7 +493,7 @@ def test_embedded_weights_need_no_network_and_adapt() -> None:
 
 # The README
 
-README = (Path(__file__).parent.parent / 'README.md').read_text()
+README = (ROOT / 'README.md').read_text()
 
 
 def test_readme_shows_the_family_as_it_is() -> None:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import torchrun
+from support import torchrun
 
 from timm_res2net.run import main
 

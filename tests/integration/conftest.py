@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import randomise
+from support import randomise
 from torch import Tensor, nn
 
 # One of each kind, shallow.

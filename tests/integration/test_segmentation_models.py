@@ -1,13 +1,12 @@
 """segmentation_models_pytorch makes encoders of these models by name."""
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-from conftest import randomise
+from support import ROOT, randomise
 
 from integration.conftest import step
 
@@ -46,7 +45,7 @@ def test_a_model_segments_and_learns(architecture: str, options: dict[str, Any],
 
 
 def test_the_readme_example_runs() -> None:
-    readme = (Path(__file__).parents[2] / 'README.md').read_text()
+    readme = (ROOT / 'README.md').read_text()
     (example,) = (block for block in re.findall(r'```python\n(.*?)```', readme, re.DOTALL) if 'smp.Unet' in block)
     exec(f'import torch, timm_res2net\n{example}', made := {})
     assert made['mask'].shape == (1, 2, 224, 224)

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import randomise
+from support import randomise
 from torch import Tensor, nn
 
 from timm_res2net.models.block import FIRST_BLOCKS, Bottle2neck, DilatedAvgPool2d, Stage

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import tiny
+from support import tiny
 from torch import Tensor, nn
 
 import timm_res2net.deploy.bench

@@ -9,8 +9,8 @@ import pytest
 import timm
 import torch
 import train_script
-from conftest import randomise, tiny, torchrun
-from hub import Hub
+from hub_server import Hub
+from support import ROOT, randomise, tiny, torchrun
 from timm.layers import convert_sync_batchnorm
 from timm.models import group_modules
 from timm.utils import freeze
@@ -84,7 +84,7 @@ def test_a_run_of_which_a_process_was_killed_resumes_to_the_same_weights(tmp_pat
 
 
 def test_sharded_stages_take_the_step_that_whole_ones_take() -> None:
-    done = torchrun(str(Path(__file__).parent / 'shard_script.py'))
+    done = torchrun(str(ROOT / 'tests' / 'shard_script.py'))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count('equal') == 2
 

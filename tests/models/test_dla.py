@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import randomise
 from safetensors.torch import save_file
+from support import randomise
 from torch import Tensor, nn
 
 from timm_res2net.models.block import FIRST_BLOCKS

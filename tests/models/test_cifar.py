@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import randomise
+from support import randomise
 from torch import nn
 
 from timm_res2net.models.cifar import Res2NetCifar

@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import randomise
-from test_blocks import normalised, pooled
+from support import randomise
+from test_block import normalised, pooled
 from torch import Tensor, nn
 
 from timm_res2net.models.biglittle import BigLittleModule, BigLittleStem, Res2NetBigLittle

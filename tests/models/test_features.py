@@ -7,7 +7,7 @@ import pytest
 import timm
 import torch
 import torchvision
-from conftest import randomise
+from support import randomise
 from timm.layers import FrozenBatchNormAct2d, GroupNorm, freeze_batch_norm_2d, unfreeze_batch_norm_2d
 from torch import Tensor, nn
 

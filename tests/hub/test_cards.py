@@ -10,16 +10,17 @@ import pytest
 import timm
 import torch
 import yaml
-from conftest import tiny
 from huggingface_hub import ModelCard
 from PIL import Image
+from support import ROOT, tiny
 from torch import nn
 
-from timm_res2net import card, cards
+from timm_res2net import card
+from timm_res2net.hub import cards
 from timm_res2net.hub.client import problems_on_hub, with_text_of
 from timm_res2net.res2net import ARCHS, WEIGHTS
 
-FOLDER = Path(__file__).parent.parent / 'hub_cards'
+FOLDER = ROOT / 'hub_cards'
 PUSHED: dict[str, Any] = dict(
     repo_id='user/net',
     tag='mine',

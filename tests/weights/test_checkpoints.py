@@ -12,8 +12,8 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import tiny
 from safetensors.torch import save_file
+from support import tiny
 from torch import Tensor, nn
 
 from timm_res2net import CheckpointError, export_checkpoint, load_checkpoint

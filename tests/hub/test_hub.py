@@ -15,8 +15,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import randomise, tiny
-from hub import Fault, Hub, free_port
+from hub_server import Fault, Hub, free_port
 from huggingface_hub import constants
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -26,6 +25,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from safetensors import safe_open
+from support import randomise, tiny
 from torch import nn
 
 import timm_res2net.hub.client
@@ -247,7 +247,7 @@ def test_what_passes_does_not_stop_a_push(fault: Fault, hub: Hub) -> None:
 
 
 def test_bytes_that_are_damaged_on_their_way_up_never_arrive(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr('hub.PART', 10_000_000)
+    monkeypatch.setattr('hub_server.PART', 10_000_000)
     hub.faults = [Fault('PUT /_large', 'corrupt', times=100)]
     with pytest.raises(ConnectionError, match='did not take the commit'):
         push(digits(), 'user/net', **WRITE)

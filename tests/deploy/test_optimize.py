@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import randomise, tiny
+from support import randomise, tiny
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
 

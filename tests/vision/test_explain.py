@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import timm
 import torch
-from conftest import randomise, tiny
 from PIL import Image
+from support import randomise, tiny
 from torch import Tensor, nn
 
 from timm_res2net import class_activation_map, receptive_field

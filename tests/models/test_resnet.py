@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import randomise
+from support import randomise
 from torch import Tensor, nn
 
 from timm_res2net.models.block import FIRST_BLOCKS

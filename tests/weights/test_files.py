@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 import timm
 import torch
-from conftest import TINY, randomise, tiny
 from safetensors.torch import save
+from support import TINY, randomise, tiny
 from torch import Tensor
 
 import timm_res2net.weights.files

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from support import tiny
 from torch import Tensor
 
 from timm_res2net import CheckpointError, load_checkpoint
