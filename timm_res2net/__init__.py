@@ -3,23 +3,21 @@
 Importing this package registers its models: `timm.create_model('res2net50d')` then makes ours.
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
+from .deploy.fuse import fuse
+from .deploy.optimize import optimize
+from .hub.cards import card
+from .hub.pull import pull
+from .hub.push import push
 from .res2net import register, unregister
-from .weights.readers import CheckpointError
-
-if TYPE_CHECKING:
-    from .deploy.optimize import fuse, optimize
-    from .hub.cards import card
-    from .hub.client import pull, push
-    from .vision.explain import class_activation_map, receptive_field
-    from .weights.checkpoints import export_checkpoint, load_checkpoint
-
-__version__ = '0.1.0'
+from .version import __version__
+from .vision.explain import class_activation_map, receptive_field
+from .weights.checkpoints import load_checkpoint
+from .weights.convert import export_checkpoint
+from .weights.errors import CheckpointError
 
 __all__ = [
     'CheckpointError',
+    '__version__',
     'card',
     'class_activation_map',
     'export_checkpoint',
@@ -32,26 +30,3 @@ __all__ = [
     'register',
     'unregister',
 ]
-
-# Imported when first used: who imports the package to have its models doesn't wait for the rest.
-HOMES = {
-    'card': 'hub.cards',
-    'class_activation_map': 'vision.explain',
-    'export_checkpoint': 'weights.checkpoints',
-    'fuse': 'deploy.optimize',
-    'load_checkpoint': 'weights.checkpoints',
-    'optimize': 'deploy.optimize',
-    'pull': 'hub.client',
-    'push': 'hub.client',
-    'receptive_field': 'vision.explain',
-}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in HOMES:
-        raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-    return getattr(import_module(f'.{HOMES[name]}', __name__), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *HOMES})

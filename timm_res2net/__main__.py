@@ -1,4 +1,4 @@
-"""The command line: `timm-res2net` or `python -m timm_res2net`."""
+"""The command line: `timm-res2net` or `python -m timm_res2net`. Two functions a command: its arguments, its work."""
 
 import argparse
 import json
@@ -15,40 +15,45 @@ import torch
 from huggingface_hub.errors import HfHubHTTPError
 from tqdm import tqdm
 
-from .deploy.bench import MODELS, OPPONENTS, Result, bench, environment, growth, plot, plot_growth
-from .deploy.optimize import PRECISIONS
+from .deploy.bench import MODELS, OPPONENTS, Result, bench, environment, growth
+from .deploy.optimize import DTYPES
 from .hub.cards import card, problems_of
-from .hub.client import fetch, problems_on_hub, push
+from .hub.client import problems_on_hub
+from .hub.pull import download_model
+from .hub.push import push
 from .models.block import FIRST_BLOCKS
-from .res2net import ARCHS, DENSEST, WEIGHTS
-from .vision.explain import draw
-from .vision.predict import (
-    UnknownModelError,
-    find_images,
-    load_model,
-    plot_pyramid,
-    predict,
-    pyramid,
-    read_image,
-    sheet,
-)
-from .weights.checkpoints import Conversion, call, convert, export_checkpoint
+from .models.variants import ARCHS, WEIGHTS
+from .recipes.arguments import positive
+from .vision.explain import explain
+from .vision.figures import plot_bench, plot_explanation, plot_growth, plot_pyramid
+from .vision.images import bundled_digits, find_images, read_image
+from .vision.predict import UnknownModelError, feature_pyramid, predict, pretrained_model
+from .weights.checkpoints import format_create_model, load_model
+from .weights.convert import Conversion, convert, export_checkpoint
 from .weights.dialects import DIALECTS, EXPORTS
-from .weights.files import first_line, replace_file, replace_text, sha256
+from .weights.errors import first_line
+from .weights.files import atomic_write, atomic_write_text, sha256
+from .weights.folder import CONFIG_FILE, WEIGHTS_FILE
 
-DTYPES = {str(dtype).removeprefix('torch.'): dtype for dtype in PRECISIONS}
+Commands = argparse._SubParsersAction  # argparse has no public name for what add_subparsers returns
+
+DTYPE_NAMES = {str(dtype).removeprefix('torch.'): dtype for dtype in DTYPES}
 EMBEDDED = 'test_res2net.digits'
 PHOTO = 'res2net50d.in1k'
 RECIPES = Path(__file__).parent / 'recipes'
 EXAMPLE = 20  # of the bundled digits, a 3
 
 
-def positive(text: str) -> int:
-    """An argument that is an integer above zero."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f'{value} is not above zero')
-    return value
+def parser() -> argparse.ArgumentParser:
+    """Describes all commands."""
+    main = argparse.ArgumentParser(prog='timm-res2net', description='The Res2Net family for timm.')
+    commands = main.add_subparsers(dest='command', required=True, metavar='COMMAND')
+    for add in (
+        *(add_predict, add_list, add_features, add_explain, add_convert),
+        *(add_push, add_pull, add_bench, add_recipe, add_card),
+    ):
+        add(commands)
+    return main
 
 
 def device(text: str) -> torch.device:
@@ -60,22 +65,14 @@ def device(text: str) -> torch.device:
     return torch.device(text)
 
 
-class ListDialects(argparse.Action):
-    """Shows whose files can be read, what their networks' first blocks compute, and which can be written."""
-
-    def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
-        print('dialect           first block      export  whose')
-        for name, dialect in DIALECTS.items():
-            blocks = ' or '.join(filter(None, (dialect.first_block, dialect.in_detector))) or 'not known'
-            print(f'{name:16}  {blocks:17}  {"yes" if name in EXPORTS else "":4}  {dialect.whose}')
-        parser.exit()
+def refuse(args: argparse.Namespace, why: str, *options: str) -> None:
+    """Ends the program, as for any other wrong call, if options are given that would have no effect."""
+    if given := [option for option in options if getattr(args, option.removeprefix('--').lower())]:
+        parser().error(f'{" and ".join(given)} would have no effect: {why}')
 
 
-def parser() -> argparse.ArgumentParser:
-    """Describes the commands."""
-    main = argparse.ArgumentParser(prog='timm-res2net', description='The Res2Net family for timm.')
-    commands = main.add_subparsers(dest='command', required=True, metavar='COMMAND')
-
+def add_predict(commands: Commands) -> None:
+    """Adds the arguments of `predict`."""
     command = commands.add_parser('predict', help='classify images', description='Classify images.')
     command.add_argument(
         'images', nargs='*', metavar='IMAGE', help='files, folders or globs; bundled digits without any'
@@ -88,153 +85,18 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument('--json', action='store_true', help='machine-readable output')
     command.set_defaults(run=run_predict)
 
-    command = commands.add_parser('list', help='show the family', description='Show the family.')
-    command.add_argument('pattern', nargs='?', default='*', metavar='PATTERN', help="such as '*50*'")
-    command.add_argument('--pretrained', action='store_true', help='only what has weights')
-    command.set_defaults(run=run_list)
-
-    command = commands.add_parser(
-        'features', help='show feature maps', description='Show the feature maps of an image.'
-    )
-    command.add_argument('image', metavar='IMAGE', help='a file')
-    command.add_argument('--model', default=PHOTO, metavar='NAME', help=f'default: {PHOTO}')
-    command.add_argument('--out', metavar='PNG', help='draw them to this file')
-    command.set_defaults(run=run_features)
-
-    command = commands.add_parser(
-        'explain',
-        help='draw what the network looks at',
-        description='Draws an image, where it speaks for the likeliest class, and how far the splits of a block see.',
-    )
-    command.add_argument('image', nargs='?', metavar='IMAGE', help='a file; a bundled digit without')
-    command.add_argument('--model', metavar='NAME', help=f'default: {PHOTO}; {EMBEDDED} for the bundled digit')
-    command.add_argument('--weights', metavar='FILE', help='a file of weights instead of published ones')
-    command.add_argument('--stage', type=positive, default=2, metavar='N', help='whose block to look at (default: 2)')
-    command.add_argument('--out', default='explain.png', metavar='PNG', help='the picture (default: explain.png)')
-    command.set_defaults(run=run_explain)
-
-    command = commands.add_parser(
-        'convert',
-        help="bring other people's weights to timm, or back",
-        description='Makes a folder that timm loads of a file of weights, whoever wrote it. Tells whose names the file '
-        'has, which model it fits, how sure that is, and what was changed.',
-    )
-    command.add_argument('file', metavar='FILE', help='.safetensors, .pth, .pdparams, .pkl, .ckpt or .tar')
-    command.add_argument('--model', metavar='NAME', help='the model that it fits (default: found out)')
-    command.add_argument('--out', metavar='DIR', help='what to write (default: named after FILE, in this folder)')
-    command.add_argument('--dialect', choices=DIALECTS, help='whose names it has (default: recognised)')
-    command.add_argument(
-        '--first-block', choices=FIRST_BLOCKS, help='what its first blocks compute (default: found out)'
-    )
-    command.add_argument('--prefix', help='what precedes the names, in a file with several networks')
-    command.add_argument('--to', choices=EXPORTS, help='write a file for this code instead of a folder for timm')
-    command.add_argument('--dry-run', action='store_true', help='write nothing')
-    command.add_argument('--list-dialects', action=ListDialects, nargs=0, help='show whose files can be read')
-    command.set_defaults(run=run_convert)
-
-    command = commands.add_parser(
-        'push',
-        help='upload a model to the Hub',
-        description='Uploads a model to the Hugging Face Hub: safetensors, configuration and card, all verified.',
-    )
-    command.add_argument('source', metavar='SOURCE', help='a file of weights, a folder that convert made, or a name')
-    command.add_argument('repo', metavar='USER/NAME', help='where to put it')
-    command.add_argument('--model', metavar='NAME', help='the model that the file fits (default: found out)')
-    command.add_argument('--tag', help='name of this set of weights')
-    command.add_argument('--result', type=result, action='append', metavar='WHAT=PERCENT', help='such as accuracy=99.5')
-    command.add_argument('--dataset', help='what it was trained and measured on, such as imagenet-1k')
-    command.add_argument('--license', metavar='ID', help='such as apache-2.0')
-    command.add_argument('--license-link', metavar='URL', help='of a licence that the Hub does not know')
-    command.add_argument('--base-model', metavar='USER/NAME', help='what it was fine-tuned from')
-    command.add_argument('--labels', metavar='FILE', help='names of the classes, a line each')
-    command.add_argument('--recipe', metavar='TEXT', help='how it was trained')
-    command.add_argument('--private', action='store_true', default=None, help='make the repository private')
-    command.add_argument('--revision', metavar='BRANCH', help='made if it does not exist (default: main)')
-    command.add_argument('--create-pr', action='store_true', help='propose it by a pull request')
-    command.add_argument('--message', help='of the commit')
-    command.add_argument('--overwrite-card', action='store_true', help='also a card that somebody wrote')
-    command.add_argument('--dry-run', metavar='DIR', help='write a folder instead, and show what would be sent')
-    command.set_defaults(run=run_push)
-
-    command = commands.add_parser(
-        'pull', help='download a model from the Hub', description='Downloads a model and checks every byte of it.'
-    )
-    command.add_argument('repo', metavar='USER/NAME', help='where it is')
-    command.add_argument('--revision', metavar='R', help='branch, tag or commit (default: main)')
-    command.add_argument('--out', metavar='DIR', help='copy it to this folder (default: only to the cache)')
-    command.set_defaults(run=run_pull)
-
-    command = commands.add_parser(
-        'bench',
-        help="measure models beside timm's own",
-        description="Measures models beside timm's own, in turns in one run: in inference as they are, fused and "
-        'optimized, or in training. All ways have to compute the same before any is measured.',
-    )
-    command.add_argument('--models', nargs='+', metavar='NAME', help=f'default: {" ".join(MODELS)}')
-    command.add_argument('--batch', nargs='+', type=positive, metavar='N', help='images (default: 8)')
-    command.add_argument('--size', nargs='+', type=positive, metavar='PX', help='default: 224')
-    command.add_argument('--dtype', nargs='+', choices=DTYPES, help='default: float32 bfloat16')
-    command.add_argument('--against', type=opponents, metavar='A,B', help=f'of {",".join(OPPONENTS)} (default: timm)')
-    command.add_argument('--train', action='store_true', help='measure steps of training')
-    command.add_argument(
-        '--growth', action='store_true', help='measure how cost grows with scale, batch and image size'
-    )
-    command.add_argument('--rounds', type=positive, default=20, metavar='N', help='measurements of each (default: 20)')
-    command.add_argument('--device', type=device, default='cpu', metavar='D', help='such as cuda (default: cpu)')
-    command.add_argument('--json', metavar='FILE', help='write all figures to this file')
-    command.add_argument('--plot', metavar='PNG', help='draw them to this file')
-    command.set_defaults(run=run_bench)
-
-    command = commands.add_parser(
-        'recipe',
-        help="show configurations for timm's train script",
-        description="Lists configurations for timm's train script, or prints or writes one: "
-        'train.py --device-modules timm_res2net --config FILE --data-dir DIR',
-    )
-    command.add_argument('name', nargs='?', metavar='NAME', help='such as imagenet; all are listed without')
-    command.add_argument('--out', metavar='FILE', help='write it to this file')
-    command.set_defaults(run=run_recipe)
-
-    command = commands.add_parser('card', help='show model cards', description='Shows the cards of published weights.')
-    command.add_argument('name', nargs='?', metavar='NAME', help='such as res2net50d.in1k, or a file to validate')
-    command.add_argument('--all', action='store_true', help='write all of them to a folder')
-    command.add_argument('--out', metavar='DIR', help='the folder (default: hub_cards)')
-    command.add_argument('--validate', action='store_true', help='check it here and, if it can be reached, on the Hub')
-    command.set_defaults(run=run_card)
-    return main
-
-
-def opponents(text: str) -> tuple[str, ...]:
-    """An argument that is names of what to measure against."""
-    names = tuple(text.split(','))
-    if unknown := set(names) - set(OPPONENTS):
-        raise argparse.ArgumentTypeError(f'{", ".join(unknown)} is not of {", ".join(OPPONENTS)}')
-    return names
-
-
-def result(text: str) -> tuple[str, float]:
-    """An argument that is a name and a percentage."""
-    name, _, value = text.partition('=')
-    return name, float(value)
-
-
-def refuse(args: argparse.Namespace, why: str, *options: str) -> None:
-    """Ends the program, as for any other wrong call, if options are given that would have no effect."""
-    if given := [option for option in options if getattr(args, option.removeprefix('--').lower())]:
-        parser().error(f'{" and ".join(given)} would have no effect: {why}')
-
 
 def run_predict(args: argparse.Namespace) -> int:
     """Classifies images; 1 if one of them could not be."""
     bundled = not args.images
     name = args.model or (EMBEDDED if bundled else PHOTO)
-    model = load_model(name, args.weights, args.device)
+    model = pretrained_model(name, args.weights, args.device)
     options = dict(topk=args.topk, batch_size=args.batch_size)
     if bundled:
-        digits = sheet()
+        digits = bundled_digits()
         predictions = predict(model, [image for image, _ in digits], read=lambda image: image, **options)
         rows = [(truth, found) for (_, truth), found in zip(digits, predictions) if not isinstance(found, ValueError)]
-        show_sheet(name, rows, args.json)
+        show_digits(name, rows, args.json)
         return 0
 
     files, failed = find_images(args.images)
@@ -258,7 +120,7 @@ def run_predict(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
-def show_sheet(name: str, rows: list[tuple[str, Any]], as_json: bool) -> None:
+def show_digits(name: str, rows: list[tuple[str, Any]], as_json: bool) -> None:
     """Prints predictions of the bundled digits beside the truth."""
     if as_json:
         items = [dict(truth=truth, predictions=[vars(prediction) for prediction in found]) for truth, found in rows]
@@ -271,6 +133,14 @@ def show_sheet(name: str, rows: list[tuple[str, Any]], as_json: bool) -> None:
         print(f'  {digit}     {"   ".join(cells)}')
     right = sum(found[0].label == truth for truth, found in rows)
     print(f'\n{right} of {len(rows)} are right. For a photo of yours: timm-res2net predict PHOTO.jpg --model {PHOTO}')
+
+
+def add_list(commands: Commands) -> None:
+    """Adds the arguments of `list`."""
+    command = commands.add_parser('list', help='show the family', description='Show the family.')
+    command.add_argument('pattern', nargs='?', default='*', metavar='PATTERN', help="such as '*50*'")
+    command.add_argument('--pretrained', action='store_true', help='only what has weights')
+    command.set_defaults(run=run_list)
 
 
 def run_list(args: argparse.Namespace) -> int:
@@ -299,11 +169,22 @@ def run_list(args: argparse.Namespace) -> int:
     return 0
 
 
+def add_features(commands: Commands) -> None:
+    """Adds the arguments of `features`."""
+    command = commands.add_parser(
+        'features', help='show feature maps', description='Show the feature maps of an image.'
+    )
+    command.add_argument('image', metavar='IMAGE', help='a file')
+    command.add_argument('--model', default=PHOTO, metavar='NAME', help=f'default: {PHOTO}')
+    command.add_argument('--out', metavar='PNG', help='draw them to this file')
+    command.set_defaults(run=run_features)
+
+
 def run_features(args: argparse.Namespace) -> int:
     """Prints the shapes of an image's feature maps and draws them."""
     image = read_image(args.image)
-    model = load_model(args.model, features_only=True)
-    shown, features = pyramid(model, image)
+    model = pretrained_model(args.model, features_only=True)
+    shown, features = feature_pyramid(model, image)
     info: Any = model.feature_info
     print(f'{args.model} on {args.image}, shown as {shown.shape[2]} x {shown.shape[1]}\n')
     print('module    stride  channels  width x height')
@@ -316,17 +197,58 @@ def run_features(args: argparse.Namespace) -> int:
     return 0
 
 
+def add_explain(commands: Commands) -> None:
+    """Adds the arguments of `explain`."""
+    command = commands.add_parser(
+        'explain',
+        help='draw what the network looks at',
+        description='Draws an image, where it speaks for the likeliest class, and how far the splits of a block see.',
+    )
+    command.add_argument('image', nargs='?', metavar='IMAGE', help='a file; a bundled digit without')
+    command.add_argument('--model', metavar='NAME', help=f'default: {PHOTO}; {EMBEDDED} for the bundled digit')
+    command.add_argument('--weights', metavar='FILE', help='a file of weights instead of published ones')
+    command.add_argument('--stage', type=positive, default=2, metavar='N', help='whose block to look at (default: 2)')
+    command.add_argument('--out', default='explain.png', metavar='PNG', help='the picture (default: explain.png)')
+    command.set_defaults(run=run_explain)
+
+
 def run_explain(args: argparse.Namespace) -> int:
     """Draws what a network looks at, and says what is in the picture."""
-    image = read_image(args.image) if args.image else sheet()[EXAMPLE][0]
+    image = read_image(args.image) if args.image else bundled_digits()[EXAMPLE][0]
     name = args.model or (PHOTO if args.image else EMBEDDED)
-    model = load_model(name, args.weights)
+    model = pretrained_model(name, args.weights)
     arch = ARCHS.get(name.split('.')[0])
-    dense = load_model(name, args.weights, **DENSEST[arch.trunk]) if arch else None
-    for line in draw(model, image, args.stage, args.out, dense):
-        print(line)
+    dense = pretrained_model(name, args.weights, **arch.trunk.densest) if arch else None
+    explanation = explain(model, image, args.stage, dense)
+    plot_explanation(explanation, args.out)
+    for prediction in explanation.predictions:
+        print(f'{prediction.probability:7.2%}  {prediction.label}')
+    radii = ', '.join(f'{radius:.1f}' for radius in explanation.radii)
+    print(f'{explanation.block}: radius of each split {radii} pixels of the image')
     print(f'\ndrawn to {args.out}')
     return 0
+
+
+def add_convert(commands: Commands) -> None:
+    """Adds the arguments of `convert`."""
+    command = commands.add_parser(
+        'convert',
+        help="bring other people's weights to timm, or back",
+        description='Makes a folder that timm loads of a file of weights, whoever wrote it. Tells whose names the file '
+        'has, which model it fits, how sure that is, and what was changed.',
+    )
+    command.add_argument('file', metavar='FILE', help='.safetensors, .pth, .pdparams, .pkl, .ckpt or .tar')
+    command.add_argument('--model', metavar='NAME', help='the model that it fits (default: found out)')
+    command.add_argument('--out', metavar='DIR', help='what to write (default: named after FILE, in this folder)')
+    command.add_argument('--dialect', choices=DIALECTS, help='whose names it has (default: recognised)')
+    command.add_argument(
+        '--first-block', choices=FIRST_BLOCKS, help='what its first blocks compute (default: found out)'
+    )
+    command.add_argument('--prefix', help='what precedes the names, in a file with several networks')
+    command.add_argument('--to', choices=EXPORTS, help='write a file for this code instead of a folder for timm')
+    command.add_argument('--dry-run', action='store_true', help='write nothing')
+    command.add_argument('--list-dialects', action=ListDialects, nargs=0, help='show whose files can be read')
+    command.set_defaults(run=run_convert)
 
 
 def run_convert(args: argparse.Namespace) -> int:
@@ -337,17 +259,24 @@ def run_convert(args: argparse.Namespace) -> int:
     if args.dry_run:
         print('\nnothing was written')
     elif args.to is None:
-        print(f'\nwrote {done.folder}; load it by\n  {call(f"local-dir:{done.folder}", dict(pretrained=True))}')
+        print(
+            f'\nwrote {done.folder}; load it by\n  {format_create_model(f"local-dir:{done.folder}", dict(pretrained=True))}'
+        )
     else:
         out = args.out or f'{done.folder}{".pdparams" if args.to == "paddleclas" else ".pth"}'
         if os.path.exists(out):
             raise ValueError(f'there is a {out} already; name another file by --out, or move it away')
-        export_checkpoint(done.load(), out, args.to)
+        export_checkpoint(load_model(done.checkpoint, done.name, **done.args), out, args.to)
         print(f'\nwrote {out}\n  sha256 {sha256(out)}')
     return 0
 
 
-def listed(names: Sequence[str]) -> str:
+def load_call(folder: str | Path) -> str:
+    """The Python code that loads a model from a folder."""
+    return format_create_model(f'local-dir:{folder}', dict(pretrained=True))
+
+
+def summarize_names(names: Sequence[str]) -> str:
     """Counts names and tells the first ones."""
     more = ', ...' if len(names) > 3 else ''
     return f'{len(names)}' + (f': {", ".join(names[:3])}{more}' if names else '')
@@ -362,12 +291,50 @@ def show_conversion(done: Conversion) -> None:
     print(f'{checkpoint.file}\n  sha256 {record["converted_from"]["sha256"]}\n')
     print(f'dialect      {translation.dialect}{under}: {DIALECTS[translation.dialect].whose}')
     print(f'first block  {checkpoint.first_block}: {sure}')
-    print(f'model        {call(done.name, done.args)}: certain, all tensors fit')
-    print(f'dropped      {listed(translation.dropped)}')
-    print(f'filled in    {listed(translation.filled)}')
+    print(f'model        {format_create_model(done.name, done.args)}: certain, all tensors fit')
+    print(f'dropped      {summarize_names(translation.dropped)}')
+    print(f'filled in    {summarize_names(translation.filled)}')
     print(f'cast         {", ".join(f"{count} of {kind} to float32" for kind, count in translation.cast.items()) or 0}')
     if 'sha256' in record:
-        print(f'\n{done.folder / "model.safetensors"}\n  sha256 {record["sha256"]}')
+        print(f'\n{done.folder / WEIGHTS_FILE}\n  sha256 {record["sha256"]}')
+
+
+class ListDialects(argparse.Action):
+    """Shows whose files can be read, what their networks' first blocks compute, and which can be written."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
+        print('dialect           first block      export  whose')
+        for name, dialect in DIALECTS.items():
+            blocks = ' or '.join(filter(None, (dialect.first_block, dialect.in_detector))) or 'not known'
+            print(f'{name:16}  {blocks:17}  {"yes" if name in EXPORTS else "":4}  {dialect.whose}')
+        parser.exit()
+
+
+def add_push(commands: Commands) -> None:
+    """Adds the arguments of `push`."""
+    command = commands.add_parser(
+        'push',
+        help='upload a model to the Hub',
+        description='Uploads a model to the Hugging Face Hub: safetensors, configuration and card, all verified.',
+    )
+    command.add_argument('source', metavar='SOURCE', help='a file of weights, a folder that convert made, or a name')
+    command.add_argument('repo', metavar='USER/NAME', help='where to put it')
+    command.add_argument('--model', metavar='NAME', help='the model that the file fits (default: found out)')
+    command.add_argument('--tag', help='name of this set of weights')
+    command.add_argument('--result', type=result, action='append', metavar='WHAT=PERCENT', help='such as accuracy=99.5')
+    command.add_argument('--dataset', help='what it was trained and measured on, such as imagenet-1k')
+    command.add_argument('--license', metavar='ID', help='such as apache-2.0')
+    command.add_argument('--license-link', metavar='URL', help='of a licence that the Hub does not know')
+    command.add_argument('--base-model', metavar='USER/NAME', help='what it was fine-tuned from')
+    command.add_argument('--labels', metavar='FILE', help='names of the classes, a line each')
+    command.add_argument('--recipe', metavar='TEXT', help='how it was trained')
+    command.add_argument('--private', action='store_true', default=None, help='make the repository private')
+    command.add_argument('--revision', metavar='BRANCH', help='made if it does not exist (default: main)')
+    command.add_argument('--create-pr', action='store_true', help='propose it by a pull request')
+    command.add_argument('--message', help='of the commit')
+    command.add_argument('--overwrite-card', action='store_true', help='also a card that somebody wrote')
+    command.add_argument('--dry-run', metavar='DIR', help='write a folder instead, and show what would be sent')
+    command.set_defaults(run=run_push)
 
 
 def run_push(args: argparse.Namespace) -> int:
@@ -377,9 +344,10 @@ def run_push(args: argparse.Namespace) -> int:
     if os.path.isdir(args.source):
         model = timm.create_model(f'local-dir:{args.source}', pretrained=True)
     elif args.source in WEIGHTS:
-        model = load_model(args.source)
+        model = pretrained_model(args.source)
     else:
-        model = convert(args.source, dry_run=True, model=args.model).load()
+        done = convert(args.source, dry_run=True, model=args.model)
+        model = load_model(done.checkpoint, done.name, **done.args)
     labels = read_lines(args.labels) if args.labels else None
     pushed = push(
         model,
@@ -404,6 +372,70 @@ def run_push(args: argparse.Namespace) -> int:
     return 0
 
 
+def read_lines(path: str) -> list[str]:
+    """The lines of a text file that are not empty; ValueError if it can't be read."""
+    try:
+        with open(path, encoding='utf-8') as file:
+            return [line.strip() for line in file if line.strip()]
+    except OSError as error:
+        raise ValueError(f'{path} can not be opened: {error.strerror}') from error
+
+
+def result(text: str) -> tuple[str, float]:
+    """An argument that is a name and a percentage."""
+    name, _, value = text.partition('=')
+    return name, float(value)
+
+
+def add_pull(commands: Commands) -> None:
+    """Adds the arguments of `pull`."""
+    command = commands.add_parser(
+        'pull', help='download a model from the Hub', description='Downloads a model and checks every byte of it.'
+    )
+    command.add_argument('repo', metavar='USER/NAME', help='where it is')
+    command.add_argument('--revision', metavar='R', help='branch, tag or commit (default: main)')
+    command.add_argument('--out', metavar='DIR', help='copy it to this folder (default: only to the cache)')
+    command.set_defaults(run=run_pull)
+
+
+def run_pull(args: argparse.Namespace) -> int:
+    """Downloads a model, and says where it is and which."""
+    folder, commit = download_model(args.repo, args.revision)
+    if args.out:
+        os.makedirs(args.out, exist_ok=True)
+        for name in (WEIGHTS_FILE, CONFIG_FILE):
+            atomic_write(os.path.join(args.out, name), lambda path, name=name: shutil.copyfile(folder / name, path))  # type: ignore[misc]
+    where = args.out or folder
+    for name in (WEIGHTS_FILE, CONFIG_FILE):
+        print(f'{sha256(os.path.join(where, name))}  {name}')
+    print(f'\n{args.repo} at {commit}, checked; load it by\n  {load_call(where)}')
+    return 0
+
+
+def add_bench(commands: Commands) -> None:
+    """Adds the arguments of `bench`."""
+    command = commands.add_parser(
+        'bench',
+        help="measure models beside timm's own",
+        description="Measures models beside timm's own, in turns in one run: in inference as they are, fused and "
+        'optimized, or in training. All ways have to compute the same before any is measured.',
+    )
+    command.add_argument('--models', nargs='+', metavar='NAME', help=f'default: {" ".join(MODELS)}')
+    command.add_argument('--batch', nargs='+', type=positive, metavar='N', help='images (default: 8)')
+    command.add_argument('--size', nargs='+', type=positive, metavar='PX', help='default: 224')
+    command.add_argument('--dtype', nargs='+', choices=DTYPE_NAMES, help='default: float32 bfloat16')
+    command.add_argument('--against', type=opponents, metavar='A,B', help=f'of {",".join(OPPONENTS)} (default: timm)')
+    command.add_argument('--train', action='store_true', help='measure steps of training')
+    command.add_argument(
+        '--growth', action='store_true', help='measure how cost grows with scale, batch and image size'
+    )
+    command.add_argument('--rounds', type=positive, default=20, metavar='N', help='measurements of each (default: 20)')
+    command.add_argument('--device', type=device, default='cpu', metavar='D', help='such as cuda (default: cpu)')
+    command.add_argument('--json', metavar='FILE', help='write all figures to this file')
+    command.add_argument('--plot', metavar='PNG', help='draw them to this file')
+    command.set_defaults(run=run_bench)
+
+
 def run_bench(args: argparse.Namespace) -> int:
     """Prints how fast models are, writes and draws it."""
     if args.growth:
@@ -412,7 +444,7 @@ def run_bench(args: argparse.Namespace) -> int:
         )
         parts = growth(args.device, args.rounds)
     else:
-        dtypes = [DTYPES[name] for name in args.dtype or ()]
+        dtypes = [DTYPE_NAMES[name] for name in args.dtype or ()]
         options = dict(models=args.models, batches=args.batch, sizes=args.size, dtypes=dtypes, against=args.against)
         given: dict[str, Any] = {name: value for name, value in options.items() if value}
         results = bench(**given, train=args.train, device=args.device, rounds=args.rounds)
@@ -424,10 +456,10 @@ def run_bench(args: argparse.Namespace) -> int:
         show_results(results)
     if args.json:
         document = dict(environment=about, **{part: [vars(each) for each in found] for part, found in parts.items()})
-        replace_text(args.json, json.dumps(document, indent=1) + '\n')
+        atomic_write_text(args.json, json.dumps(document, indent=1) + '\n')
         print(f'\nwrote {args.json}')
     if args.plot:
-        plot_growth(parts, args.plot) if args.growth else plot(results, args.plot)
+        plot_growth(parts, args.plot) if args.growth else plot_bench(results, args.plot)
         print(f'\ndrawn to {args.plot}')
     return 0
 
@@ -455,27 +487,25 @@ def print_table(rows: Sequence[Sequence[str]], left: Sequence[int]) -> None:
         print('  '.join(cells).rstrip())
 
 
-def read_lines(path: str) -> list[str]:
-    """The lines of a text file that are not empty; ValueError if it can't be read."""
-    try:
-        with open(path, encoding='utf-8') as file:
-            return [line.strip() for line in file if line.strip()]
-    except OSError as error:
-        raise ValueError(f'{path} can not be opened: {error.strerror}') from error
+def opponents(text: str) -> tuple[str, ...]:
+    """An argument that is names of what to measure against."""
+    names = tuple(text.split(','))
+    if unknown := set(names) - set(OPPONENTS):
+        raise argparse.ArgumentTypeError(f'{", ".join(unknown)} is not of {", ".join(OPPONENTS)}')
+    return names
 
 
-def run_pull(args: argparse.Namespace) -> int:
-    """Downloads a model, and says where it is and which."""
-    folder, commit = fetch(args.repo, args.revision)
-    if args.out:
-        os.makedirs(args.out, exist_ok=True)
-        for name in ('model.safetensors', 'config.json'):
-            replace_file(os.path.join(args.out, name), lambda path, name=name: shutil.copyfile(folder / name, path))  # type: ignore[misc]
-    where = args.out or folder
-    for name in ('model.safetensors', 'config.json'):
-        print(f'{sha256(os.path.join(where, name))}  {name}')
-    print(f'\n{args.repo} at {commit}, checked; load it by\n  {call(f"local-dir:{where}", dict(pretrained=True))}')
-    return 0
+def add_recipe(commands: Commands) -> None:
+    """Adds the arguments of `recipe`."""
+    command = commands.add_parser(
+        'recipe',
+        help="show configurations for timm's train script",
+        description="Lists configurations for timm's train script, or prints or writes one: "
+        'train.py --device-modules timm_res2net --config FILE --data-dir DIR',
+    )
+    command.add_argument('name', nargs='?', metavar='NAME', help='such as imagenet; all are listed without')
+    command.add_argument('--out', metavar='FILE', help='write it to this file')
+    command.set_defaults(run=run_recipe)
 
 
 def run_recipe(args: argparse.Namespace) -> int:
@@ -491,9 +521,19 @@ def run_recipe(args: argparse.Namespace) -> int:
     if args.out is None:
         print(recipes[args.name], end='')
         return 0
-    replace_text(args.out, recipes[args.name])
+    atomic_write_text(args.out, recipes[args.name])
     print(f'wrote {args.out}')
     return 0
+
+
+def add_card(commands: Commands) -> None:
+    """Adds the arguments of `card`."""
+    command = commands.add_parser('card', help='show model cards', description='Shows the cards of published weights.')
+    command.add_argument('name', nargs='?', metavar='NAME', help='such as res2net50d.in1k, or a file to validate')
+    command.add_argument('--all', action='store_true', help='write all of them to a folder')
+    command.add_argument('--out', metavar='DIR', help='the folder (default: hub_cards)')
+    command.add_argument('--validate', action='store_true', help='check it here and, if it can be reached, on the Hub')
+    command.set_defaults(run=run_card)
 
 
 def run_card(args: argparse.Namespace) -> int:
@@ -503,7 +543,7 @@ def run_card(args: argparse.Namespace) -> int:
         folder = args.out or 'hub_cards'
         os.makedirs(folder, exist_ok=True)
         for name in tqdm(WEIGHTS, unit='card', disable=None, leave=False):
-            replace_text(f'{folder}/{name}.md', card(name))
+            atomic_write_text(f'{folder}/{name}.md', card(name))
         print(f'wrote {len(WEIGHTS)} cards to {folder}')
         return 0
     refuse(args, 'cards are written by --all', '--out')
@@ -532,10 +572,10 @@ def main(argv: list[str] | None = None) -> int:
         status = args.run(args)
         sys.stdout.flush()  # here, where a reader that has gone is expected, and not at the interpreter's end
         return status
-    except BrokenPipeError:  # the reader has seen enough, as in `timm-res2net list | head -3`
+    except BrokenPipeError:  # the reader has stopped reading, as in `timm-res2net list | head -3`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ValueError, ConnectionError, HfHubHTTPError) as error:
+    except (ValueError, TypeError, OSError, ImportError, HfHubHTTPError) as error:
         print(f'timm-res2net: {" ".join(str(error).split())}', file=sys.stderr)
         return 2 if isinstance(error, UnknownModelError) else 1
     except KeyboardInterrupt:

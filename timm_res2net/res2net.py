@@ -1,13 +1,12 @@
-"""The family: a line for each architecture, a line for each set of weights, and their registration with timm.
+"""Makes the family's models and registers them with timm.
 
-timm names the module of a model after the last part of the file that registers it, hence this file's name:
-`timm.list_models(module='res2net')` lists the family.
+This file is above the networks and the files of weights, because making a pretrained model takes both. timm names a
+model's module after the last part of the file that registers it: `timm.list_models(module='res2net')` lists the family.
 """
 
 import warnings
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,359 +14,31 @@ from typing import Any
 import timm.models.dla
 import timm.models.res2net
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import (
-    FeatureDictNet,
-    FeatureListNet,
     PretrainedCfg,
     build_model_with_cfg,
     generate_default_cfgs,
+    load_pretrained,
     register_model,
     resolve_pretrained_cfg,
 )
 from timm.models import _registry as timm_registry
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import nn
 
-from .models.biglittle import Res2NetBigLittle
-from .models.block import set_grad_checkpointing
-from .models.cifar import Res2NetCifar
-from .models.dla import Res2NetDla
-from .models.resnet import Res2Net
-from .weights.dialects import DIALECTS, recognise, require_same_function, translate
-from .weights.files import download
-from .weights.readers import read
+from .models.recompute import FeatureDict, FeatureList
+from .models.variants import ARCHS, WEIGHTS, Arch, default_cfg
+from .weights.checkpoints import Checkpoint, adapt_state_dict, read_checkpoint, require_same_function
+from .weights.download import download
 
 __all__ = ['register', 'unregister']  # register_model adds the models
 
-ASSETS = Path(__file__).parent / 'assets'
-
-
-@dataclass(frozen=True)
-class Arch:
-    """One architecture: what it costs, its trunk, what that is built with, and what timm needs to know of it."""
-
-    params: int  # with the classes of its default weights
-    gmacs: float  # 10^9 multiply-adds of convolutions and classifier, for one image of 224 x 224, on CIFAR of 32 x 32
-    trunk: type[nn.Module]
-    args: dict[str, Any]
-    features: int  # that can be taken
-    out_indices: tuple[int, ...]  # of them features_only gives these by default
-    cfg: dict[str, Any]
-
-
-def resnet(params: int, gmacs: float, layers: Sequence[int], base_width: int, scale: int, **args: Any) -> Arch:
-    """Res2Net block in timm's ResNet: blocks of each stage, channels of a split for 64 planes, splits."""
-    args = dict(layers=layers, base_width=base_width, scale=scale, **args)
-    cfg = dict(first_conv='conv1.0' if args.get('stem_type') == 'deep' else 'conv1')
-    return Arch(params, gmacs, Res2Net, args, 5, (0, 1, 2, 3, 4), cfg)
-
-
-def dla(params: int, gmacs: float, levels: Sequence[int], base_width: int, scale: int, **args: Any) -> Arch:
-    """Res2Net block in DLA: depth of each level, channels of a split for 64 planes, splits."""
-    args = dict(levels=levels, base_width=base_width, scale=scale, **args)
-    return Arch(params, gmacs, Res2NetDla, args, 6, (1, 2, 3, 4, 5), dict(first_conv='base_layer.0'))
-
-
-def biglittle(params: int, gmacs: float, layers: Sequence[int], base_width: int, scale: int, **args: Any) -> Arch:
-    """Res2Net block in Big-Little Net: blocks of each stage, channels of a split for 64 planes, splits."""
-    args = dict(layers=layers, base_width=base_width, scale=scale, **args)
-    cfg = dict(paper_ids=('arXiv:1904.01169', 'arXiv:1807.03848'))
-    return Arch(params, gmacs, Res2NetBigLittle, args, 6, (0, 1, 2, 4, 5), cfg)  # of two with stride 16, the deeper
-
-
-def cifar(params: int, gmacs: float, cardinality: int, base_width: int, scale: int, **args: Any) -> Arch:
-    """Res2Net block in ResNeXt-29 for CIFAR-100: groups, channels of a split and group for 64 planes, splits."""
-    args = dict(cardinality=cardinality, base_width=base_width, scale=scale, **args)
-    mean, std = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
-    size = dict(input_size=(3, 32, 32), pool_size=(8, 8), crop_pct=1.0)
-    return Arch(params, gmacs, Res2NetCifar, args, 4, (0, 1, 2, 3), dict(num_classes=100, mean=mean, std=std, **size))
-
-
-R50, R101, R152, R200 = (3, 4, 6, 3), (3, 4, 23, 3), (3, 8, 36, 3), (3, 12, 48, 3)
-DLA60 = (1, 1, 1, 2, 3, 1)
-BL50, BL101 = (3, 4, 6, 3), (4, 8, 18, 3)
-D = dict(stem_type='deep', stem_width=32, avg_down=True)  # the authors' v1b, Paddle's vd
-TINY = dict(stem_type='deep', stem_width=8, avg_down=True, channels=(8, 16, 32, 64))
-
-# fmt: off
-ARCHS = {
-    #                                         params   GMACs  blocks width scale
-    'res2net50_26w_4s':       resnet(   25_699_120,  4.255, R50,     26,  4),
-    'res2net50_48w_2s':       resnet(   25_287_304,  4.160, R50,     48,  2),
-    'res2net50_14w_8s':       resnet(   25_059_816,  4.179, R50,     14,  8),
-    'res2net50_26w_6s':       resnet(   37_051_448,  6.296, R50,     26,  6),
-    'res2net50_26w_8s':       resnet(   48_403_776,  8.336, R50,     26,  8),
-    'res2net50_18w_4s':       resnet(   18_095_104,  2.898, R50,     18,  4),  # the paper's Res2Net-50-L
-    'res2net50_18w_6s':       resnet(   25_158_664,  4.181, R50,     18,  6),  # in the paper's segmentation tables
-    'res2net101_26w_4s':      resnet(   45_206_688,  8.067, R101,    26,  4),
-    'res2next50':             resnet(   24_671_464,  4.173, R50,      4,  4, cardinality=8),
-    'res2net50d':             resnet(   25_718_352,  4.495, R50,     26,  4, **D),
-    'res2net101d':            resnet(   45_225_920,  8.307, R101,    26,  4, **D),
-    'res2net152d':            resnet(   61_294_480, 12.118, R152,    26,  4, **D),
-    'seres2net50_26w_4s':     resnet(   28_230_112,  4.258, R50,     26,  4, attn_layer='se'),
-    'res2net50_pd_26w_4s':    resnet(   25_699_120,  4.255, R50,     26,  4, first_block='paddle'),
-    'res2net50_pd_14w_8s':    resnet(   25_059_816,  4.179, R50,     14,  8, first_block='paddle'),
-    'res2net50_vd_26w_4s':    resnet(   25_718_352,  4.495, R50,     26,  4, first_block='paddle', **D),
-    'res2net101_vd_26w_4s':   resnet(   45_225_920,  8.307, R101,    26,  4, first_block='paddle', **D),
-    'res2net200_vd_26w_4s':   resnet(   76_215_536, 15.706, R200,    26,  4, first_block='paddle', **D),
-    'dla60_res2net':          dla(      20_848_072,  4.123, DLA60,   28,  4),
-    'dla60_res2next':         dla(      17_032_984,  3.459, DLA60,    4,  4, cardinality=8),
-    'blres2net50_26w_4s':     biglittle(26_845_561,  2.994, BL50,    26,  4),
-    'blres2net101_26w_4s':    biglittle(42_414_497,  4.059, BL101,   26,  4),
-    'blresnet50':             biglittle(26_694_568,  2.856, BL50,    64,  1),  # the baseline, which timm lacks
-    #                                         params   GMACs  groups width scale
-    'res2next29_6c_24w_4s':   cifar(    24_360_932,  3.948, 6,       24,  4),
-    'res2next29_8c_25w_4s':   cifar(    33_905_236,  5.505, 8,       25,  4),
-    'res2next29_6c_24w_6s':   cifar(    36_801_380,  5.975, 6,       24,  6),
-    'seres2next29_6c_24w_4s': cifar(    24_882_740,  3.948, 6,       24,  4, attn_layer='se'),
-    'seres2next29_8c_25w_4s': cifar(    34_427_044,  5.506, 8,       25,  4, attn_layer='se'),
-    'seres2next29_6c_24w_6s': cifar(    37_323_188,  5.975, 6,       24,  6, attn_layer='se'),
-    'resnext29_8c_64w':       cifar(    34_518_948,  5.387, 8,       64,  1),  # the baseline
-    'test_res2net':           resnet(      223_582,  0.061, (2, 2, 2, 2), 26, 4, **TINY),
-}
-# fmt: on
-
-
-@dataclass(frozen=True)
-class Weights:
-    """One set of weights: what to expect of it (accuracy, %), who says so, how it was trained, and what timm needs."""
-
-    top1: float
-    top5: float | None
-    measured: str
-    recipe: str
-    cfg: dict[str, Any] = field(default_factory=dict)
-
-
-def authors(top1: float, top5: float, recipe: str = '') -> Weights:
-    """The authors' ImageNet-1k weights in timm's repositories; accuracy at 224 as timm measured it."""
-    description = f"trained by Res2Net's authors on ImageNet-1k; top-1 {top1:.2f} % at 224 px, measured by timm"
-    recipe = recipe or (
-        '100 epochs on ImageNet-1k by SGD, with label smoothing of 0.1 and random resized crops; evaluated on the '
-        'central 224 pixels of images resized to 256'
-    )
-    origin = dict(license='cc-by-nc-sa-4.0', origin_url='https://github.com/Res2Net/Res2Net-PretrainedModels')
-    return Weights(top1, top5, 'measured by timm', recipe, dict(hf_hub_id='timm/', description=description, **origin))
-
-
-V1B = 'On ImageNet-1k, with CutMix and a schedule that the authors have not published; it is their v1b'
-
-
-def embedded(top1: float, dataset: str, **cfg: Any) -> Weights:
-    """Weights in this package, trained by its own recipe; accuracy on the part of the data that was held out."""
-    description = f'trained by timm_res2net on {dataset}; top-1 {top1:.2f} % on the held-out third'
-    recipe = "By timm's train.py with the package's recipes/digits.yaml, two minutes on two CPU cores"
-    origin = dict(license='apache-2.0', origin_url='https://archive.ics.uci.edu/dataset/80')
-    measured = 'on the third that was held out; the recipe was chosen by it among three, which flatters it a little'
-    return Weights(top1, None, measured, recipe, dict(description=description, **origin, **cfg))
-
-
-def paddle(top1: float, top5: float, name: str) -> Weights:
-    """PaddleClas' own ImageNet-1k weights at its address; accuracy at 224 as PaddleClas publishes it."""
-    distilled = name.endswith('ssld')
-    how = 'distilled (SSLD)' if distilled else 'trained'
-    description = f'{how} by PaddleClas on ImageNet-1k; top-1 {top1:.2f} % at 224 px, published by PaddleClas'
-    resize = (
-        "PaddleClas resizes by OpenCV's bilinear interpolation, which does not antialias; timm's preprocessing does. "
-        'About 0.1 % of top-1 is expected to go with that (not measured)'
-    )
-    recipe = (
-        "By PaddleClas' distillation from a stronger teacher, SSLD"
-        if distilled
-        else "On ImageNet-1k with mixup of 0.2, by PaddleClas' configuration of that name"
-    )
-    url = f'https://paddle-imagenet-models-name.bj.bcebos.com/dygraph/{name}_pretrained.pdparams'
-    origin = dict(license='apache-2.0', origin_url='https://github.com/PaddlePaddle/PaddleClas', notes=(resize,))
-    cfg = dict(url=url, custom_load=True, description=description, **origin)
-    return Weights(top1, top5, 'as PaddleClas publishes it', recipe, cfg)
-
-
-def mindcv(top1: float, top5: float, file: str) -> Weights:
-    """MindCV's own ImageNet-1k weights at its address; accuracy at 224 as MindCV publishes it."""
-    description = f'trained by MindCV on ImageNet-1k; top-1 {top1:.2f} % at 224 px, published by MindCV'
-    resize = (
-        "MindCV resizes by MindSpore's bilinear interpolation, timm's preprocessing by Pillow's; what that does to "
-        'accuracy was not measured'
-    )
-    recipe = "On ImageNet-1k, by MindCV's configuration of that name on Ascend processors"
-    url = f'https://download.mindspore.cn/toolkits/mindcv/res2net/{file}.ckpt'
-    origin = dict(license='apache-2.0', origin_url='https://github.com/mindspore-lab/mindcv', notes=(resize,))
-    cfg = dict(url=url, custom_load=True, description=description, **origin)
-    return Weights(top1, top5, 'as MindCV publishes it', recipe, cfg)
-
-
-DIGITS = dict(
-    file=str(ASSETS / 'test_res2net.digits.safetensors'),
-    num_classes=10,
-    label_names=tuple('0123456789'),
-    input_size=(3, 32, 32),
-    pool_size=(1, 1),
-    crop_pct=1.0,
-    interpolation='bicubic',
-    mean=(0.5, 0.5, 0.5),
-    std=(0.5, 0.5, 0.5),
-)
-
-# fmt: off
-WEIGHTS = {  # of an architecture with several, the first are its default
-    #                                           top-1   top-5
-    'res2net50_26w_4s.in1k':            authors(77.994, 93.860),
-    'res2net50_26w_4s.mindcv_in1k':      mindcv(79.35, 94.64, 'res2net50-f42cf71b'),
-    'res2net50_48w_2s.in1k':            authors(77.528, 93.562),
-    'res2net50_14w_8s.in1k':            authors(78.142, 93.852),
-    'res2net50_26w_6s.in1k':            authors(78.586, 94.120),
-    'res2net50_26w_8s.in1k':            authors(78.950, 94.280),
-    'res2net101_26w_4s.in1k':           authors(79.192, 94.466),
-    'res2net101_26w_4s.mindcv_in1k':     mindcv(79.56, 94.70, 'res2net101-8ae60132'),
-    'res2next50.in1k':                  authors(78.238, 93.904),
-    'res2net50d.in1k':                  authors(80.280, 95.028, V1B),
-    'res2net50d.mindcv_in1k':            mindcv(80.32, 95.09, 'res2net50_v1b-99304e92'),
-    'res2net101d.in1k':                 authors(81.236, 95.346, V1B),
-    'res2net101d.mindcv_in1k':           mindcv(81.14, 95.41, 'res2net101_v1b-7e6db001'),
-    'res2net50_pd_26w_4s.paddle_in1k':   paddle(79.33, 94.57, 'Res2Net50_26w_4s'),
-    'res2net50_pd_14w_8s.paddle_in1k':   paddle(79.46, 94.70, 'Res2Net50_14w_8s'),
-    'res2net50_vd_26w_4s.ssld_in1k':     paddle(83.1, 96.6, 'Res2Net50_vd_26w_4s_ssld'),
-    'res2net50_vd_26w_4s.paddle_in1k':   paddle(79.75, 94.91, 'Res2Net50_vd_26w_4s'),
-    'res2net101_vd_26w_4s.ssld_in1k':    paddle(83.9, 97.1, 'Res2Net101_vd_26w_4s_ssld'),
-    'res2net101_vd_26w_4s.paddle_in1k':  paddle(80.64, 95.22, 'Res2Net101_vd_26w_4s'),
-    'res2net200_vd_26w_4s.ssld_in1k':    paddle(85.13, 97.42, 'Res2Net200_vd_26w_4s_ssld'),
-    'res2net200_vd_26w_4s.paddle_in1k':  paddle(81.21, 95.71, 'Res2Net200_vd_26w_4s'),
-    'dla60_res2net.in1k':               authors(78.480, 94.204),
-    'dla60_res2next.in1k':              authors(78.488, 94.144),
-    'test_res2net.digits':             embedded(99.499, "scikit-learn's handwritten digits", **DIGITS),
-}
-# fmt: on
-
-
-def default_cfg(name: str, **cfg: Any) -> dict[str, Any]:
-    """What timm records of a model or of its weights."""
-    return dict(
-        dict(
-            num_classes=1000,
-            input_size=(3, 224, 224),
-            pool_size=(7, 7),
-            crop_pct=0.875,
-            interpolation='bilinear',
-            mean=IMAGENET_DEFAULT_MEAN,
-            std=IMAGENET_DEFAULT_STD,
-            first_conv='conv1',
-            classifier='fc',
-            paper_name='Res2Net: A New Multi-scale Backbone Architecture',
-            paper_ids='arXiv:1904.01169',
-        ),
-        **{**ARCHS[name].cfg, **cfg},
-    )
-
-
-pretrained_names = {name.split('.')[0] for name in WEIGHTS}
-default_cfgs = generate_default_cfgs(
-    {name: default_cfg(name.split('.')[0], **weights.cfg) for name, weights in WEIGHTS.items()}
-    | {name: default_cfg(name) for name in ARCHS if name not in pretrained_names}
-)
-
-
-class ExactCheckpointing(nn.Module):
-    """For timm's feature extractors: checkpoint as the model does, where timm would update norm statistics twice."""
-
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        set_grad_checkpointing(self, enable)
-
-
-class FeatureList(ExactCheckpointing, FeatureListNet):
-    """timm's `FeatureListNet` with exact checkpointing."""
-
-
-class FeatureDict(ExactCheckpointing, FeatureDictNet):
-    """timm's `FeatureDictNet` with exact checkpointing."""
-
-
 FEATURE_CLASSES = {'list': FeatureList, 'dict': FeatureDict}
 
-
-def adapt(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Brings weights that timm has read to timm's names, if they have others; see `dialects`.
-
-    Raises:
-        CheckpointError: If they are of a network that computes something else than the model.
-    """
-    dialect, prefix, _ = recognise(state_dict)
-    if dialect == 'official' and not prefix:  # timm's names already, but for what the authors' DLA never runs
-        return {key: tensor for key, tensor in state_dict.items() if not key.startswith(DIALECTS[dialect].dead)}
-    translation = translate(state_dict)
-    require_same_function(model, translation.first_block, 'the file')
-    return translation.state
-
-
-def fetch_weights(name: str, kwargs: dict[str, Any]) -> PretrainedCfg:
-    """Sees to the weights that timm is about to load, as far as timm doesn't.
-
-    Those at an address are downloaded to where timm looks before it would do so itself: it takes what has arrived when
-    a connection breaks for the whole file, today and from then on.
-
-    Args:
-        name: Key of `ARCHS`.
-        kwargs: Of `create`.
-
-    Returns:
-        What timm records of them.
-
-    Raises:
-        ValueError: If they are of a network that computes something else than the one asked for.
-        ConnectionError: If they can't be had.
-    """
-    arch = ARCHS[name]
-    overlay = kwargs.get('pretrained_cfg_overlay') or {}
-    cfg = resolve_pretrained_cfg(name, kwargs.get('pretrained_cfg'), overlay)
-    saved = kwargs.get('pretrained_model_args') or {}
-    theirs, wanted = ({**arch.args, **args}.get('first_block') for args in (saved, kwargs))
-    if theirs != wanted and not overlay.keys() & {'url', 'file', 'hf_hub_id', 'state_dict'}:
-        raise ValueError(
-            f'weights {cfg.tag or ""} of {name} are of a network with first_block={theirs or "official"!r} and would '
-            f'compute something else with {wanted or "official"!r}. Leave first_block out. To start from them all the '
-            'same, make the model without pretrained=True and give it the state_dict() of one that has them'
-        )
-    if isinstance(cfg.url, str) and not (cfg.state_dict or cfg.file or cfg.hf_hub_id):
-        folder = kwargs.get('cache_dir') or Path(torch.hub.get_dir(), 'checkpoints')
-        download(cfg.url, folder, check=lambda path: translate(read(path).tree))
-    return cfg
-
-
-class InitialisationAfterLoading(TorchFunctionMode):
-    """While a model is made and loaded: leaves out random initialisation, and catches up on what was not loaded.
-
-    That is most of what `create_model` does for a model that is to have other weights.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.left_out: dict[int, tuple[Tensor, list[Callable[[], object]]]] = {}
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        run = partial(func, *args, **kwargs)
-        tensor = args[0] if args else kwargs.get('tensor')
-        if func in (nn.init.kaiming_uniform_, Tensor.normal_):
-            self.left_out.setdefault(id(tensor), (tensor, []))[1].append(run)
-            return tensor
-        if func is Tensor.copy_:  # loaded
-            self.left_out.pop(id(tensor), None)
-        elif func.__name__.endswith('_') and not func.__name__.endswith('__') and id(tensor) in self.left_out:
-            self.catch_up(id(tensor))  # an initialisation in several steps
-        return run()
-
-    def catch_up(self, key: int) -> None:
-        """Runs what was left out for a tensor."""
-        _, runs = self.left_out.pop(key)
-        with torch.no_grad():
-            for run in runs:
-                run()
-
-    def __exit__(self, *error: Any) -> None:
-        super().__exit__(*error)
-        if error[0] is None:
-            for key in list(self.left_out):
-                self.catch_up(key)
+with_weights = {name.split('.')[0] for name in WEIGHTS}
+default_cfgs = generate_default_cfgs(
+    {name: default_cfg(name.split('.')[0], **weights.cfg) for name, weights in WEIGHTS.items()}
+    | {name: default_cfg(name) for name in ARCHS if name not in with_weights}
+)
 
 
 def create(name: str, pretrained: bool = False, block_args: dict[str, Any] | None = None, **kwargs: Any) -> nn.Module:
@@ -381,54 +52,91 @@ def create(name: str, pretrained: bool = False, block_args: dict[str, Any] | Non
 
     Raises:
         TypeError: For an argument that the trunk doesn't know or that is given twice.
-        ValueError: For an argument that the trunk can't honour, or weights that the model can't.
+        ValueError: For an argument that the trunk doesn't support, or weights that don't fit it.
         ConnectionError: If weights can't be downloaded.
     """
-    block_args = block_args or {}
+    arch = ARCHS[name]
+    kwargs = normalise_arguments(name, kwargs, block_args or {})
+    trunk: Callable[..., nn.Module] = arch.trunk
+    if pretrained:
+        cfg = resolve_pretrained_cfg(name, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
+        require_function_of_weights(arch, cfg, kwargs)
+        checkpoint = read_weights(cfg, kwargs.get('cache_dir'))
+        if checkpoint is not None:
+            trunk, pretrained = partial(loaded_trunk, arch.trunk, cfg, checkpoint), False
+    return build_model_with_cfg(
+        trunk,
+        name,
+        pretrained,
+        feature_cfg=dict(out_indices=arch.out_indices),
+        pretrained_filter_fn=adapt_state_dict,
+        **{**arch.args, **kwargs},
+    )
+
+
+def normalise_arguments(name: str, kwargs: dict[str, Any], block_args: dict[str, Any]) -> dict[str, Any]:
+    """Merges both kinds of arguments, drops `output_stride=None`, and checks and replaces those of `features_only`."""
     if twice := sorted(kwargs.keys() & block_args.keys()):
         raise TypeError(f'{name} got {", ".join(twice)} both by keyword and in block_args; give it once')
-    kwargs.update(block_args)
-    if kwargs.get('output_stride', 32) is None:  # as transformers say that they don't mind
+    kwargs = {**kwargs, **block_args}
+    if kwargs.get('output_stride', 32) is None:  # what transformers passes for the default
         del kwargs['output_stride']
     if kwargs.get('features_only'):
         require_features(name, kwargs.get('out_indices'))
         feature_cls = kwargs.get('feature_cls', 'list')
         kwargs['feature_cls'] = FEATURE_CLASSES.get(feature_cls, feature_cls)
-    quick = False
-    if pretrained:
-        cfg = fetch_weights(name, kwargs)
-        # A classifier for other classes stays random, and is to be the one that timm makes from the same seed.
-        quick = kwargs.get('num_classes') in (None, 0, cfg.num_classes) and cfg.num_classes > 0
-    arch = ARCHS[name]
-    with InitialisationAfterLoading() if quick else nullcontext():
-        return build_model_with_cfg(
-            arch.trunk,
-            name,
-            pretrained,
-            feature_cfg=dict(out_indices=arch.out_indices),
-            pretrained_filter_fn=adapt,
-            **{**arch.args, **kwargs},
-        )
+    return kwargs
 
 
-def require_features(name: str, out_indices: Any) -> None:
-    """Raises a ValueError for features that a model doesn't have; a number stands for that many of the last ones."""
+def require_features(name: str, out_indices: int | Sequence[int] | None) -> None:
+    """Raises a ValueError for features that a model doesn't have; an int means that many of the last ones."""
     count = ARCHS[name].features
-    taken = range(-out_indices, 0) if isinstance(out_indices, int) else out_indices or ()
-    if not all(-count <= index < count for index in taken):
+    indices = range(-out_indices, 0) if isinstance(out_indices, int) else out_indices or ()
+    if not all(-count <= index < count for index in indices):
         raise ValueError(
             f'out_indices={out_indices!r} goes beyond the features of {name}: it has {count}, 0 to {count - 1} or, '
             f'from the end, -{count} to -1'
         )
 
 
-# What makes a model compute what it does on the densest grid that it can have.
-DENSEST: dict[type[nn.Module], dict[str, Any]] = {
-    Res2Net: dict(output_stride=8, dilate_pool=True),
-    Res2NetDla: dict(output_stride=8),
-    Res2NetBigLittle: dict(output_stride=16),
-    Res2NetCifar: dict(output_stride=1),
-}
+def require_function_of_weights(arch: Arch, cfg: PretrainedCfg, kwargs: dict[str, Any]) -> None:
+    """Raises a ValueError if the model that is asked for would compute something else than published weights mean."""
+    overlay = kwargs.get('pretrained_cfg_overlay') or {}
+    if overlay.keys() & {'url', 'file', 'hf_hub_id', 'state_dict'}:
+        return  # other weights than the published ones; their own check follows when they are read
+    saved = kwargs.get('pretrained_model_args') or {}
+    of_weights, wanted = ({**arch.args, **args}.get('first_block', 'official') for args in (saved, kwargs))
+    if of_weights != wanted:
+        raise ValueError(
+            f'weights {cfg.tag or ""} of {cfg.architecture} are of a network with first_block={of_weights!r} and would '
+            f'compute something else with {wanted!r}. Leave first_block out. To start from them all the same, make the '
+            'model without pretrained=True and give it the state_dict() of one that has them'
+        )
+
+
+def read_weights(cfg: PretrainedCfg, cache_dir: str | Path | None) -> Checkpoint | None:
+    """Reads weights that are in a file or at a URL; None for those that timm fetches by itself, from the Hub.
+
+    Downloads URL weights before timm does, because timm keeps a partial file after a broken connection.
+    """
+    if cfg.state_dict or cfg.source == 'local-dir' or (cfg.hf_hub_id and not cfg.file):
+        return None
+    if cfg.file:
+        return read_checkpoint(cfg.file)
+    if not isinstance(cfg.url, str):
+        return None
+    url = cfg.url
+    folder = cache_dir or Path(torch.hub.get_dir(), 'checkpoints')
+    return download(url, folder, lambda path: replace(read_checkpoint(path), file=url))
+
+
+def loaded_trunk(trunk: type[nn.Module], cfg: PretrainedCfg, checkpoint: Checkpoint, **kwargs: Any) -> nn.Module:
+    """Makes a trunk and loads a checkpoint; timm adapts the classifier and the number of image channels."""
+    model: Any = trunk(**kwargs)
+    require_same_function(model, checkpoint.first_block, checkpoint.file)
+    source = {**cfg.to_dict(), 'state_dict': dict(checkpoint.state), 'custom_load': False}
+    load_pretrained(model, source, num_classes=model.num_classes, in_chans=model.in_chans)
+    return model
 
 
 def entrypoint(name: str, arch: Arch) -> Callable[..., nn.Module]:
@@ -455,7 +163,7 @@ def register() -> None:
             register_model(globals()[name])
 
 
-def timms_own(name: str) -> Callable[..., nn.Module] | None:
+def timm_entrypoint(name: str) -> Callable[..., nn.Module] | None:
     """The function by which timm makes its own model of that name, None if it has none."""
     return getattr(timm.models.res2net, name, None) or getattr(timm.models.dla, name, None)
 
@@ -465,7 +173,7 @@ def unregister() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         for name in ARCHS:
-            if own := timms_own(name):
+            if own := timm_entrypoint(name):
                 register_model(own)
             elif timm_registry.is_model(name):  # timm has no public way to remove a model
                 timm_registry._clear_model_entries(name)

@@ -1,4 +1,4 @@
-"""How fast models are beside timm's own: all in one run, in turns, on the machine that asks."""
+"""Measures the speed of models beside timm's own, interleaved in one run."""
 
 import ctypes
 import multiprocessing
@@ -24,12 +24,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-from ..res2net import ARCHS, WEIGHTS, timms_own
-from ..vision.predict import new_figure
-from ..weights.files import first_line, replace_file
-from .optimize import compiled_by_openvino, optimize
+from ..models.variants import ARCHS
+from ..res2net import timm_entrypoint
+from ..weights.errors import first_line
+from .optimize import compile_by_openvino, optimize
 
-__all__ = ['MODELS', 'OPPONENTS', 'Counter', 'Result', 'bench', 'environment', 'growth', 'plot', 'plot_growth']
+__all__ = ['MODELS', 'OPPONENTS', 'Counter', 'Result', 'bench', 'environment', 'growth']
 
 Run = Callable[[], Any]
 
@@ -37,20 +37,15 @@ MODELS = 'res2net50_26w_4s', 'res2net50d', 'res2next50', 'dla60_res2net'
 OPPONENTS = 'timm', 'openvino', 'onnxruntime'
 TIMM = 'timm'  # as people run it: eager, float32, NCHW; ratios are to this
 OURS = 'timm_res2net'
-GROWTH = {
-    'scale': 'splits, equally wide',
-    'batch': 'images in a batch',
-    'size': 'image height and width, pixels',
-}
 TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # relative to the largest output
 
 
 class Counter(TorchDispatchMode):
-    """Counts what PyTorch runs while it is active, the same at every repetition.
+    """Counts the operators that PyTorch runs while it is active.
 
     Attributes:
         operators: Calls of ATen operators.
-        allocated: Bytes of all tensors that they made, views and results written in place not counted.
+        allocated: Bytes of their new tensors, without views and in-place results.
     """
 
     def __init__(self) -> None:
@@ -61,15 +56,15 @@ class Counter(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         outputs = func(*args, **kwargs)
-        given = storages_of([args, list(kwargs.values())])
-        made = storages_of(outputs)
+        before = storages_of([args, list(kwargs.values())])
+        after = storages_of(outputs)
         self.operators += 1
-        self.allocated += sum(made[pointer].nbytes() for pointer in made.keys() - given.keys())
+        self.allocated += sum(after[pointer].nbytes() for pointer in after.keys() - before.keys())
         return outputs
 
 
 def storages_of(values: Any) -> dict[int, Any]:
-    """The memory of tensors among values and in lists or tuples of them, by its address."""
+    """The storages of the tensors among values, also in lists and tuples, by address."""
     if isinstance(values, Tensor):
         storage = values.untyped_storage()
         return {storage.data_ptr(): storage}
@@ -81,7 +76,7 @@ def storages_of(values: Any) -> dict[int, Any]:
 
 @dataclass(frozen=True)
 class Result:
-    """What one way to run a model came to."""
+    """The measurement of one way to run a model."""
 
     model: str
     batch: int
@@ -109,7 +104,7 @@ class Way:
 
 
 def ways_to_infer(own: bool, dtypes: Sequence[torch.dtype], against: Sequence[str]) -> list[Way]:
-    """What is to be compared in inference; timm's own comes first, if there is one."""
+    """Ways to compare in inference; timm's own is the first, if there is one."""
     ways = [Way(TIMM, torch.float32, timms_eager, eager=True)] if own else []
     ways.append(Way(f'{OURS}, as it is', torch.float32, ours_eager, eager=True))
     ways.append(Way(f'{OURS}, fused', torch.float32, ours_fused, eager=True))
@@ -124,7 +119,7 @@ def ways_to_infer(own: bool, dtypes: Sequence[torch.dtype], against: Sequence[st
 
 
 def ways_to_train(own: bool, dtypes: Sequence[torch.dtype]) -> list[Way]:
-    """What is to be compared in training, steps with channels last; timm's own comes first, if there is one."""
+    """Ways to compare in training, all with channels last; timm's own is the first, if there is one."""
     ways = []
     for dtype in dtypes:
         ways += [Way(TIMM, dtype, timms_step, eager=True)] if own else []
@@ -141,7 +136,7 @@ def ours(name: str, x: Tensor) -> nn.Module:
 
 def timms(name: str, x: Tensor) -> nn.Module:
     """Makes timm's own model, with the weights that ours has: the same seed makes the same."""
-    make: Any = timms_own(name)
+    make: Any = timm_entrypoint(name)
     torch.manual_seed(0)
     return make().to(x.device).eval()
 
@@ -167,7 +162,7 @@ def ours_by_openvino(name: str, x: Tensor, dtype: torch.dtype) -> Run:
 
 
 def timms_by_openvino(name: str, x: Tensor, dtype: torch.dtype) -> Run:
-    return partial(compiled_by_openvino(timms(name, x), x, dtype), x.numpy())
+    return partial(compile_by_openvino(timms(name, x), x, dtype), x.numpy())
 
 
 def timms_by_onnxruntime(name: str, x: Tensor, dtype: torch.dtype) -> Run:
@@ -215,23 +210,39 @@ def training_step(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Run:
     return step
 
 
+@dataclass(frozen=True)
+class Plan:
+    """A model and its input."""
+
+    model: str
+    batch: int
+    size: int  # pixels
+    train: bool
+
+    @property
+    def flops(self) -> int:
+        """Floating-point operations of a batch."""
+        forward = flops_of(self.model, self.size) * self.batch
+        return 3 * forward if self.train else forward  # training also computes gradients of inputs and weights
+
+
 class Worker:
     """A process of its own for one way to run a model.
 
-    In a common one, what others leave on the heap makes those fast that ask for much memory, as timm's own does, and
-    threads of one runtime may still spin in the turn of another.
+    In a shared process, memory that others have freed speeds up those that allocate much, as timm's own does, and
+    threads of one runtime may still spin while another is measured.
     """
 
-    def __init__(self, way: Way, name: str, shape: Sequence[int], device: torch.device, train: bool) -> None:
+    def __init__(self, way: Way, plan: Plan, device: torch.device) -> None:
         context = multiprocessing.get_context('spawn')
         self.way = way
         self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=work, args=(theirs, way, name, shape, device, train), daemon=True)
+        self.process = context.Process(target=work, args=(theirs, way, plan, device), daemon=True)
         self.process.start()
-        theirs.close()  # so that the end of the process is the end of the connection
+        theirs.close()  # so that the connection ends with the process
 
     def ask(self, question: Callable[[Run, torch.device], Any] | None = None) -> Any:
-        """Sends a function of what runs the model, and returns its answer; None for the output of the first call.
+        """Sends a function that is given the run and the device, and returns its result; None for the first output.
 
         Raises:
             ValueError: If the process failed.
@@ -249,13 +260,14 @@ class Worker:
         return answer
 
 
-def work(connection: Any, way: Way, name: str, shape: Sequence[int], device: torch.device, train: bool) -> None:
-    """What a worker's process does: makes its way to run a model, then answers questions until it is ended."""
+def work(connection: Any, way: Way, plan: Plan, device: torch.device) -> None:
+    """The main function of a worker's process: makes the run, then answers questions until the connection ends."""
     try:
         torch.backends.cudnn.benchmark = True
+        shape = plan.batch, 3, plan.size, plan.size
         x = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(device)
-        with torch.set_grad_enabled(train):
-            run = way.make(name, x, way.dtype)
+        with torch.set_grad_enabled(plan.train):
+            run = way.make(plan.model, x, way.dtype)
             output = run()
             connection.send(output.cpu().numpy() if isinstance(output, Tensor) else output[0])
             while True:
@@ -279,8 +291,8 @@ def bench(
     """Measures models side by side.
 
     Each way to run a model has a process of its own, and all have to compute the same. Then each has a turn in each
-    round, in an order of chance, so that what else the machine does meets all alike. A turn is two calls, of which the
-    second counts, as the first one finds caches as another has left them.
+    round, in random order, so that other load on the machine affects all alike. A turn is two calls, of which the
+    second is measured, because the first one runs with the caches of another.
 
     Args:
         models: Names.
@@ -300,28 +312,18 @@ def bench(
         raise ValueError(f'not models of this package: {", ".join(unknown)}; `timm-res2net list` shows them')
     if device.type != 'cpu' and set(against) - {'timm'}:
         raise ValueError(f'{" and ".join(set(against) - {"timm"})} can be measured on the CPU only')
-    plans = [(name, batch, size) for name in models for size in sizes for batch in batches]
+    plans = [Plan(name, batch, size, train) for name in models for size in sizes for batch in batches]
     peaks = {dtype: peak(dtype, device) for dtype in {torch.float32, *dtypes}}
     results = []
     with tqdm(total=len(plans) * rounds, unit='round', disable=None, leave=False) as bar:
-        for name, batch, size in plans:
-            bar.set_description(f'{name}, {batch} x {size} px')
-            own = timms_own(name) is not None
+        for plan in plans:
+            bar.set_description(f'{plan.model}, {plan.batch} x {plan.size} px')
+            own = timm_entrypoint(plan.model) is not None
             ways = ways_to_train(own, dtypes) if train else ways_to_infer(own, dtypes, against)
-            workers = [Worker(way, name, (batch, 3, size, size), device, train) for way in ways]
+            workers = [Worker(way, plan, device) for way in ways]
             try:
-                require_agreement(name, workers)
-                times = take_turns(workers, rounds, bar)
-                timms_seconds = {
-                    worker.way.dtype: statistics.median(measured)
-                    for worker, measured in zip(workers, times)
-                    if worker.way.name == TIMM
-                }
-                flops = flops_of(name, size) * batch * (3 if train else 1)  # of inputs and weights there are gradients
-                for worker, measured in zip(workers, times):
-                    dtype = worker.way.dtype
-                    baseline = timms_seconds.get(dtype if train else torch.float32)
-                    results.append(result_of((name, batch, size), worker, measured, baseline, flops / peaks[dtype]))
+                require_agreement(plan.model, workers)
+                results += summarize(plan, workers, take_turns(workers, rounds, bar), peaks)
             finally:
                 for worker in workers:
                     worker.connection.close()
@@ -331,7 +333,7 @@ def bench(
 
 
 def require_agreement(name: str, workers: Sequence[Any]) -> None:
-    """Raises a ValueError if two ways to run a model compute different things."""
+    """Raises a ValueError if the outputs of two ways to run a model differ."""
     outputs = [torch.from_numpy(np.asarray(worker.ask(), np.float32)) for worker in workers]
     for worker, output in zip(workers, outputs):
         difference = ((output - outputs[0]).abs().max() / outputs[0].abs().max()).item()
@@ -350,34 +352,39 @@ def take_turns(workers: Sequence[Worker], rounds: int, bar: Any) -> list[list[fl
     return times
 
 
-def result_of(
-    plan: tuple[str, int, int], worker: Worker, times: Sequence[float], baseline: float | None, shortest: float
-) -> Result:
-    """Sums up what a worker measured.
+def summarize(
+    plan: Plan, workers: Sequence[Worker], times: Sequence[Sequence[float]], peaks: dict[torch.dtype, float]
+) -> list[Result]:
+    """Makes the results of a plan.
 
     Args:
-        plan: Name of the model, batch size, and image height and width.
-        worker: Asked for operators and memory.
-        times: Seconds that the worker took.
-        baseline: Seconds that timm's own takes, None where timm has no such model.
-        shortest: Seconds that the machine would take at its peak.
+        plan: The model and its input.
+        workers: Asked for operators and memory.
+        times: Seconds that each worker took.
+        peaks: Floating-point operations per second of the machine.
     """
-    name, batch, size = plan
-    way, seconds = worker.way, statistics.median(times)
-    return Result(
-        model=name,
-        batch=batch,
-        size=size,
-        way=way.name,
-        dtype=str(way.dtype).removeprefix('torch.'),
-        milliseconds=round(seconds * 1e3, 2),
-        spread=round(quartiles(times) * 1e3, 2),
-        images_per_second=round(batch / seconds, 2),
-        ratio=None if baseline is None else round(baseline / seconds, 3),
-        share_of_peak=round(shortest / seconds, 3),
-        operators=worker.ask(operators) if way.eager else None,
-        peak_memory=worker.ask(peak_memory) if way.torch else None,
-    )
+    medians = [statistics.median(measured) for measured in times]
+    timms_seconds = {w.way.dtype: seconds for w, seconds in zip(workers, medians) if w.way.name == TIMM}
+    results = []
+    for worker, measured, seconds in zip(workers, times, medians):
+        way = worker.way
+        baseline = timms_seconds.get(way.dtype if plan.train else torch.float32)
+        result = Result(
+            model=plan.model,
+            batch=plan.batch,
+            size=plan.size,
+            way=way.name,
+            dtype=str(way.dtype).removeprefix('torch.'),
+            milliseconds=round(seconds * 1e3, 2),
+            spread=round(quartiles(measured) * 1e3, 2),
+            images_per_second=round(plan.batch / seconds, 2),
+            ratio=None if baseline is None else round(baseline / seconds, 3),
+            share_of_peak=round(plan.flops / peaks[way.dtype] / seconds, 3),
+            operators=worker.ask(operators) if way.eager else None,
+            peak_memory=worker.ask(peak_memory) if way.torch else None,
+        )
+        results.append(result)
+    return results
 
 
 def second_call(run: Run, device: torch.device) -> float:
@@ -463,7 +470,7 @@ def growth(device: str | torch.device = 'cpu', rounds: int = 20) -> dict[str, li
 
 
 def environment() -> dict[str, str]:
-    """What the figures depend on."""
+    """Processor, threads, GPU and versions, on which the figures depend."""
     found = {'processor': processor(), 'threads': str(torch.get_num_threads()), 'python': platform.python_version()}
     for package in ('timm_res2net', 'torch', 'timm', 'openvino', 'onnxruntime'):
         try:
@@ -476,7 +483,7 @@ def environment() -> dict[str, str]:
 
 
 def processor() -> str:
-    """The processor's name and what it knows that matters here."""
+    """The processor's name and those of its instruction sets that matter here."""
     try:
         lines = Path('/proc/cpuinfo').read_text().splitlines()
     except OSError:
@@ -484,71 +491,3 @@ def processor() -> str:
     fields = {name.strip(): value.strip() for name, _, value in (line.partition(':') for line in lines)}
     known = [flag for flag in ('avx2', 'avx512f', 'avx512_bf16', 'amx_bf16') if flag in fields.get('flags', '').split()]
     return ' '.join([f'{os.cpu_count()} x {fields.get("model name", platform.machine())}', *known])
-
-
-def plot(results: Sequence[Result], out: str) -> None:
-    """Draws throughput against accuracy, and how many times as fast as timm's own each way is.
-
-    Args:
-        results: Of `bench`; those of the first batch and image size are drawn.
-        out: File to write; it appears whole or not at all.
-
-    Raises:
-        ValueError: If matplotlib is missing.
-    """
-    shown = [r for r in results if (r.batch, r.size) == (results[0].batch, results[0].size)]
-    ways = list(dict.fromkeys((r.way, r.dtype) for r in shown))
-    colours = {way: f'C{i}' for i, way in enumerate(ways)}
-    models = list(dict.fromkeys(r.model for r in shown))
-    figure = new_figure(12, 1.8 + 1.1 * len(models))
-    left, right = figure.subplots(1, 2, width_ratios=(1, 1.4))
-    for model in models:
-        of_model = [r for r in shown if r.model == model]
-        weights = next((each for name, each in WEIGHTS.items() if name.split('.')[0] == model), None)
-        if weights is None or weights.top5 is None:  # not of ImageNet
-            continue
-        area = ARCHS[model].params / 2e5
-        for r in of_model:
-            left.scatter(r.images_per_second, weights.top1, area, colours[r.way, r.dtype], alpha=0.6, linewidths=0)
-        fastest = max(r.images_per_second for r in of_model)
-        left.annotate(model, (fastest, weights.top1), (0, 9), textcoords='offset points', fontsize=8, ha='right')
-    left.set(xlabel='images per second', ylabel='ImageNet top-1, %', title='Throughput and accuracy; area: parameters')
-    left.margins(0.15)
-    height = 0.8 / len(ways)
-    for i, way in enumerate(ways):
-        ratios = {models.index(r.model): r.ratio for r in shown if (r.way, r.dtype) == way and r.ratio}
-        places = [row + (i - (len(ways) - 1) / 2) * height for row in ratios]
-        bars = right.barh(places, list(ratios.values()), height, color=colours[way], label=', '.join(way))
-        right.bar_label(bars, fmt='%.2f', fontsize=7, padding=2)
-    right.axvline(1, color='black', linewidth=0.8)
-    right.set_yticks(range(len(models)), models)
-    right.invert_yaxis()
-    right.set(xlabel="throughput, times timm's own", title=f'Batch {shown[0].batch}, {shown[0].size} x {shown[0].size}')
-    figure.legend(*right.get_legend_handles_labels(), loc='outside lower center', ncols=4, fontsize=8)
-    replace_file(out, lambda path: figure.savefig(path, dpi=120))
-
-
-def plot_growth(parts: dict[str, list[Result]], out: str) -> None:
-    """Draws the time of an image over scale, batch size and image size, a panel for each part of `growth`.
-
-    Args:
-        parts: Of `growth`.
-        out: File to write; it appears whole or not at all.
-
-    Raises:
-        ValueError: If matplotlib is missing.
-    """
-    figure = new_figure(11, 3.8)
-    panels = figure.subplots(1, len(parts))
-    for panel, (part, results) in zip(panels, parts.items()):
-        for way in dict.fromkeys((r.way, r.dtype) for r in results):
-            points = [
-                (ARCHS[r.model].args['scale'] if part == 'scale' else getattr(r, part), r.milliseconds / r.batch)
-                for r in results
-                if (r.way, r.dtype) == way
-            ]
-            panel.plot(*zip(*sorted(points)), marker='o', label=', '.join(way))
-        panel.set(xlabel=GROWTH[part], ylabel='milliseconds for an image', xticks=[place for place, _ in points])
-        panel.set_ylim(bottom=0)
-    figure.legend(*panels[0].get_legend_handles_labels(), loc='outside lower center', ncols=4, fontsize=8)
-    replace_file(out, lambda path: figure.savefig(path, dpi=120))

@@ -1,32 +1,27 @@
-"""Model cards: what a set of weights is, what it costs and does, how to use it, whose it is. One template for all."""
+"""Model cards: what a set of weights is, costs and does, how to use it, its licence. One template for all."""
 
 import hashlib
 import re
 from collections.abc import Mapping
-from typing import Any
+from dataclasses import dataclass
+from pathlib import Path
 
+import jinja2
 import timm
 import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import get_model_args
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..res2net import ARCHS, ASSETS, WEIGHTS
+from ..models.classifier import Classifier, as_classifier
+from ..models.variants import ARCHS, WEIGHTS
 
-__all__ = ['LICENSES', 'card', 'is_unchanged', 'measure', 'problems_of']
+__all__ = ['CardFacts', 'card', 'is_unchanged', 'measure', 'problems_of']
 
-# Identifiers of licences that the Hub knows and models have; https://huggingface.co/docs/hub/repositories-licenses
+TEMPLATE = Path(__file__).with_name('card.md.jinja')
 # fmt: off
-LICENSES = {
-    'apache-2.0', 'mit', 'openrail', 'bsd-2-clause', 'bsd-3-clause', 'bsd-3-clause-clear', 'cc0-1.0', 'cc-by-2.0',
-    'cc-by-3.0', 'cc-by-4.0', 'cc-by-sa-3.0', 'cc-by-sa-4.0', 'cc-by-nc-2.0', 'cc-by-nc-3.0', 'cc-by-nc-4.0',
-    'cc-by-nd-4.0', 'cc-by-nc-nd-3.0', 'cc-by-nc-nd-4.0', 'cc-by-nc-sa-2.0', 'cc-by-nc-sa-3.0', 'cc-by-nc-sa-4.0',
-    'artistic-2.0', 'bsl-1.0', 'ecl-2.0', 'epl-1.0', 'epl-2.0', 'eupl-1.1', 'eupl-1.2', 'afl-3.0', 'gpl-2.0',
-    'gpl-3.0', 'lgpl-2.1', 'lgpl-3.0', 'agpl-3.0', 'isc', 'mpl-2.0', 'ms-pl', 'ncsa', 'osl-3.0', 'postgresql',
-    'unlicense', 'wtfpl', 'zlib', 'unknown', 'other',
-}
 KEYS = {  # of a card's metadata; https://github.com/huggingface/hub-docs/blob/main/modelcard.md
     'base_model', 'base_model_relation', 'datasets', 'inference', 'language', 'library_name', 'license',
     'license_link', 'license_name', 'metrics', 'model-index', 'model_name', 'new_version', 'pipeline_tag', 'tags',
@@ -46,19 +41,49 @@ COMPUTED_BY = {
 }
 
 
-def measure(model: nn.Module, size: int) -> tuple[float, float]:
+@dataclass(frozen=True)
+class CardFacts:
+    """What the author of a model says of it; see `card`."""
+
+    tag: str | None = None
+    results: Mapping[str, float] | None = None
+    dataset: str | None = None
+    license: str | tuple[str, str] | None = None
+    base_model: str | None = None
+    recipe: str | None = None
+
+
+@dataclass(frozen=True)
+class CardText:
+    """The sentences of a card, and what its metadata is made of."""
+
+    title: str
+    source: str  # the name that create_model takes
+    summary: str
+    size: int  # of the image, in pixels
+    results: Mapping[str, float]
+    measured: str  # how
+    dataset: str | None
+    license: str | tuple[str, str] | None
+    base_model: str | None
+    recipe: str
+    provenance: str
+    licence: str
+    limits: str
+
+
+def measure(model: Classifier, size: int) -> tuple[float, float]:
     """Counts multiply-adds (10^9) and outputs of convolutions and classifier (10^6) for one image.
 
     Args:
         model: A model on the meta device, in evaluation mode.
-        size: Of the image, in pixels.
+        size: Height and width of the image, in pixels.
     """
-    outputs = []
+    outputs: list[int] = []
     layers = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
     hooks = [layer.register_forward_hook(lambda layer, x, y: outputs.append(y.numel())) for layer in layers]
-    in_chans: Any = model.in_chans
     with FlopCounterMode(display=False) as counter:
-        model(torch.empty(1, in_chans, size, size, device='meta'))
+        model(torch.empty(1, model.in_chans, size, size, device='meta'))
     for hook in hooks:
         hook.remove()
     return counter.get_total_flops() / 2e9, sum(outputs) / 1e6
@@ -81,9 +106,9 @@ def card(
         model: Name of published weights, such as 'res2net50d.in1k', or a model.
         repo_id: Where the model goes, 'user/name'.
         tag: Name of the set of weights.
-        results: What was measured, such as `{'accuracy': 99.5}`, in percent.
+        results: Measured accuracy in percent, such as `{'accuracy': 99.5}`.
         dataset: A dataset of the Hub, or a description of another.
-        license: A licence of the Hub, or name and address of another.
+        license: A licence of the Hub, or name and URL of another.
         base_model: The model that it was fine-tuned from, 'user/name'.
         recipe: How it was trained.
 
@@ -94,8 +119,13 @@ def card(
         ValueError: For a name without weights, or an argument that would make a bad card.
     """
     if isinstance(model, str):
+        facts = dict(repo_id=repo_id, tag=tag, results=results, dataset=dataset, license=license)
+        facts.update(base_model=base_model, recipe=recipe)
+        if given := [key for key, value in facts.items() if value is not None]:
+            raise TypeError(f'the card of published weights takes no {" and no ".join(given)}')
         return published_card(model)
-    cfg: Any = model.pretrained_cfg
+    network = as_classifier(model)
+    cfg = network.pretrained_cfg
     name = cfg['architecture']
     args = {key: value for key, value in get_model_args(model).items() if key != 'global_pool'}
     trained = f' on {dataset}' if dataset else ''
@@ -106,13 +136,12 @@ def card(
         licence = f'Licence: `{license}`, named by whoever pushed this model.'
     else:
         licence = f'Licence: [{license[0]}]({license[1]}), named by whoever pushed this model.'
-    return render(
-        model=timm.create_model(name, device='meta', **args),
+    text = CardText(
         title=repo_id or name,
-        create=f'hf-hub:{repo_id}' if repo_id else name,
-        summary=f'{kind_of(name)} trained{trained}{origin}.',
+        source=f'hf-hub:{repo_id}' if repo_id else name,
+        summary=f'{describe_architecture(name)} trained{trained}{origin}.',
         size=cfg['input_size'][-1],
-        results=dict(results or {}),
+        results=results or {},
         measured='as whoever pushed this model measured it' if results else '',
         dataset=dataset,
         license=license,
@@ -122,6 +151,7 @@ def card(
         licence=licence,
         limits='The model knows only the classes and the kind of images that it was trained on.',
     )
+    return render(as_classifier(timm.create_model(name, device='meta', **args)), text)
 
 
 def published_card(name: str) -> str:
@@ -147,12 +177,10 @@ def published_card(name: str) -> str:
         if imagenet
         else 'It knows grey digits of 8 x 8 pixels, white on black, and is there for trying things out.'
     )
-    notes = ''.join(f' {note}.' for note in cfg.notes or ())
-    return render(
-        model=timm.create_model(name, device='meta'),
+    text = CardText(
         title=name,
-        create=name,
-        summary=f'{kind_of(name.split(".")[0])} {cfg.description}.',
+        source=name,
+        summary=f'{describe_architecture(name.split(".")[0])} {cfg.description}.',
         size=cfg.input_size[-1],
         results=results,
         measured=f'at {cfg.input_size[-1]} pixels, {weights.measured}',
@@ -160,22 +188,23 @@ def published_card(name: str) -> str:
         license=cfg.license,
         base_model=None,
         recipe=weights.recipe + '.',
-        provenance=f'The weights {origin_of(name)}; see also <{cfg.origin_url}>.',
+        provenance=f'The weights {describe_origin(name)}; see also <{cfg.origin_url}>.',
         licence=licence,
-        limits=limits + notes,
+        limits=limits + ''.join(f' {note}.' for note in cfg.notes or ()),
     )
+    return render(as_classifier(timm.create_model(name, device='meta')), text)
 
 
-def origin_of(name: str) -> str:
-    """Says where published weights are."""
+def describe_origin(name: str) -> str:
+    """Says where published weights are, after 'The weights'."""
     cfg = timm.get_pretrained_cfg(name)
     if cfg.file:
         return 'are a part of the package'
     return f'come from <{cfg.url or f"https://huggingface.co/{cfg.hf_hub_id}"}>'
 
 
-def kind_of(name: str) -> str:
-    """Says what an architecture is."""
+def describe_architecture(name: str) -> str:
+    """Says what an architecture is, and ends in 'It was'."""
     arch = ARCHS[name]
     scale, cardinality = arch.args['scale'], arch.args.get('cardinality', 1)
     kind = 'A bottleneck' if scale == 1 else f'Res2Net blocks of {scale} splits'
@@ -191,90 +220,83 @@ def kind_of(name: str) -> str:
     )
 
 
-def render(
-    model: Any,
-    title: str,
-    create: str,
-    size: int,
-    results: dict[str, float],
-    dataset: str | None,
-    license: Any,
-    **text: Any,
-) -> str:
-    """Fills the template in; what can be measured is measured on a model on the meta device."""
-    import jinja2
+def render(model: Classifier, text: CardText) -> str:
+    """Fills in the template; sizes and shapes are measured.
 
-    model.eval()
-    x = torch.empty(1, model.in_chans, size, size, device='meta')
-    name = model.pretrained_cfg['architecture']
-    features: list[Tensor] = model.forward_intermediates(x, intermediates_only=True)
-    shapes = [tuple(features[index].shape) for index in ARCHS[name].out_indices]
-    levels = ARCHS[name].out_indices[-4:] if len(shapes) > 4 else ARCHS[name].out_indices[1:]
-    gmacs, activations = measure(model, size)
-    template = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True).from_string(
-        (ASSETS / 'card.md.jinja').read_text()
-    )
-
-    def call(arguments: str = '') -> str:
-        return f"timm.create_model('{create}', pretrained=True{', ' if arguments else ''}{arguments})"
-
-    body = template.render(
-        title=title,
-        create=call,
-        size=size,
-        results=results,
-        params=sum(parameter.numel() for parameter in model.parameters()),
-        gmacs=gmacs,
-        activations=activations,
-        in_chans=model.in_chans,
-        num_classes=model.num_classes,
-        num_features=model.num_features,
-        shapes=shapes,
-        neck=levels,
-        neck_shapes=[(1, 256, *features[index].shape[2:]) for index in levels],
-        **text,
-    )
-    of_hub = dataset if dataset and REPOSITORY.fullmatch(dataset) else None
-    name_of_data = 'ImageNet-1k' if dataset == 'imagenet-1k' else dataset or 'custom'
-    where = of_hub or 'custom', name_of_data
-    evaluated = [
-        EvalResult('image-classification', *where, 'accuracy', value, metric_name=metric)
-        for metric, value in results.items()
-    ]
-    named = isinstance(license, tuple)
-    data = ModelCardData(
-        library_name='timm',
-        pipeline_tag='image-classification',
-        license='other' if named else license,
-        license_name=re.sub(r'[^a-z0-9.]+', '-', license[0].lower()) if named else None,
-        license_link=license[1] if named else None,
-        datasets=[of_hub] if of_hub else None,
-        metrics=['accuracy'] if results else None,
-        base_model=text['base_model'],
-        tags=['image-classification', 'timm', 'res2net'],
-        model_name=title if results else None,
-        eval_results=evaluated or None,
-    )
-    whole = f'---\n{data.to_yaml()}\n---\n\n{body}'
+    Args:
+        model: The model on the meta device.
+        text: The rest.
+    """
+    body = render_body(model.eval(), text)
+    whole = f'---\n{metadata(text).to_yaml()}\n---\n\n{body}'
     return f'{whole}\n{signature(whole)}\n'
 
 
+def render_body(model: Classifier, text: CardText) -> str:
+    """The card without its metadata."""
+    out_indices = ARCHS[model.pretrained_cfg['architecture']].out_indices
+    x = torch.empty(1, model.in_chans, text.size, text.size, device='meta')
+    features = model.forward_intermediates(x, intermediates_only=True)
+    neck = out_indices[-4:] if len(out_indices) > 4 else out_indices[1:]  # the levels of a feature pyramid
+    gmacs, activations = measure(model, text.size)
+
+    def create_model(arguments: str = '') -> str:
+        return f"timm.create_model('{text.source}', pretrained=True{', ' if arguments else ''}{arguments})"
+
+    environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    return environment.from_string(TEMPLATE.read_text()).render(
+        text=text,
+        create=create_model,
+        model=model,
+        params=sum(parameter.numel() for parameter in model.parameters()),
+        gmacs=gmacs,
+        activations=activations,
+        shapes=[tuple(features[index].shape) for index in out_indices],
+        neck=neck,
+        neck_shapes=[(1, 256, *features[index].shape[2:]) for index in neck],
+    )
+
+
+def metadata(text: CardText) -> ModelCardData:
+    """The card's metadata, as the Hub wants it."""
+    dataset, license = text.dataset, text.license
+    hub_dataset = dataset if dataset and REPOSITORY.fullmatch(dataset) else None
+    dataset_name = 'ImageNet-1k' if dataset == 'imagenet-1k' else dataset or 'custom'
+    evaluated = [
+        EvalResult('image-classification', hub_dataset or 'custom', dataset_name, 'accuracy', value, metric_name=metric)
+        for metric, value in text.results.items()
+    ]
+    return ModelCardData(
+        library_name='timm',
+        pipeline_tag='image-classification',
+        license='other' if isinstance(license, tuple) else license,
+        license_name=re.sub(r'[^a-z0-9.]+', '-', license[0].lower()) if isinstance(license, tuple) else None,
+        license_link=license[1] if isinstance(license, tuple) else None,
+        datasets=[hub_dataset] if hub_dataset else None,
+        metrics=['accuracy'] if text.results else None,
+        base_model=text.base_model,
+        tags=['image-classification', 'timm', 'res2net'],
+        model_name=text.title if text.results else None,
+        eval_results=evaluated or None,
+    )
+
+
 def signature(text: str) -> str:
-    """The last line of a card, by which `is_unchanged` knows it."""
+    """The last line of a generated card: a checksum by which `is_unchanged` finds edits."""
     return f'<!-- made by timm_res2net: {hashlib.sha256(text.strip().encode()).hexdigest()[:16]} -->'
 
 
 def is_unchanged(text: str) -> bool:
-    """Whether a card is as this package made it, so that nobody's words are lost with it."""
+    """Whether nobody has edited a card since this package generated it."""
     above, _, last = text.strip().rpartition('\n')
     return last == signature(above)
 
 
 def problems_of(text: str) -> list[str]:
-    """Checks a card without a Hub.
+    """Checks a card without the Hub. Which licences exist only the Hub knows, see `client.problems_on_hub`.
 
     Returns:
-        What is wrong with it, a line each; nothing for a good one.
+        A line for each problem; nothing for a good card.
     """
     block = re.match(r'---\r?\n(.*?)\r?\n---\s*\n', text, re.DOTALL)
     if block is None:
@@ -289,10 +311,7 @@ def problems_of(text: str) -> list[str]:
     found = [f'the key {key!r} means nothing to the Hub' for key in meta if key not in KEYS]
     if ModelCard(str(loaded)).data.to_dict() != loaded.data.to_dict():
         found.append('its metadata does not survive being loaded and saved')
-    license = meta.get('license')
-    if license is not None and license not in LICENSES:
-        found.append(f'{license!r} is no licence that the Hub knows; say other, with license_name and license_link')
-    if license == 'other' and not (meta.get('license_name') and meta.get('license_link')):
+    if meta.get('license') == 'other' and not (meta.get('license_name') and meta.get('license_link')):
         found.append('licence other needs license_name and license_link')
     for key in ('datasets', 'base_model'):
         for value in [meta[key]] if isinstance(meta.get(key), str) else meta.get(key) or []:

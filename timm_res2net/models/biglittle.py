@@ -4,17 +4,15 @@ Papers: `Big-Little Net` - https://arxiv.org/abs/1807.03848, and Res2Net's own, 
 """
 
 from collections.abc import Sequence
-from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from timm.layers import get_act_layer
-from timm.models.resnet import drop_blocks
 from torch import Tensor, nn
 
-from .block import Bottle2neck, Layer, Stage, norm_maker
-from .trunk import Layers, Trunk, conv_norm_act
+from .block import Bottle2neck, Layer
+from .recompute import Stage
+from .trunk import FeatureInfo, Layers, Trunk, TrunkOptions, drop_block_layers
 
 __all__ = ['Res2NetBigLittle']
 
@@ -132,29 +130,15 @@ class Res2NetBigLittle(Trunk):
         layers: Blocks of each stage.
         alpha: Factor by which little branches are thinner.
         beta: Factor by which little branches are shallower.
-        scale: Splits of a block.
-        base_width: Channels of one split for 64 planes.
-        cardinality: Groups of the 3x3 convolutions.
-        first_block: What a block with stride 2 computes, see `Bottle2neck`.
-        attn_layer: Attention class or its name in timm.
-        num_classes: Classes, 0 for none.
-        in_chans: Channels of the image.
-        global_pool: Kind of pooling: 'avg', 'max', 'avgmax', 'catavgmax', '' for none.
         output_stride: 16 or 32; for 16 the last stage is dilated. In the others big branches halve the resolution.
-        act_layer: Activation class or its name in timm.
-        norm_layer: Norm class or its name in timm.
-        drop_rate: Dropout probability before the classifier.
-        drop_path_rate: Stochastic depth probability of the last block, growing linearly from 0 at the first.
-        drop_block_rate: DropBlock probability in the last two stages.
-        zero_init_last: Let each block be an identity at the start of training.
-        device: Device of the tensors.
-        dtype: Data type of the tensors.
+        **options: See `TrunkOptions`.
 
     Raises:
-        ValueError: For an argument that the network can't honour.
+        ValueError: For an argument that the network doesn't support.
     """
 
     parts = ('conv1', 'bn1', 'act1', 'bl_init', 'layer1', 'layer2', 'layer3', 'layer4')
+    densest: ClassVar[dict[str, Any]] = dict(output_stride=16)
 
     def __init__(
         self,
@@ -162,43 +146,23 @@ class Res2NetBigLittle(Trunk):
         *,
         alpha: int = 2,
         beta: int = 4,
-        scale: int = 4,
-        base_width: int = 26,
-        cardinality: int = 1,
-        first_block: str = 'official',
-        attn_layer: str | Layer | None = None,
-        num_classes: int = 1000,
-        in_chans: int = 3,
-        global_pool: str = 'avg',
         output_stride: int = 32,
-        act_layer: str | Layer = 'relu',
-        norm_layer: str | Layer = 'batchnorm2d',
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        drop_block_rate: float = 0.0,
-        zero_init_last: bool = True,
-        device: Any = None,
-        dtype: Any = None,
+        **options: Any,
     ) -> None:
-        super().__init__(num_classes, in_chans)
+        opts = TrunkOptions(**options)
+        super().__init__(opts)
         if output_stride not in (16, 32):
             raise ValueError(f'output_stride={output_stride} is not possible; choose 16 or 32')
         if len(layers) != 4 or min(layers[:3]) < 2:
             raise ValueError(f'layers={layers} must have an entry for each of 4 stages, at least 2 in the first three')
-        dd = {'device': device, 'dtype': dtype}
-        act, norm = get_act_layer(act_layer), norm_maker(norm_layer)
-        splits: dict[str, Any] = dict(scale=scale, base_width=base_width, cardinality=cardinality)
-        block = partial(
-            Bottle2neck, first_block=first_block, attn_layer=attn_layer, act_layer=act, norm_layer=norm, **splits, **dd
-        )
-        blocks = [partial(block, drop_block=drop_block) for drop_block in drop_blocks(drop_block_rate)]
-        conv: Layers = partial(conv_norm_act, norm_layer=norm, **dd)
+        blocks = [opts.block(drop_block=drop_block) for drop_block in drop_block_layers(opts.drop_block_rate)]
+        conv, act = opts.conv, opts.act
 
         def module(i: int, in_chs: int, out_chs: int, stride: int) -> BigLittleModule:
             return BigLittleModule(conv, blocks[i], in_chs, out_chs, layers[i], stride, alpha, beta, act)
 
         stride = output_stride // 16
-        self.conv1, self.bn1, self.act1 = conv(in_chans, 64, 7, stride=2, act_layer=act)
+        self.conv1, self.bn1, self.act1 = conv(opts.in_chans, 64, 7, stride=2, act_layer=act)
         self.bl_init = BigLittleStem(conv, 64, alpha, act)
         self.layer1 = module(0, 64, 256, stride=2)
         self.layer2 = module(1, 256, 512, stride=2)
@@ -207,10 +171,10 @@ class Res2NetBigLittle(Trunk):
         reductions = {'act1': 2, 'bl_init': 4, 'layer1': 8, 'layer2': 16, 'layer3': 16, 'layer4': output_stride}
         channels = (64, 64, 256, 512, 1024, 2048)
         self.feature_info = [
-            dict(num_chs=chs, reduction=reduction, module=name)
+            FeatureInfo(num_chs=chs, reduction=reduction, module=name)
             for chs, (name, reduction) in zip(channels, reductions.items())
         ]
-        self.finish(2048, global_pool, drop_rate, drop_path_rate, zero_init_last, **dd)
+        self.add_head(2048, opts)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

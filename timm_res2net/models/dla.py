@@ -5,15 +5,14 @@ Papers: `Deep Layer Aggregation` - https://arxiv.org/abs/1707.06484, and Res2Net
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
-from timm.layers import get_act_layer
-from timm.models.resnet import drop_blocks
 from torch import Tensor, nn
 
-from .block import Bottle2neck, Layer, checkpoint, norm_maker
-from .trunk import Layers, Trunk, conv_norm_act
+from .block import Bottle2neck, Layer, norm_factory
+from .recompute import recompute
+from .trunk import FeatureInfo, Layers, Trunk, TrunkOptions, drop_block_layers
 
 __all__ = ['Res2NetDla']
 
@@ -25,7 +24,7 @@ class DlaBottle2neck(Bottle2neck):
 
 
 class DlaRoot(nn.Module):
-    """Aggregates what the parts of a tree computed: concatenation, 1x1 convolution, norm, activation.
+    """Aggregates the outputs of the parts of a tree: concatenation, 1x1 convolution, norm, activation.
 
     Args:
         in_chs: Channels of all inputs together.
@@ -53,8 +52,8 @@ class DlaRoot(nn.Module):
         return self.act(x)
 
 
-class TreeParts(NamedTuple):
-    """What a network's trees are made of, the same everywhere."""
+class TreeLayers(NamedTuple):
+    """Functions that make the layers of a network's trees."""
 
     block: Layer  # (in_chs, planes, ...) -> DlaBottle2neck
     project: Layers  # (in_chs, out_chs) -> 1x1 convolution and norm
@@ -65,7 +64,7 @@ class DlaLeaf(nn.Module):
     """The smallest tree: two blocks joined by a root.
 
     Args:
-        parts: Makes blocks, projections and roots.
+        layers: Makes blocks, projections and roots.
         in_chs: Input channels.
         out_chs: Output channels.
         dilation: Dilation of the blocks.
@@ -76,7 +75,7 @@ class DlaLeaf(nn.Module):
 
     def __init__(
         self,
-        parts: TreeParts,
+        layers: TreeLayers,
         in_chs: int,
         out_chs: int,
         dilation: int = 1,
@@ -90,10 +89,10 @@ class DlaLeaf(nn.Module):
         planes = out_chs // DlaBottle2neck.expansion
         first = {} if step is None else dict(stride=step[0], first_dilation=step[1], first=True)
         self.downsample = shrink(step)
-        self.project = nn.Identity() if in_chs == out_chs else nn.Sequential(*parts.project(in_chs, out_chs))
-        self.tree1 = parts.block(in_chs, planes, dilation=dilation, **first)
-        self.tree2 = parts.block(out_chs, planes, dilation=dilation)
-        self.root = parts.root(2 * out_chs + root_chs + (in_chs if level_root else 0), out_chs)
+        self.project = nn.Identity() if in_chs == out_chs else nn.Sequential(*layers.project(in_chs, out_chs))
+        self.tree1 = layers.block(in_chs, planes, dilation=dilation, **first)
+        self.tree2 = layers.block(out_chs, planes, dilation=dilation)
+        self.root = layers.root(2 * out_chs + root_chs + (in_chs if level_root else 0), out_chs)
 
     def forward(self, x: Tensor, children: list[Tensor] | None = None) -> Tensor:
         """Runs the tree.
@@ -106,11 +105,11 @@ class DlaLeaf(nn.Module):
             (N, out_chs, H / stride, W / stride), sizes rounded up.
         """
         if self.grad_checkpointing and not torch.jit.is_scripting():
-            return checkpoint(self.aggregate, x, children, buffers_of=self)
+            return recompute(self.aggregate, x, children, buffers_of=self)
         return self.aggregate(x, children)
 
     def aggregate(self, x: Tensor, children: list[Tensor] | None) -> Tensor:
-        """What `forward` returns, computed."""
+        """Computes what `forward` returns."""
         children = [] if children is None else children
         bottom = self.downsample(x)
         if self.level_root:
@@ -129,7 +128,7 @@ class DlaTree(nn.Module):
     def __init__(
         self,
         depth: int,
-        parts: TreeParts,
+        layers: TreeLayers,
         in_chs: int,
         out_chs: int,
         dilation: int = 1,
@@ -141,8 +140,8 @@ class DlaTree(nn.Module):
         self.level_root = level_root
         root_chs += out_chs + (in_chs if level_root else 0)
         self.downsample = shrink(step)
-        self.tree1 = tree(depth - 1, parts, in_chs, out_chs, dilation, step)
-        self.tree2 = tree(depth - 1, parts, out_chs, out_chs, dilation, root_chs=root_chs)
+        self.tree1 = tree(depth - 1, layers, in_chs, out_chs, dilation, step)
+        self.tree2 = tree(depth - 1, layers, out_chs, out_chs, dilation, root_chs=root_chs)
 
     def forward(self, x: Tensor, children: list[Tensor] | None = None) -> Tensor:
         """Runs both trees; shapes as in `DlaLeaf`."""
@@ -181,93 +180,63 @@ class Res2NetDla(Trunk):
     Args:
         levels: Depth of each level: convolutions in the first two, depth of the tree in the others.
         channels: Output channels of each level.
-        scale: Splits of a block.
         base_width: Channels of one split for 64 planes, of which a block has half as many as output channels.
-        cardinality: Groups of the 3x3 convolutions.
-        first_block: What the first block of a level computes, see `Bottle2neck`.
-        attn_layer: Attention class or its name in timm.
-        num_classes: Classes, 0 for none.
-        in_chans: Channels of the image.
-        global_pool: Kind of pooling: 'avg', 'max', 'avgmax', 'catavgmax', '' for none.
         output_stride: 8, 16 or 32; levels beyond it are dilated.
-        act_layer: Activation class or its name in timm.
-        norm_layer: Norm class or its name in timm.
-        shortcut_root: Add a root's first input to what it computes.
-        drop_rate: Dropout probability before the classifier.
-        drop_path_rate: Stochastic depth probability of the last block, growing linearly from 0 at the first.
-        drop_block_rate: DropBlock probability in the last two levels.
-        zero_init_last: Let each block be an identity at the start of training. timm's DLA does not, nor is it default.
-        device: Device of the tensors.
-        dtype: Data type of the tensors.
+        shortcut_root: Add a root's first input to its output.
+        zero_init_last: Start training with every block as an identity. timm's DLA does not.
+        **options: See `TrunkOptions`.
 
     Raises:
-        ValueError: For an argument that the network can't honour.
+        ValueError: For an argument that the network doesn't support.
     """
 
     parts = ('base_layer', 'level0', 'level1', 'level2', 'level3', 'level4', 'level5')
     conv_head = True
+    densest: ClassVar[dict[str, Any]] = dict(output_stride=8)
 
     def __init__(
         self,
         levels: Sequence[int] = (1, 1, 1, 2, 3, 1),
         channels: Sequence[int] = (16, 32, 128, 256, 512, 1024),
         *,
-        scale: int = 4,
-        base_width: int = 28,
-        cardinality: int = 1,
-        first_block: str = 'official',
-        attn_layer: str | Layer | None = None,
-        num_classes: int = 1000,
-        in_chans: int = 3,
-        global_pool: str = 'avg',
+        base_width: float = 28,
         output_stride: int = 32,
-        act_layer: str | Layer = 'relu',
-        norm_layer: str | Layer = 'batchnorm2d',
         shortcut_root: bool = False,
-        drop_rate: float = 0.0,
-        drop_path_rate: float = 0.0,
-        drop_block_rate: float = 0.0,
         zero_init_last: bool = False,
-        device: Any = None,
-        dtype: Any = None,
+        **options: Any,
     ) -> None:
-        super().__init__(num_classes, in_chans)
+        opts = TrunkOptions(base_width=base_width, zero_init_last=zero_init_last, **options)
+        super().__init__(opts)
         if output_stride not in (8, 16, 32):
             raise ValueError(f'output_stride={output_stride} is not possible; choose 8, 16 or 32')
         if len(levels) != 6 or len(channels) != 6:
             raise ValueError(f'levels={levels} and channels={channels} must have an entry for each of 6 levels')
-        dd = {'device': device, 'dtype': dtype}
-        norm = norm_maker(norm_layer)
-        layers = dict(act_layer=get_act_layer(act_layer), norm_layer=norm, **dd)
-        conv: Layers = partial(conv_norm_act, **layers)
-        self.base_layer = nn.Sequential(*conv(in_chans, channels[0], 7))
+        conv: Layers = partial(opts.conv, act_layer=opts.act)
+        self.base_layer = nn.Sequential(*conv(opts.in_chans, channels[0], 7))
         self.level0 = nn.Sequential(*conv(channels[0], channels[0], 3))
         self.level1 = nn.Sequential(*conv(channels[0], channels[1], 3, stride=2))
         for level, chs, depth in ((self.level0, channels[0], levels[0]), (self.level1, channels[1], levels[1])):
             for _ in range(depth - 1):
                 level.extend(conv(chs, chs, 3))
         self.feature_info = [
-            dict(num_chs=channels[0], reduction=1, module='level0'),
-            dict(num_chs=channels[1], reduction=2, module='level1'),
+            FeatureInfo(num_chs=channels[0], reduction=1, module='level0'),
+            FeatureInfo(num_chs=channels[1], reduction=2, module='level1'),
         ]
 
-        splits: dict[str, Any] = dict(scale=scale, base_width=base_width, cardinality=cardinality)
-        block = partial(
-            DlaBottle2neck, first_block=first_block, dilate_pool=True, attn_layer=attn_layer, **splits, **layers
-        )
-        project = partial(conv_norm_act, kernel_size=1, norm_layer=norm, **dd)
-        root = partial(DlaRoot, shortcut=shortcut_root, **layers)
+        project = partial(opts.conv, kernel_size=1)
+        root = partial(DlaRoot, shortcut=shortcut_root, act_layer=opts.act, norm_layer=norm_factory(opts.norm_layer))
         reduction, dilation = 2, 1
         trees = []
-        for i, drop_block in zip(range(2, 6), drop_blocks(drop_block_rate)):
+        for i, drop_block in zip(range(2, 6), drop_block_layers(opts.drop_block_rate)):
             stride = 2 if reduction < output_stride else 1
             step = stride, dilation
             reduction, dilation = reduction * stride, dilation * 2 // stride
-            made_of = TreeParts(partial(block, drop_block=drop_block), project, root)
-            trees.append(tree(levels[i], made_of, channels[i - 1], channels[i], dilation, step, level_root=i > 2))
-            self.feature_info.append(dict(num_chs=channels[i], reduction=reduction, module=f'level{i}'))
+            block = opts.block(DlaBottle2neck, dilate_pool=True, drop_block=drop_block)
+            layers = TreeLayers(block, project, partial(root, **opts.factory))
+            trees.append(tree(levels[i], layers, channels[i - 1], channels[i], dilation, step, level_root=i > 2))
+            self.feature_info.append(FeatureInfo(num_chs=channels[i], reduction=reduction, module=f'level{i}'))
         self.level2, self.level3, self.level4, self.level5 = trees
-        self.finish(channels[-1], global_pool, drop_rate, drop_path_rate, zero_init_last, **dd)
+        self.add_head(channels[-1], opts)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

@@ -11,8 +11,8 @@ import argparse
 import math
 from dataclasses import dataclass
 
-from ..__main__ import positive
-from ..res2net import ARCHS
+from ..models.variants import ARCHS
+from .arguments import positive
 
 GPUS = 1, 2, 4, 8, 16, 32, 64
 IMAGENET = 1_281_167  # training images

@@ -30,12 +30,12 @@ from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..__main__ import positive
 from ..deploy.bench import environment
 from ..vision.explain import radius, receptive_field
-from ..vision.predict import new_figure
-from ..weights.files import replace_file, replace_text
+from ..vision.figures import new_figure, save
+from ..weights.files import atomic_write_text
 from . import digits
+from .arguments import positive
 
 TASKS = 'digits', 'photographs'
 BASE_WIDTHS = {1: 64, 2: 44, 4: 25, 8: 15}  # of each scale, for the number of parameters nearest to that of scale 1
@@ -189,7 +189,7 @@ def study(
         for future in as_completed(futures):
             each, record = futures[future], future.result()
             done[each] = record
-            replace_text(paths[each], json.dumps(record) + '\n')
+            atomic_write_text(paths[each], json.dumps(record) + '\n')
             bar.update()
     return sorted(done.values(), key=lambda record: (record['task'], record['scale'], record['seed']))
 
@@ -226,7 +226,7 @@ def plot(runs: Sequence[dict[str, Any]], out: str) -> None:
     """Draws top-1 over scale for each task, and below it the mean effective receptive field of each scale.
 
     Raises:
-        ValueError: If matplotlib is missing.
+        ImportError: If matplotlib is missing.
     """
     tasks = list(dict.fromkeys(record['task'] for record in runs))
     scales = sorted({record['scale'] for record in runs})
@@ -248,7 +248,7 @@ def plot(runs: Sequence[dict[str, Any]], out: str) -> None:
         panel.set_xticks(range(len(scales)), [str(scale) for scale in scales])
         panel.set(xlabel='scale, at equal parameters', ylabel='top-1, %', title=task)
         lower.suptitle('effective receptive field of the last block, pixels', fontsize=9)
-    replace_file(out, lambda path: figure.savefig(path, dpi=120))
+    save(figure, out)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -270,7 +270,7 @@ def main(argv: list[str] | None = None) -> None:
     command = ' '.join(['python -m timm_res2net.recipes.small_study', *(sys.argv[1:] if argv is None else argv)])
     shown = [{key: value for key, value in record.items() if key != 'field'} for record in runs]
     document = dict(command=command, environment=environment(), runs=shown)
-    replace_text(args.folder / 'study.json', json.dumps(document, indent=1) + '\n')
+    atomic_write_text(args.folder / 'study.json', json.dumps(document, indent=1) + '\n')
     plot(runs, str(args.folder / 'study.png'))
     print('\n'.join(table(runs)))
 

@@ -1,7 +1,7 @@
-"""Names of tensors in other people's files, as tables, and a pure function from theirs to timm's and one back.
+"""Rename tables for other people's files: from their tensor names to timm's, and back.
 
-A dialect has also a meaning. Files of different dialects can hold tensors of the same shapes for networks that compute
-different things, so each dialect says which first block (see `blocks.FIRST_BLOCKS`) its networks have.
+Files of different code bases can hold tensors of the same shapes for networks that compute different things. So each
+dialect says, beside the names, what the first blocks of its networks compute (a key of `FIRST_BLOCKS`).
 """
 
 import re
@@ -12,10 +12,9 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..models.block import first_blocks
-from .readers import CheckpointError
+from .errors import CheckpointError
 
 __all__ = [
     'DIALECTS',
@@ -23,14 +22,14 @@ __all__ = [
     'Dialect',
     'Translation',
     'export',
-    'recognise',
-    'require_same_function',
+    'find_network',
     'translate',
 ]
 
-# A row renames what a name begins with, theirs to ours; the first row that fits counts. {s} is the number of a stage,
-# {i} of a block in it, {k} of a convolution in that, {j} of a layer in a shortcut; {letter} is a block counted by
-# letters, and {path} says nothing new. What is beside the network is written as in a path: ../head is beside backbone.
+# A row renames the beginning of a name, theirs to ours; the first row that matches is used. {s} is the number of a
+# stage, {i} of a block in the stage, {k} of a convolution in the block, {j} of a layer in a shortcut; {letter} is a
+# block counted by letters, and {path} repeats stage and block. Tensors beside the network are written as in a path:
+# ../head is beside backbone.
 Rows = tuple[tuple[str, str], ...]
 NUMBERS = {'letter': r'[a-z]\d*', 'path': r'\w+?'}  # all others are \d+
 
@@ -149,24 +148,24 @@ PORT_BLOCKS = (
 
 @dataclass(frozen=True)
 class Dialect:
-    """How one body of code names the tensors of its networks, and what these compute."""
+    """How one code base names the tensors of its networks, and what these compute."""
 
-    whose: str  # files
-    anchors: tuple[str, ...]  # one of these tensors is in each of them
-    stems: tuple[tuple[str, Rows], ...]  # one of these too, and which it is decides on more rows: plain stem, then deep
+    whose: str  # files these are
+    anchors: tuple[str, ...]  # each file has one of these tensors
+    stems: tuple[tuple[str, Rows], ...]  # and one of these, which adds its rows: plain stem, then deep stem
     rows: Rows = ()
-    tensors: dict[str, str] = field(default_factory=dict)  # the last part of a name
-    shift: dict[str, int] = field(default_factory=dict)  # what our numbers are more than theirs
-    first_block: str | None = 'official'  # what the first block of a stage computes; None where that is not one of ours
-    in_detector: str | None = None  # the same, where the network is a part of a larger one
-    certain: bool = True  # whether no other code uses these names for another first block
-    dead: tuple[str, ...] = ()  # modules that nothing ever runs
+    tensors: dict[str, str] = field(default_factory=dict)  # renames of the last part of a name
+    shift: dict[str, int] = field(default_factory=dict)  # to add to their numbers to get ours
+    first_block: str | None = 'official'  # what the first block of a stage computes; None if no model here does
+    in_detector: str | None = None  # the same, for a network that is a part of a larger one
+    certain: bool = True  # no other code uses these names for another first block
+    dead: tuple[str, ...] = ()  # modules that the network never runs
     transposed: bool = False  # the classifier is (in, out)
     raw_split_first: bool = False  # equation (1) of the paper counts splits from the one that is not convolved
-    home: str = ''  # where they put the network in a file
+    prefix: str = ''  # before the network's names in their files
 
 
-# The order counts: later ones take what earlier ones leave.
+# In order of priority: a file is of the first dialect that matches.
 DIALECTS = {
     'paddleclas': Dialect(
         'PaddleClas, .pdparams',
@@ -209,7 +208,7 @@ DIALECTS = {
         ('layer1.0.convs.0.weight',),
         (('../head.fc.weight', ()), ('stem.0.conv.weight', MMPRETRAIN_DEEP_STEM)),
         (('../head.fc.', 'fc.'),),
-        home='backbone.',
+        prefix='backbone.',
     ),
     'mmdet': Dialect(
         'mmdet, .pth: detectors have its own first block, backbones converted for it the authors',
@@ -244,89 +243,91 @@ DIALECTS = {
     ),
 }
 EXPORTS = ('official', 'mmpretrain', 'paddleclas')
-# What says nothing about a network that it is wrapped in.
+# Prefixes that don't mean that the network is a part of a larger one.
 WRAPPERS = {'state_dict', 'state_dict_ema', 'model', 'model_ema', 'model_state', 'ema', 'module', '_orig_mod', 'net'}
 
 
 @dataclass(frozen=True)
 class Translation:
-    """A network's tensors under timm's names, and what was done to get there."""
+    """A network's tensors under timm's names, and how they were made of those in the file."""
 
     state: dict[str, Tensor]
     dialect: str
-    prefix: str  # what preceded the network's names
+    prefix: str  # before the network's names in the file
     first_block: str | None  # what the first block of a stage computes; None if that is not known
-    certain: bool  # whether that follows from names and shapes, and is not just what is usual
-    dropped: tuple[str, ...]  # their names
-    filled: tuple[str, ...]  # ours
-    cast: dict[str, int]  # how many tensors became float32, by what they were
+    certain: bool  # names and shapes imply `first_block`; if False it is only the usual one
+    dropped: tuple[str, ...]  # names in the file
+    filled: tuple[str, ...]  # names in `state`
+    cast: dict[str, int]  # how many tensors were cast to float32, by their data type
 
 
 @cache
-def pattern(template: str) -> re.Pattern[str]:
-    """Compiles one side of a row."""
+def compile_template(template: str) -> re.Pattern[str]:
+    """Compiles one side of a row to a regular expression."""
     escaped = re.escape(template)
     return re.compile(re.sub(r'\\{(\w+)\\}', lambda m: f'(?P<{m[1]}>{NUMBERS.get(m[1], r"[0-9]+")})', escaped))
 
 
-def renamed(name: str, rows: Rows, tensors: Mapping[str, str], shift: Mapping[str, int], blocks: int = 0) -> str | None:
-    """Renames a tensor by the first row that fits the beginning of its name.
+def rename(name: str, rows: Rows, tensors: Mapping[str, str], shift: Mapping[str, int], blocks: int = 0) -> str | None:
+    """Renames a tensor by the first row that matches the beginning of its name.
 
     Args:
-        name: Of the tensor.
-        rows: From, to.
-        tensors: The same for the last part.
-        shift: What to add to the numbers.
-        blocks: In stage 3; needed to make a {path}.
+        name: Name of the tensor.
+        rows: Renames of the beginning.
+        tensors: Renames of the last part.
+        shift: To add to the numbers.
+        blocks: Number of blocks in stage 3; needed to make a {path}.
 
     Returns:
         The new name; None for a name without modules that no row knows.
     """
     for source, target in rows:
-        if match := pattern(source).match(name):
+        if match := compile_template(source).match(name):
             numbers: dict[str, Any] = {
                 key: int(value) + shift.get(key, 0) if value.isdecimal() else value
                 for key, value in match.groupdict().items()
             }
             if 'letter' in numbers:
-                numbers['i'] = index_of(numbers['letter'])
+                numbers['i'] = block_index(numbers['letter'])
             if '{path}' in target:
-                numbers['path'] = path_of(numbers['s'], numbers['i'], blocks)
+                numbers['path'] = block_path(numbers['s'], numbers['i'], blocks)
             rest = name[match.end() :]
             return target.format(**numbers) + tensors.get(rest, rest)
     module, dot, rest = name.rpartition('.')
     return module + dot + tensors.get(rest, rest) if dot and not name.startswith('../') else None
 
 
-def index_of(letter: str) -> int:
+def block_index(letter: str) -> int:
     """The index of a block that PaddleClas names a, b, c or, where there might be too many of them, a, b1, b2."""
     return int(letter[1:]) if len(letter) > 1 else ord(letter) - ord('a')
 
 
-def path_of(stage: int, i: int, blocks: int) -> str:
+def block_path(stage: int, i: int, blocks: int) -> str:
     """What PaddleClas calls block `i` of a stage (from 0) in a network with so many blocks in the third one."""
     counted = stage == 2 and blocks > 6
     return f'res{stage + 2}' + (f'b{i}' if counted and i else chr(ord('a') + i))
 
 
-def at(prefix: str, name: str) -> str:
-    """The full name of a tensor that is named from the network's point of view."""
+def full_name(prefix: str, name: str) -> str:
+    """Joins a prefix and a name that may begin with '../'."""
     while name.startswith('../'):
         parent = prefix[:-1].rpartition('.')[0]
         prefix, name = parent + '.' if parent else '', name[3:]
     return prefix + name
 
 
-def recognise(names: Mapping[str, Any], dialect: str | None = None, prefix: str | None = None) -> tuple[str, str, Rows]:
+def find_network(
+    names: Mapping[str, Any], dialect: str | None = None, prefix: str | None = None
+) -> tuple[str, str, Rows]:
     """Finds a Res2Net in a file.
 
     Args:
-        names: Of the tensors.
-        dialect: The only one to look for.
-        prefix: The only place to look at.
+        names: Names of the tensors.
+        dialect: Key of `DIALECTS`, any if None.
+        prefix: Before the network's names, any if None.
 
     Returns:
-        The dialect, what precedes the network's names, and the rows to rename it by.
+        The dialect, the prefix of the network's names, and the rows to rename it by.
 
     Raises:
         CheckpointError: If there is none, or more than one.
@@ -334,16 +335,17 @@ def recognise(names: Mapping[str, Any], dialect: str | None = None, prefix: str 
     if dialect is not None and dialect not in DIALECTS:
         raise ValueError(f'dialect={dialect!r} is not known; choose from {", ".join(DIALECTS)}')
     for key in DIALECTS if dialect is None else [dialect]:
-        found = places(names, DIALECTS[key])
-        found = {place: rows for place, rows in found.items() if prefix is None or f'.{place}'.endswith(f'.{prefix}')}
-        averaged = [place for place in found if place.startswith(('state_dict_ema.', 'model_ema.'))]
-        if len(averaged) == 1:
-            found = {averaged[0]: found[averaged[0]]}  # timm's checkpoints hold both, and timm prefers it too
-        if len(found) > 1:
-            several = ', '.join(map(repr, found))
+        matches = find_prefixes(names, DIALECTS[key])
+        if prefix is not None:
+            matches = {each: rows for each, rows in matches.items() if f'.{each}'.endswith(f'.{prefix}')}
+        averaged = [each for each in matches if each.startswith(('state_dict_ema.', 'model_ema.'))]
+        if len(averaged) == 1:  # timm's checkpoints hold both; like timm, prefer the averaged weights
+            matches = {averaged[0]: matches[averaged[0]]}
+        if len(matches) > 1:
+            several = ', '.join(map(repr, matches))
             raise CheckpointError(f'there are several Res2Nets in it, under {several}; say which one by prefix=')
-        for place, rows in found.items():
-            return key, place, rows
+        for found, rows in matches.items():
+            return key, found, rows
     wanted = f' in the dialect {dialect}' if dialect else ''
     under = '' if prefix is None else f' under {prefix!r}'
     hint = ''
@@ -353,38 +355,38 @@ def recognise(names: Mapping[str, Any], dialect: str | None = None, prefix: str 
     raise CheckpointError(f'there is no Res2Net{wanted}{under} among its {len(names)} tensors (first: {first}){hint}')
 
 
-def places(names: Mapping[str, Any], dialect: Dialect) -> dict[str, Rows]:
-    """Finds all networks of a dialect: what precedes their names, and the rows to rename them by."""
+def find_prefixes(names: Mapping[str, Any], dialect: Dialect) -> dict[str, Rows]:
+    """Finds all networks of a dialect: the prefix of their names, and the rows to rename them by."""
     found = {}
     for name in names:
         for anchor in dialect.anchors:
-            place = name.removesuffix(anchor)
-            if place == name or not f'.{place}'.endswith('.'):
+            prefix = name.removesuffix(anchor)
+            if prefix == name or not f'.{prefix}'.endswith('.'):
                 continue
             for stem, rows in dialect.stems:
-                if at(place, stem) in names:
-                    found[place] = rows + dialect.rows
+                if full_name(prefix, stem) in names:
+                    found[prefix] = rows + dialect.rows
     return found
 
 
-def flat(tree: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of nested dicts, by names joined with dots."""
+def flatten(nested: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors in nested dicts, by names joined with dots."""
     found: dict[str, Tensor] = {}
-    for name, value in tree.items():
+    for name, value in nested.items():
         if isinstance(value, Mapping):
-            found.update({f'{name}.{inner}': tensor for inner, tensor in flat(value).items()})
+            found.update({f'{name}.{inner}': tensor for inner, tensor in flatten(value).items()})
         elif isinstance(value, Tensor):
             found[name] = value
     return found
 
 
-def translate(tree: Mapping[str, Any], dialect: str | None = None, prefix: str | None = None) -> Translation:
-    """Brings a network's tensors from whatever names they have to timm's. The tensors given stay as they are.
+def translate(nested: Mapping[str, Any], dialect: str | None = None, prefix: str | None = None) -> Translation:
+    """Renames a network's tensors to timm's names. The given tensors are not changed.
 
     Args:
-        tree: Nested dicts with tensors, as a file holds them; wrappers such as `state_dict` or `module.` don't matter.
-        dialect: Key of `DIALECTS`, recognised if None.
-        prefix: What precedes the network's names, found out if None.
+        nested: Nested dicts with tensors, as a file holds them, in any wrappers such as `state_dict` or `module.`.
+        dialect: Key of `DIALECTS`, detected if None.
+        prefix: Before the network's names, detected if None.
 
     Returns:
         The tensors, floating-point ones as float32, counters of batches that are missing filled in as 0.
@@ -392,73 +394,64 @@ def translate(tree: Mapping[str, Any], dialect: str | None = None, prefix: str |
     Raises:
         CheckpointError: If there is no Res2Net among them, or more than one, or a value is NaN or infinite.
     """
-    tensors = flat(tree)
-    key, prefix, rows = recognise(tensors, dialect, prefix)
+    tensors = flatten(nested)
+    key, prefix, rows = find_network(tensors, dialect, prefix)
     names = DIALECTS[key]
-    parent = at(prefix, '../')
+    parent = full_name(prefix, '../')
     state: dict[str, Tensor] = {}
     dropped: list[str] = []
     cast: Counter[str] = Counter()
     for full, value in tensors.items():
         inside = full.startswith(prefix)
         outside = '../' + full.removeprefix(parent) if prefix and full.startswith(parent) else '../'
-        ours = renamed(full[len(prefix) :] if inside else outside, rows, names.tensors, names.shift)
+        ours = rename(full[len(prefix) :] if inside else outside, rows, names.tensors, names.shift)
         if ours is None or ours.startswith(names.dead):
             dropped.append(full)
             continue
         if ours in state:
             raise CheckpointError(f'{full} becomes {ours}, which is there already')
-        if value.is_floating_point() and not torch.isfinite(value).all():
-            raise CheckpointError(
-                f'{full} holds values that are NaN or infinite; this training failed, take an earlier file'
-            )
-        if value.is_floating_point() and value.dtype != torch.float32:
-            cast[str(value.dtype).removeprefix('torch.')] += 1
-            value = value.float()
-        state[ours] = value
+        state[ours] = to_float32(full, value, cast)
     if names.transposed and 'fc.weight' in state:
         state['fc.weight'] = state['fc.weight'].transpose(0, -1).contiguous()
     if names.raw_split_first:
-        state = last_split_raw(state)
+        state = move_raw_split_last(state)
     counters = [
         name.removesuffix('running_var') + 'num_batches_tracked' for name in state if name.endswith('.running_var')
     ]
     filled = [name for name in counters if name not in state]
     state.update({name: torch.tensor(0) for name in filled})
     part_of_more = set(prefix.split('.')[:-1]) - WRAPPERS
-    first_block = names.in_detector if names.in_detector and part_of_more else names.first_block
-    grouped = convolves_all_splits(state)
-    first_block, certain = ('group', True) if grouped else (first_block, names.certain)
+    first_block, certain = names.first_block, names.certain
+    if names.in_detector and part_of_more:
+        first_block = names.in_detector
+    if convolves_all_splits(state):
+        first_block, certain = 'group', True
     return Translation(state, key, prefix, first_block, certain, tuple(dropped), tuple(filled), dict(cast))
 
 
+def to_float32(name: str, value: Tensor, cast: Counter[str]) -> Tensor:
+    """Casts a floating-point tensor to float32 and counts the cast; CheckpointError for NaN and infinity."""
+    if not value.is_floating_point():
+        return value
+    if not torch.isfinite(value).all():
+        raise CheckpointError(
+            f'{name} holds values that are NaN or infinite; this training failed, take an earlier file'
+        )
+    if value.dtype == torch.float32:
+        return value
+    cast[str(value.dtype).removeprefix('torch.')] += 1
+    return value.float()
+
+
 def convolves_all_splits(state: Mapping[str, Tensor]) -> bool:
-    """Whether the first block has as many convolutions as splits, which tells `first_block='group'` by shapes alone."""
+    """Whether the first block has as many convolutions as splits, as only `first_block='group'` has."""
     whole, split = (state.get(f'layer1.0.{name}.weight') for name in ('conv1', 'convs.0'))
     if whole is None or split is None or len(whole) == len(split):
         return False
     return f'layer1.0.convs.{len(whole) // len(split) - 1}.weight' in state
 
 
-def require_same_function(model: nn.Module, first_block: str | None, file: str) -> None:
-    """Raises a CheckpointError if a model computes something else than the network that a file's weights are of."""
-    computed = first_blocks(model)
-    if first_block is None and computed:
-        raise CheckpointError(
-            f'{file} has the names of ports that follow equation (1) of the paper. The known ones compute something '
-            'that no model here does: 4uiiurz1 strides the first convolution, dl19940602 takes the maximum where '
-            f'others average. If yours computes what the model does, load it with first_block={computed.pop()!r}'
-        )
-    if computed and first_block not in computed:
-        ours = computed.pop()
-        raise CheckpointError(
-            f'{file} is of a network with first_block={first_block!r}, the model has first_block={ours!r}: the weights '
-            f'would load and compute something else. Make the model with first_block={first_block!r}, or, if you know '
-            f'the file to be of such a network as the model is, load it with first_block={ours!r}'
-        )
-
-
-def last_split_raw(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def move_raw_split_last(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Reorders channels from equation (1), whose first split is not convolved, to the published code, whose last is."""
     moved = dict(state)
     for name, weight in state.items():
@@ -475,14 +468,14 @@ def last_split_raw(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def export(state: Mapping[str, Tensor], dialect: str) -> dict[str, Tensor]:
-    """Brings tensors from timm's names to those of another body of code, which can then load them.
+    """Renames tensors from timm's names to those of another code base, which can then load them.
 
     Args:
         state: A ResNet-hosted model's, under timm's names.
         dialect: 'official', 'mmpretrain' or 'paddleclas'.
 
     Raises:
-        ValueError: For another dialect, or for a network that this code does not have.
+        ValueError: For another dialect, or for a network that this code base does not have.
     """
     if dialect not in EXPORTS:
         raise ValueError(f'there is no export to {dialect!r}; choose from {", ".join(EXPORTS)}')
@@ -503,8 +496,8 @@ def export(state: Mapping[str, Tensor], dialect: str) -> dict[str, Tensor]:
             continue
         if names.transposed and name == 'fc.weight':
             value = value.t()
-        theirs = renamed(name, rows, tensors, shift, blocks)
+        theirs = rename(name, rows, tensors, shift, blocks)
         if theirs is None or (names.tensors and theirs.startswith('layer')):
             raise ValueError(f'{dialect} has no place for {name}: its networks have the stem and shortcut of v1 or vd')
-        exported[at(names.home, theirs)] = value.contiguous()
+        exported[full_name(names.prefix, theirs)] = value.contiguous()
     return exported

@@ -1,8 +1,8 @@
-"""Tensors out of files that somebody else wrote, without running anything that is in them.
+"""Reads tensors from untrusted files without running any code that they contain.
 
-A file's first bytes tell its format, its name doesn't: safetensors, torch's archives (today's and those before 1.6),
-pickles of numpy arrays (Paddle's .pdparams, detectron2's and Jittor's .pkl), Paddle's archives of one file for each
-variable, and MindSpore's .ckpt. Memory stays within a small multiple of the file's size.
+The format is detected by a file's first bytes, not by its name: safetensors, torch's archives (today's and those
+before 1.6), pickles of numpy arrays (Paddle's .pdparams, detectron2's and Jittor's .pkl), Paddle's archives of one file
+for each variable, and MindSpore's .ckpt. Memory stays within a small multiple of the file's size.
 """
 
 import argparse
@@ -23,11 +23,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from .files import first_line
+from .errors import CheckpointError, first_line
+from .files import PathLike
 
-__all__ = ['CheckpointError', 'Contents', 'read']
+__all__ = ['Contents', 'read']
 
-EXPANSION = 4  # times the file's size: more than that, and a file claims to hold what it can't
+MAX_EXPANSION = 4  # times the file's size; a file that claims to hold more is refused
 
 DTYPES = {  # by numpy's code
     'f2': torch.float16,
@@ -43,30 +44,26 @@ DTYPES = {  # by numpy's code
 }
 
 
-class CheckpointError(ValueError):
-    """A file of weights can't be read, or is not what the model needs."""
-
-
 @dataclass(frozen=True)
 class Contents:
-    """What a file holds: nested dicts with tensors, and whatever else there is, as leaves; and its own metadata."""
+    """What a file holds: nested dicts with tensors, and whatever else there is, as values; and its own metadata."""
 
-    tree: dict[str, Any]
+    nested: dict[str, Any]
     metadata: dict[str, str] = field(default_factory=dict)
 
 
-def read(path: str | os.PathLike[str]) -> Contents:
+def read(path: PathLike) -> Contents:
     """Reads a file of weights.
 
     Raises:
-        CheckpointError: If it can't be read, or wants more than to hold tensors: the message says what it wants.
+        CheckpointError: If it can't be read, or its pickle wants more than tensors: the message says what.
     """
     try:
         with open(path, 'rb') as file:
             head = file.read(512)
     except OSError as error:
         raise CheckpointError(f'{path} can not be opened: {error.strerror or error}') from error
-    kind, reader = recognise(head, path)
+    kind, reader = detect_format(head, path)
     try:
         return reader(str(path))
     except CheckpointError as error:
@@ -77,8 +74,8 @@ def read(path: str | os.PathLike[str]) -> Contents:
         ) from error
 
 
-def recognise(head: bytes, path: str | os.PathLike[str]) -> tuple[str, Any]:
-    """Tells a file's format, and how to read it, from its first bytes."""
+def detect_format(head: bytes, path: PathLike) -> tuple[str, Callable[[str], Contents]]:
+    """Returns a file's format and the function that reads it, by its first bytes."""
     if head[8:9] == b'{':
         return 'safetensors', read_safetensors
     if head.startswith((b'PK\x03\x04', b'\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19')):
@@ -98,7 +95,7 @@ def recognise(head: bytes, path: str | os.PathLike[str]) -> tuple[str, Any]:
 
 
 def tensor(raw: Any, dtype: str, shape: Any) -> Tensor:
-    """Makes a tensor of little-endian bytes, which it copies.
+    """Makes a tensor of a copy of little-endian bytes.
 
     Args:
         raw: The bytes.
@@ -106,7 +103,7 @@ def tensor(raw: Any, dtype: str, shape: Any) -> Tensor:
         shape: A sequence of sizes.
 
     Raises:
-        CheckpointError: If these don't go together.
+        CheckpointError: If type, shape and number of bytes don't agree.
     """
     if dtype not in DTYPES:
         raise CheckpointError(f'it holds values of type {dtype}, which are no weights')
@@ -136,7 +133,7 @@ class Ignored:
     def __setstate__(self, state: Any) -> None: ...
 
 
-IGNORED = [
+IGNORED_GLOBALS = [
     'mmengine.logging.history_buffer.HistoryBuffer',
     'builtins.getattr',
     'numpy.core.multiarray._reconstruct',
@@ -149,15 +146,15 @@ IGNORED = [
 
 
 def read_torch(path: str) -> Contents:
-    """Reads what `torch.save` wrote, of which only tensors, plain containers and training options are loaded."""
+    """Reads a file of `torch.save`: tensors, plain containers and training options, nothing else."""
     size = os.path.getsize(path)
     if zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             claimed = sum(info.file_size for info in archive.infolist())
-        if claimed > EXPANSION * size:
+        if claimed > MAX_EXPANSION * size:
             raise CheckpointError(f'its {size:,} bytes unpack to {claimed:,}, which no file of weights does')
     try:
-        with torch.serialization.safe_globals([argparse.Namespace, *((Ignored, name) for name in IGNORED)]):
+        with torch.serialization.safe_globals([argparse.Namespace, *((Ignored, name) for name in IGNORED_GLOBALS)]):
             found = torch.load(path, map_location='cpu', weights_only=True)
     except pickle.UnpicklingError as error:
         wanted = re.search(r'(?:GLOBAL|function|class|instances of type) ([\w.]+)', str(error))
@@ -167,16 +164,16 @@ def read_torch(path: str) -> Contents:
             f'it wants {wanted[1]}, and a file of weights needs only tensors. If you trust it, save it again without: '
             "torch.save({'state_dict': torch.load(FILE, weights_only=False)['state_dict']}, NEW_FILE)"
         ) from error
-    tree = containers(found)
-    claimed = sum(leaf.numel() * leaf.element_size() for leaf in leaves(tree) if isinstance(leaf, Tensor))
-    if claimed > EXPANSION * size:
+    nested = to_dicts(found)
+    claimed = sum(leaf.numel() * leaf.element_size() for leaf in leaves(nested) if isinstance(leaf, Tensor))
+    if claimed > MAX_EXPANSION * size:
         raise CheckpointError(f'its {size:,} bytes claim to be tensors of {claimed:,}')
-    return Contents(tree)
+    return Contents(nested)
 
 
-def leaves(tree: Any) -> Iterator[Any]:
-    """All that a tree holds."""
-    for value in tree.values():
+def leaves(nested: dict[str, Any]) -> Iterator[Any]:
+    """All values of nested dicts."""
+    for value in nested.values():
         if isinstance(value, dict):
             yield from leaves(value)
         else:
@@ -198,10 +195,10 @@ class ArrayType:
 
 
 class Array:
-    """Stands in for an array of numpy, of which it accepts just bytes of the size that its shape tells."""
+    """Stands in for an array of numpy. It accepts only bytes of the size that its shape implies."""
 
-    def __init__(self, spend: Callable[[int], None]) -> None:
-        self.spend = spend
+    def __init__(self, charge: Callable[[int], None]) -> None:
+        self.charge = charge
         self.value: Tensor | None = None
 
     def __setstate__(self, state: Any) -> None:
@@ -209,16 +206,16 @@ class Array:
         if not isinstance(dtype, ArrayType) or not isinstance(raw, bytes | str):
             raise CheckpointError('it holds an array of Python objects, which are no weights')
         raw = raw.encode('latin1') if isinstance(raw, str) else raw
-        self.spend(len(raw))
+        self.charge(len(raw))
         value = tensor(raw, dtype.code, shape[::-1] if fortran else shape)
         self.value = value.permute(*reversed(range(value.ndim))) if fortran else value
 
 
 class ArrayUnpickler(pickle._Unpickler):
-    """Builds arrays and plain containers.
+    """Builds arrays and plain containers, by an allowlist.
 
-    Python's own implementation is used, as that in C makes room for any memo index that a damaged file names. Nothing
-    that a pickle can name is ever called: names stand for the methods below, which make the stand-ins.
+    It derives from Python's own implementation, because that in C allocates memory for any memo index in a file.
+    No function that a pickle names is ever called: the allowlist maps names to the methods below.
     """
 
     stack: list[Any]  # of the base class
@@ -226,7 +223,7 @@ class ArrayUnpickler(pickle._Unpickler):
 
     def __init__(self, file: Any, size: int) -> None:
         super().__init__(file, encoding='latin1')
-        self.left = EXPANSION * size  # bytes that may still be made; a pickle can use one string many times
+        self.budget = MAX_EXPANSION * size  # bytes that may still be made; a pickle can use one string many times
 
     def find_class(self, module: str, name: str) -> Any:
         allowed = {
@@ -257,13 +254,14 @@ class ArrayUnpickler(pickle._Unpickler):
 
     dispatch[pickle.BUILD[0]] = load_build
 
-    def spend(self, size: int) -> None:
-        self.left -= size
-        if self.left < 0:
+    def charge(self, size: int) -> None:
+        """Takes bytes off the budget; CheckpointError if it is used up."""
+        self.budget -= size
+        if self.budget < 0:
             raise CheckpointError('it unpacks to much more than its size, which no file of weights does')
 
     def array(self, *args: Any) -> Array:
-        return Array(self.spend)
+        return Array(self.charge)
 
     def array_of_buffer(self, raw: Any, dtype: ArrayType, shape: Any, order: str) -> Array:
         found = self.array()
@@ -271,25 +269,25 @@ class ArrayUnpickler(pickle._Unpickler):
         return found
 
     def ordered_dict(self, items: Any = ()) -> dict[Any, Any]:
-        self.spend(100 * len(items))
+        self.charge(100 * len(items))
         return dict(items)
 
     def encode(self, text: str, encoding: str) -> bytes:
-        self.spend(len(text))
+        self.charge(len(text))
         return text.encode('latin1')
 
     def tuple(self, items: Any) -> Any:
-        self.spend(100 * len(items))
+        self.charge(100 * len(items))
         return (*items,)
 
 
 def read_pickle(path: str) -> Contents:
     """Reads a pickle of numpy arrays."""
     data = Path(path).read_bytes()
-    return Contents(containers(ArrayUnpickler(io.BytesIO(data), len(data)).load()))
+    return Contents(to_dicts(ArrayUnpickler(io.BytesIO(data), len(data)).load()))
 
 
-def containers(value: Any, depth: int = 4) -> dict[str, Any]:
+def to_dicts(value: Any, depth: int = 4) -> dict[str, Any]:
     """Copies nested dicts with strings for keys, and makes tensors of arrays and of Paddle's pairs (name, array)."""
     if not isinstance(value, dict):
         raise CheckpointError(f'it holds a {type(value).__name__} where names with tensors are expected')
@@ -298,7 +296,7 @@ def containers(value: Any, depth: int = 4) -> dict[str, Any]:
         if isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], Array):
             item = item[1]
         if isinstance(item, dict) and depth:
-            item = containers(item, depth - 1)
+            item = to_dicts(item, depth - 1)
         found[str(name)] = item.value if isinstance(item, Array) else item
     return found
 
@@ -306,39 +304,39 @@ def containers(value: Any, depth: int = 4) -> dict[str, Any]:
 # Protocol buffers, and the two formats that use them
 
 
-def varint(data: memoryview, at: int) -> tuple[int, int]:
-    """Reads a number of variable length, and where it ends."""
+def varint(data: memoryview, offset: int) -> tuple[int, int]:
+    """Reads a number of variable length; returns it and the offset of its end."""
     value = shift = 0
     while True:
-        byte = data[at]
+        byte = data[offset]
         value |= (byte & 127) << shift
-        at, shift = at + 1, shift + 7
+        offset, shift = offset + 1, shift + 7
         if byte < 128:
-            return value, at
+            return value, offset
         if shift > 63:
             raise CheckpointError('it is damaged: a number has no end')
 
 
 def fields(data: memoryview) -> Iterator[tuple[int, Any]]:
     """Reads a message of protocol buffers: the number of each field, and an integer or the field's bytes."""
-    at = 0
-    while at < len(data):
-        key, at = varint(data, at)
+    offset = 0
+    while offset < len(data):
+        key, offset = varint(data, offset)
         kind = key & 7
         if kind == 0:
-            value, at = varint(data, at)
+            value, offset = varint(data, offset)
             yield key >> 3, value
             continue
         if kind == 2:
-            size, at = varint(data, at)
+            size, offset = varint(data, offset)
         elif kind in (1, 5):
             size = 8 if kind == 1 else 4
         else:
             raise CheckpointError(f'it is damaged: there are no fields of kind {kind}')
-        if at + size > len(data):
+        if offset + size > len(data):
             raise CheckpointError('it is cut: a field ends beyond the end of the file')
-        yield key >> 3, data[at : at + size]
-        at += size
+        yield key >> 3, data[offset : offset + size]
+        offset += size
 
 
 def read_mindspore(path: str) -> Contents:
@@ -347,7 +345,7 @@ def read_mindspore(path: str) -> Contents:
     data = memoryview(Path(path).read_bytes())
     if data[-17:-10] == b'crc_num':  # a check sum that some versions append
         data = data[:-17]
-    tree: dict[str, Any] = {}
+    tensors: dict[str, Any] = {}
     for number, value in fields(data):
         name, sizes, dtype, raw = '', [], '', memoryview(b'')
         for part, content in fields(value) if number == 1 else ():
@@ -360,37 +358,37 @@ def read_mindspore(path: str) -> Contents:
                     dtype = bytes(item).decode()
                 elif key == 3:
                     raw = item
-        if not name or name in tree:
+        if not name or name in tensors:
             raise CheckpointError(f'it is damaged: the name {name!r} is empty or there twice')
-        tree[name] = tensor(raw, types.get(dtype, dtype), sizes)
-    return Contents(tree)
+        tensors[name] = tensor(raw, types.get(dtype, dtype), sizes)
+    return Contents(tensors)
 
 
 def read_paddle_archive(path: str) -> Contents:
     """Reads a tape archive with a file for each variable, as Paddle saved before version 2."""
     types = {2: 'i4', 3: 'i8', 4: 'f2', 5: 'f4', 6: 'f8', 22: 'bf16'}
-    tree: dict[str, Any] = {}
+    tensors: dict[str, Any] = {}
     with tarfile.open(path, 'r:') as archive:
         for member in archive:
             if member.isdir():
                 continue
             name = Path(member.name).name
             file = archive.extractfile(member) if member.isreg() and not member.issparse() else None
-            if file is None or name in tree:
+            if file is None or name in tensors:
                 raise CheckpointError(f'{member.name} in it is no plain file, or there twice')
             data = memoryview(file.read())
             _, levels = struct.unpack_from('<IQ', data)
-            at = 12
+            offset = 12
             for _ in range(levels):  # positions of sequences in a batch, which weights don't have
-                at += 8 + struct.unpack_from('<Q', data, at)[0]
-            _, size = struct.unpack_from('<Ii', data, at)
+                offset += 8 + struct.unpack_from('<Q', data, offset)[0]
+            _, size = struct.unpack_from('<Ii', data, offset)
             sizes, dtype = [], 0
-            for number, value in fields(data[at + 8 : at + 8 + size]):
+            for number, value in fields(data[offset + 8 : offset + 8 + size]):
                 if number == 1:
                     dtype = value
                 elif number == 2:
                     sizes.append(value)
-            tree[name] = tensor(data[at + 8 + size :], types.get(dtype, str(dtype)), sizes)
-    if not tree:
+            tensors[name] = tensor(data[offset + 8 + size :], types.get(dtype, str(dtype)), sizes)
+    if not tensors:
         raise CheckpointError('there is nothing in it')
-    return Contents(tree)
+    return Contents(tensors)

@@ -1,0 +1,47 @@
+"""The static type of the family's models, whatever their trunk."""
+
+from collections.abc import Callable
+from typing import Any, cast
+
+from timm.layers import SelectAdaptivePool2d
+from torch import Tensor, nn
+
+from .trunk import FeatureInfo
+
+__all__ = ['Classifier', 'as_classifier', 'model_name']
+
+
+class Classifier(nn.Module):
+    """What this package asks of a model. Only for type checkers: `Res2Net` and `Trunk` have all this by themselves."""
+
+    num_classes: int
+    in_chans: int
+    num_features: int
+    pretrained_cfg: dict[str, Any]
+    feature_info: list[FeatureInfo]
+    global_pool: SelectAdaptivePool2d
+    forward_features: Callable[[Tensor], Tensor]
+    forward_head: Callable[[Tensor], Tensor]
+    forward_intermediates: Callable[..., Any]
+    get_classifier: Callable[[], nn.Module]
+
+
+def as_classifier(model: nn.Module) -> Classifier:
+    """Returns the model under its static type.
+
+    Raises:
+        TypeError: If it is not a classification model as timm makes them.
+    """
+    lacking = [name for name in ('num_classes', 'pretrained_cfg', 'forward_head') if not hasattr(model, name)]
+    if lacking:
+        raise TypeError(
+            f'a {type(model).__name__} is no classification model: it has no {lacking[0]}. '
+            'Give a model of this package, as create_model made it'
+        )
+    return cast(Classifier, model)
+
+
+def model_name(model: nn.Module) -> str:
+    """The name under which a model is registered, or its class if it has none."""
+    cfg = getattr(model, 'pretrained_cfg', None) or {}
+    return str(cfg.get('architecture') or type(model).__name__)

@@ -1,0 +1,87 @@
+"""Gradient checkpointing that leaves norm statistics exact.
+
+Checkpointing runs a part of the network once more in the backward pass instead of keeping its activations. timm's
+version updates the running statistics of the norms in both runs; this one updates them once, so that a training step
+ends with the same model with and without checkpointing.
+"""
+
+from collections.abc import Callable
+from contextlib import nullcontext
+
+import torch
+import torch.utils.checkpoint
+from timm.models import FeatureDictNet, FeatureListNet
+from torch import Tensor, nn
+
+__all__ = ['FeatureDict', 'FeatureList', 'Stage', 'recompute', 'set_grad_checkpointing']
+
+
+class BufferCopies:
+    """Context in which a module reads and updates copies of its buffers. It can be entered again and again."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
+        self.originals: list[tuple[nn.Module, str, Tensor]] = []
+
+    def __enter__(self) -> None:
+        owners = self.module.modules()
+        self.originals = [(owner, *item) for owner in owners for item in owner.named_buffers(recurse=False)]
+        for owner, name, buffer in self.originals:
+            setattr(owner, name, buffer.clone())
+
+    def __exit__(self, *error: object) -> None:
+        for owner, name, buffer in self.originals:
+            setattr(owner, name, buffer)
+
+
+def recompute(run: Callable[..., Tensor], *args: object, buffers_of: nn.Module) -> Tensor:
+    """Runs a function, keeps only its arguments, and runs it again in the backward pass.
+
+    Args:
+        run: Function to run.
+        *args: Its arguments.
+        buffers_of: Module whose buffers the function updates. The second run updates copies.
+    """
+    # torch.compile accepts no context. From torch 2.9 on it needs none: it recomputes values and repeats no update.
+    if torch.compiler.is_compiling():
+        return torch.utils.checkpoint.checkpoint(run, *args, use_reentrant=False)
+    contexts = nullcontext(), BufferCopies(buffers_of)
+    return torch.utils.checkpoint.checkpoint(run, *args, use_reentrant=False, context_fn=lambda: contexts)
+
+
+class Stage(nn.Sequential):
+    """Blocks in sequence. While `grad_checkpointing` is set, each of them is recomputed in the backward pass."""
+
+    def __init__(self, *blocks: nn.Module) -> None:
+        super().__init__(*blocks)
+        self.grad_checkpointing = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = recompute(block, x, buffers_of=block)
+            else:
+                x = block(x)
+        return x
+
+
+def set_grad_checkpointing(model: nn.Module, enable: bool = True) -> None:
+    """Sets `grad_checkpointing` of every submodule that has it."""
+    for module in model.modules():
+        if module is not model and 'grad_checkpointing' in vars(module):
+            vars(module)['grad_checkpointing'] = enable
+
+
+class ExactCheckpointing(nn.Module):
+    """Mixin that replaces timm's checkpointing, which updates norm statistics twice, in its feature extractors."""
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        set_grad_checkpointing(self, enable)
+
+
+class FeatureList(ExactCheckpointing, FeatureListNet):
+    """timm's `FeatureListNet` with exact checkpointing."""
+
+
+class FeatureDict(ExactCheckpointing, FeatureDictNet):
+    """timm's `FeatureDictNet` with exact checkpointing."""

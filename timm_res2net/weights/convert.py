@@ -1,0 +1,110 @@
+"""Converts files of weights: other people's to a folder for timm, a model's to a file for other people's code."""
+
+import io
+import pickle
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import get_pretrained_cfg
+from torch import nn
+
+from ..models.block import first_blocks
+from ..models.classifier import as_classifier
+from ..models.variants import ARCHS, WEIGHTS, default_cfg
+from .checkpoints import Checkpoint, find_architecture, read_checkpoint, require_same_function
+from .dialects import DIALECTS, export
+from .errors import CheckpointError
+from .files import PathLike, atomic_write, sha256
+from .folder import make_config, require_no_model, write_folder
+
+__all__ = ['Conversion', 'convert', 'export_checkpoint']
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """A file of weights converted to a folder that timm loads."""
+
+    checkpoint: Checkpoint
+    name: str  # of the model
+    args: dict[str, Any]  # beyond those of its row in ARCHS
+    config: dict[str, Any]  # with the checksums of both files
+    folder: Path
+
+
+def convert(
+    file: PathLike,
+    out: PathLike | None = None,
+    *,
+    model: str | None = None,
+    dialect: str | None = None,
+    first_block: str | None = None,
+    prefix: str | None = None,
+    dry_run: bool = False,
+) -> Conversion:
+    """Converts a file of weights to a folder: `timm.create_model('local-dir:OUT', pretrained=True)` loads it.
+
+    Args:
+        file: See `read_checkpoint`.
+        out: The folder, in which there must not be a model yet. Named after the file, in the current folder, if None.
+        model: Name of the model. If None, the model that the file fits.
+        dialect: See `read_checkpoint`.
+        first_block: See `read_checkpoint`.
+        prefix: See `read_checkpoint`.
+        dry_run: Write nothing.
+
+    Raises:
+        CheckpointError: If the file can't be read, fits no model, or is of a network whose function is not known.
+        ValueError: If the model is not known, or the folder has one already.
+        OSError: If the folder can't be written.
+    """
+    if model is not None and model not in ARCHS:
+        raise ValueError(f'{model} is no model of this package; `timm-res2net list` shows them')
+    folder = Path(out) if out is not None else Path(Path(file).name.split('.')[0])
+    if not dry_run:
+        require_no_model(folder)
+    checkpoint = read_checkpoint(file, dialect=dialect, first_block=first_block, prefix=prefix)
+    try:
+        name, args = find_architecture(checkpoint, model)
+    except CheckpointError as error:
+        raise CheckpointError(f'{file} can not be converted: {error}') from error
+    network = as_classifier(timm.create_model(name, device='meta', num_classes=checkpoint.num_classes, **args))
+    require_same_function(network, checkpoint.first_block, checkpoint.file)
+    origin = dict(file=Path(file).name, sha256=sha256(file), dialect=checkpoint.translation.dialect)
+    tags = [key for key in WEIGHTS if key.split('.')[0] == name and not args]
+    published = [key for key in tags if Path(WEIGHTS[key].cfg.get('url', '')).name == origin['file']]
+    cfg = get_pretrained_cfg(published[0]).to_dict(remove_source=True) if published else default_cfg(name)
+    config = make_config(network, name, args, cfg, converted_from=origin)
+    if not dry_run:
+        state = {key: checkpoint.state[key].contiguous() for key in network.state_dict()}
+        write_folder(folder, state, config, checkpoint.first_block)
+    return Conversion(checkpoint, name, args, config, folder)
+
+
+def export_checkpoint(model: nn.Module, file: PathLike, dialect: str) -> None:
+    """Saves a model's weights for another code base, in whose networks they compute the same.
+
+    Args:
+        model: A ResNet-hosted model of this package.
+        file: File to write, `.pdparams` for PaddleClas, `.pth` for the others. The write is atomic.
+        dialect: 'official' (the authors' code), 'mmpretrain' or 'paddleclas'.
+
+    Raises:
+        ValueError: If that code base has no such network, or computes something else with it.
+        OSError: If the file can't be written.
+    """
+    exported = export({name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}, dialect)
+    theirs, ours = DIALECTS[dialect].first_block, first_blocks(model)
+    if ours and theirs not in ours:
+        raise ValueError(
+            f'{dialect} computes first_block={theirs!r} and the model {ours.pop()!r}: there, its weights would '
+            'load and compute something else'
+        )
+    data = io.BytesIO()
+    if dialect == 'paddleclas':
+        pickle.dump({name: tensor.numpy() for name, tensor in exported.items()}, data, protocol=4)
+    else:
+        torch.save({'state_dict': exported} if dialect == 'mmpretrain' else exported, data)
+    atomic_write(file, lambda path: Path(path).write_bytes(data.getbuffer()))

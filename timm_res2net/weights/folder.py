@@ -1,0 +1,96 @@
+"""The folder format of a model: `config.json` and `model.safetensors`, as timm, transformers and the Hub read it."""
+
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ..models.classifier import Classifier
+from ..version import __version__
+from .errors import first_line
+from .files import sha256
+
+__all__ = ['CONFIG_FILE', 'WEIGHTS_FILE', 'make_config', 'recorded_sha256', 'require_no_model', 'write_folder']
+
+WEIGHTS_FILE, CONFIG_FILE = 'model.safetensors', 'config.json'
+
+
+def require_no_model(folder: Path) -> None:
+    """Raises a ValueError if the folder holds a model already."""
+    present = [name for name in (WEIGHTS_FILE, CONFIG_FILE) if (folder / name).exists()]
+    if present:
+        raise ValueError(f'{folder} has a {present[0]} already; name another folder, or move it away')
+
+
+def make_config(
+    model: Classifier, name: str, args: Mapping[str, Any], cfg: Mapping[str, Any], **record: object
+) -> dict[str, Any]:
+    """Makes the contents of a `config.json`.
+
+    Args:
+        model: The weights' model.
+        name: The name that it is registered under.
+        args: Its other arguments, without the number of classes, which transformers passes by itself.
+        cfg: timm's configuration of the weights.
+        **record: What this package records of them, under a key of its own.
+    """
+    input_size = (args.get('in_chans', 3), *cfg['input_size'][1:])
+    return dict(
+        architecture=name,
+        num_classes=model.num_classes,
+        num_features=model.num_features,
+        **({'model_args': dict(args)} if args else {}),
+        pretrained_cfg={**cfg, 'custom_load': False, 'num_classes': model.num_classes, 'input_size': input_size},
+        timm_res2net=dict(version=__version__, **record),
+    )
+
+
+def recorded_sha256(folder: Path) -> str | None:
+    """The SHA-256 of the weights that `config.json` was written with, None if this package didn't write it."""
+    config = json.loads((folder / CONFIG_FILE).read_text())
+    recorded = config.get('timm_res2net', {}).get('sha256')
+    return None if recorded is None else str(recorded)
+
+
+def write_folder(folder: Path, state: dict[str, Tensor], config: dict[str, Any], first_block: str | None) -> None:
+    """Writes weights and configuration, both or neither, and records the checksum of the weights in `config`.
+
+    Raises:
+        OSError: If the folder can't be written.
+        TypeError: If the configuration holds a value that JSON can't.
+    """
+    metadata = {'format': 'pt', **({'first_block': first_block} if first_block else {})}
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix='.', dir=folder.parent, ignore_cleanup_errors=True) as temporary:
+            complete = Path(temporary, 'complete')
+            complete.mkdir()
+            save_weights(state, complete / WEIGHTS_FILE, metadata)
+            config['timm_res2net']['sha256'] = sha256(complete / WEIGHTS_FILE)
+            (complete / CONFIG_FILE).write_text(json.dumps(config, indent=2) + '\n')
+            if folder.exists():
+                for file in complete.iterdir():
+                    os.replace(file, folder / file.name)
+            else:
+                os.replace(complete, folder)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f'{folder} can not be written: {first_line(error)}') from error
+
+
+def save_weights(state: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Saves safetensors, the same bytes for the same weights: the library writes metadata in random order."""
+    save_file(state, path, metadata)
+    with open(path, 'r+b') as file:
+        size = int.from_bytes(file.read(8), 'little')
+        header = json.loads(file.read(size))
+        header['__metadata__'] = dict(sorted(header['__metadata__'].items()))
+        text = json.dumps(header, separators=(',', ':'), ensure_ascii=False).encode().ljust(size)
+        assert len(text) == size
+        file.seek(8)
+        file.write(text)
