@@ -9,7 +9,7 @@ from support import tiny
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from timm_res2net.models.block import Stage
+from timm_res2net.models.recompute import Stage
 
 
 def step(model: torch.nn.Module) -> None:

@@ -17,8 +17,8 @@ from support import tiny
 
 from timm_res2net import card
 from timm_res2net.__main__ import main
-from timm_res2net.res2net import ARCHS, WEIGHTS
-from timm_res2net.vision.predict import sheet
+from timm_res2net.models.variants import ARCHS, WEIGHTS
+from timm_res2net.vision.images import bundled_digits
 from timm_res2net.weights.dialects import DIALECTS
 from timm_res2net.weights.files import sha256
 
@@ -37,7 +37,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp('photos')
     for name in ('china.jpg', 'flower.jpg'):
         Image.fromarray(load_sample_image(name)).save(folder / name)
-    sheet()[20][0].save(folder / 'three.png')
+    bundled_digits()[20][0].save(folder / 'three.png')
     (folder / 'cut.jpg').write_bytes((folder / 'china.jpg').read_bytes()[:5000])
     (folder / 'text.png').write_text('this is text')
     return folder

@@ -3,8 +3,6 @@
 import copy
 import hashlib
 import importlib
-import json
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,17 +12,17 @@ import pytest
 import timm
 import torch
 from safetensors.torch import safe_open, save_file
-from support import ROOT, randomise
+from support import randomise
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_res2net.res2net
 from timm_res2net.models.biglittle import Res2NetBigLittle
 from timm_res2net.models.block import Bottle2neck
 from timm_res2net.models.cifar import Res2NetCifar
-from timm_res2net.res2net import ARCHS, ASSETS, WEIGHTS, InitialisationAfterLoading
+from timm_res2net.models.dla import Res2NetDla
+from timm_res2net.models.variants import ARCHS, ASSETS, WEIGHTS
 
 TIMMS_OWN = {
     name: getattr(module, name)
@@ -127,25 +125,11 @@ def test_unregister_restores_timm_exactly() -> None:
     """)
 
 
-def test_importing_the_package_imports_nothing_but_the_models() -> None:
-    python("""if True:
-        import sys, timm
-        before = set(sys.modules)
-        import timm_res2net
-        new = {name.partition('.')[0] for name in set(sys.modules) - before}
-        assert new == {'timm_res2net'}, new
-        for name in ('hub', 'cards', 'checkpoints', 'explain', 'inference', 'bench'):
-            assert f'timm_res2net.{name}' not in sys.modules, name
-        assert all(callable(getattr(timm_res2net, name)) for name in timm_res2net.__all__)
-        assert set(timm_res2net.__all__) <= set(dir(timm_res2net))
-    """)
-
-
 def test_importing_again_changes_nothing() -> None:
     names = timm.list_models(include_tags=True)
     importlib.reload(timm_res2net.res2net)
     assert timm.list_models(include_tags=True) == names
-    assert isinstance(timm.create_model('dla60_res2net', device='meta'), timm_res2net.res2net.Res2NetDla)
+    assert isinstance(timm.create_model('dla60_res2net', device='meta'), Res2NetDla)
 
 
 # Parity with timm
@@ -489,131 +473,3 @@ def test_embedded_weights_need_no_network_and_adapt() -> None:
     full = timm.create_model('test_res2net', pretrained=True)
     torch.testing.assert_close(model.conv1[0].weight, full.conv1[0].weight.sum(1, keepdim=True))
     torch.testing.assert_close(model.layer4.state_dict(), full.layer4.state_dict(), rtol=0, atol=0)
-
-
-# The README
-
-README = (ROOT / 'README.md').read_text()
-
-
-def test_readme_shows_the_family_as_it_is() -> None:
-    default = {name.split('.')[0]: weights.top1 for name, weights in reversed(WEIGHTS.items())}
-    for name, arch in ARCHS.items():
-        top1 = f'{default[name]:.2f} %' if name in default and name != 'test_res2net' else ''
-        assert f'| `{name}` | {arch.params:,} | {arch.gmacs:.3f} | {top1} |' in README
-
-
-def test_readme_shows_all_weights_as_they_are() -> None:
-    authors = {'github.com/Res2Net': 'the authors', 'PaddleClas': 'PaddleClas', 'mindcv': 'MindCV'}
-    rows = []
-    for name, weights in WEIGHTS.items():
-        if weights.top5 is not None:
-            cfg = timm.get_pretrained_cfg(name)
-            who = next(who for part, who in authors.items() if part in cfg.origin_url)
-            licence = {'apache-2.0': 'Apache-2.0', 'cc-by-nc-sa-4.0': 'CC BY-NC-SA 4.0'}[cfg.license]
-            rows.append(f'| `{name}` | {weights.top1:.2f} % | {weights.top5:.2f} % | {who} | {licence} |')
-    assert '\n'.join(rows) in README
-
-
-EXAMPLES = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
-
-
-def example(part: str) -> str:
-    """The only example in the README that has this part in it."""
-    (found,) = (each for each in EXAMPLES if part in each)
-    return found
-
-
-def test_readme_shows_the_pyramid_of_every_model() -> None:
-    rows = {}
-    for name in ARCHS:
-        model = timm.create_model(name, device='meta')
-        pyramid = ', '.join(f'{info["reduction"]}: {info["num_chs"]}' for info in model.feature_info)
-        rows.setdefault((pyramid, ', '.join(map(str, strides(name)))), []).append(f'`{name}`')
-    for (pyramid, possible), names in rows.items():
-        assert f'| {", ".join(names)} | {pyramid} | {possible} |' in README
-
-
-def test_readme_shows_the_speed_that_was_measured() -> None:
-    rows: dict[str, list[str]] = {}
-    for each in json.loads((ASSETS / 'speed.json').read_text())['inference']:
-        rows.setdefault(f'| {each["batch"]} | {each["way"]}, {each["dtype"]} | ', []).append(f'{each["ratio"]:.2f}')
-    assert len(rows) > 10
-    for begin, ratios in rows.items():
-        assert begin + ' | '.join(ratios) + ' |' in README
-
-
-def test_the_readme_example_of_speed_runs() -> None:
-    code = example('print(fast.path)').replace('224, 224', '32, 32').replace('res2net50_26w_4s', 'test_res2net')
-    printed = python(f'import timm, timm_res2net\n{code}\nprint(tuple(logits.shape), logits.dtype)')
-    assert printed == 'fused, channels last, bfloat16, compiled\n(8, 10) torch.float32\n'
-
-
-def test_readme_examples_run(tmp_path: Path) -> None:
-    code = example('85.13 %') + example('faster_rcnn_r2_101_fpn.pth')
-    for name in ('res2net50d', 'res2net200_vd_26w_4s'):  # which would be downloaded
-        code = code.replace(f"'{name}', pretrained=True", f"'{name}'")
-    detector = timm.create_model('res2net101d', num_classes=0).state_dict()
-    detector = {name.replace('bn1.', 'stem.7.') if name.startswith('bn1') else name: t for name, t in detector.items()}
-    detector = {f'backbone.{re.sub("^conv1", "stem", name)}': tensor for name, tensor in detector.items()}
-    torch.save({'state_dict': detector}, tmp_path / 'faster_rcnn_r2_101_fpn.pth')
-    python(f'import os; os.chdir({str(tmp_path)!r})\n{code}')
-
-
-def test_the_readme_example_of_the_hub_runs(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv('HF_TOKEN', 'hf_write')
-    code = example('timm_res2net.push').replace('you/', 'user/')
-    exec(f'import timm, timm_res2net\n{code}', namespace := {})
-    assert namespace['model'].pretrained_cfg['hf_hub_id'].startswith('user/digits@')
-
-
-def test_the_readme_examples_of_backbones_run() -> None:
-    exec(f'import timm, torch\n{example("ops import FeaturePyramidNetwork")}', made := {})
-    assert [level.shape[-1] for level in made['levels'].values()] == [56, 28, 14, 7]
-    exec(f'import timm, torch\n{example("FasterRCNN")}', made := {})
-    assert made['found'][0].keys() == {'boxes', 'labels', 'scores'}
-
-
-class CountNormal(TorchDispatchMode):
-    """Counts tensors that are filled with random numbers."""
-
-    filled = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.filled += func in (torch.ops.aten.normal_.default, torch.ops.aten.uniform_.default)
-        return func(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize('name', ['test_res2net', 'dla60_res2net', 'blres2net50_26w_4s', 'res2next29_6c_24w_4s'])
-def test_only_what_no_weights_are_loaded_into_is_initialised(name: str, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    state = timm.create_model(name).state_dict()
-    save_file(state, tmp_path / 'a.safetensors')
-    weights = dict(pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / 'a.safetensors')))
-    with CountNormal() as count:
-        model = timm.create_model(name, **weights)
-    assert count.filled <= 1  # the classifier's bias
-    torch.testing.assert_close(model.state_dict(), state, rtol=0, atol=0)
-
-    partial = {key: value for key, value in state.items() if not key.startswith('fc.')}
-    torch.use_deterministic_algorithms(True)  # fills new memory with NaN
-    try:
-        with InitialisationAfterLoading():
-            model = timm.create_model(name)
-            model.load_state_dict(partial, strict=False)
-    finally:
-        torch.use_deterministic_algorithms(False)
-    fresh = timm.create_model(name)
-    assert model.fc.weight.std().item() == pytest.approx(fresh.fc.weight.std().item(), rel=0.2)
-    assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
-    assert all(tensor.equal(model.state_dict()[key]) for key, tensor in partial.items())
-
-
-def test_an_initialisation_in_several_steps_is_whole() -> None:
-    with torch.no_grad(), InitialisationAfterLoading():
-        layer = torch.nn.Conv2d(8, 8, 3)
-        torch.nn.init.normal_(layer.weight).abs_().add_(1)
-        loaded = torch.nn.Conv2d(8, 8, 3)
-        loaded.load_state_dict(layer.state_dict())
-    assert layer.weight.min() >= 1
-    assert loaded.weight.equal(layer.weight)

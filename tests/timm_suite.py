@@ -18,7 +18,7 @@ from typing import Any
 import timm
 
 import timm_res2net  # noqa: F401 - registers the models
-from timm_res2net.res2net import ARCHS
+from timm_res2net.models.variants import ARCHS
 
 
 def main() -> int:

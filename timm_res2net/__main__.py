@@ -259,9 +259,7 @@ def run_convert(args: argparse.Namespace) -> int:
     if args.dry_run:
         print('\nnothing was written')
     elif args.to is None:
-        print(
-            f'\nwrote {done.folder}; load it by\n  {format_create_model(f"local-dir:{done.folder}", dict(pretrained=True))}'
-        )
+        print(f'\nwrote {done.folder}; load it by\n  {load_call(done.folder)}')
     else:
         out = args.out or f'{done.folder}{".pdparams" if args.to == "paddleclas" else ".pth"}'
         if os.path.exists(out):

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 import timm_res2net.deploy.bench
 from timm_res2net import fuse
 from timm_res2net.__main__ import main
-from timm_res2net.deploy.bench import Counter, Result, Run, bench, ours_eager, plot, storages_of
-from timm_res2net.res2net import ARCHS, timms_own
+from timm_res2net.deploy.bench import Counter, Result, Run, bench, ours_eager, storages_of
+from timm_res2net.models.variants import ARCHS
+from timm_res2net.res2net import timm_entrypoint
+from timm_res2net.vision.figures import plot_bench
 
-TIMMS = [name for name in ARCHS if timms_own(name)]
+TIMMS = [name for name in ARCHS if timm_entrypoint(name)]
 
 
 def test_operators_and_their_memory_are_counted() -> None:
@@ -38,7 +40,7 @@ def counted(model: nn.Module, x: Tensor, train: bool = False) -> tuple[int, int]
 
 @pytest.mark.parametrize('name', TIMMS)
 def test_less_work_than_timms_own_in_inference_and_not_more_in_training(name: str, images: Tensor) -> None:
-    theirs, ours = timms_own(name)(), timm.create_model(name)
+    theirs, ours = timm_entrypoint(name)(), timm.create_model(name)
     for training in (True, False):
         pairs = zip(*(counted(model.train(training), images, training) for model in (ours, theirs)))
         assert all(mine <= timms for mine, timms in pairs)
@@ -77,7 +79,7 @@ def saved_bytes(model: nn.Module, x: Tensor) -> int:
 
 @pytest.mark.parametrize('name', ['res2net50_26w_4s', 'dla60_res2net'])
 def test_training_keeps_no_more_than_timms_and_with_checkpointing_a_third(name: str, images: Tensor) -> None:
-    ours, theirs = timm.create_model(name).train(), timms_own(name)().train()
+    ours, theirs = timm.create_model(name).train(), timm_entrypoint(name)().train()
     plain = saved_bytes(ours, images)
     assert 0 < plain <= saved_bytes(theirs, images)
     ours.set_grad_checkpointing()
@@ -100,7 +102,7 @@ def test_a_training_step_compiles_without_a_graph_break(images: Tensor) -> None:
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-3, atol=1e-4)
 
 
-def test_bench_compares_with_timms_own() -> None:
+def test_bench_compares_with_timm_entrypoint() -> None:
     results = bench(['res2net50_26w_4s'], batches=(1,), sizes=(32,), dtypes=(), rounds=2)
     assert [each.way for each in results] == ['timm', 'timm_res2net, as it is', 'timm_res2net, fused']
     theirs, ours, fused = results
@@ -145,7 +147,7 @@ def test_the_plot_shows_ratios_and_accuracy(tmp_path: Path) -> None:
         for model in ('res2net50d', 'test_res2net')
         for way, speed, ratio in (('timm', 10.0, 1.0), ('timm_res2net, fused', 20.0, 2.0))
     ]
-    plot(results, str(tmp_path / 'a.png'))
+    plot_bench(results, str(tmp_path / 'a.png'))
     assert (tmp_path / 'a.png').stat().st_size > 10_000
 
 

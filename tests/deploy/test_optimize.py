@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from timm_res2net import fuse, optimize
 from timm_res2net.models.block import Bottle2neck
-from timm_res2net.res2net import ARCHS
+from timm_res2net.models.variants import ARCHS
 
 NORMS = nn.BatchNorm2d
 

@@ -17,8 +17,9 @@ from torch import nn
 
 from timm_res2net import card
 from timm_res2net.hub import cards
-from timm_res2net.hub.client import problems_on_hub, with_text_of
-from timm_res2net.res2net import ARCHS, WEIGHTS
+from timm_res2net.hub.client import problems_on_hub
+from timm_res2net.hub.push import merge_cards
+from timm_res2net.models.variants import ARCHS, WEIGHTS
 
 FOLDER = ROOT / 'hub_cards'
 PUSHED: dict[str, Any] = dict(
@@ -154,8 +155,8 @@ def test_a_changed_card_is_known() -> None:
     assert not cards.is_unchanged(text.replace('## Limits', '## Bounds'))
     assert not cards.is_unchanged('')
     written = '---\nlicense: mit\n---\nMy words.\n'
-    assert with_text_of(written, text).endswith('---\nMy words.\n')
-    assert with_text_of(text, written) == written
+    assert merge_cards(written, text).endswith('---\nMy words.\n')
+    assert merge_cards(text, written) == written
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,7 @@ from torch import nn
 
 import timm_res2net.hub.client
 from timm_res2net import CheckpointError, load_checkpoint, pull, push
-from timm_res2net.vision.predict import sheet
+from timm_res2net.vision.images import bundled_digits
 from timm_res2net.weights.files import sha256
 
 FILES = ('model.safetensors', 'config.json', 'README.md')
@@ -85,7 +85,7 @@ def test_accuracy_is_the_same_after_the_pull(hub: Hub, tmp_path: Path) -> None:
     push(digits(), 'user/net', **WRITE)
     model = pull('user/net', cache_dir=tmp_path)
     transform = create_transform(**resolve_model_data_config(model))
-    images, truths = zip(*sheet())
+    images, truths = zip(*bundled_digits())
     with torch.inference_mode():
         found = model(torch.stack([transform(image) for image in images])).argmax(dim=1)
     assert [str(index) for index in found.tolist()] == list(truths)
@@ -332,7 +332,7 @@ def test_a_full_disk_leaves_nothing(hub: Hub, tmp_path: Path, monkeypatch: pytes
     def full(*args: Any) -> None:
         raise OSError(28, 'No space left on device')
 
-    monkeypatch.setattr('timm_res2net.weights.checkpoints.save_file', full)
+    monkeypatch.setattr('timm_res2net.weights.folder.save_file', full)
     with pytest.raises(ValueError, match=r'can not be written: .*No space left'):
         push(digits(), 'user/net', dry_run=tmp_path / 'folder')
     with pytest.raises(ValueError, match=r'can not be written: .*No space left'):
@@ -526,10 +526,10 @@ def test_a_pull_through_a_proxy_of_somebody_else_is_byte_exact(olah: str, hub: H
     code = f"""if True:
         from huggingface_hub import constants
         constants.HF_HUB_DISABLE_XET = True
-        import timm_res2net.hub.client, time
+        import timm_res2net.hub.pull, time
         for attempt in range(60):
             try:
-                folder, commit = timm_res2net.hub.client.fetch('user/net', cache_dir={str(tmp_path / 'cache')!r})
+                folder, commit = timm_res2net.hub.pull.download_model('user/net', cache_dir={str(tmp_path / 'cache')!r})
                 break
             except Exception as error:
                 if attempt == 59:

@@ -41,7 +41,7 @@ def is_max_pool(module: nn.Module) -> bool:
 
 
 @pytest.mark.filterwarnings('ignore:Setting forward, backward hooks:UserWarning')
-def test_deeplift_fails_on_timms_own() -> None:
+def test_deeplift_fails_on_timm_entrypoint() -> None:
     model = timm.models.res2net.res2net50_26w_4s(num_classes=3).double().eval()
     with pytest.raises(RuntimeError, match='used more than once'):
         attributed(captum.DeepLift, model)

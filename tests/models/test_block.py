@@ -9,7 +9,9 @@ import torch.nn.functional as F
 from support import randomise
 from torch import Tensor, nn
 
-from timm_res2net.models.block import FIRST_BLOCKS, Bottle2neck, DilatedAvgPool2d, Stage
+from timm_res2net.models.block import FIRST_BLOCKS, Bottle2neck
+from timm_res2net.models.pool import DilatedAvgPool2d
+from timm_res2net.models.recompute import Stage
 
 
 def normalised(x: Tensor, norm: Any) -> Tensor:

@@ -11,8 +11,8 @@ from support import randomise
 from timm.layers import FrozenBatchNormAct2d, GroupNorm, freeze_batch_norm_2d, unfreeze_batch_norm_2d
 from torch import Tensor, nn
 
-from timm_res2net.models.block import DilatedAvgPool2d
-from timm_res2net.res2net import ARCHS, DENSEST
+from timm_res2net.models.pool import DilatedAvgPool2d
+from timm_res2net.models.variants import ARCHS
 
 SHALLOW: dict[str, Any] = dict(layers=(1, 2, 1, 1))
 KINDS: dict[str, dict[str, Any]] = {
@@ -29,12 +29,12 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def exact(name: str, output_stride: int) -> dict[str, Any]:
     """What makes a dilated network exact, beyond its stride."""
-    return {**DENSEST[ARCHS[name].trunk], 'output_stride': output_stride}
+    return {**ARCHS[name].trunk.densest, 'output_stride': output_stride}
 
 
 @pytest.mark.parametrize(
     ('name', 'output_stride'),
-    [(name, stride) for name in KINDS for stride in (8, 16) if stride >= DENSEST[ARCHS[name].trunk]['output_stride']],
+    [(name, stride) for name in KINDS for stride in (8, 16) if stride >= ARCHS[name].trunk.densest['output_stride']],
 )
 def test_a_dilated_network_computes_the_undilated_one_on_a_denser_grid(name: str, output_stride: int) -> None:
     torch.manual_seed(0)

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from timm_res2net import class_activation_map, receptive_field
 from timm_res2net.__main__ import main
 from timm_res2net.models.block import Bottle2neck
-from timm_res2net.res2net import ARCHS, DENSEST
-from timm_res2net.vision.explain import blocks_of, draw, radius
-from timm_res2net.vision.predict import sheet
+from timm_res2net.models.variants import ARCHS
+from timm_res2net.vision.explain import blocks_of, explain, radius
+from timm_res2net.vision.figures import plot_explanation
+from timm_res2net.vision.images import bundled_digits
 
 KINDS = ['test_res2net', 'dla60_res2net', 'blres2net50_26w_4s', 'res2next29_6c_24w_4s']
 
@@ -39,7 +40,7 @@ def test_a_dense_map_is_the_same_on_a_finer_grid(images: Tensor) -> None:
     for name in ('test_res2net', 'dla60_res2net'):
         torch.manual_seed(0)
         model = randomise(timm.create_model(name)).eval()
-        dense = timm.create_model(name, **DENSEST[ARCHS[name].trunk]).eval()
+        dense = timm.create_model(name, **ARCHS[name].trunk.densest).eval()
         dense.load_state_dict(model.state_dict())
         coarse, fine = (class_activation_map(each, images, [1, 2]) for each in (model, dense))
         np.testing.assert_allclose(fine[:, ::4, ::4], coarse, rtol=1e-3, atol=1e-3 * np.abs(coarse).max())
@@ -138,8 +139,9 @@ def test_absent_blocks_and_stages_are_told() -> None:
 
 @pytest.mark.parametrize('name', KINDS)
 def test_a_picture_is_drawn_of_every_kind(name: str, tmp_path: Path, build: Any) -> None:
-    lines = draw(build(name), sheet()[0][0], 1, str(tmp_path / 'out.png'))
-    assert len(lines) == 4
+    explanation = explain(build(name), bundled_digits()[0][0], 1)
+    assert (len(explanation.predictions), len(explanation.fields)) == (3, len(explanation.radii))
+    plot_explanation(explanation, str(tmp_path / 'out.png'))
     with Image.open(tmp_path / 'out.png') as picture:
         pixels = np.asarray(picture.convert('RGB')).astype(int)
     assert pixels.shape[0] > 700

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 from timm.data import create_transform, resolve_model_data_config
 
 from timm_res2net import CheckpointError
+from timm_res2net.models.variants import WEIGHTS
 from timm_res2net.recipes.digits import split
-from timm_res2net.res2net import WEIGHTS
 from timm_res2net.vision import predict as subject
 
 

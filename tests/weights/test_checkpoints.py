@@ -17,7 +17,8 @@ from support import tiny
 from torch import Tensor, nn
 
 from timm_res2net import CheckpointError, export_checkpoint, load_checkpoint
-from timm_res2net.weights.checkpoints import convert, read_checkpoint
+from timm_res2net.weights.checkpoints import read_checkpoint
+from timm_res2net.weights.convert import convert
 from timm_res2net.weights.files import sha256
 from timm_res2net.weights.readers import read
 
@@ -278,7 +279,7 @@ def test_a_checkpoint_of_timms_train_script_tells_its_function(tmp_path: Path) -
 
 
 def test_an_mmdet_backbone_without_a_detector_is_the_authors(references: References, tmp_path: Path) -> None:
-    tree = read(found(references, 'openmmlab/mmdet.pth')).tree['state_dict']
+    tree = read(found(references, 'openmmlab/mmdet.pth')).nested['state_dict']
     prefix = 'backbone.'
     file = as_written(
         {name[len(prefix) :]: tensor for name, tensor in tree.items() if name.startswith(prefix)}, tmp_path
@@ -499,7 +500,7 @@ def test_an_exported_file_has_the_names_and_values_of_the_original(
     model = timm.create_model(done.name, num_classes=5, **done.args)
     load_checkpoint(model, original)
     export_checkpoint(model, tmp_path / 'exported', dialect)
-    theirs, ours = read(original).tree, read(tmp_path / 'exported').tree
+    theirs, ours = read(original).nested, read(tmp_path / 'exported').nested
     if dialect == 'paddleclas':
         del theirs['StructuredToParameterName@@']
     else:

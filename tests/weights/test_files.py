@@ -19,8 +19,9 @@ from torch import Tensor
 
 import timm_res2net.weights.files
 from timm_res2net import CheckpointError, export_checkpoint
-from timm_res2net.res2net import WEIGHTS
-from timm_res2net.weights.files import download, replace_file, sha256
+from timm_res2net.models.variants import WEIGHTS
+from timm_res2net.weights.download import download
+from timm_res2net.weights.files import atomic_write, sha256
 from timm_res2net.weights.readers import read
 
 CONTENT = bytes(range(256)) * 4000  # 1 MB
@@ -182,7 +183,7 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
 
     (tmp_path / 'file').write_text('old')
     with pytest.raises(ValueError, match='file can not be written: No space left on device'):
-        replace_file(tmp_path / 'file', fail)
+        atomic_write(tmp_path / 'file', fail)
     assert (tmp_path / 'file').read_text() == 'old'
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -238,7 +239,7 @@ def test_weights_of_mindcv_come_from_their_address_if_their_hash_is_right(
     renamed = FOREIGN[name].rpartition('-')[0] + f'-{sha256(file)[:8]}.ckpt'
     overlay = served(server, renamed, file.read_bytes())
     model = timm.create_model(name, pretrained_cfg_overlay={**overlay, 'num_classes': 5}, **options)
-    torch.testing.assert_close(model.fc.weight.detach(), read(file).tree['classifier.weight'], rtol=0, atol=0)
+    torch.testing.assert_close(model.fc.weight.detach(), read(file).nested['classifier.weight'], rtol=0, atol=0)
 
 
 def test_a_file_without_a_res2net_is_not_kept(server: Server, tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def test_a_format_gives_the_tensors_that_were_written(kind: str, tmp_path: Path)
     state = tiny('paddle').state_dict()
     file = tmp_path / 'file'
     file.write_bytes(FORMATS[kind](state))
-    torch.testing.assert_close(dict(sorted(translate(read(file).tree).state.items())), dict(sorted(state.items())))
+    torch.testing.assert_close(dict(sorted(translate(read(file).nested).state.items())), dict(sorted(state.items())))
 
 
 SMALL = tiny('paddle').state_dict()
@@ -162,7 +162,7 @@ def test_a_cut_file_gives_all_tensors_or_an_error(kind: str, tmp_path: Path, dat
     )
     (tmp_path / 'cut').write_bytes(content[:end])
     try:
-        translated = translate(read(tmp_path / 'cut').tree).state
+        translated = translate(read(tmp_path / 'cut').nested).state
     except CheckpointError:
         return
     if kind in ('mindspore', 'paddle archive'):  # made of a part for each tensor, they can end between two
@@ -267,7 +267,7 @@ def test_training_statistics_of_mmengine_are_left_out(tmp_path: Path, monkeypatc
     content = torch_file({'state_dict': SMALL, 'message_hub': {'log_scalars': {'loss': HistoryBuffer()}}})
     (tmp_path / 'epoch_1.pth').write_bytes(content)
     monkeypatch.undo()
-    assert translate(read(tmp_path / 'epoch_1.pth').tree).state.keys() == SMALL.keys()
+    assert translate(read(tmp_path / 'epoch_1.pth').nested).state.keys() == SMALL.keys()
 
 
 # Files that claim to be more than they are
@@ -312,7 +312,7 @@ def test_a_number_that_a_damaged_pickle_names_makes_no_room(opcodes: bytes, tmp_
     (tmp_path / 'evil').write_bytes(b'\x80\x05' + opcodes)
     tracemalloc.start()
     with suppress(CheckpointError):
-        assert read(tmp_path / 'evil').tree == {}
+        assert read(tmp_path / 'evil').nested == {}
     assert tracemalloc.get_traced_memory()[1] < 10_000_000
     tracemalloc.stop()
 
@@ -376,7 +376,7 @@ def test_arrays_of_either_order_and_any_number_of_dimensions_are_read(tmp_path: 
         'sliced': np.arange(10, dtype='int32')[::3],
     }
     (tmp_path / 'arrays.pkl').write_bytes(pickle.dumps(arrays))
-    found = read(tmp_path / 'arrays.pkl').tree
+    found = read(tmp_path / 'arrays.pkl').nested
     torch.testing.assert_close(found, {name: torch.from_numpy(array.copy()) for name, array in arrays.items()})
 
 
@@ -387,4 +387,4 @@ def test_metadata_of_safetensors_is_read(tmp_path: Path) -> None:
 
 def test_a_check_sum_of_mindspore_is_skipped(tmp_path: Path) -> None:
     (tmp_path / 'file').write_bytes(mindspore(SMALL) + b'crc_num' + (1234).to_bytes(10, 'big'))
-    assert len(read(tmp_path / 'file').tree) == len([name for name in SMALL if 'batches' not in name])
+    assert len(read(tmp_path / 'file').nested) == len([name for name in SMALL if 'batches' not in name])
