@@ -19,12 +19,13 @@ os.environ |= {'OMP_NUM_THREADS': '1'}  # each worker keeps to one core
 os.environ.pop('HF_TOKEN', None)
 
 import pytest
+import tenacity
 import torch
 from huggingface_hub import constants
 from support import ROOT, built
 from torch import nn
 
-import timm_res2net.hub.client  # registers the models
+from timm_res2net.weights.download import BACKOFF
 
 # Python 3.11 before 3.11.4 has no filters yet.
 SAFELY: dict[str, Any] = {'filter': 'data'} if hasattr(tarfile, 'data_filter') else {}
@@ -79,5 +80,6 @@ def hub(
     shutil.rmtree(os.environ['HF_HOME'], ignore_errors=True)
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
     monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', not xet)
-    monkeypatch.setattr(timm_res2net.hub.client, 'PAUSES', (0, 0))
+    monkeypatch.setitem(BACKOFF, 'wait', tenacity.wait_none())
+    monkeypatch.setitem(BACKOFF, 'stop', tenacity.stop_after_attempt(3))
     return hub_server

@@ -179,6 +179,7 @@ class Handler(BaseHTTPRequestHandler):
     """Answers one connection."""
 
     protocol_version = 'HTTP/1.1'
+    disable_nagle_algorithm = True  # 40 ms an answer otherwise
     server: Hub
 
     def log_message(self, *args: Any) -> None: ...
@@ -293,7 +294,7 @@ class Handler(BaseHTTPRequestHandler):
             told['xetHash'] = self.server.xet_hashes[file.sha256]
         return told
 
-    @route('GET', '/api/models/{id}/tree/{rev}')
+    @route('GET', '/api/models/{id}/tree/{rev}/?')
     def tree(self, repo_id: str, revision: str) -> None:
         repo = self.open_repo(repo_id)
         self.answer([self.entry(name, file) for name, file in repo.commits[repo.find(revision)][0].items()])

@@ -1,4 +1,4 @@
-"""The command line, run as its users run it."""
+"""The command line: what each command prints and writes, and one line for each wrong call."""
 
 import json
 import os
@@ -6,11 +6,13 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from hub_server import Hub
 from PIL import Image
 from sklearn.datasets import load_sample_image
 from support import tiny
@@ -23,12 +25,32 @@ from timm_res2net.weights.dialects import DIALECTS
 from timm_res2net.weights.files import sha256
 
 
-def run(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    """Runs the command line; whatever it is given, there must be no traceback."""
-    command = [sys.executable, '-m', 'timm_res2net', *arguments]
-    done = subprocess.run(command, cwd=cwd, env={**os.environ, **environment}, capture_output=True, text=True)
-    assert 'Traceback' not in done.stderr, done.stderr
-    return done
+@dataclass
+class Done:
+    """What a command returned and printed."""
+
+    status: Any
+    out: str
+    err: str
+
+
+Run = Callable[..., Done]
+Patch = pytest.MonkeyPatch
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs the command line in this process."""
+
+    def run(*arguments: str) -> Done:
+        capsys.readouterr()
+        try:
+            status: Any = main(list(arguments))
+        except SystemExit as exit_of_argparse:
+            status = exit_of_argparse.code
+        return Done(status, *capsys.readouterr())
+
+    return run
 
 
 @pytest.fixture(scope='module')
@@ -43,30 +65,32 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_predict_without_arguments_shows_truth_beside_predictions() -> None:
+def test_predict_without_arguments_shows_truth_beside_predictions(run: Run) -> None:
     done = run('predict')
-    assert done.returncode == 0
-    rows = [line.split() for line in done.stdout.splitlines() if line.startswith('  ')]
+    assert done.status == 0
+    rows = [line.split() for line in done.out.splitlines() if line.startswith('  ')]
     assert [row[0] for row in rows] == list('0123456789')
-    assert '60 of 60 are right' in done.stdout
-    assert 'timm-res2net predict PHOTO.jpg --model res2net50d' in done.stdout
+    assert '60 of 60 are right' in done.out
+    assert 'timm-res2net predict PHOTO.jpg --model res2net50d' in done.out
 
 
-def test_predict_does_the_good_files_and_lists_the_bad(photos: Path) -> None:
-    done = run('predict', '.', 'absent.png', '--model', 'test_res2net', '--topk', '2', '--json', cwd=photos)
-    assert done.returncode == 1
-    output: dict[str, Any] = json.loads(done.stdout)
+def test_predict_classifies_good_files_and_lists_bad_ones(run: Run, photos: Path, monkeypatch: Patch) -> None:
+    monkeypatch.chdir(photos)
+    done = run('predict', '.', 'absent.png', '--model', 'test_res2net', '--topk', '2', '--json')
+    assert done.status == 1
+    output: dict[str, Any] = json.loads(done.out)
     assert [item['file'] for item in output['results']] == ['china.jpg', 'flower.jpg', 'three.png']
     assert all(len(item['predictions']) == 2 for item in output['results'])
     assert output['results'][2]['predictions'][0]['label'] == '3'
     assert sorted(item['file'] for item in output['failed']) == ['absent.png', 'cut.jpg', 'text.png']
-    assert done.stderr.count('timm-res2net: ') == 3
+    assert done.err.count('timm-res2net: ') == 3
 
 
-def test_predict_prints_files_with_their_labels(photos: Path) -> None:
-    done = run('predict', 'thr*.png', '--model', 'test_res2net.digits', '--batch-size', '1', cwd=photos)
-    assert done.returncode == 0
-    lines = done.stdout.splitlines()
+def test_predict_prints_files_with_their_labels(run: Run, photos: Path, monkeypatch: Patch) -> None:
+    monkeypatch.chdir(photos)
+    done = run('predict', 'thr*.png', '--model', 'test_res2net.digits', '--batch-size', '1')
+    assert done.status == 0
+    lines = done.out.splitlines()
     assert lines[0] == 'three.png'
     assert lines[1].split()[1] == '3'
     assert len(lines) == 6
@@ -93,39 +117,30 @@ def test_predict_prints_files_with_their_labels(photos: Path) -> None:
         (('card', 'res2net50d.in1k', '--out', 'cards'), 2, 'cards are written by --all'),
     ],
 )
-def test_a_wrong_call_gets_one_line(
-    arguments: tuple[str, ...],
-    status: int,
-    message: str,
-    photos: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_wrong_call_prints_one_line(
+    run: Run, arguments: tuple[str, ...], status: int, message: str, photos: Path, monkeypatch: Patch
 ) -> None:
     monkeypatch.chdir(photos)
-    try:
-        returned = main(list(arguments))
-    except SystemExit as exit_of_argparse:
-        returned = exit_of_argparse.code
-    output = capsys.readouterr()
-    assert returned == status
-    assert output.out == ''
-    line = output.err.splitlines()[-1]
+    done = run(*arguments)
+    assert done.status == status
+    assert done.out == ''
+    line = done.err.splitlines()[-1]
     assert message in line
     assert line.startswith('timm-res2net')
 
 
-def test_list_shows_every_architecture_and_its_weights() -> None:
+def test_list_shows_every_architecture_and_its_weights(run: Run) -> None:
     done = run('list')
-    assert done.returncode == 0
-    header, *rows = done.stdout.split('\n\n')[0].splitlines()
+    assert done.status == 0
+    header, *rows = done.out.split('\n\n')[0].splitlines()
     assert header.split() == ['name', 'params', 'GMACs', 'top-1', 'licence', 'weights']
     names = [row.split()[0] for row in rows]
     assert {name.split('.')[0] for name in names} == set(ARCHS)
     assert {name for name in names if '.' in name} == set(WEIGHTS)
 
 
-def test_list_selects() -> None:
-    rows = run('list', '*50d*', '--pretrained').stdout.splitlines()
+def test_list_selects_by_pattern_and_weights(run: Run) -> None:
+    rows = run('list', '*50d*', '--pretrained').out.splitlines()
     assert rows[1].split() == [
         'res2net50d.in1k',
         *('25.72', 'M', '4.495', '80.28', '%', 'cc-by-nc-sa-4.0', 'hf-hub:timm/res2net50d.in1k'),
@@ -134,11 +149,11 @@ def test_list_selects() -> None:
     assert rows[3] == ''
 
 
-def test_features_prints_and_draws_the_pyramid(photos: Path, tmp_path: Path) -> None:
+def test_features_prints_and_draws_the_pyramid(run: Run, photos: Path, tmp_path: Path) -> None:
     out = tmp_path / 'pyramid.png'
-    done = run('features', 'china.jpg', '--model', 'test_res2net', '--out', str(out), cwd=photos)
-    assert done.returncode == 0
-    table = [line.split(maxsplit=3) for line in done.stdout.splitlines()[3:8]]
+    done = run('features', str(photos / 'china.jpg'), '--model', 'test_res2net', '--out', str(out))
+    assert done.status == 0
+    table = [line.split(maxsplit=3) for line in done.out.splitlines()[3:8]]
     assert table == [
         ['act1', '2', '16', '16 x 16'],
         ['layer1', '4', '32', '8 x 8'],
@@ -150,20 +165,21 @@ def test_features_prints_and_draws_the_pyramid(photos: Path, tmp_path: Path) -> 
         assert image.width > 5 * image.height / 1.3
 
 
-def test_features_without_matplotlib_says_how_to_get_it(photos: Path, tmp_path: Path) -> None:
-    (tmp_path / 'matplotlib').mkdir()
-    (tmp_path / 'matplotlib' / '__init__.py').write_text("raise ModuleNotFoundError('hidden for this test')")
-    arguments = ('features', 'china.jpg', '--model', 'test_res2net', '--out', 'x.png')
-    done = run(*arguments, cwd=photos, PYTHONPATH=str(tmp_path))
-    assert done.returncode == 1
-    assert 'pip install "timm_res2net[plot]"' in done.stderr
+def test_features_without_matplotlib_says_how_to_install_it(run: Run, photos: Path, monkeypatch: Patch) -> None:
+    monkeypatch.setitem(sys.modules, 'matplotlib', None)
+    done = run('features', str(photos / 'china.jpg'), '--model', 'test_res2net', '--out', 'x.png')
+    assert done.status == 1
+    assert 'pip install "timm_res2net[plot]"' in done.err
 
 
-def test_convert_tells_what_it_found_and_did(references: Callable[[str], Path], tmp_path: Path) -> None:
+def test_convert_prints_what_it_detected_and_wrote(
+    run: Run, references: Callable[[str], Path], tmp_path: Path, monkeypatch: Patch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     file = references('paddle') / 'res2net50_vd.pdparams'
-    done = run('convert', str(file), '--out', 'net', cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [
+    done = run('convert', str(file), '--out', 'net')
+    assert done.status == 0, done.err
+    assert done.out.splitlines() == [
         str(file),
         f'  sha256 {sha256(file)}',
         '',
@@ -180,59 +196,56 @@ def test_convert_tells_what_it_found_and_did(references: Callable[[str], Path], 
         'wrote net; load it by',
         "  timm.create_model('local-dir:net', pretrained=True)",
     ]
-    done = run('convert', 'net/model.safetensors', '--to', 'paddleclas', '--out', 'back.pdparams', cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert f'wrote back.pdparams\n  sha256 {sha256(tmp_path / "back.pdparams")}' in done.stdout
-    done = run('convert', 'net/model.safetensors', '--to', 'paddleclas', '--out', 'back.pdparams', cwd=tmp_path)
-    assert (done.returncode, 'there is a back.pdparams already' in done.stderr) == (1, True)
+    done = run('convert', 'net/model.safetensors', '--to', 'paddleclas', '--out', 'back.pdparams')
+    assert done.status == 0, done.err
+    assert f'wrote back.pdparams\n  sha256 {sha256(tmp_path / "back.pdparams")}' in done.out
+    done = run('convert', 'net/model.safetensors', '--to', 'paddleclas', '--out', 'back.pdparams')
+    assert (done.status, 'there is a back.pdparams already' in done.err) == (1, True)
 
 
-def test_convert_can_write_nothing(tmp_path: Path) -> None:
+def test_convert_dry_run_writes_nothing(run: Run, tmp_path: Path, monkeypatch: Patch) -> None:
+    monkeypatch.chdir(tmp_path)
     torch.save(
         {'state_dict': {f'backbone.{name}': t.half() for name, t in tiny().state_dict().items()}}, tmp_path / 'x.pth'
     )
-    done = run('convert', 'x.pth', '--dry-run', '--first-block', 'mmdet', cwd=tmp_path)
-    lines = done.stdout.splitlines()
+    done = run('convert', 'x.pth', '--dry-run', '--first-block', 'mmdet')
+    lines = done.out.splitlines()
     assert lines[4] == 'first block  mmdet: certain'
     assert lines[8].startswith('cast         ')
     assert lines[8].endswith('of float16 to float32')
     assert lines[-1] == 'nothing was written'
-    done = run('convert', 'x.pth', '--dry-run', cwd=tmp_path)
-    assert 'official: not certain, but usual for such a file; --first-block overrides it' in done.stdout
+    done = run('convert', 'x.pth', '--dry-run')
+    assert 'official: not certain, but usual for such a file; --first-block overrides it' in done.out
     assert [path.name for path in tmp_path.iterdir()] == ['x.pth']
 
 
-def test_convert_shows_all_dialects() -> None:
+def test_convert_lists_all_dialects(run: Run) -> None:
     done = run('convert', '--list-dialects')
-    assert done.returncode == 0
-    rows = [line.split()[0] for line in done.stdout.splitlines()]
+    assert done.status == 0
+    rows = [line.split()[0] for line in done.out.splitlines()]
     assert rows == ['dialect', *DIALECTS]
 
 
-# The Hub, by the functions themselves, as a child process would have to be told where it is
+# The Hub
 
 
-def test_push_and_pull_say_what_went_and_what_came(
-    hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_push_and_pull_print_files_and_checksums(run: Run, hub: Hub, tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('HF_TOKEN', 'hf_write')
     torch.save(tiny('mmdet').state_dict(), 'mine.pth')
     Path('labels.txt').write_text('a\nb\nc\nd\n')
     options = ['--license', 'Our Own', '--license-link', 'https://example.org', '--result', 'accuracy=91.5']
     options += ['--labels', 'labels.txt', '--dataset', 'somebody/shapes', '--tag', 'mine']
-    assert main(['push', 'mine.pth', 'user/net', *options, '--dry-run', 'folder']) == 0
-    assert 'wrote folder; nothing was sent' in capsys.readouterr().out
+    done = run('push', 'mine.pth', 'user/net', *options, '--dry-run', 'folder')
+    assert (done.status, 'wrote folder; nothing was sent' in done.out) == (0, True)
     assert hub.log == []
-    assert main(['push', 'folder', 'user/net', *options, '--private', '--message', 'First']) == 0
-    printed = capsys.readouterr().out.splitlines()
+    printed = run('push', 'folder', 'user/net', *options, '--private', '--message', 'First').out.splitlines()
     assert [line.split()[1] for line in printed[:3]] == ['model.safetensors', 'config.json', 'README.md']
     assert printed[4].startswith(f'{os.environ["HF_ENDPOINT"]}/user/net/commit/')
     assert hub.repos['user/net'].private
     assert 'license_name: our-own' in hub.files('user/net')['README.md'].decode()
 
-    assert main(['pull', 'user/net', '--out', 'back']) == 0
-    pulled = capsys.readouterr().out.splitlines()
+    pulled = run('pull', 'user/net', '--out', 'back').out.splitlines()
     assert pulled[:2] == printed[:2]
     assert pulled[-1] == "  timm.create_model('local-dir:back', pretrained=True)"
     assert sorted(os.listdir('back')) == ['config.json', 'model.safetensors']
@@ -246,47 +259,44 @@ def test_push_and_pull_say_what_went_and_what_came(
         (('push', 'test_res2net.digits', 'user/net'), 'write permission'),
         (('push', 'absent.pth', 'user/net'), 'can not be opened'),
         (('push', 'test_res2net.digits', 'user/net', '--labels', 'absent.txt'), 'absent.txt can not be opened'),
-        (('push', 'test_res2net.digits', 'user/net', '--license', 'made-up'), 'none that the Hub knows'),
+        (('push', 'test_res2net.digits', 'user/net', '--license', 'made-up'), 'must be one of'),
         (('card', 'res2net50d.in22k'), 'no published weights'),
         (('card',), 'name published weights'),
     ],
 )
-def test_what_the_hub_commands_can_not_do_is_one_line(
-    arguments: tuple[str, ...],
-    message: str,
-    hub: Any,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
+def test_hub_command_that_fails_prints_one_line_without_the_token(
+    run: Run, arguments: tuple[str, ...], message: str, hub: Hub, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv('HF_TOKEN', 'hf_read')
-    assert main(list(arguments)) == 1
-    captured = capsys.readouterr()
-    assert captured.out == ''
-    assert re.search(message, captured.err)
-    assert captured.err.count('\n') == 1
-    assert 'hf_read' not in captured.err
+    done = run(*arguments)
+    assert (done.status, done.out) == (1, '')
+    assert re.search(message, done.err)
+    assert done.err.count('\n') == 1
+    assert 'hf_read' not in done.err
 
 
-def test_card_shows_writes_and_checks(
-    hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_card_prints_writes_and_validates(run: Run, hub: Hub, tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.chdir(tmp_path)
-    assert main(['card', 'test_res2net.digits']) == 0
-    text = capsys.readouterr().out
+    text = run('card', 'test_res2net.digits').out
     assert text == card('test_res2net.digits')
-    assert main(['card', 'test_res2net.digits', '--validate']) == 0
-    assert capsys.readouterr().out == 'test_res2net.digits is a good card\n'
-    Path('bad.md').write_text(text.replace('license: apache-2.0', 'license: made-up'))
-    assert main(['card', 'bad.md', '--validate']) == 1
-    assert capsys.readouterr().err.count('timm-res2net: bad.md: ') == 2  # found here, and by the Hub
+    assert run('card', 'test_res2net.digits', '--validate').out == 'test_res2net.digits is a good card\n'
+    Path('bad.md').write_text(text.replace('license: apache-2.0', 'license: made-up\nlicence: mit'))
+    done = run('card', 'bad.md', '--validate')
+    assert done.status == 1
+    assert done.err.count('timm-res2net: bad.md: ') == 2  # one found here, one by the Hub
     monkeypatch.setattr('timm_res2net.__main__.WEIGHTS', ['test_res2net.digits'])
-    assert main(['card', '--all', '--out', 'cards']) == 0
+    assert run('card', '--all', '--out', 'cards').status == 0
     assert Path('cards/test_res2net.digits.md').read_text() == text
 
 
-def test_a_reader_that_stops_early_is_no_error() -> None:
+def test_missing_file_and_unwritable_folder_are_one_line_each(run: Run, tmp_path: Path, monkeypatch: Patch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = run('recipe', 'digits', '--out', 'absent/digits.yaml')
+    assert (done.status, done.err) == (1, 'timm-res2net: there is no folder absent to write digits.yaml to\n')
+
+
+def test_reader_that_stops_early_is_no_error() -> None:
     command = [sys.executable, '-m', 'timm_res2net', 'list']
     environment = {key: value for key, value in os.environ.items() if key != 'PYTHONUNBUFFERED'}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

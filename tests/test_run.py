@@ -1,6 +1,5 @@
-"""Programs that know nothing of this package have the family, and so do the processes that they start."""
+"""`timm_res2net.run` runs programs that know nothing of this package, with the family registered."""
 
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,25 +12,29 @@ from timm_res2net.run import main
 PRINT = "import sys, timm; print(sys.argv[1:], __name__, timm.is_model('res2net50_vd_26w_4s'), sys.path[0])"
 
 
-def run(*arguments: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, '-m', 'timm_res2net.run', *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, env={**os.environ, **environment})
+@pytest.fixture(autouse=True)
+def restore_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets `main` change arguments and path, as it does for its own process."""
+    monkeypatch.setattr(sys, 'argv', [*sys.argv])
+    monkeypatch.setattr(sys, 'path', [*sys.path])
 
 
-def test_a_script_runs_as_main_with_its_arguments_and_folder(tmp_path: Path) -> None:
+def test_script_runs_as_main_with_its_arguments_and_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     script = tmp_path / 'here' / 'script.py'
     script.parent.mkdir()
     script.write_text(PRINT)
-    done = run(str(script), '--flag', 'a b')
-    assert done.stdout.strip() == f"['--flag', 'a b'] __main__ True {script.parent}", done.stderr
+    main([str(script), '--flag', 'a b'])
+    assert capsys.readouterr().out.strip() == f"['--flag', 'a b'] __main__ True {script.parent}"
 
 
-def test_a_module_runs_as_main_from_the_current_folder(tmp_path: Path) -> None:
-    (tmp_path / 'program.py').write_text(PRINT)
-    done = run('-m', 'program', '-x', cwd=tmp_path)
-    assert done.stdout.strip() == f"['-x'] __main__ True {tmp_path}", done.stderr
+def test_module_runs_as_main_from_the_current_folder_and_gives_the_exit_status(tmp_path: Path) -> None:
+    (tmp_path / 'program.py').write_text(f'{PRINT}; sys.exit(3)')
+    command = [sys.executable, '-m', 'timm_res2net.run', '-m', 'program', '-x']
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.stdout.strip(), done.returncode) == (f"['-x'] __main__ True {tmp_path}", 3)
 
 
+@pytest.mark.slow
 def test_every_process_of_torchrun_has_the_family(tmp_path: Path) -> None:
     script = tmp_path / 'script.py'
     line = "os.environ['RANK'] + ' ' + str(timm.is_model('res2net50_vd_26w_4s'))"
@@ -40,45 +43,12 @@ def test_every_process_of_torchrun_has_the_family(tmp_path: Path) -> None:
     assert sorted(done.stdout.splitlines()) == ['0 True', '1 True'], done.stderr
 
 
-def test_the_exit_status_is_that_of_the_script(tmp_path: Path) -> None:
-    (tmp_path / 'script.py').write_text('raise SystemExit(3)')
-    assert run(str(tmp_path / 'script.py')).returncode == 3
-
-
-@pytest.mark.parametrize('method', ['subprocess', 'spawn', 'fork'])
-def test_child_processes_have_the_family(method: str, tmp_path: Path) -> None:
-    script = tmp_path / 'script.py'
-    child = "import timm; print(timm.is_model('res2net50_vd_26w_4s'))"
-    if method == 'subprocess':
-        script.write_text(f'import subprocess, sys\nsubprocess.run([sys.executable, "-c", {child!r}], check=True)\n')
-    else:
-        script.write_text(f"""if True:
-            import multiprocessing
-            def work(): exec({child!r})
-            if __name__ == '__main__':
-                process = multiprocessing.get_context({method!r}).Process(target=work)
-                process.start()
-                process.join()
-        """)
-    done = run(str(script))
-    assert done.stdout.split() == ['True'], done.stderr
-
-
-def test_children_keep_the_customisation_that_they_had_and_start_without_timm(tmp_path: Path) -> None:
-    (tmp_path / 'sitecustomize.py').write_text("print('mine')")
-    script = tmp_path / 'script.py'
-    child = "import sys; print('timm' in sys.modules, 'torch' in sys.modules)"
-    script.write_text(f'import subprocess, sys\nsubprocess.run([sys.executable, "-c", {child!r}], check=True)\n')
-    done = run(str(script), PYTHONPATH=str(tmp_path))
-    assert done.stdout.split() == ['mine', 'mine', 'False', 'False'], done.stderr  # this process, then its child
-
-
 @pytest.mark.parametrize('arguments', [[], ['-m'], ['no_such_script.py']])
-def test_without_a_program_it_is_said_how_to_name_one(arguments: list[str]) -> None:
+def test_missing_program_exits_with_the_usage(arguments: list[str]) -> None:
     with pytest.raises(SystemExit, match=r'timm_res2net.run validate\.py|there is no no_such_script\.py'):
         main(arguments)
 
 
-def test_the_usage_is_shown(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_prints_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
     main(['--help'])
     assert 'timm_res2net.run validate.py' in capsys.readouterr().out

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import timm
 import torch
@@ -22,6 +22,7 @@ from .hub.client import problems_on_hub
 from .hub.pull import download_model
 from .hub.push import push
 from .models.block import FIRST_BLOCKS
+from .models.classifier import registered_cfg
 from .models.variants import ARCHS, WEIGHTS
 from .recipes.arguments import positive
 from .vision.explain import explain
@@ -35,7 +36,8 @@ from .weights.errors import first_line
 from .weights.files import atomic_write, atomic_write_text, sha256
 from .weights.folder import CONFIG_FILE, WEIGHTS_FILE
 
-Commands = argparse._SubParsersAction  # argparse has no public name for what add_subparsers returns
+# What add_subparsers returns; argparse has no public name for it.
+Commands: TypeAlias = 'argparse._SubParsersAction[argparse.ArgumentParser]'
 
 DTYPE_NAMES = {str(dtype).removeprefix('torch.'): dtype for dtype in DTYPES}
 EMBEDDED = 'test_res2net.digits'
@@ -157,9 +159,9 @@ def run_list(args: argparse.Namespace) -> int:
             if weights is None:
                 rows.append((key, *cost, '-', '-', '-'))
             else:
-                cfg = timm.get_pretrained_cfg(key)
+                cfg = registered_cfg(key)
                 where = 'in this package' if cfg.file else cfg.url or f'hf-hub:{cfg.hf_hub_id}'
-                rows.append((key, *cost, f'{weights.top1:.2f} %', cfg.license, where))
+                rows.append((key, *cost, f'{weights.top1:.2f} %', str(cfg.license), str(where)))
     if len(rows) == 1:
         print(f'timm-res2net: no model of the family matches {args.pattern}', file=sys.stderr)
         return 1

@@ -35,10 +35,11 @@ __all__ = ['register', 'unregister']  # register_model adds the models
 FEATURE_CLASSES = {'list': FeatureList, 'dict': FeatureDict}
 
 with_weights = {name.split('.')[0] for name in WEIGHTS}
-default_cfgs = generate_default_cfgs(
-    {name: default_cfg(name.split('.')[0], **weights.cfg) for name, weights in WEIGHTS.items()}
-    | {name: default_cfg(name) for name in ARCHS if name not in with_weights}
-)
+cfgs: dict[str, dict[str, Any] | PretrainedCfg] = {
+    **{name: default_cfg(name.split('.')[0], **weights.cfg) for name, weights in WEIGHTS.items()},
+    **{name: default_cfg(name) for name in ARCHS if name not in with_weights},
+}
+default_cfgs = generate_default_cfgs(cfgs)  # timm's registry takes the configurations from this name
 
 
 def create(name: str, pretrained: bool = False, block_args: dict[str, Any] | None = None, **kwargs: Any) -> nn.Module:

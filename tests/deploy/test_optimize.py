@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from support import randomise, tiny
-from timm.utils import reparameterize_model
+from timm.models import reparameterize_model
 from torch import Tensor, nn
 
 from timm_res2net import fuse, optimize
@@ -267,7 +267,13 @@ def test_what_optimize_cannot_do_is_named(arguments: dict[str, Any], named: str,
         optimize(tiny(), **{'example_input': images, **arguments})
 
 
+def test_an_example_that_the_model_cannot_run_is_the_callers_error(images: Tensor, log: list[tuple[str, str]]) -> None:
+    with pytest.raises(RuntimeError, match='to have 3 channels, but got 4 channels'):
+        optimize(tiny(), torch.zeros(1, 4, 32, 32))
+    assert log == []  # no word about a compiler
+
+
 def test_openvino_that_is_missing_is_named(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, 'openvino', None)
-    with pytest.raises(ValueError, match='pip install openvino'):
+    with pytest.raises(ImportError, match='pip install openvino'):
         optimize(tiny(), images, backend='openvino')

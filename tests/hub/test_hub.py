@@ -24,12 +24,14 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from huggingface_hub.utils.sha import git_hash
 from safetensors import safe_open
 from support import randomise, tiny
 from torch import nn
 
-import timm_res2net.hub.client
+import timm_res2net
 from timm_res2net import CheckpointError, load_checkpoint, pull, push
+from timm_res2net.hub.push import Commit
 from timm_res2net.vision.images import bundled_digits
 from timm_res2net.weights.files import sha256
 
@@ -263,13 +265,13 @@ def test_a_hub_that_keeps_something_else_is_noticed(hub: Hub) -> None:
 
 def test_a_push_of_somebody_else_at_the_same_time_is_not_overwritten(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     push(digits(), 'user/net', **WRITE)
-    send = timm_res2net.hub.client.send
+    attempt = Commit.attempt
 
-    def late(*args: Any) -> Any:
+    def late(commit: Commit) -> Any:
         hub.put('user/net', {'theirs.txt': b'first'})
-        return send(*args)
+        return attempt(commit)
 
-    monkeypatch.setattr(timm_res2net.hub.client, 'send', late)
+    monkeypatch.setattr(Commit, 'attempt', late)
     with pytest.raises(ConnectionError, match='somebody else pushed to user/net at the same time'):
         push(tiny(), 'user/net', **WRITE)
     assert hub.files('user/net')['theirs.txt'] == b'first'
@@ -279,13 +281,13 @@ def test_a_push_of_somebody_else_at_the_same_time_is_not_overwritten(hub: Hub, m
 def test_of_four_pushes_at_once_each_is_whole_or_refused(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     push(digits(), 'user/net', **WRITE)
     together = threading.Barrier(4, timeout=60)
-    send = timm_res2net.hub.client.send
+    attempt = Commit.attempt
 
-    def at_once(*args: Any) -> Any:
+    def at_once(commit: Commit) -> Any:
         together.wait()
-        return send(*args)
+        return attempt(commit)
 
-    monkeypatch.setattr(timm_res2net.hub.client, 'send', at_once)
+    monkeypatch.setattr(Commit, 'attempt', at_once)
     outcomes: list[Any] = []
 
     def run(num_classes: int) -> None:
@@ -333,9 +335,9 @@ def test_a_full_disk_leaves_nothing(hub: Hub, tmp_path: Path, monkeypatch: pytes
         raise OSError(28, 'No space left on device')
 
     monkeypatch.setattr('timm_res2net.weights.folder.save_file', full)
-    with pytest.raises(ValueError, match=r'can not be written: .*No space left'):
+    with pytest.raises(OSError, match=r'can not be written: .*No space left'):
         push(digits(), 'user/net', dry_run=tmp_path / 'folder')
-    with pytest.raises(ValueError, match=r'can not be written: .*No space left'):
+    with pytest.raises(OSError, match=r'can not be written: .*No space left'):
         push(digits(), 'user/net', **WRITE)
     assert list(tmp_path.iterdir()) == []
     assert hub.repos == {}
@@ -362,16 +364,22 @@ def test_a_model_that_its_configuration_does_not_make_stays_here(change: Any, hu
     ('make', 'arguments', 'message'),
     [
         (lambda: timm.create_model('test_resnet'), {}, 'can not be pushed: give a model of this package'),
-        (lambda: timm.create_model('test_res2net', features_only=True), {}, 'can not be pushed'),
+        (lambda: timm.create_model('test_res2net', features_only=True), {}, 'is no classification model'),
         (digits, dict(labels=['a']), 'labels has 1 names for 10 classes'),
-        (digits, dict(license='made-up'), "license='made-up' is none that the Hub knows"),
         (lambda: timm.create_model('test_res2net', norm_layer=nn.BatchNorm2d), {}, 'no configuration can hold'),
     ],
 )
 def test_a_wrong_call_is_told_before_anything_is_sent(make: Any, arguments: Any, message: str, hub: Hub) -> None:
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises((ValueError, TypeError), match=message):
         push(make(), 'user/net', **arguments, **WRITE)
     assert hub.log == []
+
+
+def test_a_licence_that_the_hub_does_not_know_is_refused_before_a_repository_is_made(hub: Hub) -> None:
+    with pytest.raises(ValueError, match=r'"license.*must be one of'):
+        push(digits(), 'user/net', license='made-up', **WRITE)
+    assert hub.repos == {}
+    assert push(digits(), 'user/net', license='gemma', **WRITE).url
 
 
 # Faults while pulling
@@ -401,13 +409,13 @@ def test_what_passes_does_not_stop_a_pull(fault: Fault, hub: Hub, tmp_path: Path
     torch.testing.assert_close(back.state_dict(), model.state_dict(), rtol=0, atol=0)
     blobs = [path for path in tmp_path.rglob('blobs/*') if path.is_file()]
     assert {path.name for path in blobs} >= {pushed.hashes['model.safetensors']}
-    assert all(timm_res2net.hub.client.git_hash(path) == path.name or sha256(path) == path.name for path in blobs)
+    assert all(git_hash(path.read_bytes()) == path.name or sha256(path) == path.name for path in blobs)
 
 
 def test_bytes_that_are_damaged_twice_are_not_kept(hub: Hub, tmp_path: Path) -> None:
     push(digits(), 'user/net', **WRITE)
     hub.faults = [Fault('GET /_cdn', 'corrupt', times=2)]
-    with pytest.raises(CheckpointError, match='is damaged: it came twice with another hash'):
+    with pytest.raises(CheckpointError, match=r'model\.safetensors of user/net came twice with another checksum'):
         pull('user/net', cache_dir=tmp_path)
     assert not [path for path in tmp_path.rglob('*') if path.name in ('model.safetensors', sha256_of_weights(hub))]
     assert pull('user/net', cache_dir=tmp_path).num_classes == 10

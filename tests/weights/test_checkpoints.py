@@ -469,7 +469,7 @@ def test_nothing_is_overwritten_and_a_failure_leaves_nothing(references: Referen
     with pytest.raises(CheckpointError):
         convert(tmp_path / 'bad.pth', tmp_path / 'none')
     (tmp_path / 'file').touch()
-    with pytest.raises(ValueError, match='folder can not be written'):
+    with pytest.raises(OSError, match='folder can not be written'):
         convert(file, tmp_path / 'file' / 'folder')
     assert sorted(path.name for path in tmp_path.iterdir()) == ['bad.pth', 'file', 'out', 'weights.pth']
 

@@ -238,7 +238,7 @@ def test_a_pickle_that_wants_more_than_tensors_is_refused_by_name(
         except CheckpointError:
             pass
         else:
-            assert not any(isinstance(value, Tensor) for value in contents.tree.values())
+            assert not any(isinstance(value, Tensor) for value in contents.nested.values())
     assert os.listdir() == ['evil']
 
 

@@ -38,7 +38,8 @@ def fuse(model: nn.Module) -> nn.Module:
     require_eval_mode(model)
     if not any(isinstance(module, Bottle2neck) for module in model.modules()):
         raise ValueError(f'{type(model).__name__} has no Res2Net block; give a model that was made by this package')
-    (fused,) = reparameterize_model(nn.Sequential(model))  # wrapped, as timm fuses submodules but not the model itself
+    wrapped = reparameterize_model(nn.Sequential(model))  # because timm fuses submodules, but not the model itself
+    fused = wrapped.get_submodule('0')
     for module in fused.modules():
         if isinstance(module, SEQUENTIAL):
             fold_norms(module)

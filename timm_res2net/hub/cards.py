@@ -12,10 +12,9 @@ import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from timm.models import get_model_args
-from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch import Tensor, nn
 
-from ..models.classifier import Classifier, as_classifier
+from ..models.classifier import Classifier, as_classifier, registered_cfg
 from ..models.variants import ARCHS, WEIGHTS
 
 __all__ = ['CardFacts', 'card', 'is_unchanged', 'measure', 'problems_of']
@@ -79,14 +78,19 @@ def measure(model: Classifier, size: int) -> tuple[float, float]:
         model: A model on the meta device, in evaluation mode.
         size: Height and width of the image, in pixels.
     """
-    outputs: list[int] = []
-    layers = [module for module in model.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
-    hooks = [layer.register_forward_hook(lambda layer, x, y: outputs.append(y.numel())) for layer in layers]
-    with FlopCounterMode(display=False) as counter:
-        model(torch.empty(1, model.in_chans, size, size, device='meta'))
+    macs = activations = 0
+
+    def count(layer: nn.Module, inputs: object, output: Tensor) -> None:
+        nonlocal macs, activations
+        macs += output.numel() * layer.get_parameter('weight')[0].numel()  # multiply-adds of each output
+        activations += output.numel()
+
+    layers = [module for module in model.modules() if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear)]
+    hooks = [layer.register_forward_hook(count) for layer in layers]
+    model(torch.empty(1, model.in_chans, size, size, device='meta'))
     for hook in hooks:
         hook.remove()
-    return counter.get_total_flops() / 2e9, sum(outputs) / 1e6
+    return macs / 1e9, activations / 1e6
 
 
 def card(
@@ -160,7 +164,7 @@ def published_card(name: str) -> str:
         tags = [key for key in WEIGHTS if key.split('.')[0] == name.split('.')[0]]
         hint = f'there are {", ".join(tags)}' if tags else '`timm-res2net list --pretrained` shows all'
         raise ValueError(f'there are no published weights {name}; {hint}')
-    weights, cfg = WEIGHTS[name], timm.get_pretrained_cfg(name)
+    weights, cfg = WEIGHTS[name], registered_cfg(name)
     imagenet = weights.top5 is not None
     results = {'top-1 accuracy': weights.top1, **({'top-5 accuracy': weights.top5} if weights.top5 is not None else {})}
     noncommercial = cfg.license == 'cc-by-nc-sa-4.0'
@@ -197,7 +201,7 @@ def published_card(name: str) -> str:
 
 def describe_origin(name: str) -> str:
     """Says where published weights are, after 'The weights'."""
-    cfg = timm.get_pretrained_cfg(name)
+    cfg = registered_cfg(name)
     if cfg.file:
         return 'are a part of the package'
     return f'come from <{cfg.url or f"https://huggingface.co/{cfg.hf_hub_id}"}>'

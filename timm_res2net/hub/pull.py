@@ -1,6 +1,7 @@
 """Pulls models from the Hugging Face Hub and verifies every byte."""
 
 import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -75,8 +76,8 @@ def download_model(
     cache = None if cache_dir is None else os.fspath(cache_dir)
 
     def download(name: str, from_revision: str | None, force: bool = False) -> Path:
-        options = dict(token=token, cache_dir=cache, force_download=force)
-        return Path(call_hub(hf_hub_download, repo_id, name, revision=from_revision, **options))
+        get = partial(hf_hub_download, token=token, cache_dir=cache, force_download=force)
+        return Path(call_hub(get, repo_id, name, revision=from_revision))
 
     folder = download(CONFIG_FILE, revision).parent
     commit = folder.name

@@ -10,7 +10,7 @@ import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from timm.layers import create_attn, get_norm_layer
@@ -135,9 +135,9 @@ class Bottle2neck(nn.Module):
         function = FIRST_BLOCKS[first_block]
         splits = function.splits(stride * dilation // first_dilation) if first else LATER_BLOCK
         num_convs = scale if splits.last == 'convolved' else max(1, scale - 1)
-        dd = {'device': device, 'dtype': dtype}
-        conv1x1 = partial(nn.Conv2d, kernel_size=1, bias=False, **dd)
-        conv3x3 = partial(
+        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
+        conv1x1: Layer = partial(nn.Conv2d, kernel_size=1, bias=False, **dd)
+        conv3x3: Layer = partial(
             nn.Conv2d, width, width, 3, stride, first_dilation, first_dilation, groups=cardinality, bias=False, **dd
         )
 

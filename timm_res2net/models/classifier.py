@@ -4,11 +4,12 @@ from collections.abc import Callable
 from typing import Any, cast
 
 from timm.layers import SelectAdaptivePool2d
+from timm.models import PretrainedCfg, get_pretrained_cfg
 from torch import Tensor, nn
 
 from .trunk import FeatureInfo
 
-__all__ = ['Classifier', 'as_classifier', 'model_name']
+__all__ = ['Classifier', 'as_classifier', 'model_name', 'registered_cfg']
 
 
 class Classifier(nn.Module):
@@ -45,3 +46,14 @@ def model_name(model: nn.Module) -> str:
     """The name under which a model is registered, or its class if it has none."""
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     return str(cfg.get('architecture') or type(model).__name__)
+
+
+def registered_cfg(name: str) -> PretrainedCfg:
+    """timm's configuration of a registered model or of one of its sets of weights.
+
+    Raises:
+        RuntimeError: If there are no such weights.
+    """
+    cfg = get_pretrained_cfg(name)
+    assert cfg is not None  # every model of the family, and of timm, has one
+    return cfg

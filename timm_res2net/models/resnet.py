@@ -60,9 +60,9 @@ class Res2Net(ResNet):
         if output_stride not in (8, 16, 32):
             raise ValueError(f'output_stride={output_stride} is not possible; choose 8, 16 or 32')
         super().__init__(
-            Bottle2neck,
-            layers,
-            base_width=base_width,
+            Bottle2neck,  # type: ignore[arg-type]  # timm's annotation allows only its own blocks
+            tuple(layers),
+            base_width=base_width,  # type: ignore[arg-type]  # an int in the annotation; timm multiplies by it
             cardinality=cardinality,
             output_stride=output_stride,
             norm_layer=norm_factory(norm_layer),
@@ -70,7 +70,7 @@ class Res2Net(ResNet):
             **kwargs,
         )
         for name in ('layer1', 'layer2', 'layer3', 'layer4'):
-            setattr(self, name, Stage(*self.get_submodule(name)))
+            setattr(self, name, Stage(*self.get_submodule(name).children()))
         if dilate_pool:
             dilate_shortcut_pools(self)
 

@@ -94,7 +94,7 @@ class TrunkOptions:
         """Makes a convolution and its norm, see `conv_norm_act`."""
         return partial(conv_norm_act, norm_layer=norm_factory(self.norm_layer), **self.factory)
 
-    def block(self, block_cls: type[Bottle2neck] = Bottle2neck, **kwargs: object) -> Callable[..., Bottle2neck]:
+    def block(self, block_cls: type[Bottle2neck] = Bottle2neck, **kwargs: Any) -> Callable[..., Bottle2neck]:
         """Makes a function that builds blocks; what remains to be given are channels, stride and place."""
         return partial(
             block_cls,
@@ -140,7 +140,8 @@ class Trunk(nn.Module):
             options: Of the trunk.
         """
         blocks = [module for module in self.modules() if isinstance(module, Bottle2neck)]
-        for block, rate in zip(blocks, calculate_drop_path_rates(options.drop_path_rate, len(blocks))):
+        rates: list[float] = calculate_drop_path_rates(options.drop_path_rate, len(blocks))  # type: ignore[assignment]
+        for block, rate in zip(blocks, rates):
             block.drop_path = DropPath(rate) if rate > 0 else None
         self.num_features = num_features
         self.head_drop = nn.Dropout(options.drop_rate)

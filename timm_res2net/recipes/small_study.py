@@ -231,7 +231,7 @@ def plot(runs: Sequence[dict[str, Any]], out: str) -> None:
     tasks = list(dict.fromkeys(record['task'] for record in runs))
     scales = sorted({record['scale'] for record in runs})
     figure = new_figure(2.2 * len(scales) * len(tasks), 6)
-    parts: Any = np.atleast_1d(figure.subfigures(1, len(tasks)))
+    parts: Any = np.ravel(figure.subfigures(1, len(tasks)))  # type: ignore[arg-type]  # a figure, or an array of them
     for part, task in zip(parts, tasks):
         upper, lower = part.subfigures(2, 1, height_ratios=(1.4, 1))
         panel, fields = upper.subplots(), np.atleast_1d(lower.subplots(1, len(scales)))

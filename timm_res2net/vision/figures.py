@@ -1,7 +1,7 @@
 """All pictures of the package; the one place that needs matplotlib."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
@@ -81,7 +81,8 @@ def plot_explanation(explanation: Explanation, out: str) -> None:
         OSError: If the file can't be written.
     """
     figure = new_figure(2.6 * max(len(explanation.fields), 3), 6.6)
-    upper, lower = figure.subfigures(2, 1, height_ratios=[1.15, 1])
+    parts: Any = figure.subfigures(2, 1, height_ratios=[1.15, 1])  # an array; the stub says one figure
+    upper, lower = parts
     image, heat, bars = upper.subplots(1, 3)
     image.imshow(explanation.image)
     image.set_title('the image')

@@ -4,7 +4,7 @@ import difflib
 import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import timm
 import torch
@@ -12,7 +12,7 @@ from PIL import Image
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
 from torch import Tensor, nn
 
-from ..models.classifier import as_classifier
+from ..models.classifier import as_classifier, registered_cfg
 from ..weights.checkpoints import load_model
 from ..weights.errors import first_line
 from .images import preprocess, read_image
@@ -38,7 +38,7 @@ class Prediction:
 
 
 def pretrained_model(
-    name: str, weights: str | None = None, device: str | torch.device = 'cpu', **kwargs: object
+    name: str, weights: str | None = None, device: str | torch.device = 'cpu', **kwargs: Any
 ) -> nn.Module:
     """Makes a model with its published weights, or with those of a file, in evaluation mode.
 
@@ -59,7 +59,7 @@ def pretrained_model(
         hint = f'; did you mean {" or ".join(alike)}?' if alike else '; `timm-res2net list` shows the family'
         raise UnknownModelError(f'there is no model {name}{hint}')
     try:
-        published = hosted or timm.get_pretrained_cfg(name).has_weights
+        published = hosted or registered_cfg(name).has_weights
     except RuntimeError:
         tags = ', '.join(timm.list_pretrained(f'{arch}.*'))
         raise UnknownModelError(f'there are no weights {tag} of {arch}; there are {tags or "none"}') from None

@@ -8,11 +8,10 @@ from typing import Any
 
 import timm
 import torch
-from timm.models import get_pretrained_cfg
 from torch import nn
 
 from ..models.block import first_blocks
-from ..models.classifier import as_classifier
+from ..models.classifier import as_classifier, registered_cfg
 from ..models.variants import ARCHS, WEIGHTS, default_cfg
 from .checkpoints import Checkpoint, find_architecture, read_checkpoint, require_same_function
 from .dialects import DIALECTS, export
@@ -75,7 +74,7 @@ def convert(
     origin = dict(file=Path(file).name, sha256=sha256(file), dialect=checkpoint.translation.dialect)
     tags = [key for key in WEIGHTS if key.split('.')[0] == name and not args]
     published = [key for key in tags if Path(WEIGHTS[key].cfg.get('url', '')).name == origin['file']]
-    cfg = get_pretrained_cfg(published[0]).to_dict(remove_source=True) if published else default_cfg(name)
+    cfg = registered_cfg(published[0]).to_dict(remove_source=True) if published else default_cfg(name)
     config = make_config(network, name, args, cfg, converted_from=origin)
     if not dry_run:
         state = {key: checkpoint.state[key].contiguous() for key in network.state_dict()}

@@ -10,7 +10,7 @@ import ssl
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, NoReturn, TypeVar
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlparse
 
@@ -112,7 +112,7 @@ def transfer(url: str, path: str) -> dict[str, str]:
         ConnectionError: If that fails.
     """
     headers: dict[str, str] = {}
-    bar = tqdm(desc=Path(urlparse(url).path).name, unit='B', unit_scale=True, disable=None, leave=False)
+    bar: tqdm[NoReturn] = tqdm(desc=Path(urlparse(url).path).name, unit='B', unit_scale=True, disable=None, leave=False)
     with bar, open(path, 'wb') as file:
         try:
             retrying(lambda error: isinstance(error, TransferError) and error.transient)(
@@ -126,7 +126,7 @@ def transfer(url: str, path: str) -> dict[str, str]:
     return headers
 
 
-def transfer_once(url: str, file: IO[bytes], headers: dict[str, str], bar: tqdm) -> None:
+def transfer_once(url: str, file: IO[bytes], headers: dict[str, str], bar: 'tqdm[NoReturn]') -> None:
     """Requests a file, or the rest of it if the server said how to resume (ETag) in `headers`, which it updates.
 
     Raises:

@@ -343,7 +343,7 @@ def read_mindspore(path: str) -> Contents:
     """Reads MindSpore's checkpoint: Checkpoint {1: Value {1: name, 2: Tensor {1: sizes, 2: type, 3: bytes}}}."""
     types = {'Float32': 'f4', 'Float16': 'f2', 'Float64': 'f8', 'BFloat16': 'bf16', 'Int32': 'i4', 'Int64': 'i8'}
     data = memoryview(Path(path).read_bytes())
-    if data[-17:-10] == b'crc_num':  # a check sum that some versions append
+    if bytes(data[-17:-10]) == b'crc_num':  # a check sum that some versions append
         data = data[:-17]
     tensors: dict[str, Any] = {}
     for number, value in fields(data):

@@ -1,0 +1,289 @@
+"""Downloads survive transient faults, and leave nothing behind when they fail."""
+
+import base64
+import hashlib
+import http.server
+import logging
+import re
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tenacity
+import timm
+import torch
+from safetensors.torch import save
+from support import TINY, randomise, tiny
+from torch import Tensor
+
+import timm_res2net.weights.download
+from timm_res2net import CheckpointError, export_checkpoint
+from timm_res2net.models.variants import WEIGHTS
+from timm_res2net.weights.download import download
+from timm_res2net.weights.files import sha256
+from timm_res2net.weights.readers import read
+
+CONTENT = bytes(range(256)) * 4000  # 1 MB
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Stands in for the owner of a file: serves `files`, with one fault of `faults` for each request until they end."""
+
+    def __init__(self) -> None:
+        super().__init__(('127.0.0.1', 0), Handler)
+        self.files: dict[str, bytes] = {}
+        self.headers: dict[str, str] = {'ETag': '"1"'}
+        self.faults: list[Any] = []
+        self.requests: list[dict[str, str]] = []
+
+    @property
+    def url(self) -> str:
+        return f'http://127.0.0.1:{self.server_port}'
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    server: Server
+
+    def log_message(self, *args: Any) -> None: ...
+
+    def do_GET(self) -> None:
+        self.server.requests.append(dict(self.headers.items()))
+        fault = self.server.faults.pop(0) if self.server.faults else None
+        body = self.server.files.get(self.path)
+        if body is None or isinstance(fault, int):
+            self.send_error(404 if body is None else fault)
+            return
+        start = int(self.headers.get('Range', 'bytes=0-')[6:-1]) if fault != 'no range' else 0
+        self.send_response(206 if start else 200)
+        for key, value in self.server.headers.items():
+            self.send_header(key, value)
+        self.send_header('Content-Length', str(len(body) - start))
+        self.end_headers()
+        body = body[start:]
+        if fault in ('cut', 'no range, cut'):
+            body = body[: len(body) // 2]
+        elif fault == 'damaged':
+            body = bytes([body[0] ^ 1]) + body[1:]
+        self.wfile.write(body)
+
+
+@pytest.fixture
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setitem(timm_res2net.weights.download.BACKOFF, 'wait', tenacity.wait_none())
+    monkeypatch.setitem(timm_res2net.weights.download.BACKOFF, 'stop', tenacity.stop_after_attempt(4))
+    with Server() as running:
+        running.files['/file.bin'] = CONTENT
+        threading.Thread(target=running.serve_forever, kwargs={'poll_interval': 0.01}, daemon=True).start()
+        yield running
+        running.shutdown()
+
+
+def contents(path: str) -> bytes:
+    return Path(path).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ('faults', 'ranges'),
+    [
+        ([], [None]),
+        (['cut'], [None, 512_000]),
+        (['cut', 'cut', 'cut'], [None, 512_000, 768_000, 896_000]),
+        (['cut', 'no range'], [None, 512_000]),
+        ([503, 429], [None, None, None]),
+        (['cut', 503], [None, 512_000, 512_000]),
+    ],
+    ids=['well', 'cut', 'cut again and again', 'ranges ignored', 'busy', 'busy after a cut'],
+)
+def test_a_download_survives_what_passes(
+    faults: list[Any], ranges: list[int | None], server: Server, tmp_path: Path
+) -> None:
+    server.faults = faults
+    folder = tmp_path / 'new' / 'folder'
+    assert download(f'{server.url}/file.bin', folder, contents) == CONTENT
+    assert [(path.name, path.read_bytes()) for path in folder.iterdir()] == [('file.bin', CONTENT)]
+    asked = [f'bytes={start}-' if start else None for start in ranges]
+    assert [request.get('Range') for request in server.requests] == asked
+
+
+def test_a_file_without_an_etag_is_never_pieced_together(server: Server, tmp_path: Path) -> None:
+    server.headers, server.faults = {}, ['cut']
+    assert download(f'{server.url}/file.bin', tmp_path, contents) == CONTENT
+    assert [request.get('Range') for request in server.requests] == [None, None]
+
+
+def test_a_file_that_is_there_is_not_asked_for(server: Server, tmp_path: Path) -> None:
+    download(f'{server.url}/file.bin', tmp_path, contents)
+    download(f'{server.url}/file.bin', tmp_path, contents)
+    assert len(server.requests) == 1
+
+
+@pytest.mark.parametrize(
+    ('faults', 'headers', 'message'),
+    [
+        (['cut'] * 4, {}, r'the connection was cut after 512,000 of 1,024,000 bytes'),
+        ([404], {}, 'the server answers 404 Not Found'),
+        ([503] * 4, {}, 'the server answers 503'),
+        (['damaged'], {'Content-MD5': base64.b64encode(hashlib.md5(CONTENT).digest()).decode()}, 'its MD5 differs'),
+    ],
+    ids=['cut for good', 'absent', 'busy for good', 'damaged'],
+)
+def test_a_download_that_fails_leaves_nothing(
+    faults: list[Any], headers: dict[str, str], message: str, server: Server, tmp_path: Path
+) -> None:
+    server.faults, server.headers = faults, headers
+    with pytest.raises(ConnectionError, match=message):
+        download(f'{server.url}/file.bin', tmp_path, contents)
+    assert list(tmp_path.iterdir()) == []
+    server.faults, server.headers = [], {}
+    assert download(f'{server.url}/file.bin', tmp_path, contents) == CONTENT
+
+
+def test_a_server_that_is_not_there_is_named(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(ConnectionError, match=r'http://127.0.0.1:9/x can not be downloaded: .*refused.*offline'):
+        download('http://127.0.0.1:9/x', tmp_path, contents)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_hash_in_the_name_is_checked(server: Server, tmp_path: Path) -> None:
+    beginning = hashlib.sha256(CONTENT).hexdigest()[:8]
+    server.files = {f'/net-{beginning}.ckpt': CONTENT, '/net-00000000.ckpt': CONTENT}
+    assert download(f'{server.url}/net-{beginning}.ckpt', tmp_path, contents)
+    with pytest.raises(ConnectionError, match='its SHA-256 differs'):
+        download(f'{server.url}/net-00000000.ckpt', tmp_path, contents)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_file_that_can_not_be_read_is_not_kept(server: Server, tmp_path: Path) -> None:
+    with pytest.raises(ConnectionError, match=r'is of no use: file\.bin is no file of weights'):
+        download(f'{server.url}/file.bin', tmp_path, read)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_interrupted_download_leaves_nothing(server: Server, tmp_path: Path) -> None:
+    def interrupt(path: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        download(f'{server.url}/file.bin', tmp_path, interrupt)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_attempts_are_logged(server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    server.faults = [503]
+    with caplog.at_level(logging.INFO, 'timm_res2net'):
+        download(f'{server.url}/file.bin', tmp_path, contents)
+    assert [record.message.split(': ')[-1] for record in caplog.records][1:] == [
+        'the server answers 503 Service Unavailable; trying again in 0 s'
+    ]
+
+
+# Weights at their owners' addresses
+
+FOREIGN = {name: weights.cfg['url'] for name, weights in WEIGHTS.items() if 'url' in weights.cfg}
+
+
+def served(server: Server, url: str, content: bytes) -> dict[str, Any]:
+    """Has a file served in the place of a published one; returns what makes timm ask for it there."""
+    path = '/' + url.split('/', 3)[3]
+    server.files[path] = content
+    return dict(url=server.url + path, custom_load=True)
+
+
+def test_all_twelve_published_sets_have_an_address() -> None:
+    assert len(FOREIGN) == 12
+    for name, url in FOREIGN.items():
+        cfg = timm.get_pretrained_cfg(name)
+        assert (cfg.url, cfg.custom_load, cfg.license) == (url, True, 'apache-2.0')
+        assert url.startswith('https://')
+        assert 'resizes' in cfg.notes[0]
+        assert f'{WEIGHTS[name].top1:.2f} %' in cfg.description
+
+
+@pytest.mark.parametrize('name', [name for name in FOREIGN if 'mindcv' not in name])
+def test_weights_of_paddleclas_come_from_their_address(name: str, server: Server, tmp_path: Path) -> None:
+    arch, args = name.split('.')[0], dict(layers=(1, 1, 1, 1), base_width=4)
+    torch.manual_seed(0)
+    expected = randomise(timm.create_model(arch, num_classes=5, **args)).eval()
+    export_checkpoint(expected, tmp_path / 'file', 'paddleclas')
+    overlay = served(server, FOREIGN[name], (tmp_path / 'file').read_bytes())
+    options = dict(pretrained=True, cache_dir=tmp_path / 'cache', pretrained_cfg_overlay={**overlay, 'num_classes': 5})
+    for _ in range(2):
+        model = timm.create_model(name, **options, **args).eval()
+        torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=0, atol=0)
+        server.faults = [503] * 100  # from now on it can be had from the cache only
+    assert [file.name for file in (tmp_path / 'cache').iterdir()] == [FOREIGN[name].split('/')[-1]]
+
+
+@pytest.mark.parametrize('name', [name for name in FOREIGN if 'mindcv' in name])
+def test_weights_of_mindcv_come_from_their_address_if_their_hash_is_right(
+    name: str, server: Server, tmp_path: Path, references: Callable[[str], Path]
+) -> None:
+    deep = name.split('.')[0].endswith('d')
+    file = references('mindspore') / ('res2net_v1b.ckpt' if deep else 'res2net.ckpt')
+    args = dict(layers=(1, 2, 1, 1), **(dict(base_width=3, scale=3) if deep else dict(base_width=2)))
+    overlay = served(server, FOREIGN[name], file.read_bytes())
+    options = dict(pretrained=True, cache_dir=tmp_path, **args)
+    with pytest.raises(ConnectionError, match='SHA-256 differs'):
+        timm.create_model(name, pretrained_cfg_overlay={**overlay, 'num_classes': 5}, **options)
+    renamed = FOREIGN[name].rpartition('-')[0] + f'-{sha256(file)[:8]}.ckpt'
+    overlay = served(server, renamed, file.read_bytes())
+    model = timm.create_model(name, pretrained_cfg_overlay={**overlay, 'num_classes': 5}, **options)
+    torch.testing.assert_close(model.fc.weight.detach(), read(file).nested['classifier.weight'], rtol=0, atol=0)
+
+
+def test_a_file_without_a_res2net_is_not_kept(server: Server, tmp_path: Path) -> None:
+    name = 'res2net50_vd_26w_4s.ssld_in1k'
+    overlay = served(server, FOREIGN[name], save({'layer1.0.conv2.weight': torch.ones(1)}))
+    with pytest.raises(ConnectionError, match=r'is of no use: .* there is no Res2Net among'):
+        timm.create_model(name, pretrained=True, cache_dir=tmp_path, pretrained_cfg_overlay=overlay)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_sized_weights_are_adapted_as_timm_adapts_its_own(server: Server, tmp_path: Path, images: Tensor) -> None:
+    name = 'res2net50_vd_26w_4s.ssld_in1k'
+    torch.manual_seed(0)
+    published = randomise(timm.create_model(name)).eval()
+    export_checkpoint(published, tmp_path / 'file', 'paddleclas')
+    assert (tmp_path / 'file').stat().st_size > 100_000_000
+    overlay = served(server, FOREIGN[name], (tmp_path / 'file').read_bytes())
+    server.faults = ['cut']
+    for changes in ({}, dict(in_chans=1), dict(num_classes=7), dict(features_only=True, in_chans=4)):
+        outputs = []
+        for source in (overlay, dict(state_dict=published.state_dict(), url=None, custom_load=False)):
+            torch.manual_seed(1)
+            options = dict(pretrained=True, cache_dir=tmp_path / 'cache', pretrained_cfg_overlay=source)
+            model = timm.create_model(name, **options, **changes).eval()
+            with torch.inference_mode():
+                outputs.append(model(images[:1, :1].expand(-1, changes.get('in_chans', 3), -1, -1)))
+        torch.testing.assert_close(*outputs, rtol=0, atol=0)
+    assert len(server.requests) == 2
+
+
+def test_weights_of_another_function_are_refused_before_they_are_fetched(server: Server, tmp_path: Path) -> None:
+    for name, function in (('res2net50_vd_26w_4s', 'official'), ('res2net50d', 'mmdet')):
+        with pytest.raises(ValueError, match=f"would compute something else with '{function}'"):
+            timm.create_model(name, pretrained=True, first_block=function)
+    with pytest.raises(ValueError, match='would compute something else'):
+        timm.create_model('res2net50d', pretrained=True, block_args=dict(first_block='paddle'))
+
+
+def test_a_file_of_another_function_in_the_place_of_published_weights_is_refused(tmp_path: Path) -> None:
+    export_checkpoint(tiny('paddle'), tmp_path / 'file.pdparams', 'paddleclas')
+    names = {name: re.sub(r'^conv1\.', 'stem.', re.sub(r'^bn1\.', 'stem.7.', name)) for name in tiny().state_dict()}
+    detector = {f'backbone.{names[name]}': tensor for name, tensor in tiny().state_dict().items()}
+    torch.save(detector, tmp_path / 'file.pth')
+    for file, custom_load, function in (('file.pdparams', True, 'paddle'), ('file.pth', False, 'mmdet')):
+        overlay = dict(file=str(tmp_path / file), custom_load=custom_load, num_classes=4)
+        with pytest.raises(CheckpointError, match=f"is of a network with first_block='{function}'"):
+            timm.create_model('test_res2net', pretrained=True, pretrained_cfg_overlay=overlay, **TINY)
+
+
+def test_a_foreign_file_that_timm_reads_is_adapted_too(tmp_path: Path) -> None:
+    state = {f'backbone.{name}': tensor for name, tensor in tiny().state_dict().items()}
+    state = {name.replace('backbone.fc.', 'head.fc.'): tensor for name, tensor in state.items()}
+    (tmp_path / 'file.safetensors').write_bytes(save(state))
+    overlay = dict(file=str(tmp_path / 'file.safetensors'), num_classes=4)
+    model = timm.create_model('test_res2net', pretrained=True, pretrained_cfg_overlay=overlay, **TINY)
+    torch.testing.assert_close(model.state_dict(), tiny().state_dict(), rtol=0, atol=0)
