@@ -34,8 +34,8 @@ atexit.register(shutil.rmtree, os.environ['HF_HOME'], ignore_errors=True)
 
 
 @pytest.fixture
-def build() -> Callable[[str], nn.Module]:
-    """Builds a registered model in eval mode with randomised norms, once for all tests: leave it as it is."""
+def build() -> Callable[..., nn.Module]:
+    """Builds a registered model, shallow unless `full`, once for all tests of a process: leave it as it is."""
     return built
 
 

@@ -2,13 +2,21 @@
 
 import subprocess
 import sys
+from collections.abc import Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import timm
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from timm_res2net.models.biglittle import Res2NetBigLittle
+from timm_res2net.models.cifar import Res2NetCifar
+from timm_res2net.models.dla import Res2NetDla
+from timm_res2net.models.resnet import Res2Net
+from timm_res2net.models.variants import ARCHS
 
 ROOT = Path(__file__).parents[1]
 
@@ -31,11 +39,43 @@ def randomise(model: nn.Module) -> nn.Module:
     return model
 
 
+# Arguments that leave as few blocks as show all that a trunk does. All else of a registered model stays as it is.
+SHALLOW: dict[type[nn.Module], dict[str, Any]] = {
+    Res2Net: dict(layers=(1, 2, 1, 1)),
+    Res2NetDla: dict(levels=(1, 1, 1, 2, 1, 1)),
+    Res2NetBigLittle: dict(layers=(2, 2, 3, 1)),
+    Res2NetCifar: dict(layers=(1, 2, 1)),
+}
+
+
+def shallow(name: str) -> dict[str, Any]:
+    """Arguments that make a registered model shallow; test_res2net is."""
+    return {} if name == 'test_res2net' else SHALLOW[ARCHS[name].trunk]
+
+
 @cache
-def built(name: str) -> nn.Module:
-    """A registered model in evaluation mode with randomised norms."""
+def built(name: str, full: bool = False) -> nn.Module:
+    """A registered model, shallow unless `full`, in evaluation mode with randomised norms."""
     torch.manual_seed(0)
-    return randomise(timm.create_model(name)).eval()
+    return randomise(timm.create_model(name, **({} if full else shallow(name)))).eval()
+
+
+def fitting(name: str, images: Tensor) -> Tensor:
+    """Images for a model: the networks for CIFAR, which hardly shrink them, get a corner."""
+    return images[..., :16, :16] if ARCHS[name].trunk is Res2NetCifar else images
+
+
+# One name of each kind, for what takes long and depends on the kind only.
+KINDS = (
+    *('res2net50_26w_4s', 'res2next50', 'seres2net50_26w_4s', 'res2net50_vd_26w_4s', 'test_res2net'),
+    *('dla60_res2net', 'blres2net50_26w_4s', 'res2next29_6c_24w_4s'),
+)
+TRUNKS = 'test_res2net', 'dla60_res2net', 'blres2net50_26w_4s', 'res2next29_6c_24w_4s'
+
+
+def slow_but(fast: Sequence[Any], values: Iterable[Any]) -> list[Any]:
+    """Values for `parametrize`, all of them slow but some."""
+    return [value if value in fast else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
 def tiny(first_block: str = 'official', **arguments: Any) -> nn.Module:

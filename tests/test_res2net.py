@@ -12,7 +12,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import safe_open, save_file
-from support import randomise
+from support import KINDS, fitting, randomise, shallow, slow_but
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -31,18 +31,6 @@ TIMMS_OWN = {
     if hasattr(module, name)
 }
 BLOCK_ARGUMENTS = dict(act_layer='silu', norm_layer='groupnorm1', attn_layer='eca', drop_path_rate=0.1)
-# One of each kind, shallow, for what takes long and depends on the kind only.
-KINDS: dict[str, dict[str, Any]] = {
-    'res2net50_26w_4s': dict(layers=(1, 2, 1, 1)),
-    'res2next50': dict(layers=(1, 2, 1, 1)),
-    'seres2net50_26w_4s': dict(layers=(1, 2, 1, 1)),
-    'res2net50_vd_26w_4s': dict(layers=(1, 2, 1, 1)),
-    'dla60_res2net': dict(levels=(1, 1, 1, 2, 1, 1)),
-    'blres2net50_26w_4s': dict(layers=(2, 2, 3, 1)),
-    'res2next29_6c_24w_4s': dict(layers=(1, 2, 1)),
-    'test_res2net': {},
-}
-
 every_name = pytest.mark.parametrize('name', ARCHS)
 every_kind = pytest.mark.parametrize('name', KINDS)
 
@@ -50,11 +38,6 @@ every_kind = pytest.mark.parametrize('name', KINDS)
 def strides(name: str) -> tuple[int, ...]:
     """Output strides that a model can have."""
     return {Res2NetCifar: (1, 2, 4), Res2NetBigLittle: (16, 32)}.get(ARCHS[name].trunk, (8, 16, 32))
-
-
-def fitting(name: str, images: Tensor) -> Tensor:
-    """Images for a model: the networks for CIFAR, which hardly shrink them, get a corner."""
-    return images[..., :16, :16] if ARCHS[name].trunk is Res2NetCifar else images
 
 
 def python(code: str) -> str:
@@ -135,11 +118,13 @@ def test_importing_again_changes_nothing() -> None:
 # Parity with timm
 
 
+@pytest.mark.parametrize('full', [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('name', TIMMS_OWN)
-def test_outputs_and_gradients_equal_timms_bit_for_bit(name: str, images: Tensor) -> None:
+def test_outputs_and_gradients_equal_timms_bit_for_bit(name: str, full: bool, images: Tensor) -> None:
     torch.manual_seed(0)
-    theirs = randomise(TIMMS_OWN[name]())
-    ours = timm.create_model(name)
+    arguments = {} if full else shallow(name)
+    theirs = randomise(TIMMS_OWN[name](**arguments))
+    ours = timm.create_model(name, **arguments)
     ours.load_state_dict(theirs.state_dict())
     assert list(ours.state_dict()) == list(theirs.state_dict())
     for training in (False, True):
@@ -158,9 +143,9 @@ def test_outputs_and_gradients_equal_timms_bit_for_bit(name: str, images: Tensor
 @pytest.mark.parametrize('name', ['res2net50d', 'dla60_res2net'])
 def test_same_seed_gives_the_same_initial_weights_as_timm(name: str) -> None:
     torch.manual_seed(3)
-    ours = timm.create_model(name)
+    ours = timm.create_model(name, **shallow(name))
     torch.manual_seed(3)
-    theirs = TIMMS_OWN[name]()
+    theirs = TIMMS_OWN[name](**shallow(name))
     torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=0, atol=0)
 
 
@@ -168,8 +153,9 @@ def test_same_seed_gives_the_same_initial_weights_as_timm(name: str) -> None:
 @pytest.mark.parametrize('name', ['res2net50_26w_4s', 'res2net50d'])
 def test_dilated_outputs_equal_timms_bit_for_bit(name: str, output_stride: int, images: Tensor) -> None:
     torch.manual_seed(0)
-    theirs = randomise(TIMMS_OWN[name](output_stride=output_stride)).eval()
-    ours = timm.create_model(name, output_stride=output_stride).eval()
+    arguments = dict(output_stride=output_stride, **shallow(name))
+    theirs = randomise(TIMMS_OWN[name](**arguments)).eval()
+    ours = timm.create_model(name, **arguments).eval()
     ours.load_state_dict(theirs.state_dict())
     torch.testing.assert_close(ours(images), theirs(images), rtol=0, atol=0)
 
@@ -181,7 +167,7 @@ def test_pretrained_weights_are_adapted_as_timm_does(
 ) -> None:
     file = str(tmp_path / 'weights.safetensors')
     save_file(build(name).state_dict(), file)
-    options = dict(pretrained=True, pretrained_cfg_overlay=dict(file=file), **changes)
+    options = dict(pretrained=True, pretrained_cfg_overlay=dict(file=file), **changes, **shallow(name))
     x = torch.randn(1, changes.get('in_chans', 3), 64, 64)
     outputs = []
     for make in (TIMMS_OWN[name], timm.models.model_entrypoint(name)):
@@ -194,12 +180,17 @@ def test_pretrained_weights_are_adapted_as_timm_does(
 
 
 @every_name
-def test_parameters_and_multiply_adds_are_those_of_the_table(name: str) -> None:
+def test_parameters_are_those_of_the_table(name: str) -> None:
+    model = timm.create_model(name, device='meta')
+    assert sum(p.numel() for p in model.parameters()) == ARCHS[name].params
+
+
+@pytest.mark.parametrize('name', slow_but(['test_res2net', 'res2net50d', 'res2next29_6c_24w_4s'], ARCHS))
+def test_multiply_adds_are_those_of_the_table(name: str) -> None:
     model = timm.create_model(name, device='meta').eval()
     with FlopCounterMode(display=False) as counter:
         size = 32 if isinstance(model, Res2NetCifar) else 224
         model(torch.empty(1, 3, size, size, device='meta'))
-    assert sum(p.numel() for p in model.parameters()) == ARCHS[name].params
     assert round(counter.get_total_flops() / 2e9, 3) == ARCHS[name].gmacs
 
 
@@ -238,7 +229,7 @@ def test_each_keyword_takes_effect(name: str, stride: int) -> None:
         dtype=torch.float64,
         **BLOCK_ARGUMENTS,
     )
-    model = timm.create_model(name, **arguments)
+    model = timm.create_model(name, **arguments, **shallow(name))
     block = [module for module in model.modules() if isinstance(module, Bottle2neck)][-1]
     kinds = {type(module).__name__ for module in block.modules()}
     assert {'SiLU', 'GroupNorm1', 'EcaModule', 'DropPath', 'DropBlock2d'} <= kinds
@@ -300,7 +291,7 @@ def test_head_and_features_make_the_forward(name: str, build: Any, images: Tenso
 
 @every_name
 def test_classifier_can_be_replaced(name: str) -> None:
-    model = timm.create_model(name, device='meta')
+    model = timm.create_model(name, device='meta', **shallow(name))
     features = torch.empty(2, model.num_features, 2, 2, device='meta')
     assert model.get_classifier() is model.get_submodule(model.get_classifier(name_only=True))
     model.reset_classifier(11, 'catavgmax')
@@ -310,7 +301,7 @@ def test_classifier_can_be_replaced(name: str) -> None:
     assert model.forward_head(features).shape == (2, 2 * model.num_features)
     model.reset_classifier(0, '')
     assert model.forward_head(features).shape == features.shape
-    without = timm.create_model(name, num_classes=0, device='meta')
+    without = timm.create_model(name, num_classes=0, device='meta', **shallow(name))
     assert without.forward_head(features).shape == (2, model.num_features)
 
 
@@ -322,7 +313,7 @@ def test_intermediates_are_what_the_modules_compute(name: str, build: Any, image
     assert len(intermediates) == len(model.feature_info)
     for info, feature in zip(model.feature_info, intermediates):
         assert feature.shape == (2, info['num_chs'], *(pixels // info['reduction'] for pixels in images.shape[2:]))
-    features = timm.create_model(name, features_only=True, device='meta').to_empty(device='cpu').eval()
+    features = timm.create_model(name, features_only=True, device='meta', **shallow(name)).to_empty(device='cpu').eval()
     features.load_state_dict(model.state_dict(), strict=False)
     for index, feature in zip(features.feature_info.out_indices, features(images)):
         torch.testing.assert_close(feature, intermediates[index], rtol=0, atol=0)
@@ -335,13 +326,15 @@ def test_pruning_keeps_what_is_wanted(name: str, build: Any, images: Tensor) -> 
     assert model.prune_intermediate_layers([1, 2]) == [1, 2]
     pruned = model.forward_intermediates(images, indices=[1, 2], intermediates_only=True, stop_early=True)
     torch.testing.assert_close(pruned, expected, rtol=0, atol=0)
-    assert sum(p.numel() for p in model.parameters()) < ARCHS[name].params / 3
+    whole = sum(p.numel() for p in build(name).parameters())
+    assert sum(p.numel() for p in model.parameters()) < whole / 2
     assert model(images).shape[1] == model.num_features
 
 
 @pytest.mark.parametrize(('name', 'output_stride'), [(name, stride) for name in ARCHS for stride in strides(name)])
 def test_features_have_the_announced_shapes(name: str, output_stride: int) -> None:
-    model = timm.create_model(name, features_only=True, output_stride=output_stride, device='meta')
+    options = dict(features_only=True, output_stride=output_stride, **shallow(name))
+    model = timm.create_model(name, device='meta', **options)
     assert max(model.feature_info.reduction()) == output_stride
     size = (64, 43)  # an even and an odd one
     features = model(torch.empty(1, 3, *size, device='meta'))
@@ -352,7 +345,7 @@ def test_features_have_the_announced_shapes(name: str, output_stride: int) -> No
 @every_name
 @pytest.mark.parametrize('in_chans', [1, 4])
 def test_other_numbers_of_image_channels(name: str, in_chans: int) -> None:
-    model = timm.create_model(name, in_chans=in_chans, device='meta')
+    model = timm.create_model(name, in_chans=in_chans, device='meta', **shallow(name))
     assert model.in_chans == in_chans
     assert model.get_submodule(model.default_cfg['first_conv']).in_channels == in_chans
 
@@ -371,8 +364,8 @@ def test_layer_decay_covers_each_parameter_once(name: str) -> None:
 def test_every_kind_of_feature_extractor_agrees(name: str, feature_cls: str, images: Tensor) -> None:
     torch.manual_seed(0)
     images = fitting(name, images)
-    options = dict(features_only=True, out_indices=(1, -1), **KINDS[name])
-    expected = randomise(timm.create_model(name, **KINDS[name])).eval()
+    options = dict(features_only=True, out_indices=(1, -1), **shallow(name))
+    expected = randomise(timm.create_model(name, **shallow(name))).eval()
     model = timm.create_model(name, feature_cls=feature_cls, **options).eval()
     prefix = {'hook': 'body.', 'getter': 'model.', 'fx': 'graph_module.'}.get(feature_cls, '')
     state = {prefix + key: tensor for key, tensor in expected.state_dict().items()}
@@ -383,10 +376,10 @@ def test_every_kind_of_feature_extractor_agrees(name: str, feature_cls: str, ima
     torch.testing.assert_close(list(features), wanted, rtol=0, atol=0)
 
 
-@every_kind
+@pytest.mark.parametrize('name', slow_but(['test_res2net'], KINDS))
 def test_scripting_tracing_export_and_compilation_keep_the_output(name: str, images: Tensor) -> None:
     torch.manual_seed(0)
-    model = randomise(timm.create_model(name, **KINDS[name])).eval()
+    model = randomise(timm.create_model(name, **shallow(name))).eval()
     images = fitting(name, images)
     expected = model(images)
     for converted in (
@@ -413,7 +406,7 @@ def test_checkpointing_leaves_gradients_and_norm_statistics_exact(
     name: str, features_only: bool, images: Tensor
 ) -> None:
     images = fitting(name, images)
-    options = dict(features_only=features_only, drop_path_rate=0.2, drop_block_rate=0.1, **KINDS[name])
+    options = dict(features_only=features_only, drop_path_rate=0.2, drop_block_rate=0.1, **shallow(name))
     results = []
     for enable in (False, True):
         torch.manual_seed(0)
@@ -425,7 +418,7 @@ def test_checkpointing_leaves_gradients_and_norm_statistics_exact(
 
 @every_kind
 def test_checkpointing_saves_memory(name: str, images: Tensor) -> None:
-    model = timm.create_model(name, **KINDS[name]).train()
+    model = timm.create_model(name, **shallow(name)).train()
     parameters = {p.data_ptr() for p in model.parameters()}
     saved: dict[bool, int] = {}
     for enable in (False, True):
@@ -443,12 +436,13 @@ def test_checkpointing_saves_memory(name: str, images: Tensor) -> None:
     assert saved[True] < saved[False] / 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['test_res2net', 'dla60_res2net'])
 def test_checkpointed_training_compiles_without_a_graph_break(name: str, images: Tensor) -> None:
     results = []
     for compile_it in (False, True):
         torch.manual_seed(0)
-        model = randomise(timm.create_model(name, **KINDS[name]))
+        model = randomise(timm.create_model(name, **shallow(name)))
         model.set_grad_checkpointing()
         runner = torch.compile(model, fullgraph=True, backend='aot_eager') if compile_it else model
         results.append(step(runner, images))

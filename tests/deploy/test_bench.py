@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import timm
 import torch
-from support import tiny
+from support import shallow, tiny
 from torch import Tensor, nn
 
 import timm_res2net.deploy.bench
 from timm_res2net import fuse
 from timm_res2net.__main__ import main
-from timm_res2net.deploy.bench import Counter, Result, Run, bench, ours_eager, storages_of
+from timm_res2net.deploy.bench import Counter, Plan, Result, Run, Way, bench, ours_eager, storages_of
 from timm_res2net.models.variants import ARCHS
 from timm_res2net.res2net import timm_entrypoint
 from timm_res2net.vision.figures import plot_bench
@@ -38,9 +38,11 @@ def counted(model: nn.Module, x: Tensor, train: bool = False) -> tuple[int, int]
     return counter.operators, counter.allocated
 
 
+@pytest.mark.parametrize('full', [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('name', TIMMS)
-def test_less_work_than_timms_own_in_inference_and_not_more_in_training(name: str, images: Tensor) -> None:
-    theirs, ours = timm_entrypoint(name)(), timm.create_model(name)
+def test_less_work_than_timms_own_in_inference_and_not_more_in_training(name: str, full: bool, images: Tensor) -> None:
+    arguments = {} if full else shallow(name)
+    theirs, ours = timm_entrypoint(name)(**arguments), timm.create_model(name, **arguments)
     for training in (True, False):
         pairs = zip(*(counted(model.train(training), images, training) for model in (ours, theirs)))
         assert all(mine <= timms for mine, timms in pairs)
@@ -91,6 +93,7 @@ def test_what_is_kept_is_counted_once_and_without_parameters() -> None:
     assert saved_bytes(layers, torch.ones(2, 4)) == 2 * 2 * 4 * 4  # what each activation returns, 32 bytes
 
 
+@pytest.mark.slow
 def test_a_training_step_compiles_without_a_graph_break(images: Tensor) -> None:
     torch._dynamo.reset()
     model: Any = tiny().train()
@@ -102,7 +105,34 @@ def test_a_training_step_compiles_without_a_graph_break(images: Tensor) -> None:
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-3, atol=1e-4)
 
 
-def test_bench_compares_with_timm_entrypoint() -> None:
+class InlineWorker:
+    """Takes the place of a worker's process, which takes seconds to start."""
+
+    def __init__(self, way: Way, plan: Plan, device: torch.device) -> None:
+        self.way, self.device = way, device
+        self.connection = self.process = self
+        self.train = plan.train
+        with torch.set_grad_enabled(self.train):
+            x = torch.ones(plan.batch, 3, plan.size, plan.size)
+            self.run = way.make(plan.model, x, way.dtype)
+
+    def close(self) -> None: ...
+
+    def join(self) -> None: ...
+
+    def ask(self, question: Any = None) -> Any:
+        with torch.set_grad_enabled(self.train):
+            return self.run().detach() if question is None else question(self.run, self.device)
+
+
+@pytest.fixture(params=['inline', pytest.param('process', marks=pytest.mark.slow)])
+def workers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if request.param == 'inline':
+        monkeypatch.setattr(timm_res2net.deploy.bench, 'Worker', InlineWorker)
+
+
+@pytest.mark.usefixtures('workers')
+def test_bench_compares_with_timms_own() -> None:
     results = bench(['res2net50_26w_4s'], batches=(1,), sizes=(32,), dtypes=(), rounds=2)
     assert [each.way for each in results] == ['timm', 'timm_res2net, as it is', 'timm_res2net, fused']
     theirs, ours, fused = results
@@ -116,12 +146,14 @@ def test_bench_compares_with_timm_entrypoint() -> None:
     assert all(0 < each.share_of_peak < 1 for each in results)
 
 
+@pytest.mark.usefixtures('workers')
 def test_bench_of_training() -> None:
     results = bench(['res2net50_26w_4s'], batches=(2,), sizes=(32,), dtypes=(torch.float32,), train=True, rounds=1)
     assert [each.way for each in results] == ['timm', 'timm_res2net', 'timm_res2net, checkpointing']
     assert results[0].operators == results[1].operators
 
 
+@pytest.mark.slow
 def test_bench_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch._dynamo.reset()
     json_file, png = tmp_path / 'speed.json', tmp_path / 'speed.png'
@@ -163,9 +195,10 @@ def failing(name: str, x: Tensor, dtype: torch.dtype) -> Run:
     ('make', 'named'),
     [
         (shifted, r'test_res2net: other in torch\.float32 is .* off what timm_res2net, as it is computes'),
-        (failing, r"other in torch\.float32 can not be measured: 'no such thing'"),
+        pytest.param(failing, r"other in torch\.float32 can not be measured: 'no such thing'", marks=pytest.mark.slow),
     ],
 )
+@pytest.mark.usefixtures('workers')
 def test_what_computes_something_else_or_fails_is_not_measured(
     make: Any, named: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

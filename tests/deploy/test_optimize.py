@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from support import randomise, tiny
+from support import TRUNKS, fitting, randomise, shallow, slow_but, tiny
 from timm.models import reparameterize_model
 from torch import Tensor, nn
 
@@ -32,9 +32,12 @@ def count(model: nn.Module, kind: Any) -> int:
     return sum(isinstance(module, kind) for module in model.modules())
 
 
+@pytest.mark.parametrize('full', [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('name', ARCHS)
-def test_every_model_fuses_without_a_norm_left(name: str, build: Callable[[str], nn.Module], images: Tensor) -> None:
-    model = build(name)
+def test_every_model_fuses_without_a_norm_left(
+    name: str, full: bool, build: Callable[..., nn.Module], images: Tensor
+) -> None:
+    model, images = build(name, full), fitting(name, images)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     fused = fuse(model)
     require_equal(fused, model, images)
@@ -146,10 +149,11 @@ def test_a_model_without_our_blocks_does_not_fuse() -> None:
 
 
 @pytest.mark.parametrize('feature_cls', ['list', 'dict', 'hook', 'getter'])
-@pytest.mark.parametrize('name', ['test_res2net', 'dla60_res2net', 'blres2net50_26w_4s', 'res2next29_6c_24w_4s'])
+@pytest.mark.parametrize('name', TRUNKS)
 def test_fused_models_give_the_same_features(name: str, feature_cls: str, images: Tensor) -> None:
     torch.manual_seed(0)
-    model = randomise(timm.create_model(name, features_only=True, feature_cls=feature_cls)).eval()
+    options = dict(features_only=True, feature_cls=feature_cls, **shallow(name))
+    model, images = randomise(timm.create_model(name, **options)).eval(), fitting(name, images)
     features, expected = fuse(model)(images), model(images)
     if isinstance(features, dict):
         features, expected = features.values(), expected.values()
@@ -164,7 +168,7 @@ def test_features_of_a_fused_model_are_taken_at_the_same_places(images: Tensor) 
         torch.testing.assert_close(feature, wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
 
 
-@pytest.mark.parametrize('first_block', ['official', 'paddle'])
+@pytest.mark.parametrize('first_block', slow_but(['official'], ['official', 'paddle']))
 def test_a_fused_model_scripts_exports_and_traces(first_block: str, images: Tensor) -> None:
     model = tiny(first_block)
     fused = fuse(model)
@@ -195,6 +199,7 @@ def log() -> Iterator[list[tuple[str, str]]]:
     logger.removeHandler(handler)
 
 
+@pytest.mark.slow
 def test_optimized_models_compute_the_same_and_do_not_mix(images: Tensor, log: list[tuple[str, str]]) -> None:
     torch._dynamo.reset()
     first, second = tiny(), randomise(tiny())
@@ -236,6 +241,7 @@ def test_optimized_features(feature_cls: str, images: Tensor) -> None:
         torch.testing.assert_close(feature, wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
 
 
+@pytest.mark.slow
 def test_without_a_compiler_the_model_is_not_compiled_and_the_log_says_why(
     images: Tensor, log: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from support import randomise
 from torch import Tensor, nn
 
+from timm_res2net import load_checkpoint
 from timm_res2net.models.block import FIRST_BLOCKS
 from timm_res2net.models.dla import DlaBottle2neck, Res2NetDla
 
@@ -100,7 +101,7 @@ def authors_file(path: str, model: nn.Module) -> dict[str, Tensor]:
 
 
 def test_the_authors_files_load_strictly_without_their_dead_projections(tmp_path: Any, build: Any) -> None:
-    model = build('dla60_res2net')
+    model = build('dla60_res2net', full=True)
     file = str(tmp_path / 'authors.safetensors')
     state = authors_file(file, model)
     assert len(state) - len(model.state_dict()) == 18
@@ -111,10 +112,23 @@ def test_the_authors_files_load_strictly_without_their_dead_projections(tmp_path
     torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
 
 
+@pytest.mark.parametrize('levels', [(1, 1, 1, 1, 1, 1), (1, 1, 1, 2, 1, 1), (1, 1, 1, 1, 3, 2)])
+def test_projections_of_leaves_are_loaded(levels: tuple[int, ...], tmp_path: Any) -> None:
+    options = dict(levels=levels, channels=(8, 8, 16, 24, 32, 40), num_classes=3)
+    model = randomise(timm.create_model('dla60_res2net', **options))
+    save_file(model.state_dict(), tmp_path / 'a.safetensors')
+    loaded = timm.create_model('dla60_res2net', **options)
+    assert load_checkpoint(loaded, tmp_path / 'a.safetensors').translation.dropped == ()
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
+    overlay = dict(state_dict=model.state_dict(), num_classes=3)
+    loaded = timm.create_model('dla60_res2net', pretrained=True, pretrained_cfg_overlay=overlay, **options)
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
 @pytest.mark.parametrize('damage', ['missing', 'unexpected'])
 def test_any_other_difference_is_an_error(damage: str, tmp_path: Any, build: Any) -> None:
     file = str(tmp_path / 'authors.safetensors')
-    state = authors_file(file, build('dla60_res2net'))
+    state = authors_file(file, build('dla60_res2net', full=True))
     if damage == 'missing':
         del state['level2.tree1.conv1.weight']
     else:

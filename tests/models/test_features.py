@@ -7,24 +7,17 @@ import pytest
 import timm
 import torch
 import torchvision
-from support import randomise
+from support import randomise, shallow
 from timm.layers import FrozenBatchNormAct2d, GroupNorm, freeze_batch_norm_2d, unfreeze_batch_norm_2d
 from torch import Tensor, nn
 
 from timm_res2net.models.pool import DilatedAvgPool2d
 from timm_res2net.models.variants import ARCHS
 
-SHALLOW: dict[str, Any] = dict(layers=(1, 2, 1, 1))
-KINDS: dict[str, dict[str, Any]] = {
-    'res2net50_26w_4s': SHALLOW,
-    'res2next50': SHALLOW,
-    'res2net50d': SHALLOW,
-    'res2net50_pd_26w_4s': SHALLOW,
-    'res2net50_vd_26w_4s': SHALLOW,
-    'dla60_res2net': dict(levels=(1, 1, 1, 2, 1, 1)),
-    'dla60_res2next': dict(levels=(1, 1, 1, 2, 1, 1)),
-    'blres2net50_26w_4s': dict(layers=(2, 2, 3, 1)),
-}
+KINDS = (
+    *('res2net50_26w_4s', 'res2next50', 'res2net50d', 'res2net50_pd_26w_4s', 'res2net50_vd_26w_4s'),
+    *('dla60_res2net', 'dla60_res2next', 'blres2net50_26w_4s'),
+)
 
 
 def exact(name: str, output_stride: int) -> dict[str, Any]:
@@ -38,8 +31,8 @@ def exact(name: str, output_stride: int) -> dict[str, Any]:
 )
 def test_a_dilated_network_computes_the_undilated_one_on_a_denser_grid(name: str, output_stride: int) -> None:
     torch.manual_seed(0)
-    plain = randomise(timm.create_model(name, **KINDS[name])).eval()
-    dilated = timm.create_model(name, **KINDS[name], **exact(name, output_stride)).eval()
+    plain = randomise(timm.create_model(name, **shallow(name))).eval()
+    dilated = timm.create_model(name, **shallow(name), **exact(name, output_stride)).eval()
     dilated.load_state_dict(plain.state_dict())
     x = torch.randn(1, 3, 96, 64)
     wanted, dense = (model.forward_intermediates(x, intermediates_only=True) for model in (plain, dilated))
@@ -50,11 +43,11 @@ def test_a_dilated_network_computes_the_undilated_one_on_a_denser_grid(name: str
 
 def test_timms_form_is_the_default_and_is_off_at_stride_8() -> None:
     torch.manual_seed(0)
-    plain = randomise(timm.create_model('res2net50d', **SHALLOW)).eval()
+    plain = randomise(timm.create_model('res2net50d', **shallow('res2net50d'))).eval()
     x = torch.randn(1, 3, 96, 64)
     wanted = plain.forward_features(x)
     for output_stride, is_exact in ((16, True), (8, False)):
-        dilated = timm.create_model('res2net50d', output_stride=output_stride, **SHALLOW).eval()
+        dilated = timm.create_model('res2net50d', output_stride=output_stride, **shallow('res2net50d')).eval()
         dilated.load_state_dict(plain.state_dict())
         step = 32 // output_stride
         difference = (dilated.forward_features(x)[..., ::step, ::step] - wanted).abs().max() / wanted.abs().max()
@@ -74,7 +67,9 @@ def test_a_pool_of_two_pixels_dilates_as_well(size: tuple[int, int]) -> None:
 
 def test_the_exact_form_can_be_traced_scripted_and_exported() -> None:
     torch.manual_seed(0)
-    model = randomise(timm.create_model('res2net50_vd_26w_4s', output_stride=8, dilate_pool=True, **SHALLOW)).eval()
+    model = randomise(
+        timm.create_model('res2net50_vd_26w_4s', output_stride=8, dilate_pool=True, **shallow('res2net50d'))
+    ).eval()
     x = torch.randn(1, 3, 64, 64)
     expected = model(x)
     for converted in (
@@ -97,9 +92,9 @@ def test_features_beyond_the_pyramid_are_told(name: str) -> None:
     count = ARCHS[name].features
     for indices in ((0, count), (-count - 1,), count + 1):
         with pytest.raises(ValueError, match=f'it has {count}, 0 to {count - 1} or, from the end, -{count} to -1'):
-            timm.create_model(name, features_only=True, out_indices=indices, device='meta')
+            timm.create_model(name, features_only=True, out_indices=indices, device='meta', **shallow(name))
     for indices, number in (((0, count - 1), 2), ((-count, -1), 2), (2, 2), (count, count)):
-        model = timm.create_model(name, features_only=True, out_indices=indices, device='meta')
+        model = timm.create_model(name, features_only=True, out_indices=indices, device='meta', **shallow(name))
         assert len(model.feature_info.channels()) == number
 
 
@@ -112,7 +107,7 @@ def test_a_stride_that_a_trunk_cannot_give_is_told(name: str) -> None:
 
 @pytest.mark.parametrize('name', KINDS)
 def test_an_image_smaller_than_the_stride_gives_a_pixel(name: str) -> None:
-    model = timm.create_model(name, features_only=True, device='meta', **KINDS[name]).eval()
+    model = timm.create_model(name, features_only=True, device='meta', **shallow(name)).eval()
     assert model(torch.empty(1, 3, 7, 5, device='meta'))[-1].shape[2:] == (1, 1)
 
 
@@ -132,7 +127,7 @@ def test_an_image_smaller_than_the_stride_gives_a_pixel(name: str) -> None:
     ids=['torchvision frozen', 'timm frozen', 'group', 'groupnorm1', 'sync'],
 )
 def test_other_norms_build_and_load_what_they_share(name: str, norm_layer: Any, images: Tensor) -> None:
-    arguments = KINDS.get(name, dict(layers=(1, 1, 1)))
+    arguments = shallow(name)
     torch.manual_seed(0)
     plain = randomise(timm.create_model(name, **arguments)).eval()
     model = timm.create_model(name, norm_layer=norm_layer, **arguments).eval()
@@ -150,7 +145,7 @@ def test_other_norms_build_and_load_what_they_share(name: str, norm_layer: Any, 
 @pytest.mark.parametrize('name', ['res2net50d', 'dla60_res2net', 'blres2net50_26w_4s'])
 def test_norms_can_be_frozen_thawed_and_synchronised(name: str, images: Tensor) -> None:
     torch.manual_seed(0)
-    model = randomise(timm.create_model(name, **KINDS[name])).eval()
+    model = randomise(timm.create_model(name, **shallow(name))).eval()
     expected = model(images)
     frozen = freeze_batch_norm_2d(model)
     torch.testing.assert_close(frozen.train()(images), expected, rtol=1e-4, atol=1e-4)

@@ -53,6 +53,7 @@ def arguments(folder: Path, *more: str) -> list[str]:
     return [str(folder), '--tasks', 'digits', '--scales', '4', '--seeds', '2', '--epochs', '1', '--workers', '1', *more]
 
 
+@pytest.mark.slow
 def test_a_study_goes_on_where_it_was_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     small_study.main(arguments(tmp_path))
     shown = capsys.readouterr().out
@@ -75,6 +76,7 @@ def test_a_study_goes_on_where_it_was_stopped(tmp_path: Path, capsys: pytest.Cap
     assert 'digits_scale4_seed0.json is of 1 epochs, not 2; choose another folder' in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_learns() -> None:
     assert (
         small_study.run('digits', scale=1, seed=0, epochs=3)['top1'] > 20

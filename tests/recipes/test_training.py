@@ -10,7 +10,7 @@ import timm
 import torch
 import train_script
 from hub_server import Hub
-from support import ROOT, randomise, tiny, torchrun
+from support import ROOT, randomise, slow_but, tiny, torchrun
 from timm.layers import convert_sync_batchnorm
 from timm.models import group_modules
 from timm.utils import freeze
@@ -41,7 +41,7 @@ def weights(folder: Path) -> Any:
     return torch.load(folder / 'last.pth.tar', map_location='cpu', weights_only=False)
 
 
-@pytest.mark.parametrize('name', KINDS)
+@pytest.mark.parametrize('name', slow_but(['test_res2net'], KINDS))
 def test_every_trunk_trains_with_everything_at_once(name: str, tmp_path: Path) -> None:
     torch._dynamo.reset()
     options = '--opt adamw --lr 3e-3 --layer-decay 0.9 --mixup --amp --channels-last --grad-checkpointing'
@@ -60,6 +60,7 @@ def losses_of(folder: Path) -> list[float]:
     return json.loads((folder / 'losses.json').read_text())
 
 
+@pytest.mark.slow
 def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
     # Norms see the half of a batch that their process has; the one process takes the halves one after the other.
     options = ['--epochs', '2', '--grad-checkpointing', *options_of('test_res2net')]
@@ -70,6 +71,7 @@ def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
     torch.testing.assert_close(losses_of(tmp_path / 'two'), one, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_a_run_of_which_a_process_was_killed_resumes_to_the_same_weights(tmp_path: Path) -> None:
     options = ['--epochs', '3', '--batch-size', '16', *options_of('test_res2net')]  # epochs of 4 steps
     whole, begun, rest = (tmp_path / name for name in ('whole', 'begun', 'rest'))
@@ -83,6 +85,7 @@ def test_a_run_of_which_a_process_was_killed_resumes_to_the_same_weights(tmp_pat
         torch.testing.assert_close(weights(rest)[key], weights(whole)[key], rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_sharded_stages_take_the_step_that_whole_ones_take() -> None:
     done = torchrun(str(ROOT / 'tests' / 'shard_script.py'))
     assert done.returncode == 0, done.stderr

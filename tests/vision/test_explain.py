@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from support import randomise, tiny
+from support import TRUNKS, randomise, shallow, slow_but, tiny
 from torch import Tensor, nn
 
 from timm_res2net import class_activation_map, receptive_field
@@ -19,10 +19,8 @@ from timm_res2net.vision.explain import blocks_of, explain, radius
 from timm_res2net.vision.figures import plot_explanation
 from timm_res2net.vision.images import bundled_digits
 
-KINDS = ['test_res2net', 'dla60_res2net', 'blres2net50_26w_4s', 'res2next29_6c_24w_4s']
 
-
-@pytest.mark.parametrize('name', KINDS)
+@pytest.mark.parametrize('name', TRUNKS)
 def test_a_map_adds_up_to_the_score(name: str, build: Any, images: Tensor) -> None:
     model = build(name)
     images = images[..., :32, :32]
@@ -39,8 +37,8 @@ def test_a_map_adds_up_to_the_score(name: str, build: Any, images: Tensor) -> No
 def test_a_dense_map_is_the_same_on_a_finer_grid(images: Tensor) -> None:
     for name in ('test_res2net', 'dla60_res2net'):
         torch.manual_seed(0)
-        model = randomise(timm.create_model(name)).eval()
-        dense = timm.create_model(name, **ARCHS[name].trunk.densest).eval()
+        model = randomise(timm.create_model(name, **shallow(name))).eval()
+        dense = timm.create_model(name, **ARCHS[name].trunk.densest, **shallow(name)).eval()
         dense.load_state_dict(model.state_dict())
         coarse, fine = (class_activation_map(each, images, [1, 2]) for each in (model, dense))
         np.testing.assert_allclose(fine[:, ::4, ::4], coarse, rtol=1e-3, atol=1e-3 * np.abs(coarse).max())
@@ -137,7 +135,7 @@ def test_absent_blocks_and_stages_are_told() -> None:
     assert blocks_of(timm.create_model('dla60_res2net', device='meta'), 1) == ['level2.tree1', 'level2.tree2']
 
 
-@pytest.mark.parametrize('name', KINDS)
+@pytest.mark.parametrize('name', slow_but(['test_res2net', 'dla60_res2net'], TRUNKS))
 def test_a_picture_is_drawn_of_every_kind(name: str, tmp_path: Path, build: Any) -> None:
     explanation = explain(build(name), bundled_digits()[0][0], 1)
     assert (len(explanation.predictions), len(explanation.fields)) == (3, len(explanation.radii))

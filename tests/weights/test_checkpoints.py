@@ -221,7 +221,7 @@ def test_what_was_done_is_reported(tmp_path: Path) -> None:
 
 
 def test_official_dla_files_lose_exactly_their_dead_projections(tmp_path: Path, build: Any) -> None:
-    model = build('dla60_res2net')
+    model = build('dla60_res2net', full=True)
     dead = {}
     for part in ('level3.project', 'level4.project', 'level4.tree1.project'):
         dead[f'{part}.0.weight'] = torch.ones(4, 4, 1, 1)
@@ -237,7 +237,7 @@ def test_official_dla_files_lose_exactly_their_dead_projections(tmp_path: Path, 
 
 @pytest.mark.parametrize('name', ['dla60_res2next', 'blres2net50_26w_4s', 'seres2next29_8c_25w_4s', 'resnext29_8c_64w'])
 def test_weights_of_every_trunk_find_their_model(name: str, tmp_path: Path, build: Any) -> None:
-    model = build(name)
+    model = build(name, full=True)
     file = as_written(model.state_dict(), tmp_path)
     done = convert(file, dry_run=True)
     assert (done.name, done.args) == (name, {})
@@ -338,7 +338,7 @@ def test_a_port_of_equation_1_loads_when_its_function_is_told(names: str, tmp_pa
 def test_a_misfit_names_the_faults_and_the_right_model_and_changes_nothing(
     make: Any, message: str, tmp_path: Path, build: Any
 ) -> None:
-    file = as_written(build('res2net50_26w_4s').state_dict(), tmp_path)
+    file = as_written(build('res2net50_26w_4s', full=True).state_dict(), tmp_path)
     model = make()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(CheckpointError, match=message) as error:
@@ -475,7 +475,7 @@ def test_nothing_is_overwritten_and_a_failure_leaves_nothing(references: Referen
 
 
 def test_a_named_model_must_fit(tmp_path: Path, build: Any) -> None:
-    file = as_written(build('res2net50d').state_dict(), tmp_path)
+    file = as_written(build('res2net50d', full=True).state_dict(), tmp_path)
     assert convert(file, dry_run=True, model='res2net50_26w_4s').args == dict(
         stem_type='deep', stem_width=32, avg_down=True
     )

@@ -14,7 +14,7 @@ from ..models.block import FIRST_BLOCKS, Bottle2neck, first_blocks
 from ..models.classifier import model_name
 from ..models.resnet import Res2Net
 from ..models.variants import ARCHS
-from .dialects import DIALECTS, Translation, find_network, translate
+from .dialects import DIALECTS, Translation, find_network, is_dead, translate
 from .errors import CheckpointError
 from .files import PathLike
 from .readers import read
@@ -202,7 +202,7 @@ def adapt_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> dict[st
     """
     dialect, prefix, _ = find_network(state_dict)
     if dialect == 'official' and not prefix:  # timm's names, but for the modules that the authors' DLA never runs
-        return {key: tensor for key, tensor in state_dict.items() if not key.startswith(DIALECTS[dialect].dead)}
+        return {key: tensor for key, tensor in state_dict.items() if not is_dead(key, state_dict, DIALECTS[dialect])}
     translation = translate(state_dict)
     require_same_function(model, translation.first_block, 'the file')
     return translation.state

@@ -6,7 +6,7 @@ dialect says, beside the names, what the first blocks of its networks compute (a
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -23,6 +23,7 @@ __all__ = [
     'Translation',
     'export',
     'find_network',
+    'is_dead',
     'translate',
 ]
 
@@ -159,7 +160,7 @@ class Dialect:
     first_block: str | None = 'official'  # what the first block of a stage computes; None if no model here does
     in_detector: str | None = None  # the same, for a network that is a part of a larger one
     certain: bool = True  # no other code uses these names for another first block
-    dead: tuple[str, ...] = ()  # modules that the network never runs
+    dead: tuple[str, ...] = ()  # projections of trees that the network never runs, unless the tree is a leaf
     transposed: bool = False  # the classifier is (in, out)
     raw_split_first: bool = False  # equation (1) of the paper counts splits from the one that is not convolved
     prefix: str = ''  # before the network's names in their files
@@ -231,7 +232,7 @@ DIALECTS = {
         ('layer1.0.convs.0.weight', 'layer1.big.0.convs.0.weight', 'level2.tree1.convs.0.weight'),
         (('conv1.weight', ()), ('conv1.0.weight', ()), ('base_layer.0.weight', ())),
         certain=False,
-        dead=('level3.project.', 'level4.project.', 'level4.tree1.project.'),
+        dead=('level3', 'level4', 'level4.tree1'),
     ),
     'equation-1': Dialect(
         'ports that keep the first split as it is, as equation (1) of the paper, with conv2.k for convs.k',
@@ -405,7 +406,7 @@ def translate(nested: Mapping[str, Any], dialect: str | None = None, prefix: str
         inside = full.startswith(prefix)
         outside = '../' + full.removeprefix(parent) if prefix and full.startswith(parent) else '../'
         ours = rename(full[len(prefix) :] if inside else outside, rows, names.tensors, names.shift)
-        if ours is None or ours.startswith(names.dead):
+        if ours is None or (inside and is_dead(ours, tensors, names, prefix)):
             dropped.append(full)
             continue
         if ours in state:
@@ -427,6 +428,21 @@ def translate(nested: Mapping[str, Any], dialect: str | None = None, prefix: str
     if convolves_all_splits(state):
         first_block, certain = 'group', True
     return Translation(state, key, prefix, first_block, certain, tuple(dropped), tuple(filled), dict(cast))
+
+
+def is_dead(name: str, names: Container[str], dialect: Dialect, prefix: str = '') -> bool:
+    """Whether a tensor is of a module that its network has and never runs.
+
+    The authors' DLA has a projection in every tree whose channels change, and runs those of leaves only.
+
+    Args:
+        name: Name of the tensor, without prefix.
+        names: Names of all tensors, with prefix.
+        dialect: Whose names these are.
+        prefix: Before the network's names.
+    """
+    tree, _, projection = name.partition('.project.')
+    return projection != '' and tree in dialect.dead and f'{prefix}{tree}.tree1.conv1.weight' not in names
 
 
 def to_float32(name: str, value: Tensor, cast: Counter[str]) -> Tensor:

@@ -218,7 +218,9 @@ class ArrayUnpickler(pickle._Unpickler):
     No function that a pickle names is ever called: the allowlist maps names to the methods below.
     """
 
-    stack: list[Any]  # of the base class
+    stack: list[Any]  # these three are of the base class
+    read: Callable[[int], bytes]
+    append: Callable[[Any], None]
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
 
     def __init__(self, file: Any, size: int) -> None:
@@ -253,6 +255,14 @@ class ArrayUnpickler(pickle._Unpickler):
         target.__setstate__(state)
 
     dispatch[pickle.BUILD[0]] = load_build
+
+    def load_bytearray8(self) -> None:
+        """Reads a byte array after its size was charged: Python's implementation allocates whatever a file claims."""
+        (size,) = struct.unpack('<Q', self.read(8))
+        self.charge(size)
+        self.append(bytearray(self.read(size)))
+
+    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
 
     def charge(self, size: int) -> None:
         """Takes bytes off the budget; CheckpointError if it is used up."""
