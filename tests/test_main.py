@@ -19,6 +19,7 @@ from support import tiny
 
 from timm_res2net import card
 from timm_res2net.__main__ import main
+from timm_res2net.hub.catalogue import catalogue
 from timm_res2net.models.variants import ARCHS, WEIGHTS
 from timm_res2net.vision.images import bundled_digits
 from timm_res2net.weights.dialects import DIALECTS
@@ -288,6 +289,8 @@ def test_card_prints_writes_and_validates(run: Run, hub: Hub, tmp_path: Path, mo
     monkeypatch.setattr('timm_res2net.__main__.WEIGHTS', ['test_res2net.digits'])
     assert run('card', '--all', '--out', 'cards').status == 0
     assert Path('cards/test_res2net.digits.md').read_text() == text
+    assert Path('cards/README.md').read_text() == catalogue()
+    assert capsys.readouterr().out == 'wrote 1 cards and README.md to cards\n'
 
 
 def test_missing_file_and_unwritable_folder_are_one_line_each(run: Run, tmp_path: Path, monkeypatch: Patch) -> None:

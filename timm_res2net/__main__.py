@@ -18,6 +18,7 @@ from tqdm import tqdm
 from .deploy.bench import MODELS, OPPONENTS, Result, bench, environment, growth
 from .deploy.optimize import DTYPES
 from .hub.cards import card, problems_of
+from .hub.catalogue import catalogue
 from .hub.client import problems_on_hub
 from .hub.pull import download_model
 from .hub.push import push
@@ -530,7 +531,7 @@ def add_card(commands: Commands) -> None:
     """Adds the arguments of `card`."""
     command = commands.add_parser('card', help='show model cards', description='Shows the cards of published weights.')
     command.add_argument('name', nargs='?', metavar='NAME', help='such as res2net50d.in1k, or a file to validate')
-    command.add_argument('--all', action='store_true', help='write all of them to a folder')
+    command.add_argument('--all', action='store_true', help='write all of them, and a README.md, to a folder')
     command.add_argument('--out', metavar='DIR', help='the folder (default: hub_cards)')
     command.add_argument('--validate', action='store_true', help='check it here and, if it can be reached, on the Hub')
     command.set_defaults(run=run_card)
@@ -544,7 +545,8 @@ def run_card(args: argparse.Namespace) -> int:
         os.makedirs(folder, exist_ok=True)
         for name in tqdm(WEIGHTS, unit='card', disable=None, leave=False):
             atomic_write_text(f'{folder}/{name}.md', card(name))
-        print(f'wrote {len(WEIGHTS)} cards to {folder}')
+        atomic_write_text(f'{folder}/README.md', catalogue())
+        print(f'wrote {len(WEIGHTS)} cards and README.md to {folder}')
         return 0
     refuse(args, 'cards are written by --all', '--out')
     if args.name is None:

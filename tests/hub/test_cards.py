@@ -38,7 +38,7 @@ def front(text: str) -> dict[str, Any]:
 
 
 def test_a_card_is_committed_for_all_published_weights() -> None:
-    assert sorted(path.name for path in FOLDER.iterdir()) == sorted(f'{name}.md' for name in WEIGHTS)
+    assert {path.name for path in FOLDER.iterdir()} == {'README.md', *(f'{name}.md' for name in WEIGHTS)}
 
 
 @pytest.mark.parametrize('name', WEIGHTS)
