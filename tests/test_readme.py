@@ -1,9 +1,8 @@
-"""Every example in a README runs, and every number is that of the package."""
+"""Every example in a README runs, every number in it is the package's, and every link leads somewhere."""
 
+import importlib.util
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +11,164 @@ import timm
 import torch
 from support import ROOT
 
+import timm_res2net
+from timm_res2net.__main__ import parser
 from timm_res2net.models.biglittle import Res2NetBigLittle
 from timm_res2net.models.cifar import Res2NetCifar
 from timm_res2net.models.variants import ARCHS, ASSETS, WEIGHTS
 
-README = (ROOT / 'README.md').read_text()
+PACKAGE = ROOT / 'timm_res2net'
+PYPROJECT = (ROOT / 'pyproject.toml').read_text()
+READMES = {
+    path.parent.name if path.parent != ROOT else 'top': path
+    for path in (ROOT / 'README.md', ROOT / 'hub_cards' / 'README.md', *sorted(PACKAGE.rglob('README.md')))
+}
+TEXTS = {name: path.read_text() for name, path in READMES.items()}
+EXAMPLES = {name: re.findall(r'```python\n(.*?)```', text, re.DOTALL) for name, text in TEXTS.items()}
+
+
+def run(readme: str, part: str, **replacements: str) -> dict[str, Any]:
+    """Runs the only example of a README that has this part in it, with small images and without downloads.
+
+    Args:
+        readme: A key of `READMES`.
+        part: What only this example has in it.
+        **replacements: Words to replace in it.
+
+    Returns:
+        The variables that the example set.
+    """
+    (code,) = (each for each in EXAMPLES[readme] if part in each)
+    code = re.sub(r"('res2net\w+'), pretrained=True", r'\1', code).replace('224, 224', '64, 64')
+    for old, new in replacements.items():
+        assert old in code
+        code = code.replace(old, new)
+    variables: dict[str, Any] = {}
+    exec(code, variables)
+    return variables
+
+
+def test_readme_top_level_has_at_most_150_lines() -> None:
+    assert len(TEXTS['top'].splitlines()) <= 150
+
+
+def test_readme_top_level_has_changes_of_this_version() -> None:
+    assert f'\n{timm_res2net.__version__}: ' in TEXTS['top'].partition('## Changes')[2]
+
+
+def test_every_readme_but_the_top_one_is_linked_from_it() -> None:
+    targets = {(ROOT / target).resolve() for target in re.findall(r'\]\(([^)]*)\)', TEXTS['top'])}
+    assert set(READMES.values()) - targets == {ROOT / 'README.md'}
+
+
+def test_readmes_are_excluded_from_the_wheel() -> None:
+    (wheel,) = re.findall(r'\[tool\.hatch\.build\.targets\.wheel\]\n(.*?)\n\n', PYPROJECT, re.DOTALL)
+    assert '"README.md"' in wheel.partition('exclude = ')[2]
+
+
+@pytest.mark.parametrize('readme', READMES)
+def test_relative_links_of_a_readme_point_to_existing_files(readme: str) -> None:
+    targets = re.findall(r'\]\(([^)\s]*)\)', TEXTS[readme])
+    relative = [target for target in targets if not re.match(r'https?:', target)]
+    assert relative or readme == 'top'
+    assert [target for target in relative if not (READMES[readme].parent / target).exists()] == []
+
+
+@pytest.mark.parametrize('readme', READMES)
+def test_commands_and_options_in_a_readme_exist(readme: str) -> None:
+    text = TEXTS[readme].replace('\\\n', ' ')
+    commands: Any = next(action for action in parser()._actions if action.dest == 'command')
+    for name, arguments in re.findall(r'timm-res2net (\w+)([^\n`&#]*)', text):
+        known = commands.choices[name]._option_string_actions
+        assert set(re.findall(r'--[a-z][a-z-]*', arguments)) <= set(known), name
+    for module in re.findall(r'python -m (timm_res2net[\w.]*)', text):
+        assert importlib.util.find_spec(module), module
+    for recipe in re.findall(r'--config (timm_res2net\S+)', text):
+        assert (ROOT / recipe).is_file(), recipe
+
+
+def test_every_command_is_in_the_top_readme() -> None:
+    commands: Any = next(action for action in parser()._actions if action.dest == 'command')
+    assert set(commands.choices) == set(re.findall(r'^timm-res2net (\w+)', TEXTS['top'], re.MULTILINE))
+
+
+def test_every_example_in_a_readme_has_a_test() -> None:
+    tested = {'top': 2, 'hub_cards': 0, 'deploy': 1, 'hub': 1, 'models': 3, 'recipes': 0, 'weights': 2}
+    assert {name: len(examples) for name, examples in EXAMPLES.items()} == tested
+
+
+def test_first_example_gives_features_of_the_strides_it_says() -> None:
+    made = run('top', 'features = backbone')
+    assert [64 // feature.shape[-1] for feature in made['features']] == [2, 4, 8, 16, 16]
+    assert 'of stride 2, 4, 8, 16 and 16' in TEXTS['top']
+
+
+def test_examples_of_models_build_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: dict[str, Any] = {}
+    create = timm.create_model
+
+    def recorded(name: str, **kwargs: Any) -> torch.nn.Module:
+        device = {} if name.startswith('test_') else {'device': 'meta'}  # without time for weights
+        made[name] = create(name, **kwargs, **device)
+        return made[name]
+
+    monkeypatch.setattr(timm, 'create_model', recorded)
+    run('top', '85.13 %')
+    assert list(made) == ['res2net50_26w_8s', 'dla60_res2net', 'test_res2net.digits', 'res2net200_vd_26w_4s']
+    assert f'{sum(p.numel() for p in made["res2net50_26w_8s"].parameters()) / 1e6:.1f} M parameters' in TEXTS['top']
+    assert made['res2net50_26w_8s'].get_submodule('layer1.0').scale == 8
+    assert made['dla60_res2net'].feature_info.reduction()[-1] == 8
+
+
+def test_accuracies_in_examples_are_those_of_the_weights() -> None:
+    found = re.findall(r"'([\w.]+)', pretrained=True\)  # ([\d.]+) % top-1", TEXTS['top'])
+    assert len(found) == 3
+    for name, top1 in found:
+        default = next(weights for full, weights in WEIGHTS.items() if f'{full}.'.startswith(f'{name}.'))
+        assert f'{default.top1:.2f}' == top1
+
+
+def test_example_of_a_feature_pyramid_runs() -> None:
+    made = run('models', 'ops import FeaturePyramidNetwork')
+    assert [level.shape[-1] for level in made['levels'].values()] == [16, 8, 4, 2]
+
+
+def test_example_of_a_detector_runs() -> None:
+    made = run('models', 'FasterRCNN', **{'num_classes=91': 'num_classes=91, min_size=64'})
+    assert made['found'][0].keys() == {'boxes', 'labels', 'scores'}
+
+
+def test_example_of_foreign_weights_loads_a_detector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    state = timm.create_model('test_res2net', num_classes=0).state_dict()
+    state = {re.sub('^bn1', 'stem.7', name): tensor for name, tensor in state.items()}
+    detector = {f'backbone.{re.sub("^conv1", "stem", name)}': tensor for name, tensor in state.items()}
+    torch.save({'state_dict': detector}, 'faster_rcnn_r2_101_fpn.pth')
+    made = run('weights', 'faster_rcnn_r2_101_fpn.pth', res2net101d='test_res2net')
+    torch.testing.assert_close(list(made['model'].state_dict().values()), list(state.values()), rtol=0, atol=0)
+
+
+def test_example_of_an_export_loads_back_to_the_same_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    exported = run('weights', 'export_checkpoint')['model'].state_dict()
+    model = timm.create_model('test_res2net', num_classes=10)
+    timm_res2net.load_checkpoint(model, 'digits.pth')
+    torch.testing.assert_close(dict(model.state_dict()), dict(exported), rtol=0, atol=0)
+
+
+def test_example_of_the_hub_pushes_and_pulls(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv('HF_TOKEN', 'hf_write')
+    made = run('hub', 'timm_res2net.push', **{'you/': 'user/'})
+    assert made['model'].pretrained_cfg['hf_hub_id'].startswith('user/digits@')
+
+
+def test_example_of_speed_prints_what_it_says(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(torch, 'compile', lambda model, **settings: model)  # ten seconds; see test_optimize.py
+    made = run('deploy', 'print(fast.path)')
+    assert f'print(fast.path)  # {capsys.readouterr().out}' in TEXTS['deploy']
+    assert (made['logits'].shape, made['logits'].dtype) == ((8, 1000), torch.float32)
 
 
 def strides(name: str) -> tuple[int, ...]:
@@ -24,85 +176,20 @@ def strides(name: str) -> tuple[int, ...]:
     return {Res2NetCifar: (1, 2, 4), Res2NetBigLittle: (16, 32)}.get(ARCHS[name].trunk, (8, 16, 32))
 
 
-def python(code: str) -> str:
-    """Runs code in an interpreter of its own that treats warnings as errors."""
-    command = [sys.executable, '-W', 'error', '-c', code]
-    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
-
-
-def test_readme_shows_the_family_as_it_is() -> None:
-    default = {name.split('.')[0]: weights.top1 for name, weights in reversed(WEIGHTS.items())}
-    for name, arch in ARCHS.items():
-        top1 = f'{default[name]:.2f} %' if name in default and name != 'test_res2net' else ''
-        assert f'| `{name}` | {arch.params:,} | {arch.gmacs:.3f} | {top1} |' in README
-
-
-def test_readme_shows_all_weights_as_they_are() -> None:
-    authors = {'github.com/Res2Net': 'the authors', 'PaddleClas': 'PaddleClas', 'mindcv': 'MindCV'}
-    rows = []
-    for name, weights in WEIGHTS.items():
-        if weights.top5 is not None:
-            cfg = timm.get_pretrained_cfg(name)
-            who = next(who for part, who in authors.items() if part in cfg.origin_url)
-            licence = {'apache-2.0': 'Apache-2.0', 'cc-by-nc-sa-4.0': 'CC BY-NC-SA 4.0'}[cfg.license]
-            rows.append(f'| `{name}` | {weights.top1:.2f} % | {weights.top5:.2f} % | {who} | {licence} |')
-    assert '\n'.join(rows) in README
-
-
-EXAMPLES = re.findall(r'```python\n(.*?)```', README, re.DOTALL)
-
-
-def example(part: str) -> str:
-    """The only example in the README that has this part in it."""
-    (found,) = (each for each in EXAMPLES if part in each)
-    return found
-
-
-def test_readme_shows_the_pyramid_of_every_model() -> None:
-    rows = {}
+def test_readme_of_models_shows_the_pyramid_of_every_model() -> None:
+    rows: dict[tuple[str, str], list[str]] = {}
     for name in ARCHS:
         model = timm.create_model(name, device='meta')
         pyramid = ', '.join(f'{info["reduction"]}: {info["num_chs"]}' for info in model.feature_info)
         rows.setdefault((pyramid, ', '.join(map(str, strides(name)))), []).append(f'`{name}`')
     for (pyramid, possible), names in rows.items():
-        assert f'| {", ".join(names)} | {pyramid} | {possible} |' in README
+        assert f'| {", ".join(names)} | {pyramid} | {possible} |' in TEXTS['models']
 
 
-def test_readme_shows_the_speed_that_was_measured() -> None:
+def test_readme_of_deploy_shows_the_speed_that_was_measured() -> None:
     rows: dict[str, list[str]] = {}
     for each in json.loads((ASSETS / 'speed.json').read_text())['inference']:
         rows.setdefault(f'| {each["batch"]} | {each["way"]}, {each["dtype"]} | ', []).append(f'{each["ratio"]:.2f}')
     assert len(rows) > 10
     for begin, ratios in rows.items():
-        assert begin + ' | '.join(ratios) + ' |' in README
-
-
-def test_the_readme_example_of_speed_runs() -> None:
-    code = example('print(fast.path)').replace('224, 224', '32, 32').replace('res2net50_26w_4s', 'test_res2net')
-    printed = python(f'import timm, timm_res2net\n{code}\nprint(tuple(logits.shape), logits.dtype)')
-    assert printed == 'fused, channels last, bfloat16, compiled\n(8, 10) torch.float32\n'
-
-
-def test_readme_examples_run(tmp_path: Path) -> None:
-    code = example('85.13 %') + example('faster_rcnn_r2_101_fpn.pth')
-    for name in ('res2net50d', 'res2net200_vd_26w_4s'):  # which would be downloaded
-        code = code.replace(f"'{name}', pretrained=True", f"'{name}'")
-    detector = timm.create_model('res2net101d', num_classes=0).state_dict()
-    detector = {name.replace('bn1.', 'stem.7.') if name.startswith('bn1') else name: t for name, t in detector.items()}
-    detector = {f'backbone.{re.sub("^conv1", "stem", name)}': tensor for name, tensor in detector.items()}
-    torch.save({'state_dict': detector}, tmp_path / 'faster_rcnn_r2_101_fpn.pth')
-    python(f'import os; os.chdir({str(tmp_path)!r})\n{code}')
-
-
-def test_the_readme_example_of_the_hub_runs(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv('HF_TOKEN', 'hf_write')
-    code = example('timm_res2net.push').replace('you/', 'user/')
-    exec(f'import timm, timm_res2net\n{code}', namespace := {})
-    assert namespace['model'].pretrained_cfg['hf_hub_id'].startswith('user/digits@')
-
-
-def test_the_readme_examples_of_backbones_run() -> None:
-    exec(f'import timm, torch\n{example("ops import FeaturePyramidNetwork")}', made := {})
-    assert [level.shape[-1] for level in made['levels'].values()] == [56, 28, 14, 7]
-    exec(f'import timm, torch\n{example("FasterRCNN")}', made := {})
-    assert made['found'][0].keys() == {'boxes', 'labels', 'scores'}
+        assert begin + ' | '.join(ratios) + ' |' in TEXTS['deploy']

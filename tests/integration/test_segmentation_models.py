@@ -45,7 +45,7 @@ def test_a_model_segments_and_learns(architecture: str, options: dict[str, Any],
 
 
 def test_the_readme_example_runs() -> None:
-    readme = (ROOT / 'README.md').read_text()
+    readme = (ROOT / 'timm_res2net' / 'models' / 'README.md').read_text()
     (example,) = (block for block in re.findall(r'```python\n(.*?)```', readme, re.DOTALL) if 'smp.Unet' in block)
-    exec(f'import torch, timm_res2net\n{example}', made := {})
-    assert made['mask'].shape == (1, 2, 224, 224)
+    exec(example.replace('224, 224', '64, 64'), made := {})
+    assert made['mask'].shape == (1, 2, 64, 64)

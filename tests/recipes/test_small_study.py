@@ -90,7 +90,7 @@ def test_means_have_a_standard_error() -> None:
 
 def test_the_readme_has_the_table_of_the_study_that_was_run() -> None:
     document = json.loads((ASSETS / 'small_study.json').read_text())
-    readme = (ROOT / 'README.md').read_text()
+    readme = (ROOT / 'timm_res2net' / 'recipes' / 'README.md').read_text()
     assert '\n'.join(table(document['runs'])) in readme
     for run in document['runs']:
         assert run['params'] == parameters_of(network(run['scale'], num_classes=10))
