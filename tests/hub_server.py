@@ -113,7 +113,7 @@ class Hub(ThreadingHTTPServer):
     def reset(self, xet: Path | None = None) -> None:
         """Forgets everything."""
         for kept in (self.repos, self.large, self.parts, self.faults, self.log, self.xet_hashes):
-            kept.clear()  # type: ignore[attr-defined]
+            kept.clear()
         self.xet = xet
 
     def files(self, repo_id: str, revision: str = 'main') -> dict[str, bytes]:

@@ -34,8 +34,11 @@ def main() -> None:
     fully_shard(sharded, mesh=mesh)
     step(sharded)
     for (name, parameter), expected in zip(sharded.named_parameters(), whole.parameters()):
+        full: Any = parameter
         torch.testing.assert_close(
-            parameter.full_tensor(), expected.data, msg=lambda text, name=name: f'{name}: {text}'
+            full.full_tensor(),
+            expected.data,
+            msg=lambda text, name=name: f'{name}: {text}',  # type: ignore[misc]
         )
     print('equal')
     dist.barrier()

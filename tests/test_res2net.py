@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import timm
 import torch
-from safetensors.torch import safe_open, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from support import KINDS, fitting, randomise, shallow, slow_but
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
@@ -229,7 +230,7 @@ def test_each_keyword_takes_effect(name: str, stride: int) -> None:
         dtype=torch.float64,
         **BLOCK_ARGUMENTS,
     )
-    model = timm.create_model(name, **arguments, **shallow(name))
+    model: Any = timm.create_model(name, **arguments, **shallow(name))
     block = [module for module in model.modules() if isinstance(module, Bottle2neck)][-1]
     kinds = {type(module).__name__ for module in block.modules()}
     assert {'SiLU', 'GroupNorm1', 'EcaModule', 'DropPath', 'DropBlock2d'} <= kinds
@@ -291,7 +292,7 @@ def test_head_and_features_make_the_forward(name: str, build: Any, images: Tenso
 
 @every_name
 def test_classifier_can_be_replaced(name: str) -> None:
-    model = timm.create_model(name, device='meta', **shallow(name))
+    model: Any = timm.create_model(name, device='meta', **shallow(name))
     features = torch.empty(2, model.num_features, 2, 2, device='meta')
     assert model.get_classifier() is model.get_submodule(model.get_classifier(name_only=True))
     model.reset_classifier(11, 'catavgmax')

@@ -57,4 +57,5 @@ def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
 
 if __name__ == '__main__':
     sys.exit(main())
-list_models, timm.list_models = timm.list_models, only_ours
+list_models = timm.list_models
+timm.list_models = only_ours  # type: ignore[assignment]

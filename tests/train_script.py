@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> list[float]:
         )
 
     images, targets = digits('train', args.num_classes)
-    losses = []
+    losses: list[float] = []
     for epoch in range(start, args.epochs):
         trained.train()
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(epoch))

@@ -32,6 +32,13 @@ def test_operators_and_their_memory_are_counted() -> None:
         assert (counter.operators, counter.allocated) == (5, 120)
 
 
+def timms(name: str, **arguments: Any) -> nn.Module:
+    """timm's own model."""
+    entrypoint = timm_entrypoint(name)
+    assert entrypoint is not None
+    return entrypoint(**arguments)
+
+
 def counted(model: nn.Module, x: Tensor, train: bool = False) -> tuple[int, int]:
     with Counter() as counter, torch.set_grad_enabled(train):
         model(x)
@@ -42,7 +49,7 @@ def counted(model: nn.Module, x: Tensor, train: bool = False) -> tuple[int, int]
 @pytest.mark.parametrize('name', TIMMS)
 def test_less_work_than_timms_own_in_inference_and_not_more_in_training(name: str, full: bool, images: Tensor) -> None:
     arguments = {} if full else shallow(name)
-    theirs, ours = timm_entrypoint(name)(**arguments), timm.create_model(name, **arguments)
+    theirs, ours = timms(name, **arguments), timm.create_model(name, **arguments)
     for training in (True, False):
         pairs = zip(*(counted(model.train(training), images, training) for model in (ours, theirs)))
         assert all(mine <= timms for mine, timms in pairs)
@@ -81,7 +88,7 @@ def saved_bytes(model: nn.Module, x: Tensor) -> int:
 
 @pytest.mark.parametrize('name', ['res2net50_26w_4s', 'dla60_res2net'])
 def test_training_keeps_no_more_than_timms_and_with_checkpointing_a_third(name: str, images: Tensor) -> None:
-    ours, theirs = timm.create_model(name).train(), timm_entrypoint(name)().train()
+    ours, theirs = timm.create_model(name).train(), timms(name).train()
     plain = saved_bytes(ours, images)
     assert 0 < plain <= saved_bytes(theirs, images)
     ours.set_grad_checkpointing()
@@ -97,7 +104,7 @@ def test_what_is_kept_is_counted_once_and_without_parameters() -> None:
 def test_a_training_step_compiles_without_a_graph_break(images: Tensor) -> None:
     torch._dynamo.reset()
     model: Any = tiny().train()
-    torch.compile(model, fullgraph=True, backend='aot_eager')(images).sum().backward()
+    torch.compile(model, fullgraph=True, backend='aot_eager')(images).sum().backward()  # type: ignore[no-untyped-call]
     gradients = [parameter.grad.clone() for parameter in model.parameters()]
     again: Any = tiny().train()
     again(images).sum().backward()
@@ -213,7 +220,7 @@ def test_growth_is_over_scale_batch_and_size(
     def measured(models: Any, batches: Any = (8,), sizes: Any = (224,), **options: Any) -> list[Result]:
         plans = [(model, batch, size) for model in models for batch in batches for size in sizes]
         rest = dict(spread=0.0, images_per_second=1.0, ratio=1.0, share_of_peak=0.5, operators=1, peak_memory=None)
-        return [Result(*plan, way='timm', dtype='float32', milliseconds=1.0, **rest) for plan in plans]  # type: ignore[arg-type]
+        return [Result(*plan, way='timm', dtype='float32', milliseconds=1.0, **rest) for plan in plans]
 
     monkeypatch.setattr(timm_res2net.deploy.bench, 'bench', measured)
     png = tmp_path / 'growth.png'

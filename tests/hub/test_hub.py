@@ -318,7 +318,7 @@ def test_who_may_not_write_is_told_so_and_no_token_is(
     push(digits(), 'user/net', **WRITE)
     before = digests(hub)
     with caplog.at_level(logging.DEBUG), pytest.raises(HfHubHTTPError, match=message) as error:
-        push(tiny(), 'user/net', token=token if token else False)  # type: ignore[arg-type]
+        push(tiny(), 'user/net', token=token if token else False)
     assert digests(hub) == before
     assert token is None or token not in f'{error.value} {caplog.text}'
 

@@ -35,7 +35,7 @@ def pooled(x: Tensor, stride: int, count_include_pad: bool) -> Tensor:
     return torch.stack(rows, -2)
 
 
-def published(block: Bottle2neck, x: Tensor, function: str, position: str, stride: int) -> Tensor:
+def published(block: Any, x: Tensor, function: str, position: str, stride: int) -> Tensor:
     """The block's equations in the plainest form: what each body of code does at each position."""
     y = F.relu(normalised(F.conv2d(x, block.conv1.weight), block.bn1))
     width = y.shape[1] // block.scale
@@ -136,7 +136,7 @@ def test_an_argument_that_the_block_cannot_honour_is_named(arguments: dict[str, 
 def test_norm_statistics_hold_however_often_a_checkpointed_stage_is_recomputed() -> None:
     torch.manual_seed(0)
     stage = randomise(Stage(*(Bottle2neck(64, 16) for _ in range(2))))
-    stage.grad_checkpointing = True
+    stage.grad_checkpointing = True  # type: ignore[assignment]
     y = stage(torch.randn(2, 64, 8, 8, requires_grad=True)).sum()
     before = {name: buffer.clone() for name, buffer in stage.named_buffers()}
     y.backward(retain_graph=True)
@@ -145,7 +145,7 @@ def test_norm_statistics_hold_however_often_a_checkpointed_stage_is_recomputed()
 
 
 def test_group_is_one_grouped_convolution_over_all_splits() -> None:
-    block = Bottle2neck(32, 16, 2, projection(32, 64, 2), cardinality=2, scale=3, first_block='group')
+    block: Any = Bottle2neck(32, 16, 2, projection(32, 64, 2), cardinality=2, scale=3, first_block='group')
     x = torch.randn(2, block.conv1.out_channels, 8, 8)
     weight = torch.cat([conv.weight for conv in block.convs])
     one = F.conv2d(x, weight, stride=2, padding=1, groups=6)

@@ -43,7 +43,7 @@ def test_held_out_patches_come_from_other_places_of_a_photograph(monkeypatch: py
         cells = np.repeat(np.repeat(np.eye(4), 100, axis=0), 120, axis=1)
         return Image.fromarray((cells * 255).astype(np.uint8))
 
-    monkeypatch.setattr(small_study.Image, 'open', held_out_is_white)
+    monkeypatch.setattr(Image, 'open', held_out_is_white)
     (images, _), (held_out, _) = small_study.patches()
     assert images.max() == 0
     assert held_out.min() == 255

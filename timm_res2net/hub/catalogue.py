@@ -1,7 +1,6 @@
 """The catalogue of the family: `hub_cards/README.md`, a table of all architectures and one of all weights."""
 
-import timm
-
+from ..models.classifier import registered_cfg
 from ..models.variants import ARCHS, WEIGHTS
 
 __all__ = ['catalogue']
@@ -65,10 +64,10 @@ def catalogue() -> str:
     for name, weights in WEIGHTS.items():
         if weights.top5 is None:  # not of ImageNet
             continue
-        cfg = timm.get_pretrained_cfg(name)
-        (who,) = (who for part, who in AUTHORS.items() if part in cfg.origin_url)
+        cfg = registered_cfg(name)
+        (who,) = (who for part, who in AUTHORS.items() if part in str(cfg.origin_url))
         accuracy = f'{weights.top1:.2f} % | {weights.top5:.2f} %'
-        rows.append(f'| [`{name}`]({name}.md) | {accuracy} | {who} | {LICENCES[cfg.license]} |')
+        rows.append(f'| [`{name}`]({name}.md) | {accuracy} | {who} | {LICENCES[str(cfg.license)]} |')
     return TEXT.format(
         architectures='\n'.join(architectures),
         weights='\n'.join(rows),
