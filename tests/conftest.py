@@ -35,7 +35,7 @@ atexit.register(shutil.rmtree, os.environ['HF_HOME'], ignore_errors=True)
 
 @pytest.fixture
 def build() -> Callable[..., nn.Module]:
-    """Builds a registered model, shallow unless `full`, once for all tests of a process: leave it as it is."""
+    """Builds a registered model, small unless `full`, once for all tests of a process: leave it as it is."""
     return built
 
 

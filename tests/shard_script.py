@@ -3,6 +3,8 @@
 torchrun --nproc-per-node 2 tests/shard_script.py
 """
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from support import tiny

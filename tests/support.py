@@ -3,7 +3,7 @@
 import subprocess
 import sys
 from collections.abc import Iterable, Sequence
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -39,25 +39,40 @@ def randomise(model: nn.Module) -> nn.Module:
     return model
 
 
-# Arguments that leave as few blocks as show all that a trunk does. All else of a registered model stays as it is.
-SHALLOW: dict[type[nn.Module], dict[str, Any]] = {
-    Res2Net: dict(layers=(1, 2, 1, 1)),
-    Res2NetDla: dict(levels=(1, 1, 1, 2, 1, 1)),
-    Res2NetBigLittle: dict(layers=(2, 2, 3, 1)),
-    Res2NetCifar: dict(layers=(1, 2, 1)),
+# Arguments that leave as few blocks and channels as show all that a trunk does. All else of a registered model stays.
+SMALL: dict[type[nn.Module], dict[str, Any]] = {
+    Res2Net: dict(layers=(1, 2, 1, 1), channels=(16, 24, 32, 40)),
+    Res2NetDla: dict(levels=(1, 1, 1, 2, 1, 1), channels=(16, 32, 64, 128, 128, 192)),
+    Res2NetBigLittle: dict(layers=(2, 2, 3, 1), base_width=8),
+    Res2NetCifar: dict(layers=(1, 2, 1), channels=(16, 24, 64)),
 }
 
 
+def small(name: str) -> dict[str, Any]:
+    """Arguments that make a registered model small; test_res2net is."""
+    return {} if name == 'test_res2net' else SMALL[ARCHS[name].trunk]
+
+
 def shallow(name: str) -> dict[str, Any]:
-    """Arguments that make a registered model shallow; test_res2net is."""
-    return {} if name == 'test_res2net' else SHALLOW[ARCHS[name].trunk]
+    """Arguments that make a registered model shallow, as wide as it is, for what depends on the sizes of features."""
+    return {key: value for key, value in small(name).items() if key in ('layers', 'levels')}
+
+
+def built(name: str, full: bool = False) -> nn.Module:
+    """A registered model, small unless `full`, in evaluation mode with randomised norms."""
+    return build_full(name) if full else build_small(name)
+
+
+@lru_cache(maxsize=1)  # of up to 300 MB
+def build_full(name: str) -> nn.Module:
+    torch.manual_seed(0)
+    return randomise(timm.create_model(name)).eval()
 
 
 @cache
-def built(name: str, full: bool = False) -> nn.Module:
-    """A registered model, shallow unless `full`, in evaluation mode with randomised norms."""
+def build_small(name: str) -> nn.Module:
     torch.manual_seed(0)
-    return randomise(timm.create_model(name, **({} if full else shallow(name)))).eval()
+    return randomise(timm.create_model(name, **small(name))).eval()
 
 
 def fitting(name: str, images: Tensor) -> Tensor:

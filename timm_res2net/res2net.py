@@ -134,7 +134,9 @@ def read_weights(cfg: PretrainedCfg, cache_dir: str | Path | None) -> Checkpoint
 def loaded_trunk(trunk: type[nn.Module], cfg: PretrainedCfg, checkpoint: Checkpoint, **kwargs: Any) -> nn.Module:
     """Makes a trunk and loads a checkpoint; timm adapts the classifier and the number of image channels."""
     model: Any = trunk(**kwargs)
-    require_same_function(model, checkpoint.first_block, checkpoint.file)
+    names = checkpoint.translation
+    if checkpoint.certain or names.dialect != 'official' or names.prefix:  # timm's names alone don't imply a function
+        require_same_function(model, checkpoint.first_block, checkpoint.file)
     source = {**cfg.to_dict(), 'state_dict': dict(checkpoint.state), 'custom_load': False}
     load_pretrained(model, source, num_classes=model.num_classes, in_chans=model.in_chans)
     return model

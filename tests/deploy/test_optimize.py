@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from support import TRUNKS, fitting, randomise, shallow, slow_but, tiny
+from support import TRUNKS, fitting, randomise, slow_but, small, tiny
 from timm.models import reparameterize_model
 from torch import Tensor, nn
 
@@ -152,7 +152,7 @@ def test_a_model_without_our_blocks_does_not_fuse() -> None:
 @pytest.mark.parametrize('name', TRUNKS)
 def test_fused_models_give_the_same_features(name: str, feature_cls: str, images: Tensor) -> None:
     torch.manual_seed(0)
-    options = dict(features_only=True, feature_cls=feature_cls, **shallow(name))
+    options = dict(features_only=True, feature_cls=feature_cls, **small(name))
     model, images = randomise(timm.create_model(name, **options)).eval(), fitting(name, images)
     features, expected = fuse(model)(images), model(images)
     if isinstance(features, dict):

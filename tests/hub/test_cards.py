@@ -22,6 +22,7 @@ from timm_res2net.hub.push import merge_cards
 from timm_res2net.models.variants import ARCHS, WEIGHTS
 
 FOLDER = ROOT / 'hub_cards'
+ONE_OF_EACH_TRUNK = 'test_res2net.digits', 'dla60_res2net.in1k'
 PUSHED: dict[str, Any] = dict(
     repo_id='user/net',
     tag='mine',
@@ -41,7 +42,7 @@ def test_a_card_is_committed_for_all_published_weights() -> None:
     assert {path.name for path in FOLDER.iterdir()} == {'README.md', *(f'{name}.md' for name in WEIGHTS)}
 
 
-@pytest.mark.parametrize('name', WEIGHTS)
+@pytest.mark.parametrize('name', slow_but([*ONE_OF_EACH_TRUNK, 'res2net50_vd_26w_4s.ssld_in1k'], WEIGHTS))
 def test_a_committed_card_is_fresh_and_good(name: str) -> None:
     text = (FOLDER / f'{name}.md').read_text()
     assert text == card(name), 'stale: timm-res2net card --all --out hub_cards'
@@ -99,7 +100,7 @@ def run_examples(text: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 # The template is the same for all; one card of each trunk shows it.
-@pytest.mark.parametrize('name', slow_but(['test_res2net.digits', 'dla60_res2net.in1k'], WEIGHTS))
+@pytest.mark.parametrize('name', slow_but(ONE_OF_EACH_TRUNK, WEIGHTS))
 def test_every_example_of_a_card_prints_what_it_says(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -529,6 +529,7 @@ def olah(tmp_path: Path) -> Iterator[str]:
     process.wait()
 
 
+@pytest.mark.slow
 def test_a_pull_through_a_proxy_of_somebody_else_is_byte_exact(olah: str, hub: Hub, tmp_path: Path) -> None:
     pushed = push(digits(), 'user/net', **WRITE)
     code = f"""if True:

@@ -8,7 +8,7 @@ import torch
 from support import randomise
 from torch import Tensor, nn
 
-# One of each kind, shallow.
+# One of each kind, small.
 KINDS: dict[str, dict[str, Any]] = {
     'res2net50_26w_4s': dict(layers=(1, 2, 1, 1), base_width=8),
     'res2net50_vd_26w_4s': dict(layers=(1, 2, 1, 1), base_width=8),

@@ -5,10 +5,12 @@ from typing import Any
 import pytest
 import torch
 from support import randomise
+from timm.models.resnet import drop_blocks
 from torch import Tensor, nn
 
 from timm_res2net.models.block import FIRST_BLOCKS
 from timm_res2net.models.resnet import Res2Net
+from timm_res2net.models.trunk import drop_block_layers
 
 SHALLOW: dict[str, Any] = dict(layers=(1, 2, 1, 1), channels=(8, 16, 24, 32))
 
@@ -65,3 +67,23 @@ def test_the_three_functions_share_a_state_dict_and_differ(images: Tensor) -> No
 def test_an_impossible_output_stride_is_refused(output_stride: int) -> None:
     with pytest.raises(ValueError, match=f'output_stride={output_stride}'):
         Res2Net(output_stride=output_stride, **SHALLOW)
+
+
+def test_timm_pools_dilated_shortcuts_by_avg_pool_2d_same_and_dilate_pool_replaces_them() -> None:
+    """Fails when timm pools there by another module, which `dilate_shortcut_pools` would not find."""
+
+    def kinds(model: nn.Module) -> list[str]:
+        return [type(model.get_submodule(f'layer{i}.0.downsample.0')).__name__ for i in (2, 3, 4)]
+
+    arguments = dict(avg_down=True, output_stride=8, **SHALLOW)
+    assert kinds(Res2Net(**arguments)) == ['AvgPool2d', 'AvgPool2dSame', 'AvgPool2dSame']
+    assert kinds(Res2Net(dilate_pool=True, **arguments)) == ['AvgPool2d', 'DilatedAvgPool2d', 'DilatedAvgPool2d']
+
+
+def test_drop_block_layers_are_timms() -> None:
+    def settings(rate: float, make: Any) -> list[Any]:
+        layers = [each and each() for each in make(rate)]
+        return [layer and (layer.drop_prob, layer.block_size, layer.gamma_scale) for layer in layers]
+
+    for rate in (0.0, 0.1):
+        assert settings(rate, drop_block_layers) == settings(rate, drop_blocks)

@@ -13,6 +13,7 @@ from PIL import Image
 
 import timm_res2net
 from timm_res2net.__main__ import main
+from timm_res2net.recipes import digits
 from timm_res2net.recipes.digits import split
 
 
@@ -24,7 +25,7 @@ def test_digits_are_split_by_thirds_without_overlap_or_bias() -> None:
 
 
 def test_digits_are_written_as_an_image_folder(tmp_path: Path) -> None:
-    subprocess.run([sys.executable, '-m', 'timm_res2net.recipes.digits', str(tmp_path)], check=True)
+    digits.main([str(tmp_path)])
     for part, (images, labels) in split().items():
         assert sorted(path.name for path in (tmp_path / part).iterdir()) == list('0123456789')
         assert sum(1 for _ in (tmp_path / part).rglob('*.png')) == len(images)

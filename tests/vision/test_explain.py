@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from support import TRUNKS, randomise, shallow, slow_but, tiny
+from support import TRUNKS, randomise, slow_but, small, tiny
 from torch import Tensor, nn
 
 from timm_res2net import class_activation_map, receptive_field
@@ -37,8 +37,8 @@ def test_a_map_adds_up_to_the_score(name: str, build: Any, images: Tensor) -> No
 def test_a_dense_map_is_the_same_on_a_finer_grid(images: Tensor) -> None:
     for name in ('test_res2net', 'dla60_res2net'):
         torch.manual_seed(0)
-        model = randomise(timm.create_model(name, **shallow(name))).eval()
-        dense = timm.create_model(name, **ARCHS[name].trunk.densest, **shallow(name)).eval()
+        model = randomise(timm.create_model(name, **small(name))).eval()
+        dense = timm.create_model(name, **ARCHS[name].trunk.densest, **small(name)).eval()
         dense.load_state_dict(model.state_dict())
         coarse, fine = (class_activation_map(each, images, [1, 2]) for each in (model, dense))
         np.testing.assert_allclose(fine[:, ::4, ::4], coarse, rtol=1e-3, atol=1e-3 * np.abs(coarse).max())

@@ -14,7 +14,7 @@ import pytest
 import tenacity
 import timm
 import torch
-from safetensors.torch import save
+from safetensors.torch import save, save_file
 from support import TINY, randomise, tiny
 from torch import Tensor
 
@@ -35,6 +35,7 @@ class Server(http.server.ThreadingHTTPServer):
         super().__init__(('127.0.0.1', 0), Handler)
         self.files: dict[str, bytes] = {}
         self.headers: dict[str, str] = {'ETag': '"1"'}
+        self.spelling = str  # of the names of headers
         self.faults: list[Any] = []
         self.requests: list[dict[str, str]] = []
 
@@ -58,8 +59,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         start = int(self.headers.get('Range', 'bytes=0-')[6:-1]) if fault != 'no range' else 0
         self.send_response(206 if start else 200)
         for key, value in self.server.headers.items():
-            self.send_header(key, value)
-        self.send_header('Content-Length', str(len(body) - start))
+            self.send_header(self.server.spelling(key), value)
+        self.send_header(self.server.spelling('Content-Length'), str(len(body) - start))
         self.end_headers()
         body = body[start:]
         if fault in ('cut', 'no range, cut'):
@@ -105,6 +106,15 @@ def test_a_download_survives_what_passes(
     assert [(path.name, path.read_bytes()) for path in folder.iterdir()] == [('file.bin', CONTENT)]
     asked = [f'bytes={start}-' if start else None for start in ranges]
     assert [request.get('Range') for request in server.requests] == asked
+
+
+def test_headers_in_lower_case_count(server: Server, tmp_path: Path) -> None:
+    server.spelling, server.faults = str.lower, ['cut']
+    assert download(f'{server.url}/file.bin', tmp_path / 'cut', contents) == CONTENT
+    assert [request.get('Range') for request in server.requests] == [None, 'bytes=512000-']
+    server.headers, server.faults = {'Content-MD5': 'AAAAAAAAAAAAAAAAAAAAAA=='}, []
+    with pytest.raises(ConnectionError, match='its MD5 differs'):
+        download(f'{server.url}/file.bin', tmp_path / 'md5', contents)
 
 
 def test_a_file_without_an_etag_is_never_pieced_together(server: Server, tmp_path: Path) -> None:
@@ -278,6 +288,18 @@ def test_a_file_of_another_function_in_the_place_of_published_weights_is_refused
         overlay = dict(file=str(tmp_path / file), custom_load=custom_load, num_classes=4)
         with pytest.raises(CheckpointError, match=f"is of a network with first_block='{function}'"):
             timm.create_model('test_res2net', pretrained=True, pretrained_cfg_overlay=overlay, **TINY)
+
+
+def test_a_file_with_timms_names_loads_unless_it_states_another_function(tmp_path: Path) -> None:
+    expected = tiny('paddle').state_dict()
+    overlay = dict(file=str(tmp_path / 'file.safetensors'), num_classes=4)
+    options = dict(pretrained=True, pretrained_cfg_overlay=overlay, **TINY)
+    save_file(expected, overlay['file'])
+    model = timm.create_model('test_res2net', first_block='paddle', **options)
+    torch.testing.assert_close(model.state_dict(), expected, rtol=0, atol=0)
+    save_file(expected, overlay['file'], {'first_block': 'paddle'})
+    with pytest.raises(CheckpointError, match="is of a network with first_block='paddle'"):
+        timm.create_model('test_res2net', **options)
 
 
 def test_a_foreign_file_that_timm_reads_is_adapted_too(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """What push and pull share: retries, and the comparison of files with the Hub's checksums."""
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
@@ -44,10 +44,11 @@ def is_transient(error: BaseException) -> bool:
     return broken or wrapped or 'Consistency check failed' in str(error)
 
 
-def wrong_files(api: HfApi, repo_id: str, revision: str, folder: Path) -> list[str]:
-    """Names of the files in a folder that are not in a commit, or have another checksum there."""
+def wrong_files(api: HfApi, repo_id: str, revision: str, folder: Path, names: Iterable[str]) -> list[str]:
+    """Those of some files in a folder that are not in a commit, or have another checksum there."""
     verified = call_hub(api.verify_repo_checksums, repo_id, revision=revision, local_dir=folder)
-    return sorted([*verified.extra_paths, *(mismatch['path'] for mismatch in verified.mismatches)])
+    wrong = {*verified.extra_paths, *(mismatch['path'] for mismatch in verified.mismatches)}
+    return [name for name in names if name in wrong]
 
 
 def problems_on_hub(text: str) -> list[str]:

@@ -81,16 +81,16 @@ def download_model(
 
     folder = download(CONFIG_FILE, revision).parent
     commit = folder.name
-    api = HfApi(token=token)
+    api, files = HfApi(token=token), (CONFIG_FILE, WEIGHTS_FILE)
     try:
         download(WEIGHTS_FILE, commit)
     except EntryNotFoundError as error:
         names = call_hub(api.list_repo_files, repo_id, revision=commit)
         raise CheckpointError(f'{repo_id} has no {WEIGHTS_FILE}{advise_on_pickle(names)}') from error
-    if not is_offline_mode() and (wrong := wrong_files(api, repo_id, commit, folder)):
+    if not is_offline_mode() and (wrong := wrong_files(api, repo_id, commit, folder, files)):
         for name in wrong:
             download(name, commit, force=True)
-        if wrong := wrong_files(api, repo_id, commit, folder):
+        if wrong := wrong_files(api, repo_id, commit, folder, files):
             scan_cache_dir(cache).delete_revisions(commit).execute()
             raise CheckpointError(
                 f'{" and ".join(wrong)} of {repo_id} came twice with another checksum than the Hub has; pull again'

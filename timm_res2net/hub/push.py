@@ -4,7 +4,7 @@ import copy
 import logging
 import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +105,7 @@ def push(
         network = as_classifier(unwrap_model(model))
         write_model(network, folder, labels, facts)
         require_round_trip(network, folder)
-        text = card(network, repo_id=repo_id, **asdict(facts))
+        text = card(network, repo_id=repo_id, **vars(facts))
         (folder / CARD_FILE).write_text(text)
         hashes = {name: sha256(folder / name) for name in FILES}
         if dry_run is not None:
@@ -141,7 +141,7 @@ def write_model(model: Classifier, folder: Path, labels: Sequence[str] | None, f
     args = {key: value for key, value in get_model_args(model).items() if defaults.get(key) != value}
     known = model.pretrained_cfg.get('label_names') or ()
     labels = list(labels or (known if len(known) == model.num_classes else ()))
-    record = {key: value for key, value in asdict(facts).items() if value is not None and key != 'tag'}
+    record = {key: value for key, value in vars(facts).items() if value is not None and key != 'tag'}
     config = make_config(model, name, args, inherited_cfg(model, facts), **record)
     config.update({'label_names': labels} if labels else {})
     state = {
@@ -269,7 +269,7 @@ class Commit:
 
     def is_at(self, revision: str) -> bool:
         """Whether the folder's files are in a commit on the Hub."""
-        return not wrong_files(self.api, self.repo_id, revision, self.folder)
+        return not wrong_files(self.api, self.repo_id, revision, self.folder, FILES)
 
 
 class NotCommittedError(ConnectionError):

@@ -31,11 +31,11 @@ def split() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     return {'train': (x, y), 'val': (x_val, y_val)}
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     """Writes `FOLDER/{train,val}/LABEL/NUMBER.png`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folder', type=Path, help='where to write')
-    folder = parser.parse_args().folder
+    folder = parser.parse_args(argv).folder
     for part, (images, labels) in split().items():
         for i, (image, label) in enumerate(zip(images, labels)):
             path = folder / part / str(label) / f'{i:04}.png'

@@ -100,13 +100,13 @@ def require_checksums(url: str, name: str, path: str, headers: dict[str, str]) -
     prefix = HASH_IN_NAME.search(name)
     if prefix and not sha256(path).startswith(prefix[1]):
         raise ConnectionError(f'what {url} sent is not the file that its name tells; its SHA-256 differs. Try again')
-    md5 = headers.get('Content-MD5')
+    md5 = headers.get('content-md5')
     if md5 and md5 != base64.b64encode(hashlib.md5(Path(path).read_bytes()).digest()).decode():
         raise ConnectionError(f'what {url} sent was damaged on its way; its MD5 differs. Try again')
 
 
 def transfer(url: str, path: str) -> dict[str, str]:
-    """Writes a URL's content to a file, with retries, and returns the response's headers.
+    """Writes a URL's content to a file, with retries, and returns the response's headers, their names in lower case.
 
     Raises:
         ConnectionError: If that fails.
@@ -133,16 +133,16 @@ def transfer_once(url: str, file: IO[bytes], headers: dict[str, str], bar: 'tqdm
         TransferError: If the file is not complete afterwards.
     """
     received = file.tell()
-    resume = {'Range': f'bytes={received}-', 'If-Range': headers['ETag']} if 'ETag' in headers else {}
+    resume = {'Range': f'bytes={received}-', 'If-Range': headers['etag']} if 'etag' in headers else {}
     try:
         with urllib.request.urlopen(urllib.request.Request(url, headers=resume), timeout=TIMEOUT) as response:
             if response.status != 206:  # the whole file, from its beginning
                 received = 0
                 headers.clear()
-                headers.update(response.headers.items())
+                headers.update({name.lower(): value for name, value in response.headers.items()})
                 file.seek(0)
                 file.truncate()
-            bar.total = int(headers.get('Content-Length', 0)) or None
+            bar.total = int(headers.get('content-length', 0)) or None
             bar.n = received
             while chunk := response.read(1 << 18):
                 file.write(chunk)
@@ -153,6 +153,6 @@ def transfer_once(url: str, file: IO[bytes], headers: dict[str, str], bar: 'tqdm
         raise TransferError(f'the server answers {error.code} {error.reason}', transient) from error
     except NETWORK_ERRORS as error:
         raise TransferError(first_line(error)) from error
-    if 'Content-Length' in headers and file.tell() != int(headers['Content-Length']):
-        size = int(headers['Content-Length'])
+    if 'content-length' in headers and file.tell() != int(headers['content-length']):
+        size = int(headers['content-length'])
         raise TransferError(f'the connection was cut after {file.tell():,} of {size:,} bytes')
