@@ -205,7 +205,7 @@ def add_explain(commands: Commands) -> None:
     command = commands.add_parser(
         'explain',
         help='draw what the network looks at',
-        description='Draws an image, where it speaks for the likeliest class, and how far the splits of a block see.',
+        description='Draws an image, its class activation map, and the effective receptive fields of a block.',
     )
     command.add_argument('image', nargs='?', metavar='IMAGE', help='a file; a bundled digit without')
     command.add_argument('--model', metavar='NAME', help=f'default: {PHOTO}; {EMBEDDED} for the bundled digit')
@@ -237,8 +237,8 @@ def add_convert(commands: Commands) -> None:
     command = commands.add_parser(
         'convert',
         help="bring other people's weights to timm, or back",
-        description='Makes a folder that timm loads of a file of weights, whoever wrote it. Tells whose names the file '
-        'has, which model it fits, how sure that is, and what was changed.',
+        description='Converts a file of weights, of any known code base, to a folder for timm. Prints whose names the '
+        'file has, which model it fits, how sure that is, and what was changed.',
     )
     command.add_argument('file', metavar='FILE', help='.safetensors, .pth, .pdparams, .pkl, .ckpt or .tar')
     command.add_argument('--model', metavar='NAME', help='the model that it fits (default: found out)')
@@ -278,7 +278,7 @@ def load_call(folder: str | Path) -> str:
 
 
 def summarize_names(names: Sequence[str]) -> str:
-    """Counts names and tells the first ones."""
+    """The number of names, and the first ones."""
     more = ', ...' if len(names) > 3 else ''
     return f'{len(names)}' + (f': {", ".join(names[:3])}{more}' if names else '')
 

@@ -54,7 +54,7 @@ class CardFacts:
 
 @dataclass(frozen=True)
 class CardText:
-    """The sentences of a card, and what its metadata is made of."""
+    """The texts and facts of a card."""
 
     title: str
     source: str  # the name that create_model takes
@@ -135,22 +135,22 @@ def card(
     trained = f' on {dataset}' if dataset else ''
     origin = f', fine-tuned from [{base_model}](https://huggingface.co/{base_model})' if base_model else ''
     if license is None:
-        licence = 'Whoever pushed this model named no licence: ask before you use it.'
+        licence = 'The owner of the repository named no licence: ask before you use it.'
     elif isinstance(license, str):
-        licence = f'Licence: `{license}`, named by whoever pushed this model.'
+        licence = f'Licence: `{license}`, named by the owner of the repository.'
     else:
-        licence = f'Licence: [{license[0]}]({license[1]}), named by whoever pushed this model.'
+        licence = f'Licence: [{license[0]}]({license[1]}), named by the owner of the repository.'
     text = CardText(
         title=repo_id or name,
         source=f'hf-hub:{repo_id}' if repo_id else name,
         summary=f'{describe_architecture(name)} trained{trained}{origin}.',
         size=cfg['input_size'][-1],
         results=results or {},
-        measured='as whoever pushed this model measured it' if results else '',
+        measured='as measured by the owner of the repository' if results else '',
         dataset=dataset,
         license=license,
         base_model=base_model,
-        recipe=(recipe or 'Nothing was said about it').rstrip('.') + '.',
+        recipe=(recipe or 'Not described').rstrip('.') + '.',
         provenance=f'Pushed by timm_res2net{f" as `{name}.{tag}`" if tag else ""}.',
         licence=licence,
         limits='The model knows only the classes and the kind of images that it was trained on.',

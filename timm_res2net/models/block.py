@@ -6,6 +6,7 @@ pixels of its stage, the i-th output of an undilated block has seen 2i + 3 of th
 scales at once. Paper: `Res2Net: A New Multi-scale Backbone Architecture` - https://arxiv.org/abs/1904.01169
 """
 
+import copy
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ import torch
 from timm.layers import create_attn, get_norm_layer
 from torch import Tensor, nn
 
-from .fold import fold_block
+from .fold import fold_norm, fold_norms, merge_convs, require_eval_mode
 from .pool import DilatedAvgPool2d
 
 __all__ = ['FIRST_BLOCKS', 'Bottle2neck', 'Layer', 'first_blocks', 'norm_factory']
@@ -179,7 +180,19 @@ class Bottle2neck(nn.Module):
         Raises:
             ValueError: If the block is in training mode.
         """
-        return fold_block(self)
+        require_eval_mode(self)
+        block = copy.deepcopy(self)
+        fold_norms(block)
+        for i, (conv, norm) in enumerate(zip(block.convs, block.bns)):
+            block.bns[i] = fold_norm(conv, norm)
+        if isinstance(block.downsample, nn.Sequential):
+            fold_norms(block.downsample)
+        if not block.cascade and len(block.convs) > 1 and all(isinstance(norm, nn.Identity) for norm in block.bns):
+            merged = merge_convs(block.convs, block.scale, block.pool, block.act1)
+            if merged is not None:
+                block.convs, block.bns, block.acts = nn.ModuleList([merged]), block.bns[:1], block.acts[:1]
+                block.pool, block.scale = nn.Identity(), 1
+        return block.eval()  # new modules are in training mode
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
         """Runs the block.

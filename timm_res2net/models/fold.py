@@ -3,10 +3,8 @@
 `Bottle2neck.fuse` uses this for one block, `timm_res2net.fuse` for a whole model.
 """
 
-from __future__ import annotations
-
-import copy
-from typing import TYPE_CHECKING, cast
+from collections.abc import Iterable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -16,10 +14,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from .pool import DilatedAvgPool2d
 
-if TYPE_CHECKING:  # block.py imports this file
-    from .block import Bottle2neck
-
-__all__ = ['fold_block', 'fold_norms', 'require_eval_mode']
+__all__ = ['fold_norm', 'fold_norms', 'merge_convs', 'require_eval_mode']
 
 
 def require_eval_mode(module: nn.Module) -> None:
@@ -38,7 +33,7 @@ class FoldedNorm(nn.Identity):
         super().__init__()
         self.training = False
 
-    def train(self, mode: bool = True) -> FoldedNorm:
+    def train(self, mode: bool = True) -> 'FoldedNorm':
         """Raises a ValueError for training mode: without its norms a network would train differently, and worse."""
         if mode:
             raise ValueError('a fused model has no norms left to train with; train the model that it was made from')
@@ -71,59 +66,47 @@ def fold_norms(module: nn.Module) -> None:
         before = child[-1] if isinstance(child, nn.Sequential) and len(child) else child  # as in a deep stem
 
 
-def fold_block(block: Bottle2neck) -> Bottle2neck:
-    """Copies a block and folds all that can be folded in the copy.
-
-    Raises:
-        ValueError: If the block is in training mode.
-    """
-    require_eval_mode(block)
-    block = copy.deepcopy(block)
-    fold_norms(block)
-    for i, (conv, norm) in enumerate(zip(block.convs, block.bns)):
-        block.bns[i] = fold_norm(conv, norm)
-    if isinstance(block.downsample, nn.Sequential):
-        fold_norms(block.downsample)
-    merge_splits(block)
-    return block.eval()  # new modules are in training mode
-
-
-def merge_splits(block: Bottle2neck) -> None:
-    """Replaces the convolutions of a block without cascade, and the pool beside them, by one grouped convolution.
+def merge_convs(modules: Iterable[nn.Module], scale: int, pool: nn.Module, act: nn.Module) -> nn.Conv2d | None:
+    """Makes one grouped convolution of parallel 3x3 convolutions and, if it isn't convolved, of the last split.
 
     The grouped convolution is followed by one activation, so the last split passes it, too. ReLU doesn't change that
-    split, pooled or not, because it is the output of a ReLU. These blocks stay as they are: with a cascade, with
-    another activation and a last split that isn't convolved, with norms that were not folded, and with a pool that no
-    convolution can compute, because it doesn't count the padding or has another dilation.
+    split, pooled or not, because it is the output of a ReLU.
+
+    Args:
+        modules: The convolutions of the first splits, with their norms folded.
+        scale: Number of splits, one more than convolutions if the last one isn't convolved.
+        pool: What happens to the last split then.
+        act: The activation before and after.
+
+    Returns:
+        The convolution; None if none computes the same, because of another activation, or a pool that doesn't count the
+        padding or has another dilation.
     """
-    convs = [cast(nn.Conv2d, conv) for conv in block.convs]
-    if block.cascade or len(convs) == 1 or not all(isinstance(norm, nn.Identity) for norm in block.bns):
-        return
+    convs = [cast(nn.Conv2d, module) for module in modules]
     conv = convs[0]
     no_bias = torch.zeros_like(conv.weight[:, 0, 0, 0])
     weights: list[Tensor] = [each.weight for each in convs]  # (width, width / cardinality, 3, 3) each
     biases: list[Tensor] = [no_bias if each.bias is None else each.bias for each in convs]
-    if len(convs) < block.scale:
-        kernel = kernel_of_pool(block.pool, conv)
-        if kernel is None or not isinstance(block.act1, nn.ReLU | nn.ReLU6):
-            return
+    if len(convs) < scale:
+        kernel = kernel_of_pool(pool, conv)
+        if kernel is None or not isinstance(act, nn.ReLU | nn.ReLU6):
+            return None
         identity = torch.eye(conv.weight.shape[1]).repeat(conv.groups, 1)  # output channel i reads input channel i
         weights.append((identity[:, :, None, None] * kernel).to(conv.weight))
         biases.append(no_bias)
     merged = nn.Conv2d(
-        conv.in_channels * block.scale,
-        conv.out_channels * block.scale,
+        conv.in_channels * scale,
+        conv.out_channels * scale,
         3,
         stride=cast(tuple[int, int], conv.stride),
         padding=cast(tuple[int, int], conv.padding),
         dilation=cast(tuple[int, int], conv.dilation),
-        groups=conv.groups * block.scale,
+        groups=conv.groups * scale,
         device=conv.weight.device,
         dtype=conv.weight.dtype,
     )
     merged.weight, merged.bias = (nn.Parameter(torch.cat(each).detach()) for each in (weights, biases))
-    block.convs, block.bns, block.acts = nn.ModuleList([merged]), block.bns[:1], block.acts[:1]
-    block.pool, block.scale = nn.Identity(), 1
+    return merged
 
 
 def kernel_of_pool(pool: nn.Module, conv: nn.Conv2d) -> Tensor | None:

@@ -64,7 +64,7 @@ def receptive_field(model: nn.Module, block: str, images: Tensor, of_block: bool
     Args:
         model: A model of this package in evaluation mode.
         block: Name of a block in it, such as 'layer2.1'.
-        images: (N, in_chans, H, W); the result is a mean over them. Noise tells most about the network itself.
+        images: (N, in_chans, H, W); the result is a mean over them. Noise shows the network itself best.
         of_block: Measure in the block's input instead of in the image.
 
     Returns:

@@ -108,7 +108,7 @@ def draw_heat(figure: 'SubFigure', panel: 'Axes', explanation: Explanation) -> N
         extent=(-0.5, width - 0.5, height - 0.5, -0.5),
         interpolation='bilinear',
     )
-    panel.set_title(f'what speaks for {short(explanation.predictions[0].label)}')
+    panel.set_title(f'class activation map: {short(explanation.predictions[0].label)}')
     panel.axis('off')
     figure.colorbar(overlay, ax=panel, shrink=0.8, label='score')
 
@@ -144,7 +144,7 @@ def draw_fields(figure: 'SubFigure', explanation: Explanation) -> None:
         panel.set_xticks([])
         panel.set_yticks([])
     figure.suptitle(
-        f'from where the splits of {explanation.block} take what they see: {2 * reach} pixels of the image across'
+        f'effective receptive field of each split of {explanation.block}, {2 * reach} pixels of the image across'
     )
 
 

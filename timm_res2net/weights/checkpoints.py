@@ -71,7 +71,7 @@ def read_checkpoint(
     """Reads a Res2Net's weights from a file of any known code base.
 
     Args:
-        file: .safetensors, .pth, .pdparams, .pkl, .ckpt of MindSpore or .tar of Paddle; its content tells which.
+        file: .safetensors, .pth, .pdparams, .pkl, .ckpt of MindSpore or .tar of Paddle; detected by content.
         dialect: Whose tensor names the file has, a key of `DIALECTS`. Detected if None.
         first_block: What its network's first blocks compute, a key of `FIRST_BLOCKS`. If None, the file says so (those
             of this package and timm's training checkpoints do), or its dialect decides.

@@ -250,7 +250,7 @@ WRAPPERS = {'state_dict', 'state_dict_ema', 'model', 'model_ema', 'model_state',
 
 @dataclass(frozen=True)
 class Translation:
-    """A network's tensors under timm's names, and how they were made of those in the file."""
+    """A network's tensors under timm's names, and what was changed in those of the file."""
 
     state: dict[str, Tensor]
     dialect: str

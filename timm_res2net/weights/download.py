@@ -99,7 +99,7 @@ def require_checksums(url: str, name: str, path: str, headers: dict[str, str]) -
     """Raises a ConnectionError if a file's checksum is not the one in its name or in the server's headers."""
     prefix = HASH_IN_NAME.search(name)
     if prefix and not sha256(path).startswith(prefix[1]):
-        raise ConnectionError(f'what {url} sent is not the file that its name tells; its SHA-256 differs. Try again')
+        raise ConnectionError(f'what {url} sent is not the file that its name promises; its SHA-256 differs. Try again')
     md5 = headers.get('content-md5')
     if md5 and md5 != base64.b64encode(hashlib.md5(Path(path).read_bytes()).digest()).decode():
         raise ConnectionError(f'what {url} sent was damaged on its way; its MD5 differs. Try again')
