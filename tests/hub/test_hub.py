@@ -201,6 +201,16 @@ def test_a_card_that_push_made_is_made_anew(hub: Hub) -> None:
     assert '98.00 %' not in card
 
 
+@pytest.mark.parametrize('status', [400, 403, 404, 418])
+def test_push_with_unreadable_card_stops_and_keeps_it(status: int, hub: Hub) -> None:
+    hub.put('user/net', {'README.md': b'My words.'})
+    hub.faults = [Fault('HEAD .*README.md', 'status', status=status, times=100)]
+    with pytest.raises((ConnectionError, HfHubHTTPError)):
+        push(digits(), 'user/net', **WRITE)
+    assert hub.files('user/net')['README.md'] == b'My words.'
+    assert 'model.safetensors' not in hub.files('user/net')
+
+
 # Faults while pushing
 
 

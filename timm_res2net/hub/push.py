@@ -10,7 +10,7 @@ from typing import Any
 
 import timm
 import torch
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard, hf_hub_download
+from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from timm.models import PretrainedCfg, get_model_args
 from timm.utils import unwrap_model
@@ -120,7 +120,7 @@ def push(
             call_hub(api.create_branch, repo_id, branch=branch, exist_ok=True)
         head = str(call_hub(api.model_info, repo_id, revision=branch).sha)
         if not overwrite_card:
-            text = merge_cards(remote_card(repo_id, head, token), text)
+            text = merge_cards(remote_card(api, repo_id, head), text)
             (folder / CARD_FILE).write_text(text)
             hashes[CARD_FILE] = sha256(folder / CARD_FILE)
         commit = Commit(api, repo_id, branch, head, folder, create_pr, commit_message or f'Push {model_name(network)}')
@@ -195,12 +195,19 @@ def merge_cards(written: str | None, generated: str) -> str:
     return str(old)
 
 
-def remote_card(repo_id: str, revision: str, token: str | None) -> str | None:
-    """The card in a commit on the Hub, None if there is none."""
-    try:
-        return Path(call_hub(hf_hub_download, repo_id, CARD_FILE, revision=revision, token=token)).read_text()
-    except EntryNotFoundError:
+def remote_card(api: HfApi, repo_id: str, revision: str) -> str | None:
+    """The card in a commit on the Hub, None if the commit has none.
+
+    Raises:
+        ConnectionError: If there is one that can't be read: it might be lost otherwise.
+    """
+    if CARD_FILE not in call_hub(api.list_repo_files, repo_id, revision=revision):
         return None
+    try:
+        return Path(call_hub(api.hf_hub_download, repo_id, CARD_FILE, revision=revision)).read_text()
+    except EntryNotFoundError as error:  # what huggingface_hub makes of most refusals
+        problem = first_line(error.__cause__ or error)
+        raise ConnectionError(f'the card of {repo_id} can not be read: {problem}. Nothing was pushed') from error
 
 
 @dataclass(frozen=True)
