@@ -26,7 +26,7 @@ SMALL: dict[str, Any] = dict(layers=(2, 3, 2, 2), base_width=8, scale=3)
         (dict(base_width=4, cardinality=8), 25_804_264),
     ],
 )
-def test_relatives_have_the_sizes_of_the_literature(arguments: dict[str, Any], params: int) -> None:
+def test_biglittle_variants_have_published_parameter_counts(arguments: dict[str, Any], params: int) -> None:
     model = Res2NetBigLittle(device='meta', **arguments)
     assert sum(p.numel() for p in model.parameters()) == params
 
@@ -71,7 +71,7 @@ def big_little(x: Tensor, module: BigLittleModule, stride: int) -> Tensor:
 
 
 @pytest.mark.parametrize('size', [(64, 64), (61, 43)])
-def test_trunk_computes_its_published_equations(size: tuple[int, int]) -> None:
+def test_biglittle_computes_its_published_equations(size: tuple[int, int]) -> None:
     torch.manual_seed(0)
     model = randomise(Res2NetBigLittle(**SMALL)).double().eval()
     x = torch.randn(1, 3, *size, dtype=torch.double)
@@ -90,7 +90,7 @@ def test_trunk_computes_its_published_equations(size: tuple[int, int]) -> None:
     torch.testing.assert_close(model.forward_features(x), y)
 
 
-def test_depth_and_width_of_the_little_branch_follow_alpha_and_beta() -> None:
+def test_biglittle_little_branch_depth_and_width_follow_alpha_and_beta() -> None:
     model = Res2NetBigLittle((3, 4, 12, 3), alpha=4, beta=2, device='meta')
     assert [len(layer.little) for layer in (model.layer1, model.layer2, model.layer3)] == [1, 1, 5]
     assert [len(layer.big) for layer in (model.layer1, model.layer2, model.layer3)] == [2, 3, 11]
@@ -98,7 +98,7 @@ def test_depth_and_width_of_the_little_branch_follow_alpha_and_beta() -> None:
     assert model.bl_init.little[0].out_channels == 16
 
 
-def test_two_taps_have_stride_16_and_the_deeper_one_is_default() -> None:
+def test_biglittle_has_two_features_of_stride_16_and_deeper_one_is_default() -> None:
     import timm
 
     model = timm.create_model('blres2net50_26w_4s', device='meta')
@@ -108,7 +108,7 @@ def test_two_taps_have_stride_16_and_the_deeper_one_is_default() -> None:
     assert features.feature_info.channels() == [64, 64, 256, 1024, 2048]
 
 
-def test_dilation_computes_the_same_on_a_denser_grid(images: Tensor) -> None:
+def test_biglittle_output_stride_16_equals_undilated_on_denser_grid(images: Tensor) -> None:
     torch.manual_seed(0)
     model = randomise(Res2NetBigLittle(**SMALL)).double().eval()
     dilated = Res2NetBigLittle(output_stride=16, **SMALL).double().eval()
@@ -117,7 +117,7 @@ def test_dilation_computes_the_same_on_a_denser_grid(images: Tensor) -> None:
     torch.testing.assert_close(dense[..., ::2, ::2], model.forward_features(images.double()))
 
 
-def test_stem_is_thinner_by_alpha() -> None:
+def test_biglittle_stem_divides_channels_of_little_branch_by_alpha() -> None:
     stem = BigLittleStem(
         lambda *args, **kwargs: conv_norm_act(*args, norm_layer=nn.BatchNorm2d, **kwargs), 64, 4, nn.ReLU
     )
@@ -126,6 +126,6 @@ def test_stem_is_thinner_by_alpha() -> None:
 
 
 @pytest.mark.parametrize('arguments', [dict(output_stride=8), dict(layers=(3, 4, 6)), dict(layers=(1, 4, 6, 3))])
-def test_an_argument_that_the_trunk_cannot_honour_is_named(arguments: dict[str, Any]) -> None:
+def test_biglittle_unsupported_argument_raises_value_error_with_its_name(arguments: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(arguments))):
         Res2NetBigLittle(**arguments)

@@ -84,7 +84,7 @@ def test_block_computes_its_published_equations(function: str, position: str, sc
 
 @pytest.mark.parametrize('function', FIRST_BLOCKS)
 @pytest.mark.parametrize('step', [1, 2])
-def test_first_block_keeps_its_function_when_its_stage_is_dilated(function: str, step: int) -> None:
+def test_first_block_in_dilated_stage_keeps_cascade_pool_and_convolutions(function: str, step: int) -> None:
     strided = Bottle2neck(8, 16, step, projection(8, 64, step), first_block=function)
     for prior in (1, 2):
         dilated = Bottle2neck(
@@ -97,16 +97,14 @@ def test_first_block_keeps_its_function_when_its_stage_is_dilated(function: str,
 
 @pytest.mark.parametrize('count_include_pad', [True, False])
 @pytest.mark.parametrize('size', [(8, 8), (9, 7)])
-def test_dilated_average_pool_is_the_strided_one_on_a_denser_grid(
-    count_include_pad: bool, size: tuple[int, int]
-) -> None:
+def test_dilated_avg_pool_equals_plain_pool_on_denser_grid(count_include_pad: bool, size: tuple[int, int]) -> None:
     x = torch.rand(2, 3, *size)
     torch.testing.assert_close(DilatedAvgPool2d(1, count_include_pad)(x), pooled(x, 1, count_include_pad))
     sparse = pooled(x[..., ::2, ::2], 1, count_include_pad)
     torch.testing.assert_close(DilatedAvgPool2d(2, count_include_pad)(x)[..., ::2, ::2], sparse)
 
 
-def test_each_activation_runs_once_per_forward() -> None:
+def test_block_each_activation_runs_once_per_forward() -> None:
     block = Bottle2neck(64, 16, scale=4).eval()
     calls: list[nn.Module] = []
     for module in block.modules():
@@ -128,12 +126,12 @@ def test_each_activation_runs_once_per_forward() -> None:
         (dict(attn_layer='sea'), 'attn_layer'),
     ],
 )
-def test_an_argument_that_the_block_cannot_honour_is_named(arguments: dict[str, Any], named: str) -> None:
+def test_block_unsupported_argument_raises_value_error_with_its_name(arguments: dict[str, Any], named: str) -> None:
     with pytest.raises(ValueError, match=named):
         Bottle2neck(64, 16, **arguments)
 
 
-def test_norm_statistics_hold_however_often_a_checkpointed_stage_is_recomputed() -> None:
+def test_grad_checkpointing_repeated_backward_keeps_norm_statistics() -> None:
     torch.manual_seed(0)
     stage = randomise(Stage(*(Bottle2neck(64, 16) for _ in range(2))))
     stage.grad_checkpointing = True  # type: ignore[assignment]
@@ -144,7 +142,7 @@ def test_norm_statistics_hold_however_often_a_checkpointed_stage_is_recomputed()
     torch.testing.assert_close(dict(stage.named_buffers()), before, rtol=0, atol=0)
 
 
-def test_group_is_one_grouped_convolution_over_all_splits() -> None:
+def test_block_group_equals_one_grouped_convolution_over_all_splits() -> None:
     block: Any = Bottle2neck(32, 16, 2, projection(32, 64, 2), cardinality=2, scale=3, first_block='group')
     x = torch.randn(2, block.conv1.out_channels, 8, 8)
     weight = torch.cat([conv.weight for conv in block.convs])
@@ -152,7 +150,7 @@ def test_group_is_one_grouped_convolution_over_all_splits() -> None:
     torch.testing.assert_close(torch.cat([conv(y) for conv, y in zip(block.convs, x.chunk(3, 1))], 1), one)
 
 
-def test_last_activation_can_be_left_out() -> None:
+def test_block_last_act_false_omits_last_activation() -> None:
     x = torch.randn(2, 64, 8, 8)
     assert (Bottle2neck(64, 16, last_act=False)(x) < 0).any()
     assert not (Bottle2neck(64, 16)(x) < 0).any()

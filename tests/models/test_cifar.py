@@ -28,7 +28,7 @@ def count(norms: bool = True, **arguments: Any) -> int:
         (VARIANTS[2], 36_801_380, 36_718_372, 36_146_180),
     ],
 )
-def test_both_definitions_have_the_sizes_that_the_docstring_says(
+def test_cifar_variants_have_published_parameter_counts(
     variant: tuple[int, int, int], grouped: int, papers: int, published: int
 ) -> None:
     arguments = dict(zip(('cardinality', 'base_width', 'scale'), variant))
@@ -40,12 +40,12 @@ def test_both_definitions_have_the_sizes_that_the_docstring_says(
         assert f'{number:,}' in ' '.join((Res2NetCifar.__doc__ or '').split())
 
 
-def test_scale_1_is_the_plain_resnext() -> None:
+def test_cifar_scale_1_has_parameter_count_of_resnext() -> None:
     assert count(scale=1, base_width=64, cardinality=8) == 34_518_948
     assert count(scale=1, base_width=64, cardinality=8, norms=False) == 34_461_476
 
 
-def test_scale_1_computes_what_timms_bottlenecks_do() -> None:
+def test_cifar_scale_1_equals_bottlenecks_of_timm() -> None:
     torch.manual_seed(0)
     model = randomise(Res2NetCifar(scale=1, base_width=64, cardinality=8)).eval()
     x = torch.randn(2, 3, 32, 32)
@@ -62,7 +62,7 @@ def test_scale_1_computes_what_timms_bottlenecks_do() -> None:
 
 @pytest.mark.parametrize(('output_stride', 'step'), [(2, 2), (1, 4)])
 @pytest.mark.parametrize('function', ['group', 'mmdet'])
-def test_dilation_computes_the_same_on_a_denser_grid(output_stride: int, step: int, function: str) -> None:
+def test_cifar_output_stride_equals_undilated_on_denser_grid(output_stride: int, step: int, function: str) -> None:
     torch.manual_seed(0)
     arguments: dict[str, Any] = dict(layers=(1, 2, 2), channels=(8, 16, 16), cardinality=2, first_block=function)
     model = randomise(Res2NetCifar(**arguments)).double().eval()
@@ -75,7 +75,7 @@ def test_dilation_computes_the_same_on_a_denser_grid(output_stride: int, step: i
     assert dense.shape[-1] == 16 // output_stride
 
 
-def test_no_weights_are_claimed_and_asking_for_them_says_so_in_one_line() -> None:
+def test_create_model_pretrained_without_published_weights_raises_one_line() -> None:
     for name in ('res2next29_6c_24w_4s', 'resnext29_8c_64w', 'blres2net50_26w_4s'):
         assert name not in timm.list_pretrained()
         with pytest.raises(RuntimeError, match=f'No pretrained weights exist for {name}') as error:
@@ -83,7 +83,7 @@ def test_no_weights_are_claimed_and_asking_for_them_says_so_in_one_line() -> Non
         assert '\n' not in str(error.value)
 
 
-def test_config_is_that_of_cifar_100() -> None:
+def test_cifar_default_cfg_is_that_of_cifar_100() -> None:
     cfg = timm.create_model('seres2next29_8c_25w_4s', device='meta').default_cfg
     assert cfg['input_size'] == (3, 32, 32)
     assert cfg['num_classes'] == 100
@@ -92,6 +92,6 @@ def test_config_is_that_of_cifar_100() -> None:
 
 
 @pytest.mark.parametrize('arguments', [dict(output_stride=8), dict(layers=(3, 3)), dict(channels=(8, 8))])
-def test_an_argument_that_the_trunk_cannot_honour_is_named(arguments: dict[str, Any]) -> None:
+def test_cifar_unsupported_argument_raises_value_error_with_its_name(arguments: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(arguments))):
         Res2NetCifar(**arguments)

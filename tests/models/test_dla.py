@@ -18,7 +18,7 @@ SMALL: dict[str, Any] = dict(levels=(1, 1, 1, 2, 3, 1), channels=(8, 8, 32, 32, 
 
 @pytest.mark.parametrize('function', FIRST_BLOCKS)
 @pytest.mark.parametrize(('output_stride', 'step'), [(16, 2), (8, 4)])
-def test_dilation_computes_the_same_on_a_denser_grid(
+def test_dla_output_stride_equals_undilated_on_denser_grid(
     function: str, output_stride: int, step: int, images: Tensor
 ) -> None:
     torch.manual_seed(0)
@@ -33,14 +33,14 @@ def test_dilation_computes_the_same_on_a_denser_grid(
 
 @pytest.mark.parametrize('output_stride', [8, 16, 32])
 @pytest.mark.parametrize('size', [(65, 97), (63, 64)])
-def test_odd_sizes_round_up_at_every_level(output_stride: int, size: tuple[int, int]) -> None:
+def test_dla_odd_image_sizes_round_up_at_every_level(output_stride: int, size: tuple[int, int]) -> None:
     model = Res2NetDla(output_stride=output_stride, **SMALL).eval()
     _, features = model.forward_intermediates(torch.randn(1, 3, *size))
     for info, feature in zip(model.feature_info, features):
         assert feature.shape[1:] == (info['num_chs'], *(-(-pixels // info['reduction']) for pixels in size))
 
 
-def test_layers_of_other_kinds_reach_every_part(images: Tensor) -> None:
+def test_dla_act_norm_and_attn_layer_reach_every_block(images: Tensor) -> None:
     model = Res2NetDla(act_layer='silu', norm_layer='groupnorm1', attn_layer='eca', **SMALL)
     kinds = [type(module).__name__ for module in model.modules()]
     assert 'ReLU' not in kinds
@@ -49,7 +49,7 @@ def test_layers_of_other_kinds_reach_every_part(images: Tensor) -> None:
     assert model(images).isfinite().all()
 
 
-def test_drop_path_grows_linearly_in_the_order_of_execution(images: Tensor) -> None:
+def test_dla_drop_path_grows_linearly_in_order_of_execution(images: Tensor) -> None:
     model = Res2NetDla(drop_path_rate=0.3, drop_block_rate=0.1, **SMALL).train()
     executed: list[float] = []
     for module in model.modules():
@@ -63,13 +63,13 @@ def test_drop_path_grows_linearly_in_the_order_of_execution(images: Tensor) -> N
 
 
 @pytest.mark.parametrize('zero', [True, False])
-def test_zero_init_last_makes_blocks_identities(zero: bool) -> None:
+def test_dla_zero_init_last_zeroes_last_norm_of_every_block(zero: bool) -> None:
     model = Res2NetDla(zero_init_last=zero, **SMALL)
     weights = [module.bn3.weight for module in model.modules() if isinstance(module, DlaBottle2neck)]
     assert all((weight == 0).all() for weight in weights) == zero
 
 
-def test_layer_groups_follow_execution_and_hold_each_parameter_once() -> None:
+def test_dla_group_matcher_follows_execution_and_covers_each_parameter_once() -> None:
     model = Res2NetDla(**SMALL)
     matcher = model.group_matcher()
     groups = timm.models.group_parameters(model, matcher)
@@ -100,7 +100,7 @@ def authors_file(path: str, model: nn.Module) -> dict[str, Tensor]:
     return state
 
 
-def test_the_authors_files_load_strictly_without_their_dead_projections(tmp_path: Any, build: Any) -> None:
+def test_dla_official_file_loads_without_its_dead_projections(tmp_path: Any, build: Any) -> None:
     model = build('dla60_res2net', full=True)
     file = str(tmp_path / 'authors.safetensors')
     state = authors_file(file, model)
@@ -113,7 +113,7 @@ def test_the_authors_files_load_strictly_without_their_dead_projections(tmp_path
 
 
 @pytest.mark.parametrize('levels', [(1, 1, 1, 1, 1, 1), (1, 1, 1, 2, 1, 1), (1, 1, 1, 1, 3, 2)])
-def test_projections_of_leaves_are_loaded(levels: tuple[int, ...], tmp_path: Any) -> None:
+def test_dla_projections_of_leaves_are_loaded(levels: tuple[int, ...], tmp_path: Any) -> None:
     options = dict(levels=levels, channels=(8, 8, 16, 24, 32, 40), num_classes=3)
     model = randomise(timm.create_model('dla60_res2net', **options))
     save_file(model.state_dict(), tmp_path / 'a.safetensors')
@@ -126,7 +126,7 @@ def test_projections_of_leaves_are_loaded(levels: tuple[int, ...], tmp_path: Any
 
 
 @pytest.mark.parametrize('damage', ['missing', 'unexpected'])
-def test_any_other_difference_is_an_error(damage: str, tmp_path: Any, build: Any) -> None:
+def test_dla_missing_or_unexpected_tensor_raises_runtime_error(damage: str, tmp_path: Any, build: Any) -> None:
     file = str(tmp_path / 'authors.safetensors')
     state = authors_file(file, build('dla60_res2net', full=True))
     if damage == 'missing':
@@ -138,11 +138,11 @@ def test_any_other_difference_is_an_error(damage: str, tmp_path: Any, build: Any
         timm.create_model('dla60_res2net', pretrained=True, pretrained_cfg_overlay=dict(file=file))
 
 
-def test_classifier_is_known_by_name() -> None:
+def test_dla_get_classifier_name_only_returns_fc() -> None:
     assert Res2NetDla(**SMALL).get_classifier(name_only=True) == 'fc'
 
 
 @pytest.mark.parametrize('arguments', [dict(output_stride=4), dict(levels=(1, 1, 1)), dict(channels=(8, 8))])
-def test_an_argument_that_the_trunk_cannot_honour_is_named(arguments: dict[str, Any]) -> None:
+def test_dla_unsupported_argument_raises_value_error_with_its_name(arguments: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(arguments))):
         Res2NetDla(**arguments)

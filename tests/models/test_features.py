@@ -29,7 +29,7 @@ def exact(name: str, output_stride: int) -> dict[str, Any]:
     ('name', 'output_stride'),
     [(name, stride) for name in KINDS for stride in (8, 16) if stride >= ARCHS[name].trunk.densest['output_stride']],
 )
-def test_a_dilated_network_computes_the_undilated_one_on_a_denser_grid(name: str, output_stride: int) -> None:
+def test_output_stride_intermediates_equal_undilated_on_denser_grid(name: str, output_stride: int) -> None:
     torch.manual_seed(0)
     plain = randomise(timm.create_model(name, **small(name))).eval()
     dilated = timm.create_model(name, **small(name), **exact(name, output_stride)).eval()
@@ -41,7 +41,7 @@ def test_a_dilated_network_computes_the_undilated_one_on_a_denser_grid(name: str
         torch.testing.assert_close(ours[..., ::step, ::step], theirs, rtol=1e-3, atol=1e-4)
 
 
-def test_timms_form_is_the_default_and_is_off_at_stride_8() -> None:
+def test_output_stride_without_dilate_pool_is_exact_at_16_but_not_at_8() -> None:
     torch.manual_seed(0)
     plain = randomise(timm.create_model('res2net50d', **small('res2net50d'))).eval()
     x = torch.randn(1, 3, 96, 64)
@@ -56,7 +56,7 @@ def test_timms_form_is_the_default_and_is_off_at_stride_8() -> None:
 
 
 @pytest.mark.parametrize('size', [(8, 6), (9, 7)])
-def test_a_pool_of_two_pixels_dilates_as_well(size: tuple[int, int]) -> None:
+def test_dilated_avg_pool_of_kernel_2_equals_strided_pool_on_denser_grid(size: tuple[int, int]) -> None:
     x = torch.rand(2, 3, *size)
     strided = nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False)
     for dilation in (1, 2):
@@ -65,7 +65,7 @@ def test_a_pool_of_two_pixels_dilates_as_well(size: tuple[int, int]) -> None:
         torch.testing.assert_close(pooled[..., :: 2 * dilation, :: 2 * dilation], strided(x))
 
 
-def test_the_exact_form_can_be_traced_scripted_and_exported() -> None:
+def test_dilate_pool_scripted_traced_or_exported_keeps_output() -> None:
     torch.manual_seed(0)
     model = randomise(
         timm.create_model('res2net50_vd_26w_4s', output_stride=8, dilate_pool=True, **small('res2net50d'))
@@ -81,14 +81,14 @@ def test_the_exact_form_can_be_traced_scripted_and_exported() -> None:
 
 
 @pytest.mark.parametrize('name', ['res2net50_26w_4s', 'dla60_res2net', 'blres2net50_26w_4s', 'res2next29_6c_24w_4s'])
-def test_no_output_stride_is_the_usual_one(name: str) -> None:
+def test_output_stride_none_equals_default(name: str) -> None:
     features = timm.models.model_entrypoint(name)(features_only=True, output_stride=None, device='meta')
     usual = timm.create_model(name, features_only=True, device='meta')
     assert features.feature_info.reduction() == usual.feature_info.reduction()
 
 
 @pytest.mark.parametrize('name', ARCHS)
-def test_features_beyond_the_pyramid_are_told(name: str) -> None:
+def test_out_indices_beyond_feature_count_raise_value_error(name: str) -> None:
     count = ARCHS[name].features
     for indices in ((0, count), (-count - 1,), count + 1):
         with pytest.raises(ValueError, match=f'it has {count}, 0 to {count - 1} or, from the end, -{count} to -1'):
@@ -99,14 +99,14 @@ def test_features_beyond_the_pyramid_are_told(name: str) -> None:
 
 
 @pytest.mark.parametrize('name', ['res2net50_26w_4s', 'dla60_res2net', 'blres2net50_26w_4s'])
-def test_a_stride_that_a_trunk_cannot_give_is_told(name: str) -> None:
+def test_output_stride_unsupported_raises_and_lists_choices(name: str) -> None:
     possible = '16 or 32' if name.startswith('bl') else '8, 16 or 32'
     with pytest.raises(ValueError, match=f'output_stride=4 is not possible; choose {possible}'):
         timm.create_model(name, features_only=True, output_stride=4, device='meta')
 
 
 @pytest.mark.parametrize('name', KINDS)
-def test_an_image_smaller_than_the_stride_gives_a_pixel(name: str) -> None:
+def test_features_only_image_smaller_than_stride_gives_one_pixel(name: str) -> None:
     model = timm.create_model(name, features_only=True, device='meta', **small(name)).eval()
     assert model(torch.empty(1, 3, 7, 5, device='meta'))[-1].shape[2:] == (1, 1)
 
@@ -126,7 +126,7 @@ def test_an_image_smaller_than_the_stride_gives_a_pixel(name: str) -> None:
     ],
     ids=['torchvision frozen', 'timm frozen', 'group', 'groupnorm1', 'sync'],
 )
-def test_other_norms_build_and_load_what_they_share(name: str, norm_layer: Any, images: Tensor) -> None:
+def test_norm_layer_of_every_kind_loads_batch_norm_weights(name: str, norm_layer: Any, images: Tensor) -> None:
     arguments = small(name)
     torch.manual_seed(0)
     plain = randomise(timm.create_model(name, **arguments)).double().eval()
@@ -143,7 +143,7 @@ def test_other_norms_build_and_load_what_they_share(name: str, norm_layer: Any, 
 
 
 @pytest.mark.parametrize('name', ['res2net50d', 'dla60_res2net', 'blres2net50_26w_4s'])
-def test_norms_can_be_frozen_thawed_and_synchronised(name: str, images: Tensor) -> None:
+def test_batch_norm_frozen_unfrozen_or_synchronised_keeps_output(name: str, images: Tensor) -> None:
     torch.manual_seed(0)
     model = randomise(timm.create_model(name, **small(name))).eval()
     expected = model(images)

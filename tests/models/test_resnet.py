@@ -19,14 +19,16 @@ SHALLOW: dict[str, Any] = dict(layers=(1, 2, 1, 1), channels=(8, 16, 24, 32))
     ('layers', 'arguments', 'params'),
     [((3, 4, 6, 3), {}, 25_557_032), ((3, 4, 6, 3), dict(stem_type='deep', stem_width=32, avg_down=True), 25_576_264)],
 )
-def test_scale_1_at_width_64_is_the_plain_resnet(layers: Any, arguments: dict[str, Any], params: int) -> None:
+def test_resnet_scale_1_width_64_has_parameter_count_of_plain_resnet(
+    layers: Any, arguments: dict[str, Any], params: int
+) -> None:
     model = Res2Net(layers, scale=1, base_width=64, device='meta', **arguments)
     assert sum(p.numel() for p in model.parameters()) == params
 
 
 @pytest.mark.parametrize('function', FIRST_BLOCKS)
 @pytest.mark.parametrize('avg_down', [False, True])
-def test_output_stride_16_computes_the_same_on_a_denser_grid(function: str, avg_down: bool, images: Tensor) -> None:
+def test_resnet_output_stride_16_equals_undilated_on_denser_grid(function: str, avg_down: bool, images: Tensor) -> None:
     torch.manual_seed(0)
     arguments = dict(first_block=function, avg_down=avg_down, **SHALLOW)
     model = randomise(Res2Net(**arguments)).double().eval()
@@ -38,7 +40,7 @@ def test_output_stride_16_computes_the_same_on_a_denser_grid(function: str, avg_
 
 @pytest.mark.parametrize('function', FIRST_BLOCKS)
 @pytest.mark.parametrize('output_stride', [8, 16, 32])
-def test_dilation_flips_no_block(function: str, output_stride: int) -> None:
+def test_resnet_output_stride_keeps_cascade_and_pool_of_first_blocks(function: str, output_stride: int) -> None:
     model = Res2Net(first_block=function, output_stride=output_stride, **SHALLOW)
     expected = [function == 'paddle', False, False, False]
     stages = [model.layer1, model.layer2, model.layer3, model.layer4]
@@ -49,7 +51,7 @@ def test_dilation_flips_no_block(function: str, output_stride: int) -> None:
     assert isinstance(model.layer2[1].pool, nn.Identity)
 
 
-def test_the_three_functions_share_a_state_dict_and_differ(images: Tensor) -> None:
+def test_first_block_functions_share_state_dict_and_differ_in_output(images: Tensor) -> None:
     torch.manual_seed(0)
     functions = ('official', 'paddle', 'mmdet')
     models = {function: Res2Net(first_block=function, **SHALLOW).eval() for function in functions}
@@ -64,12 +66,12 @@ def test_the_three_functions_share_a_state_dict_and_differ(images: Tensor) -> No
 
 
 @pytest.mark.parametrize('output_stride', [4, 64, 12])
-def test_an_impossible_output_stride_is_refused(output_stride: int) -> None:
+def test_resnet_unsupported_output_stride_raises_value_error(output_stride: int) -> None:
     with pytest.raises(ValueError, match=f'output_stride={output_stride}'):
         Res2Net(output_stride=output_stride, **SHALLOW)
 
 
-def test_timm_pools_dilated_shortcuts_by_avg_pool_2d_same_and_dilate_pool_replaces_them() -> None:
+def test_dilate_pool_replaces_avg_pool_2d_same_of_dilated_shortcuts() -> None:
     """Fails when timm pools there by another module, which `dilate_shortcut_pools` would not find."""
 
     def kinds(model: nn.Module) -> list[str]:
@@ -80,7 +82,7 @@ def test_timm_pools_dilated_shortcuts_by_avg_pool_2d_same_and_dilate_pool_replac
     assert kinds(Res2Net(dilate_pool=True, **arguments)) == ['AvgPool2d', 'DilatedAvgPool2d', 'DilatedAvgPool2d']
 
 
-def test_drop_block_layers_are_timms() -> None:
+def test_drop_block_layers_equal_those_of_timm() -> None:
     def settings(rate: float, make: Any) -> list[Any]:
         layers = [each and each() for each in make(rate)]
         return [layer and (layer.drop_prob, layer.block_size, layer.gamma_scale) for layer in layers]
