@@ -1,4 +1,4 @@
-"""Weights of other frameworks compute here what they compute there, or are refused."""
+"""Checkpoints of other frameworks give the same outputs as there, or are refused."""
 
 import json
 import pickle
@@ -24,7 +24,7 @@ from timm_res2net.weights.readers import read
 
 References = Callable[[str], Path]
 
-# What the frameworks themselves wrote: the file, the model that it fits, its arguments beside the number of classes.
+# Files written by the frameworks themselves: the file, its model, and the arguments besides the number of classes.
 WRITTEN: list[tuple[str, str, dict[str, Any]]] = [
     ('paddle/res2net50.pdparams', 'res2net50_pd_26w_4s', dict(base_width=2)),
     ('paddle/res2net50.tar', 'res2net50_pd_26w_4s', dict(base_width=2)),
@@ -41,7 +41,7 @@ WRITTEN: list[tuple[str, str, dict[str, Any]]] = [
 ]
 
 
-def found(references: References, name: str) -> Path:
+def reference_file(references: References, name: str) -> Path:
     framework, file = name.split('/')
     return references(framework) / file
 
@@ -64,10 +64,10 @@ def assert_computes(model: nn.Module, reference: Path, tolerance: float = 1e-5) 
 
 
 @pytest.mark.parametrize(('file', 'name', 'args'), WRITTEN, ids=[file for file, *_ in WRITTEN])
-def test_a_file_computes_what_its_framework_computes(
+def test_load_checkpoint_computes_outputs_of_original_framework(
     file: str, name: str, args: dict[str, Any], references: References
 ) -> None:
-    path = found(references, file)
+    path = reference_file(references, file)
     done = convert(path, dry_run=True)
     assert (done.name, done.args) == (name, args)
     model = timm.create_model(name, num_classes=done.checkpoint.num_classes, **args).eval()
@@ -83,10 +83,10 @@ def test_a_file_computes_what_its_framework_computes(
         ('openmmlab/mmdet.pth', 'res2net50d'),
     ],
 )
-def test_a_file_of_another_function_is_refused_and_would_have_been_wrong(
+def test_load_checkpoint_of_another_function_is_refused_and_forced_load_is_wrong(
     file: str, name: str, references: References
 ) -> None:
-    path = found(references, file)
+    path = reference_file(references, file)
     model = timm.create_model(name, base_width=2, num_classes=read_checkpoint(path).num_classes).eval()
     function = read_checkpoint(path).first_block
     with pytest.raises(CheckpointError, match=f"first_block='{function}'.*It fits timm.create_model"):
@@ -151,7 +151,7 @@ def detectron_features(weights: dict[str, np.ndarray], x: Tensor) -> list[Tensor
 
 
 @pytest.mark.parametrize('size', [32, 41])
-def test_a_detector_of_detectron2_computes_what_its_equations_say(size: int, tmp_path: Path) -> None:
+def test_load_checkpoint_detectron2_detector_computes_its_equations(size: int, tmp_path: Path) -> None:
     weights = detectron_names(tiny(num_classes=0).state_dict())
     detector = {f'backbone.bottom_up.{name}': array for name, array in weights.items()}
     detector['proposal_generator.weight'] = np.ones(3, 'float32')
@@ -165,7 +165,7 @@ def test_a_detector_of_detectron2_computes_what_its_equations_say(size: int, tmp
     torch.testing.assert_close(ours, detectron_features(weights, x), rtol=1e-4, atol=1e-4)
 
 
-def test_a_backbone_of_detectron2_is_the_authors(tmp_path: Path) -> None:
+def test_read_checkpoint_detectron2_backbone_is_official_but_uncertain(tmp_path: Path) -> None:
     weights = detectron_names(tiny(num_classes=0).state_dict())
     (tmp_path / 'r2.pkl').write_bytes(pickle.dumps(weights))
     checkpoint = read_checkpoint(tmp_path / 'r2.pkl')
@@ -173,10 +173,10 @@ def test_a_backbone_of_detectron2_is_the_authors(tmp_path: Path) -> None:
     assert not checkpoint.certain
 
 
-# The authors' files, and those of people who build on them
+# Official files, and those of projects that build on them
 
 
-def as_written(state: dict[str, Any], folder: Path, **options: Any) -> Path:
+def save_checkpoint(state: dict[str, Any], folder: Path, **options: Any) -> Path:
     torch.save(state, folder / 'weights.pth', **options)
     return folder / 'weights.pth'
 
@@ -197,10 +197,12 @@ def as_written(state: dict[str, Any], folder: Path, **options: Any) -> Path:
     ids=['plain', 'state_dict and module', 'model and encoder', 'PraNet', 'without counters', 'float16', 'averaged'],
 )
 @pytest.mark.parametrize('zip_archive', [True, False])
-def test_wrappers_do_not_matter(wrap: Any, zip_archive: bool, tmp_path: Path) -> None:
+def test_load_checkpoint_every_wrapper_and_prefix_loads_same_tensors(
+    wrap: Any, zip_archive: bool, tmp_path: Path
+) -> None:
     expected = tiny()
     expected.load_state_dict({name: tensor.half().to(tensor.dtype) for name, tensor in expected.state_dict().items()})
-    file = as_written(wrap(expected.state_dict()), tmp_path, _use_new_zipfile_serialization=zip_archive)
+    file = save_checkpoint(wrap(expected.state_dict()), tmp_path, _use_new_zipfile_serialization=zip_archive)
     model = nn.init.zeros_(tiny().conv1[0].weight) is not None and tiny()
     with torch.no_grad():
         for parameter in model.parameters():
@@ -209,9 +211,9 @@ def test_wrappers_do_not_matter(wrap: Any, zip_archive: bool, tmp_path: Path) ->
     torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=0, atol=0)
 
 
-def test_what_was_done_is_reported(tmp_path: Path) -> None:
+def test_load_checkpoint_reports_dropped_filled_and_cast_tensors(tmp_path: Path) -> None:
     state = {f'resnet.{name}': tensor.half() for name, tensor in tiny().state_dict().items() if 'batches' not in name}
-    file = as_written({**state, 'head.weight': torch.ones(2)}, tmp_path)
+    file = save_checkpoint({**state, 'head.weight': torch.ones(2)}, tmp_path)
     translation = load_checkpoint(tiny(), file).translation
     norms = sum(isinstance(module, nn.BatchNorm2d) for module in tiny().modules())
     assert translation.dropped == ('head.weight',)
@@ -220,14 +222,14 @@ def test_what_was_done_is_reported(tmp_path: Path) -> None:
     assert {t.dtype for name, t in translation.state.items() if 'batches' not in name} == {torch.float32}
 
 
-def test_official_dla_files_lose_exactly_their_dead_projections(tmp_path: Path, build: Any) -> None:
+def test_load_checkpoint_official_dla_drops_only_dead_projections(tmp_path: Path, build: Any) -> None:
     model = build('dla60_res2net', full=True)
     dead = {}
     for part in ('level3.project', 'level4.project', 'level4.tree1.project'):
         dead[f'{part}.0.weight'] = torch.ones(4, 4, 1, 1)
         dead |= {f'{part}.1.{name}': torch.ones(4) for name in ('weight', 'bias', 'running_mean', 'running_var')}
         dead[f'{part}.1.num_batches_tracked'] = torch.tensor(0)
-    file = as_written({**model.state_dict(), **dead}, tmp_path)
+    file = save_checkpoint({**model.state_dict(), **dead}, tmp_path)
     loaded = timm.create_model('dla60_res2net').eval()
     assert sorted(load_checkpoint(loaded, file).translation.dropped) == sorted(dead)
     assert len(dead) == 18
@@ -241,9 +243,9 @@ def test_official_dla_files_lose_exactly_their_dead_projections(tmp_path: Path, 
         ['dla60_res2next'], ['dla60_res2next', 'blres2net50_26w_4s', 'seres2next29_8c_25w_4s', 'resnext29_8c_64w']
     ),
 )
-def test_weights_of_every_trunk_find_their_model(name: str, tmp_path: Path, build: Any) -> None:
+def test_convert_finds_model_of_full_size_weights(name: str, tmp_path: Path, build: Any) -> None:
     model = build(name, full=True)
-    file = as_written(model.state_dict(), tmp_path)
+    file = save_checkpoint(model.state_dict(), tmp_path)
     done = convert(file, dry_run=True)
     assert (done.name, done.args) == (name, {})
     load_checkpoint(model, file)
@@ -261,7 +263,7 @@ def test_weights_of_every_trunk_find_their_model(name: str, tmp_path: Path, buil
         ('res2net50_48w_2s', dict(first_block='group')),
     ],
 )
-def test_arguments_are_read_off_the_shapes(name: str, args: dict[str, Any], tmp_path: Path) -> None:
+def test_convert_infers_model_arguments_from_shapes(name: str, args: dict[str, Any], tmp_path: Path) -> None:
     model = timm.create_model(name, num_classes=3, **args)
     function = args.get('first_block') or ('paddle' if '_vd_' in name else 'official')
     save_file(model.state_dict(), tmp_path / 'w.safetensors', {'first_block': function})
@@ -269,24 +271,24 @@ def test_arguments_are_read_off_the_shapes(name: str, args: dict[str, Any], tmp_
     assert (done.name, done.args, done.checkpoint.num_classes) == (name, args, 3)
 
 
-def test_a_checkpoint_of_timms_train_script_tells_its_function(tmp_path: Path) -> None:
+def test_read_checkpoint_takes_first_block_from_record_of_timm_train_script(tmp_path: Path) -> None:
     from argparse import Namespace
 
     state = tiny('mmdet').state_dict()
     args = Namespace(model_kwargs={'first_block': 'mmdet'})
     recorded = {'epoch': 1, 'arch': 'test_res2net', 'state_dict': state, 'args': args}
-    file = as_written(recorded, tmp_path)
+    file = save_checkpoint(recorded, tmp_path)
     assert (read_checkpoint(file).first_block, read_checkpoint(file).certain) == ('mmdet', True)
-    file = as_written({**recorded, 'arch': 'res2net50_vd_26w_4s', 'args': Namespace()}, tmp_path)
+    file = save_checkpoint({**recorded, 'arch': 'res2net50_vd_26w_4s', 'args': Namespace()}, tmp_path)
     assert read_checkpoint(file).first_block == 'paddle'
-    file = as_written({**recorded, 'arch': 'resnet50'}, tmp_path)
+    file = save_checkpoint({**recorded, 'arch': 'resnet50'}, tmp_path)
     assert (read_checkpoint(file).first_block, read_checkpoint(file).certain) == ('official', False)
 
 
-def test_an_mmdet_backbone_without_a_detector_is_the_authors(references: References, tmp_path: Path) -> None:
-    tree = read(found(references, 'openmmlab/mmdet.pth')).nested['state_dict']
+def test_read_checkpoint_bare_mmdet_backbone_defaults_to_official(references: References, tmp_path: Path) -> None:
+    tree = read(reference_file(references, 'openmmlab/mmdet.pth')).nested['state_dict']
     prefix = 'backbone.'
-    file = as_written(
+    file = save_checkpoint(
         {name[len(prefix) :]: tensor for name, tensor in tree.items() if name.startswith(prefix)}, tmp_path
     )
     assert read_checkpoint(file).first_block == 'official'
@@ -311,7 +313,7 @@ def equation_1(state: dict[str, Tensor], scale: int) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize('names', ['of the ports', 'official'])
-def test_a_port_of_equation_1_loads_when_its_function_is_told(names: str, tmp_path: Path) -> None:
+def test_load_checkpoint_equation_1_port_loads_with_explicit_first_block(names: str, tmp_path: Path) -> None:
     expected = tiny('paddle')
     state = equation_1(expected.state_dict(), 3)
     options: dict[str, Any] = dict(first_block='paddle')
@@ -320,9 +322,9 @@ def test_a_port_of_equation_1_loads_when_its_function_is_told(names: str, tmp_pa
         options['dialect'] = 'equation-1'
     else:
         with pytest.raises(CheckpointError, match='equation'):
-            load_checkpoint(tiny('paddle'), as_written(state, tmp_path))
+            load_checkpoint(tiny('paddle'), save_checkpoint(state, tmp_path))
     model = tiny('paddle')
-    load_checkpoint(model, as_written(state, tmp_path), **options)
+    load_checkpoint(model, save_checkpoint(state, tmp_path), **options)
     torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=0, atol=0)
 
 
@@ -345,10 +347,10 @@ NARROW: dict[str, Any] = dict(channels=(32, 32, 32, 32))
         ),
     ],
 )
-def test_a_misfit_names_the_faults_and_the_right_model_and_changes_nothing(
+def test_load_checkpoint_mismatch_lists_problems_suggests_model_changes_nothing(
     make: Any, message: str, tmp_path: Path, build: Any
 ) -> None:
-    file = as_written(timm.create_model('res2net50_26w_4s', **NARROW).state_dict(), tmp_path)
+    file = save_checkpoint(timm.create_model('res2net50_26w_4s', **NARROW).state_dict(), tmp_path)
     model = make()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(CheckpointError, match=message) as error:
@@ -377,31 +379,31 @@ def test_a_misfit_names_the_faults_and_the_right_model_and_changes_nothing(
         (lambda state: {}, r'no Res2Net among its 0 tensors'),
     ],
 )
-def test_a_bad_file_is_refused_and_changes_nothing(change: Any, message: str, tmp_path: Path) -> None:
+def test_load_checkpoint_bad_tensors_are_refused_and_change_nothing(change: Any, message: str, tmp_path: Path) -> None:
     model = tiny()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(CheckpointError, match=message):
-        load_checkpoint(model, as_written(change(model.state_dict()), tmp_path))
+        load_checkpoint(model, save_checkpoint(change(model.state_dict()), tmp_path))
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
-def test_two_tensors_for_one_place_are_refused(tmp_path: Path) -> None:
+def test_load_checkpoint_two_tensors_with_one_target_name_are_refused(tmp_path: Path) -> None:
     state = tiny().state_dict()
-    file = as_written({**state, 'layer1.0.conv2.0.weight': state['layer1.0.convs.0.weight']}, tmp_path)
+    file = save_checkpoint({**state, 'layer1.0.conv2.0.weight': state['layer1.0.convs.0.weight']}, tmp_path)
     with pytest.raises(CheckpointError, match=r'becomes layer1\.0\.convs\.0\.weight, which is there already'):
         load_checkpoint(tiny(), file, dialect='equation-1')
 
 
-def test_one_of_several_networks_is_chosen_by_its_prefix(tmp_path: Path) -> None:
+def test_load_checkpoint_prefix_selects_one_of_several_networks(tmp_path: Path) -> None:
     state = {f'rgb.{name}': tensor for name, tensor in tiny().state_dict().items()}
     state |= {name.replace('rgb', 'depth'): 3 * tensor for name, tensor in state.items()}
     model = tiny()
-    load_checkpoint(model, as_written({'model': state}, tmp_path), prefix='depth.')
+    load_checkpoint(model, save_checkpoint({'model': state}, tmp_path), prefix='depth.')
     torch.testing.assert_close(model.fc.weight, 3 * tiny().fc.weight)
 
 
-def test_wrong_arguments_are_named(tmp_path: Path) -> None:
-    file = as_written(tiny().state_dict(), tmp_path)
+def test_load_checkpoint_wrong_arguments_raise_with_reason(tmp_path: Path) -> None:
+    file = save_checkpoint(tiny().state_dict(), tmp_path)
     with pytest.raises(ValueError, match="dialect='caffe' is not known; choose from paddleclas"):
         load_checkpoint(tiny(), file, dialect='caffe')
     with pytest.raises(ValueError, match="first_block='caffe' is not known; choose from official"):
@@ -419,13 +421,15 @@ def test_wrong_arguments_are_named(tmp_path: Path) -> None:
     [dict(num_classes=0), dict(features_only=True), dict(features_only=True, out_indices=(1, 2))]
     + [dict(features_only=True, feature_cls=each) for each in ('hook', 'getter')],
 )
-def test_parts_that_the_model_lacks_are_left_out(arguments: dict[str, Any], tmp_path: Path, images: Tensor) -> None:
+def test_load_checkpoint_ignores_tensors_of_parts_that_model_lacks(
+    arguments: dict[str, Any], tmp_path: Path, images: Tensor
+) -> None:
     whole = tiny()
     model = tiny(**{**dict(num_classes=4), **arguments}).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.zero_()
-    load_checkpoint(model, as_written(whole.state_dict(), tmp_path))
+    load_checkpoint(model, save_checkpoint(whole.state_dict(), tmp_path))
     ours = model(images)
     if 'features_only' in arguments:
         indices = list(arguments.get('out_indices', range(5)))
@@ -438,8 +442,8 @@ def test_parts_that_the_model_lacks_are_left_out(arguments: dict[str, Any], tmp_
 # Converting
 
 
-def test_a_converted_folder_loads_by_timm(references: References, tmp_path: Path) -> None:
-    file = found(references, 'openmmlab/mmdet.pth')
+def test_convert_writes_folder_that_timm_loads(references: References, tmp_path: Path) -> None:
+    file = reference_file(references, 'openmmlab/mmdet.pth')
     done = convert(file, tmp_path / 'deep' / 'folder')
     model = timm.create_model(f'local-dir:{done.folder}', pretrained=True).eval()
     assert_computes(model, file.with_suffix('.npz'))
@@ -455,7 +459,7 @@ def test_a_converted_folder_loads_by_timm(references: References, tmp_path: Path
         timm.create_model(f'local-dir:{done.folder}', pretrained=True, first_block='official')
 
 
-def test_a_published_file_keeps_its_licence_and_origin(references: References, tmp_path: Path) -> None:
+def test_convert_published_file_keeps_license_and_tag(references: References, tmp_path: Path) -> None:
     file = tmp_path / 'Res2Net50_vd_26w_4s_ssld_pretrained.pdparams'
     model = timm.create_model('res2net50_vd_26w_4s')
     export_checkpoint(model, file, 'paddleclas')
@@ -467,8 +471,8 @@ def test_a_published_file_keeps_its_licence_and_origin(references: References, t
     torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
 
 
-def test_nothing_is_overwritten_and_a_failure_leaves_nothing(references: References, tmp_path: Path) -> None:
-    file = as_written(tiny().state_dict(), tmp_path)
+def test_convert_overwrites_nothing_and_leaves_nothing_on_failure(references: References, tmp_path: Path) -> None:
+    file = save_checkpoint(tiny().state_dict(), tmp_path)
     (tmp_path / 'out').mkdir()
     (tmp_path / 'out' / 'notes.txt').write_text('mine')
     convert(file, tmp_path / 'out')
@@ -484,8 +488,8 @@ def test_nothing_is_overwritten_and_a_failure_leaves_nothing(references: Referen
     assert sorted(path.name for path in tmp_path.iterdir()) == ['bad.pth', 'file', 'out', 'weights.pth']
 
 
-def test_a_named_model_must_fit(tmp_path: Path, build: Any) -> None:
-    file = as_written(build('res2net50d', full=True).state_dict(), tmp_path)
+def test_convert_model_argument_must_fit_file(tmp_path: Path, build: Any) -> None:
+    file = save_checkpoint(build('res2net50d', full=True).state_dict(), tmp_path)
     assert convert(file, dry_run=True, model='res2net50_26w_4s').args == dict(
         stem_type='deep', stem_width=32, avg_down=True
     )
@@ -502,10 +506,10 @@ def test_a_named_model_must_fit(tmp_path: Path, build: Any) -> None:
     ('file', 'dialect'),
     [(file, 'paddleclas') for file, *_ in WRITTEN[:6:2]] + [(file, 'mmpretrain') for file, *_ in WRITTEN[9:11]],
 )
-def test_an_exported_file_has_the_names_and_values_of_the_original(
+def test_export_checkpoint_has_names_and_values_of_original_file(
     file: str, dialect: str, references: References, tmp_path: Path
 ) -> None:
-    original = found(references, file)
+    original = reference_file(references, file)
     done = convert(original, dry_run=True)
     model = timm.create_model(done.name, num_classes=5, **done.args)
     load_checkpoint(model, original)
@@ -531,7 +535,7 @@ def test_an_exported_file_has_the_names_and_values_of_the_original(
         ('res2net50d', {}, 'mmdet', 'choose from official, mmpretrain, paddleclas'),
     ],
 )
-def test_what_the_other_code_does_not_have_is_not_exported(
+def test_export_checkpoint_unsupported_model_raises_and_writes_nothing(
     name: str, args: dict[str, Any], dialect: str, message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(ValueError, match=message):
@@ -539,6 +543,6 @@ def test_what_the_other_code_does_not_have_is_not_exported(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_authors_code_gets_timms_names(tmp_path: Path) -> None:
+def test_export_checkpoint_official_equals_state_dict(tmp_path: Path) -> None:
     export_checkpoint(tiny(), tmp_path / 'out.pth', 'official')
     torch.testing.assert_close(torch.load(tmp_path / 'out.pth'), tiny().state_dict(), rtol=0, atol=0)

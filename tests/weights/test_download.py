@@ -29,7 +29,7 @@ CONTENT = bytes(range(256)) * 4000  # 1 MB
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Stands in for the owner of a file: serves `files`, with one fault of `faults` for each request until they end."""
+    """A server of `files`, in which each request takes one fault from `faults` until none is left."""
 
     def __init__(self) -> None:
         super().__init__(('127.0.0.1', 0), Handler)
@@ -97,7 +97,7 @@ def contents(path: str) -> bytes:
     ],
     ids=['well', 'cut', 'cut again and again', 'ranges ignored', 'busy', 'busy after a cut'],
 )
-def test_a_download_survives_what_passes(
+def test_download_transient_fault_is_retried_or_resumed(
     faults: list[Any], ranges: list[int | None], server: Server, tmp_path: Path
 ) -> None:
     server.faults = faults
@@ -108,7 +108,7 @@ def test_a_download_survives_what_passes(
     assert [request.get('Range') for request in server.requests] == asked
 
 
-def test_headers_in_lower_case_count(server: Server, tmp_path: Path) -> None:
+def test_download_accepts_header_names_in_lower_case(server: Server, tmp_path: Path) -> None:
     server.spelling, server.faults = str.lower, ['cut']
     assert download(f'{server.url}/file.bin', tmp_path / 'cut', contents) == CONTENT
     assert [request.get('Range') for request in server.requests] == [None, 'bytes=512000-']
@@ -117,13 +117,13 @@ def test_headers_in_lower_case_count(server: Server, tmp_path: Path) -> None:
         download(f'{server.url}/file.bin', tmp_path / 'md5', contents)
 
 
-def test_a_file_without_an_etag_is_never_pieced_together(server: Server, tmp_path: Path) -> None:
+def test_download_cut_without_etag_restarts_from_beginning(server: Server, tmp_path: Path) -> None:
     server.headers, server.faults = {}, ['cut']
     assert download(f'{server.url}/file.bin', tmp_path, contents) == CONTENT
     assert [request.get('Range') for request in server.requests] == [None, None]
 
 
-def test_a_file_that_is_there_is_not_asked_for(server: Server, tmp_path: Path) -> None:
+def test_download_existing_file_sends_no_request(server: Server, tmp_path: Path) -> None:
     download(f'{server.url}/file.bin', tmp_path, contents)
     download(f'{server.url}/file.bin', tmp_path, contents)
     assert len(server.requests) == 1
@@ -139,7 +139,7 @@ def test_a_file_that_is_there_is_not_asked_for(server: Server, tmp_path: Path) -
     ],
     ids=['cut for good', 'absent', 'busy for good', 'damaged'],
 )
-def test_a_download_that_fails_leaves_nothing(
+def test_download_failure_raises_connection_error_and_leaves_no_file(
     faults: list[Any], headers: dict[str, str], message: str, server: Server, tmp_path: Path
 ) -> None:
     server.faults, server.headers = faults, headers
@@ -150,13 +150,13 @@ def test_a_download_that_fails_leaves_nothing(
     assert download(f'{server.url}/file.bin', tmp_path, contents) == CONTENT
 
 
-def test_a_server_that_is_not_there_is_named(server: Server, tmp_path: Path) -> None:
+def test_download_unreachable_server_raises_connection_error_with_url(server: Server, tmp_path: Path) -> None:
     with pytest.raises(ConnectionError, match=r'http://127.0.0.1:9/x can not be downloaded: .*refused.*offline'):
         download('http://127.0.0.1:9/x', tmp_path, contents)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_hash_in_the_name_is_checked(server: Server, tmp_path: Path) -> None:
+def test_download_verifies_hash_in_file_name(server: Server, tmp_path: Path) -> None:
     beginning = hashlib.sha256(CONTENT).hexdigest()[:8]
     server.files = {f'/net-{beginning}.ckpt': CONTENT, '/net-00000000.ckpt': CONTENT}
     assert download(f'{server.url}/net-{beginning}.ckpt', tmp_path, contents)
@@ -165,13 +165,13 @@ def test_a_hash_in_the_name_is_checked(server: Server, tmp_path: Path) -> None:
     assert len(list(tmp_path.iterdir())) == 1
 
 
-def test_a_file_that_can_not_be_read_is_not_kept(server: Server, tmp_path: Path) -> None:
+def test_download_unreadable_file_raises_and_is_deleted(server: Server, tmp_path: Path) -> None:
     with pytest.raises(ConnectionError, match=r'is of no use: file\.bin is no file of weights'):
         download(f'{server.url}/file.bin', tmp_path, read)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_interrupted_download_leaves_nothing(server: Server, tmp_path: Path) -> None:
+def test_download_interrupted_while_reading_leaves_no_file(server: Server, tmp_path: Path) -> None:
     def interrupt(path: str) -> None:
         raise KeyboardInterrupt
 
@@ -180,7 +180,7 @@ def test_an_interrupted_download_leaves_nothing(server: Server, tmp_path: Path) 
     assert list(tmp_path.iterdir()) == []
 
 
-def test_attempts_are_logged(server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_download_retry_is_logged(server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     server.faults = [503]
     with caplog.at_level(logging.INFO, 'timm_res2net'):
         download(f'{server.url}/file.bin', tmp_path, contents)
@@ -189,19 +189,19 @@ def test_attempts_are_logged(server: Server, tmp_path: Path, caplog: pytest.LogC
     ]
 
 
-# Weights at their owners' addresses
+# Weights at their publishers' URLs
 
 FOREIGN = {name: weights.cfg['url'] for name, weights in WEIGHTS.items() if 'url' in weights.cfg}
 
 
-def served(server: Server, url: str, content: bytes) -> dict[str, Any]:
-    """Has a file served in the place of a published one; returns what makes timm ask for it there."""
+def serve_file(server: Server, url: str, content: bytes) -> dict[str, Any]:
+    """Serves a file instead of a published one; returns the overlay of a pretrained_cfg that downloads it."""
     path = '/' + url.split('/', 3)[3]
     server.files[path] = content
     return dict(url=server.url + path, custom_load=True)
 
 
-def test_all_twelve_published_sets_have_an_address() -> None:
+def test_published_weights_of_other_frameworks_have_url_and_license() -> None:
     assert len(FOREIGN) == 12
     for name, url in FOREIGN.items():
         cfg = timm.get_pretrained_cfg(name)
@@ -212,52 +212,56 @@ def test_all_twelve_published_sets_have_an_address() -> None:
 
 
 @pytest.mark.parametrize('name', [name for name in FOREIGN if 'mindcv' not in name])
-def test_weights_of_paddleclas_come_from_their_address(name: str, server: Server, tmp_path: Path) -> None:
+def test_create_model_pretrained_paddleclas_downloads_once_then_uses_cache(
+    name: str, server: Server, tmp_path: Path
+) -> None:
     arch, args = name.split('.')[0], dict(layers=(1, 1, 1, 1), base_width=4)
     torch.manual_seed(0)
     expected = randomise(timm.create_model(arch, num_classes=5, **args)).eval()
     export_checkpoint(expected, tmp_path / 'file', 'paddleclas')
-    overlay = served(server, FOREIGN[name], (tmp_path / 'file').read_bytes())
+    overlay = serve_file(server, FOREIGN[name], (tmp_path / 'file').read_bytes())
     options = dict(pretrained=True, cache_dir=tmp_path / 'cache', pretrained_cfg_overlay={**overlay, 'num_classes': 5})
     for _ in range(2):
         model = timm.create_model(name, **options, **args).eval()
         torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=0, atol=0)
-        server.faults = [503] * 100  # from now on it can be had from the cache only
+        server.faults = [503] * 100  # from now on only the cache has it
     assert [file.name for file in (tmp_path / 'cache').iterdir()] == [FOREIGN[name].split('/')[-1]]
 
 
 @pytest.mark.parametrize('name', [name for name in FOREIGN if 'mindcv' in name])
-def test_weights_of_mindcv_come_from_their_address_if_their_hash_is_right(
+def test_create_model_pretrained_mindcv_verifies_hash_and_loads_weights(
     name: str, server: Server, tmp_path: Path, references: Callable[[str], Path]
 ) -> None:
     deep = name.split('.')[0].endswith('d')
     file = references('mindspore') / ('res2net_v1b.ckpt' if deep else 'res2net.ckpt')
     args = dict(layers=(1, 2, 1, 1), **(dict(base_width=3, scale=3) if deep else dict(base_width=2)))
-    overlay = served(server, FOREIGN[name], file.read_bytes())
+    overlay = serve_file(server, FOREIGN[name], file.read_bytes())
     options = dict(pretrained=True, cache_dir=tmp_path, **args)
     with pytest.raises(ConnectionError, match='SHA-256 differs'):
         timm.create_model(name, pretrained_cfg_overlay={**overlay, 'num_classes': 5}, **options)
     renamed = FOREIGN[name].rpartition('-')[0] + f'-{sha256(file)[:8]}.ckpt'
-    overlay = served(server, renamed, file.read_bytes())
+    overlay = serve_file(server, renamed, file.read_bytes())
     model = timm.create_model(name, pretrained_cfg_overlay={**overlay, 'num_classes': 5}, **options)
     torch.testing.assert_close(model.fc.weight.detach(), read(file).nested['classifier.weight'], rtol=0, atol=0)
 
 
-def test_a_file_without_a_res2net_is_not_kept(server: Server, tmp_path: Path) -> None:
+def test_create_model_pretrained_file_without_res2net_raises_and_is_deleted(server: Server, tmp_path: Path) -> None:
     name = 'res2net50_vd_26w_4s.ssld_in1k'
-    overlay = served(server, FOREIGN[name], save({'layer1.0.conv2.weight': torch.ones(1)}))
+    overlay = serve_file(server, FOREIGN[name], save({'layer1.0.conv2.weight': torch.ones(1)}))
     with pytest.raises(ConnectionError, match=r'is of no use: .* there is no Res2Net among'):
         timm.create_model(name, pretrained=True, cache_dir=tmp_path, pretrained_cfg_overlay=overlay)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_full_sized_weights_are_adapted_as_timm_adapts_its_own(server: Server, tmp_path: Path, images: Tensor) -> None:
+def test_create_model_pretrained_full_size_download_is_adapted_as_timm_does(
+    server: Server, tmp_path: Path, images: Tensor
+) -> None:
     name = 'res2net50_vd_26w_4s.ssld_in1k'
     torch.manual_seed(0)
     published = randomise(timm.create_model(name)).eval()
     export_checkpoint(published, tmp_path / 'file', 'paddleclas')
     assert (tmp_path / 'file').stat().st_size > 100_000_000
-    overlay = served(server, FOREIGN[name], (tmp_path / 'file').read_bytes())
+    overlay = serve_file(server, FOREIGN[name], (tmp_path / 'file').read_bytes())
     server.faults = ['cut']
     for changes in ({}, dict(in_chans=1), dict(num_classes=7), dict(features_only=True, in_chans=4)):
         outputs = []
@@ -271,7 +275,7 @@ def test_full_sized_weights_are_adapted_as_timm_adapts_its_own(server: Server, t
     assert len(server.requests) == 2
 
 
-def test_weights_of_another_function_are_refused_before_they_are_fetched(server: Server, tmp_path: Path) -> None:
+def test_create_model_pretrained_with_another_first_block_raises_value_error(server: Server, tmp_path: Path) -> None:
     for name, function in (('res2net50_vd_26w_4s', 'official'), ('res2net50d', 'mmdet')):
         with pytest.raises(ValueError, match=f"would compute something else with '{function}'"):
             timm.create_model(name, pretrained=True, first_block=function)
@@ -279,7 +283,7 @@ def test_weights_of_another_function_are_refused_before_they_are_fetched(server:
         timm.create_model('res2net50d', pretrained=True, block_args=dict(first_block='paddle'))
 
 
-def test_a_file_of_another_function_in_the_place_of_published_weights_is_refused(tmp_path: Path) -> None:
+def test_create_model_pretrained_file_of_another_function_is_refused(tmp_path: Path) -> None:
     export_checkpoint(tiny('paddle'), tmp_path / 'file.pdparams', 'paddleclas')
     names = {name: re.sub(r'^conv1\.', 'stem.', re.sub(r'^bn1\.', 'stem.7.', name)) for name in tiny().state_dict()}
     detector = {f'backbone.{names[name]}': tensor for name, tensor in tiny().state_dict().items()}
@@ -290,7 +294,7 @@ def test_a_file_of_another_function_in_the_place_of_published_weights_is_refused
             timm.create_model('test_res2net', pretrained=True, pretrained_cfg_overlay=overlay, **TINY)
 
 
-def test_a_file_with_timms_names_loads_unless_it_states_another_function(tmp_path: Path) -> None:
+def test_create_model_pretrained_timm_names_load_unless_metadata_contradicts(tmp_path: Path) -> None:
     expected = tiny('paddle').state_dict()
     overlay = dict(file=str(tmp_path / 'file.safetensors'), num_classes=4)
     options = dict(pretrained=True, pretrained_cfg_overlay=overlay, **TINY)
@@ -302,7 +306,7 @@ def test_a_file_with_timms_names_loads_unless_it_states_another_function(tmp_pat
         timm.create_model('test_res2net', **options)
 
 
-def test_a_foreign_file_that_timm_reads_is_adapted_too(tmp_path: Path) -> None:
+def test_create_model_pretrained_safetensors_of_mmpretrain_names_loads(tmp_path: Path) -> None:
     state = {f'backbone.{name}': tensor for name, tensor in tiny().state_dict().items()}
     state = {name.replace('backbone.fc.', 'head.fc.'): tensor for name, tensor in state.items()}
     (tmp_path / 'file.safetensors').write_bytes(save(state))

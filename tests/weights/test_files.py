@@ -8,7 +8,7 @@ from timm_res2net.weights.errors import first_line
 from timm_res2net.weights.files import atomic_write, atomic_write_text, sha256
 
 
-def test_a_write_that_fails_leaves_what_was_there(tmp_path: Path) -> None:
+def test_atomic_write_failure_keeps_old_file(tmp_path: Path) -> None:
     def fail(path: str) -> None:
         Path(path).write_text('half')
         raise OSError('No space left on device')
@@ -41,12 +41,12 @@ def test_atomic_write_text_replaces_a_file(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ['file']
 
 
-def test_sha256_is_that_of_the_standard(tmp_path: Path) -> None:
+def test_sha256_of_abc_equals_digest_of_standard(tmp_path: Path) -> None:
     (tmp_path / 'file').write_bytes(b'abc')
     assert sha256(tmp_path / 'file') == 'ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad'
 
 
-def test_error_is_quoted_in_one_line() -> None:
+def test_first_line_of_error_is_one_line() -> None:
     assert first_line(EOFError()) == 'EOFError'
     assert first_line(ValueError('first.\nsecond')) == 'first'
     assert first_line(ValueError('it raised:\n  the cause.\nmore')) == 'it raised: the cause'

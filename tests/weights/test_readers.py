@@ -1,4 +1,4 @@
-"""Every format is read, and nothing that is in a file runs."""
+"""Every format is read, and no code in a file is executed."""
 
 import builtins
 import io
@@ -140,7 +140,7 @@ every_format = pytest.mark.parametrize('kind', FORMATS)
 
 
 @every_format
-def test_a_format_gives_the_tensors_that_were_written(kind: str, tmp_path: Path) -> None:
+def test_read_every_format_returns_written_tensors(kind: str, tmp_path: Path) -> None:
     state = tiny('paddle').state_dict()
     file = tmp_path / 'file'
     file.write_bytes(FORMATS[kind](state))
@@ -166,7 +166,7 @@ def positions(content: bytes) -> st.SearchStrategy[int]:
 
 @every_format
 @number_of_examples
-def test_cut_file_gives_all_tensors_or_an_error(kind: str, examples: int, tmp_path: Path) -> None:
+def test_read_cut_file_returns_intact_tensors_or_raises(kind: str, examples: int, tmp_path: Path) -> None:
     content = WRITTEN[kind]
 
     def check(data: st.DataObject) -> None:
@@ -175,7 +175,7 @@ def test_cut_file_gives_all_tensors_or_an_error(kind: str, examples: int, tmp_pa
             translated = translate(read(tmp_path / 'cut').nested).state
         except CheckpointError:
             return
-        if kind in ('mindspore', 'paddle archive'):  # made of a part for each tensor, they can end between two
+        if kind in ('mindspore', 'paddle archive'):  # with a part for each tensor: a cut can be between two
             assert translated.keys() <= SMALL.keys()
             torch.testing.assert_close(translated, {name: SMALL[name] for name in translated}, rtol=0, atol=0)
         else:
@@ -186,7 +186,7 @@ def test_cut_file_gives_all_tensors_or_an_error(kind: str, examples: int, tmp_pa
 
 @every_format
 @number_of_examples
-def test_damaged_file_loads_whole_or_leaves_the_model_alone(kind: str, examples: int, tmp_path: Path) -> None:
+def test_load_checkpoint_damaged_file_loads_or_raises_and_keeps_model(kind: str, examples: int, tmp_path: Path) -> None:
     flips = st.lists(st.tuples(positions(WRITTEN[kind]), st.integers(0, 7)), min_size=1, max_size=4)
 
     def check(data: st.DataObject) -> None:
@@ -202,12 +202,12 @@ def test_damaged_file_loads_whole_or_leaves_the_model_alone(kind: str, examples:
         else:
             assert all(tensor.isfinite().all() for tensor in model.state_dict().values())
             same = [name for name, tensor in model.state_dict().items() if tensor.equal(SMALL[name])]
-            assert len(same) >= len(SMALL) - 4  # what a flipped bit can change without a trace is one value
+            assert len(same) >= len(SMALL) - 4  # a flipped bit that no check finds changes one value
 
     fuzz(check, examples)
 
 
-# What a pickle may want
+# Pickles that call functions
 
 
 class Wants:
@@ -235,7 +235,7 @@ class Wants:
     ids=['system', 'eval', 'exec', 'mkdir', 'nested', 'getattr', 'object array', 'plain objects'],
 )
 @pytest.mark.parametrize('kind', ['pickle', 'torch', 'torch before 1.6'])
-def test_a_pickle_that_wants_more_than_tensors_is_refused_by_name(
+def test_read_pickle_with_calls_or_objects_raises_or_drops_them_and_runs_nothing(
     wanted: Any, name: str, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -247,7 +247,7 @@ def test_a_pickle_that_wants_more_than_tensors_is_refused_by_name(
     if kind == 'pickle' or name not in ('getattr|__import__', 'objects', 'mkdir|objects'):
         with pytest.raises(CheckpointError, match=name):
             read('evil')
-    else:  # such parts of a training checkpoint are left out, or refused for what is in them
+    else:  # such parts of a training checkpoint are left out, or refused for their content
         try:
             contents = read('evil')
         except CheckpointError:
@@ -257,14 +257,14 @@ def test_a_pickle_that_wants_more_than_tensors_is_refused_by_name(
     assert os.listdir() == ['evil']
 
 
-def test_state_is_set_on_arrays_only(tmp_path: Path) -> None:
+def test_read_pickle_that_changes_state_of_type_raises(tmp_path: Path) -> None:
     malicious = b'\x80\x04cnumpy\ndtype\n(N}V__init__\nNstb.'
     (tmp_path / 'evil').write_bytes(malicious)
     with pytest.raises(CheckpointError, match='wants to change a type'):
         read(tmp_path / 'evil')
 
 
-def test_training_statistics_of_mmengine_are_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_read_drops_history_buffer_of_mmengine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = types.ModuleType('mmengine.logging.history_buffer')
 
     class HistoryBuffer:
@@ -285,10 +285,10 @@ def test_training_statistics_of_mmengine_are_left_out(tmp_path: Path, monkeypatc
     assert translate(read(tmp_path / 'epoch_1.pth').nested).state.keys() == SMALL.keys()
 
 
-# Files that claim to be more than they are
+# Decompression bombs, false sizes and invalid files
 
 
-def test_a_zip_bomb_is_refused(tmp_path: Path) -> None:
+def test_read_zip_bomb_raises(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / 'bomb', 'w', zipfile.ZIP_DEFLATED) as archive:
         archive.writestr('archive/data.pkl', pickle.dumps({}))
         archive.writestr('archive/data/0', bytes(50_000_000))
@@ -296,13 +296,13 @@ def test_a_zip_bomb_is_refused(tmp_path: Path) -> None:
         read(tmp_path / 'bomb')
 
 
-def test_a_tensor_with_more_elements_than_storage_is_refused(tmp_path: Path) -> None:
+def test_read_tensor_with_more_elements_than_storage_raises(tmp_path: Path) -> None:
     (tmp_path / 'bomb').write_bytes(torch_file({'layer1.0.convs.0.weight': torch.ones(1).expand(10**6, 10**6)}))
     with pytest.raises(CheckpointError, match='claim to be tensors of 4,000,000,000,000'):
         read(tmp_path / 'bomb')
 
 
-def test_a_pickle_that_uses_one_string_over_and_over_is_refused(tmp_path: Path) -> None:
+def test_read_pickle_that_repeats_large_string_raises_within_20_mb(tmp_path: Path) -> None:
     text = b'X' + struct.pack('<I', 1_000_000) + b'a' * 1_000_000 + b'q\x00' + b'0'
     calls = b'c_codecs\nencode\nh\x00X\x06\x00\x00\x00latin1\x86R0' * 1000
     (tmp_path / 'bomb').write_bytes(b'\x80\x02' + text + calls + b'}.')
@@ -324,7 +324,7 @@ def test_a_pickle_that_uses_one_string_over_and_over_is_refused(tmp_path: Path) 
     ],
     ids=['index of a memo', 'bytes', 'frame', 'byte array', 'byte array of 2 GB'],
 )
-def test_a_number_that_a_damaged_pickle_names_makes_no_room(opcodes: bytes, tmp_path: Path) -> None:
+def test_read_pickle_with_huge_size_field_allocates_less_than_10_mb(opcodes: bytes, tmp_path: Path) -> None:
     (tmp_path / 'evil').write_bytes(b'\x80\x05' + opcodes)
     tracemalloc.start()
     with suppress(CheckpointError):
@@ -333,7 +333,7 @@ def test_a_number_that_a_damaged_pickle_names_makes_no_room(opcodes: bytes, tmp_
     tracemalloc.stop()
 
 
-def test_shapes_that_do_not_go_with_the_bytes_are_refused(tmp_path: Path) -> None:
+def test_read_tensor_of_wrong_byte_count_or_type_raises(tmp_path: Path) -> None:
     tensor = torch.ones(2, 3)
     for description in (field(1, 5) + field(2, 1 << 40), field(1, 5) + field(2, (1 << 64) - 6), field(1, 99)):
         data = struct.pack('<IQIi', 0, 0, 0, len(description)) + description + tensor.numpy().tobytes()
@@ -349,7 +349,7 @@ def test_shapes_that_do_not_go_with_the_bytes_are_refused(tmp_path: Path) -> Non
         read(tmp_path / 'bad')
 
 
-def test_a_link_in_an_archive_is_refused(tmp_path: Path) -> None:
+def test_read_archive_with_symbolic_link_raises(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / 'bad', 'w') as archive:
         member = tarfile.TarInfo('fc_weights')
         member.type, member.linkname = tarfile.SYMTYPE, '/etc/passwd'
@@ -369,7 +369,7 @@ def test_a_link_in_an_archive_is_refused(tmp_path: Path) -> None:
         (pickle.dumps({'a': np.ones(2, '>f4')}), 'byte order'),
     ],
 )
-def test_what_is_no_weights_is_told(content: bytes, message: str, tmp_path: Path) -> None:
+def test_read_file_without_weights_raises_one_line_with_path(content: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / 'file').write_bytes(content)
     with pytest.raises(CheckpointError, match=message) as error:
         read(tmp_path / 'file')
@@ -377,14 +377,14 @@ def test_what_is_no_weights_is_told(content: bytes, message: str, tmp_path: Path
     assert str(tmp_path / 'file') in str(error.value)
 
 
-def test_an_absent_file_is_told(tmp_path: Path) -> None:
+def test_read_absent_file_or_directory_raises_checkpoint_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match='can not be opened: No such file'):
         read(tmp_path / 'absent.pth')
     with pytest.raises(CheckpointError, match='can not be opened: Is a directory'):
         read(tmp_path)
 
 
-def test_arrays_of_either_order_and_any_number_of_dimensions_are_read(tmp_path: Path) -> None:
+def test_read_arrays_of_any_memory_order_and_number_of_dimensions(tmp_path: Path) -> None:
     arrays = {
         'fortran': np.asfortranarray(np.arange(24.0).reshape(2, 3, 4)),
         'scalar': np.array(3, 'int64'),
@@ -396,11 +396,11 @@ def test_arrays_of_either_order_and_any_number_of_dimensions_are_read(tmp_path: 
     torch.testing.assert_close(found, {name: torch.from_numpy(array.copy()) for name, array in arrays.items()})
 
 
-def test_metadata_of_safetensors_is_read(tmp_path: Path) -> None:
+def test_read_safetensors_returns_metadata(tmp_path: Path) -> None:
     save_file({'a': torch.ones(2)}, tmp_path / 'file', {'first_block': 'paddle'})
     assert read(tmp_path / 'file').metadata == {'first_block': 'paddle'}
 
 
-def test_a_check_sum_of_mindspore_is_skipped(tmp_path: Path) -> None:
+def test_read_mindspore_skips_checksum(tmp_path: Path) -> None:
     (tmp_path / 'file').write_bytes(mindspore(SMALL) + b'crc_num' + (1234).to_bytes(10, 'big'))
     assert len(read(tmp_path / 'file').nested) == len([name for name in SMALL if 'batches' not in name])
