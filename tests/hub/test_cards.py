@@ -1,4 +1,4 @@
-"""Cards say what is true, are as they should be, and every example in them runs."""
+"""Model cards are correct and valid, and every example in them prints the stated output."""
 
 import contextlib
 import io
@@ -34,16 +34,16 @@ PUSHED: dict[str, Any] = dict(
 )
 
 
-def front(text: str) -> dict[str, Any]:
+def metadata_of(text: str) -> dict[str, Any]:
     return yaml.safe_load(text.split('---\n')[1])
 
 
-def test_a_card_is_committed_for_all_published_weights() -> None:
+def test_card_is_committed_for_all_published_weights() -> None:
     assert {path.name for path in FOLDER.iterdir()} == {'README.md', *(f'{name}.md' for name in WEIGHTS)}
 
 
 @pytest.mark.parametrize('name', slow_but([*ONE_OF_EACH_TRUNK, 'res2net50_vd_26w_4s.ssld_in1k'], WEIGHTS))
-def test_a_committed_card_is_fresh_and_good(name: str) -> None:
+def test_card_committed_is_up_to_date_and_valid(name: str) -> None:
     text = (FOLDER / f'{name}.md').read_text()
     assert text == card(name), 'stale: timm-res2net card --all --out hub_cards'
     assert cards.problems_of(text) == []
@@ -51,7 +51,7 @@ def test_a_committed_card_is_fresh_and_good(name: str) -> None:
 
 
 @pytest.mark.parametrize('name', WEIGHTS)
-def test_the_numbers_of_a_card_are_those_of_the_table(name: str) -> None:
+def test_card_numbers_equal_tables(name: str) -> None:
     text, arch, weights = (FOLDER / f'{name}.md').read_text(), ARCHS[name.split('.')[0]], WEIGHTS[name]
     cfg = timm.get_pretrained_cfg(name)
     model = timm.create_model(name, device='meta')
@@ -59,7 +59,7 @@ def test_the_numbers_of_a_card_are_those_of_the_table(name: str) -> None:
     if cfg.input_size[-1] == 224:
         assert f'| parameters | {arch.params:,} |' in text
         assert f'| multiply-adds | {arch.gmacs:.3f} G |' in text
-    meta = front(text)
+    meta = metadata_of(text)
     assert meta['license'] == cfg.license
     values = {metric['name']: metric['value'] for metric in meta['model-index'][0]['results'][0]['metrics']}
     assert values['top-1 accuracy'] == weights.top1
@@ -70,7 +70,7 @@ def test_the_numbers_of_a_card_are_those_of_the_table(name: str) -> None:
 
 
 def created_without_download(create: Any) -> Any:
-    """Makes `timm.create_model` that puts weights of no meaning, quickly made, in the place of pretrained ones."""
+    """Makes a `timm.create_model` that uses constant weights instead of downloading pretrained ones."""
 
     def stub(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
         assert pretrained
@@ -101,23 +101,21 @@ def run_examples(text: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
 # The template is the same for all; one card of each trunk shows it.
 @pytest.mark.parametrize('name', slow_but(ONE_OF_EACH_TRUNK, WEIGHTS))
-def test_every_example_of_a_card_prints_what_it_says(
-    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_card_examples_print_stated_output(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timm, 'create_model', created_without_download(timm.create_model))
     run_examples((FOLDER / f'{name}.md').read_text(), tmp_path, monkeypatch)
 
 
-def test_every_example_of_a_pushed_card_runs(hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pushed_card_examples_print_stated_output(hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from timm_res2net import push
 
     push(tiny(in_chans=3), 'user/net', token='hf_write')
     run_examples(hub.files('user/net')['README.md'].decode(), tmp_path, monkeypatch)
 
 
-def test_a_card_of_a_model_says_what_was_told() -> None:
+def test_card_of_model_contains_given_metadata() -> None:
     text = card(tiny(), **PUSHED)
-    meta = front(text)
+    meta = metadata_of(text)
     assert meta['license'] == 'mit'
     assert meta['datasets'] == ['somebody/shapes']
     assert meta['base_model'] == 'timm/res2net50d.in1k'
@@ -131,27 +129,27 @@ def test_a_card_of_a_model_says_what_was_told() -> None:
     assert cards.problems_of(text) == []
 
 
-def test_a_card_of_which_nothing_was_told_invents_nothing() -> None:
+def test_card_of_model_without_metadata_invents_none() -> None:
     text = card(tiny())
-    assert not {'license', 'datasets', 'metrics', 'base_model', 'model-index'} & front(text).keys()
+    assert not {'license', 'datasets', 'metrics', 'base_model', 'model-index'} & metadata_of(text).keys()
     assert 'named no licence' in text
     assert 'Not described.' in text
     assert cards.problems_of(text) == []
 
 
-def test_a_licence_that_the_hub_does_not_know_has_name_and_link() -> None:
-    meta = front(card(tiny(), license=('Our Own Licence', 'https://example.org/licence')))
+def test_card_license_unknown_to_hub_has_name_and_link() -> None:
+    meta = metadata_of(card(tiny(), license=('Our Own Licence', 'https://example.org/licence')))
     assert (meta['license'], meta['license_name']) == ('other', 'our-own-licence')
     assert meta['license_link'] == 'https://example.org/licence'
 
 
-def test_words_with_a_meaning_in_yaml_stay_words() -> None:
+def test_card_quotes_special_characters_of_yaml() -> None:
     text = card(tiny(), dataset='digits: "8 x 8", 10 % # held out', results={'accuracy': 1.0}, recipe='a: b')
-    assert front(text)['model-index'][0]['results'][0]['dataset']['name'] == 'digits: "8 x 8", 10 % # held out'
+    assert metadata_of(text)['model-index'][0]['results'][0]['dataset']['name'] == 'digits: "8 x 8", 10 % # held out'
     assert cards.problems_of(text) == []
 
 
-def test_a_changed_card_is_known() -> None:
+def test_is_unchanged_detects_edits_and_merge_cards_keeps_edited_text() -> None:
     text = card(tiny())
     assert cards.is_unchanged(text)
     assert not cards.is_unchanged(text.replace('## Limits', '## Bounds'))
@@ -176,34 +174,34 @@ def test_a_changed_card_is_known() -> None:
         ('---\nmodel-index:\n- name: a\n  results:\n  - task: {type: b}\n---\n', 'can not be read|no dataset'),
     ],
 )
-def test_what_is_wrong_with_a_card_is_found(text: str, problem: str) -> None:
+def test_problems_of_finds_problem_of_invalid_card(text: str, problem: str) -> None:
     found = cards.problems_of(text)
     assert any(re.search(problem, line) for line in found), found
 
 
-def test_the_hub_is_asked_where_it_can_be(hub: Any) -> None:
+def test_problems_on_hub_reports_license_unknown_to_hub(hub: Any) -> None:
     assert problems_on_hub(card(tiny())) == []
     assert 'license' in problems_on_hub('---\nlicense: made-up\n---\n')[0]
 
 
-def test_without_a_hub_nothing_is_found_there() -> None:
+def test_problems_on_hub_offline_returns_no_problems() -> None:
     assert problems_on_hub('---\nlicense: made-up\n---\n') == []
 
 
-def test_a_name_without_weights_is_told() -> None:
+def test_card_of_unpublished_weights_raises_with_suggestion() -> None:
     with pytest.raises(ValueError, match=r'there are res2net50d\.in1k, res2net50d\.mindcv_in1k'):
         card('res2net50d.in22k')
     with pytest.raises(ValueError, match='--pretrained` shows all'):
         card('res2net152d')
 
 
-def test_activations_are_outputs_of_convolutions_and_classifier() -> None:
+def test_measure_counts_gmacs_and_outputs_of_convolutions_and_classifier() -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(256, 5)).to('meta')
     model.in_chans = 3  # type: ignore[assignment]
     gmacs, activations = cards.measure(model.eval(), 8)
     assert (gmacs, activations) == ((8 * 8 * 4 * 27 + 256 * 5) / 1e9, (8 * 8 * 4 + 5) / 1e6)
 
 
-def test_a_loaded_and_saved_card_is_the_same() -> None:
+def test_card_round_trip_through_model_card_changes_nothing() -> None:
     text = card('res2net50d.in1k')
     assert str(ModelCard(text)) == text

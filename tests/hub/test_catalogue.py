@@ -9,7 +9,7 @@ from timm_res2net.models.variants import ARCHS, WEIGHTS
 COMMITTED = (ROOT / 'hub_cards' / 'README.md').read_text()
 
 
-def test_committed_catalogue_is_fresh() -> None:
+def test_catalogue_committed_is_up_to_date() -> None:
     assert catalogue() == COMMITTED, 'stale: timm-res2net card --all --out hub_cards'
 
 

@@ -1,4 +1,4 @@
-"""What is pushed comes back byte for byte, through every fault; nothing half-written is trusted."""
+"""Pushed models are pulled byte for byte in spite of faults; incomplete files are never used."""
 
 import hashlib
 import json
@@ -59,16 +59,16 @@ def fine_tuned() -> nn.Module:
     return model.to(torch.bfloat16).to(memory_format=torch.channels_last).eval()
 
 
-# There and back
+# Push and pull
 
 
 @pytest.mark.parametrize('hub', ['lfs', 'xet'], indirect=True)
 @pytest.mark.parametrize('make', [digits, fine_tuned])
-def test_a_model_comes_back_bit_for_bit(make: Any, hub: Hub, tmp_path: Path) -> None:
+def test_push_and_pull_return_identical_weights_and_outputs(make: Any, hub: Hub, tmp_path: Path) -> None:
     model = make()
     labels = ['round', 'straight', 'both'] if make is fine_tuned else None
     pushed = push(model, 'user/net', tag='mine', labels=labels, **WRITE)
-    if not hub.xet:  # whose store only hf_xet can read
+    if not hub.xet:  # the store of hf_xet can be read by it only
         assert digests(hub) == pushed.hashes
     back = pull('user/net', cache_dir=tmp_path)
     dtype = next(model.parameters()).dtype
@@ -81,7 +81,7 @@ def test_a_model_comes_back_bit_for_bit(make: Any, hub: Hub, tmp_path: Path) -> 
     assert cfg['tag'] == 'mine'
 
 
-def test_accuracy_is_the_same_after_the_pull(hub: Hub, tmp_path: Path) -> None:
+def test_pull_embedded_model_classifies_every_bundled_digit(hub: Hub, tmp_path: Path) -> None:
     from timm.data import create_transform, resolve_model_data_config
 
     push(digits(), 'user/net', **WRITE)
@@ -94,7 +94,7 @@ def test_accuracy_is_the_same_after_the_pull(hub: Hub, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize('prefix', ['hf-hub:user/net', 'local-dir:'])
-def test_timm_loads_what_was_pushed(prefix: str, hub: Hub, tmp_path: Path) -> None:
+def test_push_writes_repository_and_folder_that_timm_loads(prefix: str, hub: Hub, tmp_path: Path) -> None:
     arguments = dict(base_width=13, scale=3, first_block='paddle', attn_layer='se', act_layer='silu', global_pool='max')
     torch.manual_seed(0)
     model = randomise(timm.create_model('test_res2net', num_classes=4, output_stride=8, **arguments)).eval()
@@ -109,18 +109,18 @@ def test_timm_loads_what_was_pushed(prefix: str, hub: Hub, tmp_path: Path) -> No
     assert adapted(x[:, :1]).shape == (1, 2)
 
 
-def test_transformers_load_what_was_pushed(hub: Hub, tmp_path: Path) -> None:
+def test_push_writes_repository_that_transformers_load(hub: Hub, tmp_path: Path) -> None:
     transformers = pytest.importorskip('transformers')
     push(fine_tuned().float(), 'user/net', labels=['a', 'b', 'c'], **WRITE)
     loaded = transformers.AutoModelForImageClassification.from_pretrained('user/net', cache_dir=tmp_path).eval()
     x = torch.randn(2, 1, 32, 32)
     model = pull('user/net', cache_dir=tmp_path)
     torch.testing.assert_close(loaded.timm_model.state_dict(), model.state_dict(), rtol=0, atol=0)
-    torch.testing.assert_close(loaded(x).logits, model(x))  # computed on memory that is laid out otherwise
+    torch.testing.assert_close(loaded(x).logits, model(x))  # with another memory format
     assert loaded.config.id2label == {0: 'a', 1: 'b', 2: 'c'}
 
 
-def test_what_is_uploaded_is_what_was_promised(hub: Hub, tmp_path: Path) -> None:
+def test_push_uploads_weights_config_and_card_with_given_metadata(hub: Hub, tmp_path: Path) -> None:
     push(fine_tuned(), 'user/net', license='mit', results={'accuracy': 91.5}, dataset='somebody/shapes', **WRITE)
     files = hub.files('user/net')
     assert sorted(files) == ['.gitattributes', *sorted(FILES)]
@@ -138,7 +138,7 @@ def test_what_is_uploaded_is_what_was_promised(hub: Hub, tmp_path: Path) -> None
     load_checkpoint(fine_tuned(), tmp_path / 'weights')
 
 
-def test_a_dry_run_sends_nothing(hub: Hub, tmp_path: Path) -> None:
+def test_push_dry_run_writes_folder_and_sends_no_request(hub: Hub, tmp_path: Path) -> None:
     done = push(digits(), 'user/net', dry_run=tmp_path / 'folder')
     assert hub.log == []
     with pytest.raises(ValueError, match='folder has a model'):
@@ -147,14 +147,14 @@ def test_a_dry_run_sends_nothing(hub: Hub, tmp_path: Path) -> None:
     assert done.hashes == {name: sha256(tmp_path / 'folder' / name) for name in FILES}
 
 
-def test_an_unchanged_model_makes_no_second_commit(hub: Hub) -> None:
+def test_push_unchanged_model_makes_no_second_commit(hub: Hub) -> None:
     first = push(digits(), 'user/net', **WRITE)
     commits = len(hub.repos['user/net'].commits)
     assert push(digits(), 'user/net', **WRITE).revision == first.revision
     assert len(hub.repos['user/net'].commits) == commits
 
 
-def test_a_new_branch_is_made_first(hub: Hub, tmp_path: Path) -> None:
+def test_push_revision_creates_branch(hub: Hub, tmp_path: Path) -> None:
     first = push(digits(), 'user/net', **WRITE)
     second = push(tiny(), 'user/net', revision='v2', **WRITE)
     assert hub.repos['user/net'].branches == {'main': first.revision, 'v2': second.revision}
@@ -162,7 +162,7 @@ def test_a_new_branch_is_made_first(hub: Hub, tmp_path: Path) -> None:
     assert pull('user/net', revision=first.revision, cache_dir=tmp_path).num_classes == 10
 
 
-def test_a_pull_request_leaves_main_alone(hub: Hub) -> None:
+def test_push_create_pr_leaves_main_unchanged(hub: Hub) -> None:
     first = push(digits(), 'user/net', **WRITE)
     proposed = push(tiny(), 'user/net', create_pr=True, **WRITE)
     assert hub.repos['user/net'].branches['main'] == first.revision
@@ -170,7 +170,7 @@ def test_a_pull_request_leaves_main_alone(hub: Hub) -> None:
     assert digests(hub, revision='refs/pr/1') == proposed.hashes
 
 
-def test_a_private_repository_is_private(hub: Hub, tmp_path: Path) -> None:
+def test_push_private_repository_is_hidden_without_token(hub: Hub, tmp_path: Path) -> None:
     push(digits(), 'user/net', private=True, **WRITE)
     with pytest.raises(RepositoryNotFoundError):
         pull('user/net', cache_dir=tmp_path)
@@ -180,7 +180,7 @@ def test_a_private_repository_is_private(hub: Hub, tmp_path: Path) -> None:
 # Cards
 
 
-def test_a_card_that_somebody_wrote_keeps_its_words(hub: Hub) -> None:
+def test_push_keeps_text_of_edited_card(hub: Hub) -> None:
     written = '---\nlanguage: en\nlicense: mit\n---\n# My net\n\nFor my students.\n'
     hub.put('user/net', {'README.md': written.encode()})
     push(digits(), 'user/net', license='apache-2.0', **WRITE)
@@ -193,7 +193,7 @@ def test_a_card_that_somebody_wrote_keeps_its_words(hub: Hub) -> None:
     assert 'For my students' not in hub.files('user/net')['README.md'].decode()
 
 
-def test_a_card_that_push_made_is_made_anew(hub: Hub) -> None:
+def test_push_replaces_card_of_earlier_push(hub: Hub) -> None:
     push(digits(), 'user/net', results={'accuracy': 98.0}, **WRITE)
     push(digits(), 'user/net', results={'accuracy': 99.5}, **WRITE)
     card = hub.files('user/net')['README.md'].decode()
@@ -214,7 +214,7 @@ def test_push_with_unreadable_card_stops_and_keeps_it(status: int, hub: Hub) -> 
 # Faults while pushing
 
 
-def test_a_lost_answer_makes_neither_a_failure_nor_a_second_commit(hub: Hub) -> None:
+def test_push_lost_response_makes_no_error_and_no_second_commit(hub: Hub) -> None:
     hub.faults = [Fault('POST .*/commit/', 'lost')]
     pushed = push(digits(), 'user/net', **WRITE)
     assert digests(hub) == pushed.hashes
@@ -222,7 +222,7 @@ def test_a_lost_answer_makes_neither_a_failure_nor_a_second_commit(hub: Hub) -> 
     assert pushed.revision == hub.repos['user/net'].branches['main']
 
 
-def test_a_lost_answer_makes_no_second_pull_request(hub: Hub) -> None:
+def test_push_create_pr_lost_response_makes_no_second_pull_request(hub: Hub) -> None:
     push(digits(), 'user/net', **WRITE)
     hub.faults = [Fault('POST .*/commit/', 'lost')]
     proposed = push(tiny(), 'user/net', create_pr=True, **WRITE)
@@ -230,7 +230,7 @@ def test_a_lost_answer_makes_no_second_pull_request(hub: Hub) -> None:
     assert proposed.url == f'{os.environ["HF_ENDPOINT"]}/user/net/discussions/1'
 
 
-def test_a_wrapped_model_is_pushed_as_itself(hub: Hub) -> None:
+def test_push_compiled_model_has_hashes_of_plain_model(hub: Hub) -> None:
     plain = push(digits(), 'user/net', **WRITE)
     assert push(torch.compile(digits()), 'user/net', **WRITE).hashes == plain.hashes
 
@@ -250,7 +250,7 @@ def test_a_wrapped_model_is_pushed_as_itself(hub: Hub) -> None:
     ],
     ids=lambda fault: f'{fault.match} {fault.kind} {fault.status}',
 )
-def test_what_passes_does_not_stop_a_push(fault: Fault, hub: Hub) -> None:
+def test_push_retries_transient_fault(fault: Fault, hub: Hub) -> None:
     hub.faults = [Fault(**vars(fault))]
     pushed = push(digits(), 'user/net', **WRITE)
     assert hub.faults[0].times == 0
@@ -258,7 +258,9 @@ def test_what_passes_does_not_stop_a_push(fault: Fault, hub: Hub) -> None:
     assert len(hub.repos['user/net'].commits) == 2
 
 
-def test_bytes_that_are_damaged_on_their_way_up_never_arrive(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_push_corrupt_upload_raises_connection_error_and_commits_nothing(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr('hub_server.PART', 10_000_000)
     hub.faults = [Fault('PUT /_large', 'corrupt', times=100)]
     with pytest.raises(ConnectionError, match='did not take the commit'):
@@ -267,13 +269,13 @@ def test_bytes_that_are_damaged_on_their_way_up_never_arrive(hub: Hub, monkeypat
     assert hub.large == {}
 
 
-def test_a_hub_that_keeps_something_else_is_noticed(hub: Hub) -> None:
+def test_push_commit_of_other_bytes_raises_connection_error(hub: Hub) -> None:
     hub.faults = [Fault('POST .*/commit/', 'corrupt')]
     with pytest.raises(ConnectionError, match='are not those that were sent'):
         push(digits(), 'user/net', **WRITE)
 
 
-def test_a_push_of_somebody_else_at_the_same_time_is_not_overwritten(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_push_concurrent_commit_raises_and_is_not_overwritten(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     push(digits(), 'user/net', **WRITE)
     attempt = Commit.attempt
 
@@ -288,7 +290,7 @@ def test_a_push_of_somebody_else_at_the_same_time_is_not_overwritten(hub: Hub, m
     assert b'"num_classes": 10' in hub.files('user/net')['config.json']
 
 
-def test_of_four_pushes_at_once_each_is_whole_or_refused(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_push_four_at_once_commits_one_and_refuses_three(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     push(digits(), 'user/net', **WRITE)
     together = threading.Barrier(4, timeout=60)
     attempt = Commit.attempt
@@ -322,7 +324,7 @@ def test_of_four_pushes_at_once_each_is_whole_or_refused(hub: Hub, monkeypatch: 
     ('token', 'message'),
     [('hf_read', 'write permission'), ('hf_other', 'rights'), ('hf_bad', 'Invalid credentials'), (None, 'token|401')],
 )
-def test_who_may_not_write_is_told_so_and_no_token_is(
+def test_push_without_permission_raises_and_hides_token(
     token: str | None, message: str, hub: Hub, caplog: pytest.LogCaptureFixture
 ) -> None:
     push(digits(), 'user/net', **WRITE)
@@ -333,14 +335,16 @@ def test_who_may_not_write_is_told_so_and_no_token_is(
     assert token is None or token not in f'{error.value} {caplog.text}'
 
 
-def test_a_token_is_in_no_file(hub: Hub, caplog: pytest.LogCaptureFixture) -> None:
+def test_push_token_is_in_no_file_and_no_log(hub: Hub, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.DEBUG):
         push(digits(), 'user/net', **WRITE)
     assert all(b'hf_write' not in data for data in hub.files('user/net').values())
     assert 'hf_write' not in caplog.text
 
 
-def test_a_full_disk_leaves_nothing(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_push_full_disk_raises_and_leaves_no_file_or_repository(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def full(*args: Any) -> None:
         raise OSError(28, 'No space left on device')
 
@@ -362,7 +366,7 @@ def test_a_full_disk_leaves_nothing(hub: Hub, tmp_path: Path, monkeypatch: pytes
     ],
     ids=['function', 'shape', 'names'],
 )
-def test_a_model_that_its_configuration_does_not_make_stays_here(change: Any, hub: Hub) -> None:
+def test_push_model_changed_after_create_model_raises_and_sends_no_request(change: Any, hub: Hub) -> None:
     model = digits()
     change(model)
     with pytest.raises(ValueError, match='was changed after create_model made it'):
@@ -379,13 +383,13 @@ def test_a_model_that_its_configuration_does_not_make_stays_here(change: Any, hu
         (lambda: timm.create_model('test_res2net', norm_layer=nn.BatchNorm2d), {}, 'no configuration can hold'),
     ],
 )
-def test_a_wrong_call_is_told_before_anything_is_sent(make: Any, arguments: Any, message: str, hub: Hub) -> None:
+def test_push_wrong_arguments_raise_before_any_request(make: Any, arguments: Any, message: str, hub: Hub) -> None:
     with pytest.raises((ValueError, TypeError), match=message):
         push(make(), 'user/net', **arguments, **WRITE)
     assert hub.log == []
 
 
-def test_a_licence_that_the_hub_does_not_know_is_refused_before_a_repository_is_made(hub: Hub) -> None:
+def test_push_license_unknown_to_hub_raises_and_creates_no_repository(hub: Hub) -> None:
     with pytest.raises(ValueError, match=r'"license.*must be one of'):
         push(digits(), 'user/net', license='made-up', **WRITE)
     assert hub.repos == {}
@@ -410,7 +414,7 @@ def test_a_licence_that_the_hub_does_not_know_is_refused_before_a_repository_is_
     ],
     ids=lambda fault: f'{fault.match} {fault.kind} {fault.status}',
 )
-def test_what_passes_does_not_stop_a_pull(fault: Fault, hub: Hub, tmp_path: Path) -> None:
+def test_pull_retries_transient_fault(fault: Fault, hub: Hub, tmp_path: Path) -> None:
     model = digits()
     pushed = push(model, 'user/net', **WRITE)
     hub.faults = [Fault(**vars(fault))]
@@ -422,7 +426,7 @@ def test_what_passes_does_not_stop_a_pull(fault: Fault, hub: Hub, tmp_path: Path
     assert all(git_hash(path.read_bytes()) == path.name or sha256(path) == path.name for path in blobs)
 
 
-def test_bytes_that_are_damaged_twice_are_not_kept(hub: Hub, tmp_path: Path) -> None:
+def test_pull_corrupt_download_twice_raises_and_is_deleted(hub: Hub, tmp_path: Path) -> None:
     push(digits(), 'user/net', **WRITE)
     hub.faults = [Fault('GET /_cdn', 'corrupt', times=2)]
     with pytest.raises(CheckpointError, match=r'model\.safetensors of user/net came twice with another checksum'):
@@ -431,7 +435,7 @@ def test_bytes_that_are_damaged_twice_are_not_kept(hub: Hub, tmp_path: Path) -> 
     assert pull('user/net', cache_dir=tmp_path).num_classes == 10
 
 
-def test_a_cache_that_rotted_is_found_and_fetched_again(hub: Hub, tmp_path: Path) -> None:
+def test_pull_corrupt_cache_is_downloaded_again(hub: Hub, tmp_path: Path) -> None:
     pushed = push(digits(), 'user/net', **WRITE)
     pull('user/net', cache_dir=tmp_path)
     (blob,) = tmp_path.rglob(f'blobs/{pushed.hashes["model.safetensors"]}')
@@ -440,7 +444,7 @@ def test_a_cache_that_rotted_is_found_and_fetched_again(hub: Hub, tmp_path: Path
     assert sha256(blob) == blob.name
 
 
-def test_weights_that_were_replaced_without_their_configuration_are_refused(hub: Hub, tmp_path: Path) -> None:
+def test_pull_weights_of_another_config_are_refused(hub: Hub, tmp_path: Path) -> None:
     push(digits(), 'user/net', **WRITE)
     push(randomise(digits()), 'user/other', **WRITE)
     hub.put('user/net', {'model.safetensors': hub.files('user/other')['model.safetensors']})
@@ -448,7 +452,7 @@ def test_weights_that_were_replaced_without_their_configuration_are_refused(hub:
         pull('user/net', cache_dir=tmp_path)
 
 
-def test_a_pickle_is_refused_with_the_way_out(hub: Hub, tmp_path: Path) -> None:
+def test_pull_repository_without_safetensors_raises_and_downloads_no_pickle(hub: Hub, tmp_path: Path) -> None:
     hub.put('user/net', {'config.json': b'{}', 'pytorch_model.bin': b'pickle'})
     with pytest.raises(CheckpointError, match=r'download pytorch_model\.bin and `timm-res2net convert` it'):
         pull('user/net', cache_dir=tmp_path)
@@ -458,7 +462,7 @@ def test_a_pickle_is_refused_with_the_way_out(hub: Hub, tmp_path: Path) -> None:
         pull('user/empty', cache_dir=tmp_path)
 
 
-def test_what_the_hub_refuses_is_said_by_the_clients_own_errors(hub: Hub, tmp_path: Path) -> None:
+def test_pull_refused_by_hub_raises_errors_of_huggingface_hub(hub: Hub, tmp_path: Path) -> None:
     push(digits(), 'user/net', **WRITE)
     with pytest.raises(RevisionNotFoundError):
         pull('user/net', revision='v9', cache_dir=tmp_path)
@@ -472,7 +476,7 @@ def test_what_the_hub_refuses_is_said_by_the_clients_own_errors(hub: Hub, tmp_pa
     assert not [path for path in tmp_path.rglob('*') if path.name == 'model.safetensors']
 
 
-def test_without_a_network_the_cache_serves_what_it_has(
+def test_pull_offline_uses_cache_and_raises_for_uncached_model(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     push(digits(), 'user/net', **WRITE)
@@ -485,7 +489,7 @@ def test_without_a_network_the_cache_serves_what_it_has(
         pull('user/other', cache_dir=tmp_path)
 
 
-def test_a_hub_that_stays_away_is_told(hub: Hub, tmp_path: Path) -> None:
+def test_pull_unreachable_hub_raises_connection_error(hub: Hub, tmp_path: Path) -> None:
     push(digits(), 'user/net', **WRITE)
     hub.faults = [Fault('GET /_cdn', 'reset', times=100)]
     with pytest.raises(ConnectionError, match='the Hub can not be reached'):
@@ -493,7 +497,7 @@ def test_a_hub_that_stays_away_is_told(hub: Hub, tmp_path: Path) -> None:
     assert not [path for path in tmp_path.rglob('*') if path.name == 'model.safetensors']
 
 
-def test_an_interrupted_pull_leaves_nothing_that_is_trusted(hub: Hub, tmp_path: Path) -> None:
+def test_pull_killed_process_leaves_no_partial_weights_and_next_pull_succeeds(hub: Hub, tmp_path: Path) -> None:
     pushed = push(digits(), 'user/net', **WRITE)
     code = f"""if True:
         from huggingface_hub import constants
@@ -515,12 +519,12 @@ def test_an_interrupted_pull_leaves_nothing_that_is_trusted(hub: Hub, tmp_path: 
     torch.testing.assert_close(pull('user/net', cache_dir=tmp_path).state_dict(), digits().state_dict())
 
 
-# A third party between
+# Through a proxy
 
 
 @pytest.fixture
 def olah(tmp_path: Path) -> Iterator[str]:
-    """olah, a proxy of the Hub that somebody else wrote, before our Hub."""
+    """The URL of olah, a third-party proxy of the Hub, in front of our Hub."""
     pytest.importorskip('olah')
     port, upstream = free_port(), os.environ['HF_ENDPOINT'].removeprefix('http://')
     options = dict(host='127.0.0.1', port=port, hf_scheme='http', hf_netloc=upstream)
@@ -540,7 +544,7 @@ def olah(tmp_path: Path) -> Iterator[str]:
 
 
 @pytest.mark.slow
-def test_a_pull_through_a_proxy_of_somebody_else_is_byte_exact(olah: str, hub: Hub, tmp_path: Path) -> None:
+def test_download_model_through_olah_proxy_is_byte_exact(olah: str, hub: Hub, tmp_path: Path) -> None:
     pushed = push(digits(), 'user/net', **WRITE)
     code = f"""if True:
         from huggingface_hub import constants
