@@ -1,4 +1,4 @@
-"""What is counted is exact, what is compared computes the same, and ours never does more than timm's."""
+"""Counters are exact, compared models compute the same, and ours never does more work than timm's."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ from timm_res2net.vision.figures import plot_bench
 TIMMS = [name for name in ARCHS if timm_entrypoint(name)]
 
 
-def test_operators_and_their_memory_are_counted() -> None:
+def test_counter_counts_operators_and_allocated_bytes() -> None:
     x = torch.ones(2, 5)
     for _ in range(2):
         with Counter() as counter:
@@ -47,7 +47,7 @@ def counted(model: nn.Module, x: Tensor, train: bool = False) -> tuple[int, int]
 
 @pytest.mark.parametrize('full', [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('name', TIMMS)
-def test_less_work_than_timms_own_in_inference_and_not_more_in_training(name: str, full: bool, images: Tensor) -> None:
+def test_model_does_no_more_work_than_timm_and_fused_39_percent_less(name: str, full: bool, images: Tensor) -> None:
     arguments = {} if full else shallow(name)
     theirs, ours = timms(name, **arguments), timm.create_model(name, **arguments)
     for training in (True, False):
@@ -60,7 +60,7 @@ def test_less_work_than_timms_own_in_inference_and_not_more_in_training(name: st
 
 
 @pytest.mark.parametrize('name', ['res2net50_26w_4s', 'res2net50_14w_8s', 'res2net101_26w_4s', 'res2next50'])
-def test_a_fused_model_runs_the_operators_of_its_figure(name: str, images: Tensor) -> None:
+def test_fuse_operator_count_follows_from_depth_and_scale(name: str, images: Tensor) -> None:
     blocks, scale = sum(ARCHS[name].args['layers']), ARCHS[name].args['scale']
     stem = 3  # convolution, activation, pool
     first = 9  # splits that run as one; 1x1, 3x3 and their activations, 1x1, shortcut, sum, activation
@@ -73,7 +73,7 @@ def test_a_fused_model_runs_the_operators_of_its_figure(name: str, images: Tenso
 
 def saved_bytes(model: nn.Module, x: Tensor) -> int:
     """Bytes that a forward pass keeps for the backward pass, without images, parameters and buffers."""
-    saved: dict[int, Any] = {}  # whose memory is held, so that nothing else gets its address
+    saved: dict[int, Any] = {}  # references keep the memory, so that no address is reused
 
     def keep(tensor: Tensor) -> Tensor:
         saved.update(storages_of(tensor))
@@ -87,7 +87,7 @@ def saved_bytes(model: nn.Module, x: Tensor) -> int:
 
 
 @pytest.mark.parametrize('name', ['res2net50_26w_4s', 'dla60_res2net'])
-def test_training_keeps_no_more_than_timms_and_with_checkpointing_a_third(name: str, images: Tensor) -> None:
+def test_training_saves_no_more_bytes_than_timm_and_a_third_with_checkpointing(name: str, images: Tensor) -> None:
     ours, theirs = timm.create_model(name, **shallow(name)).train(), timms(name, **shallow(name)).train()
     plain = saved_bytes(ours, images)
     assert 0 < plain <= saved_bytes(theirs, images)
@@ -95,13 +95,13 @@ def test_training_keeps_no_more_than_timms_and_with_checkpointing_a_third(name: 
     assert saved_bytes(ours, images) <= plain / 3
 
 
-def test_what_is_kept_is_counted_once_and_without_parameters() -> None:
+def test_saved_bytes_counts_outputs_of_activations_without_parameters() -> None:
     layers = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Sigmoid(), nn.Tanh())
     assert saved_bytes(layers, torch.ones(2, 4)) == 2 * 2 * 4 * 4  # what each activation returns, 32 bytes
 
 
 @pytest.mark.slow
-def test_a_training_step_compiles_without_a_graph_break(images: Tensor) -> None:
+def test_training_step_compiles_without_graph_break(images: Tensor) -> None:
     torch._dynamo.reset()
     model: Any = tiny().train()
     torch.compile(model, fullgraph=True, backend='aot_eager')(images).sum().backward()  # type: ignore[no-untyped-call]
@@ -113,7 +113,7 @@ def test_a_training_step_compiles_without_a_graph_break(images: Tensor) -> None:
 
 
 class InlineWorker:
-    """Takes the place of a worker's process, which takes seconds to start."""
+    """Replaces the process of a worker, which takes seconds to start."""
 
     def __init__(self, way: Way, plan: Plan, device: torch.device) -> None:
         self.way, self.device = way, device
@@ -139,7 +139,7 @@ def workers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.usefixtures('workers')
-def test_bench_compares_with_timms_own() -> None:
+def test_bench_inference_compares_with_timm() -> None:
     results = bench(['res2net50_26w_4s'], batches=(1,), sizes=(32,), dtypes=(), rounds=2)
     assert [each.way for each in results] == ['timm', 'timm_res2net, as it is', 'timm_res2net, fused']
     theirs, ours, fused = results
@@ -155,14 +155,14 @@ def test_bench_compares_with_timms_own() -> None:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures('workers')
-def test_bench_of_training() -> None:
+def test_bench_train_measures_timm_ours_and_checkpointing() -> None:
     results = bench(['res2net50_26w_4s'], batches=(2,), sizes=(32,), dtypes=(torch.float32,), train=True, rounds=1)
     assert [each.way for each in results] == ['timm', 'timm_res2net', 'timm_res2net, checkpointing']
     assert results[0].operators == results[1].operators
 
 
 @pytest.mark.slow
-def test_bench_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_command_writes_json_and_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch._dynamo.reset()
     json_file, png = tmp_path / 'speed.json', tmp_path / 'speed.png'
     arguments = '--models test_res2net --size 32 --batch 1 --dtype float32 --rounds 1'
@@ -179,7 +179,7 @@ def test_bench_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert png.read_bytes().startswith(b'\x89PNG')
 
 
-def test_the_plot_shows_ratios_and_accuracy(tmp_path: Path) -> None:
+def test_plot_bench_writes_file(tmp_path: Path) -> None:
     some = dict(batch=1, size=32, milliseconds=1.0, spread=0.1, share_of_peak=0.5)
     more = dict(operators=1, peak_memory=None)
     results = [
@@ -200,7 +200,7 @@ def failing(name: str, x: Tensor, dtype: torch.dtype) -> Run:
 
 
 @pytest.mark.usefixtures('workers')
-def test_what_computes_something_else_is_not_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_way_with_other_output_raises_value_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timm_res2net.deploy.bench, 'ours_fused', shifted)
     problem = r'timm_res2net, fused in torch\.float32 is .* off what timm_res2net, as it is computes'
     with pytest.raises(ValueError, match=problem):
@@ -208,14 +208,14 @@ def test_what_computes_something_else_is_not_measured(monkeypatch: pytest.Monkey
 
 
 @pytest.mark.slow
-def test_what_fails_in_its_process_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bench_way_that_fails_in_its_process_raises_value_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timm_res2net.deploy.bench, 'ours_fused', failing)
     problem = r"timm_res2net, fused in torch\.float32 can not be measured: 'no such thing'"
     with pytest.raises(ValueError, match=problem):
         bench(['test_res2net'], batches=(1,), sizes=(32,), dtypes=(), rounds=1)
 
 
-def test_growth_is_over_scale_batch_and_size(
+def test_bench_growth_varies_scale_batch_and_size(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def measured(models: Any, batches: Any = (8,), sizes: Any = (224,), **options: Any) -> list[Result]:
@@ -237,12 +237,14 @@ def test_growth_is_over_scale_batch_and_size(
 @pytest.mark.parametrize(
     ('arguments', 'named'), [('--against timm,tensorrt', 'tensorrt'), ('--dtype int8', 'int8'), ('--batch 0', '0')]
 )
-def test_a_wrong_call_of_bench_is_named(arguments: str, named: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_command_wrong_argument_exits_with_its_value(
+    arguments: str, named: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit, match='2'):
         main(['bench', *arguments.split()])
     assert named in capsys.readouterr().err
 
 
-def test_a_model_that_bench_does_not_know_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_bench_command_unknown_model_prints_its_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(['bench', '--models', 'resnet50']) == 1
     assert 'not models of this package: resnet50' in capsys.readouterr().err

@@ -34,7 +34,7 @@ def count(model: nn.Module, kind: Any) -> int:
 
 @pytest.mark.parametrize('full', [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('name', ARCHS)
-def test_every_model_fuses_without_a_norm_left(
+def test_fuse_every_model_leaves_no_norm(
     name: str, full: bool, build: Callable[..., nn.Module], images: Tensor
 ) -> None:
     model, images = build(name, full), fitting(name, images)
@@ -67,7 +67,9 @@ def test_every_model_fuses_without_a_norm_left(
     ],
     ids=str,
 )
-def test_every_function_of_the_block_fuses(first_block: str, arguments: dict[str, Any], images: Tensor) -> None:
+def test_fuse_every_block_function_and_argument_keeps_output(
+    first_block: str, arguments: dict[str, Any], images: Tensor
+) -> None:
     model = tiny(first_block, **arguments)
     require_equal(fuse(model), model, images[:, :, :33, :40])
     require_equal(reparameterize_model(model), model, images[:, :, :33, :40])
@@ -94,7 +96,7 @@ def merged(model: nn.Module) -> list[bool]:
     ],
     ids=str,
 )
-def test_first_blocks_become_one_convolution_where_that_computes_the_same(
+def test_fuse_merges_first_blocks_into_one_convolution_where_exact(
     first_block: str, arguments: dict[str, Any], expected: list[bool]
 ) -> None:
     model = tiny(first_block, channels=(8, 16, 8, 16), **arguments)
@@ -102,12 +104,12 @@ def test_first_blocks_become_one_convolution_where_that_computes_the_same(
     assert merged(reparameterize_model(model)) == expected
 
 
-def test_the_average_beside_one_convolution_stays_a_pool() -> None:
+def test_fuse_scale_2_keeps_average_pool_beside_convolution() -> None:
     blocks = [module for module in fuse(tiny(scale=2)).modules() if isinstance(module, Bottle2neck)]
     assert [isinstance(block.pool, nn.AvgPool2d) for block in blocks] == [True, True, False, True, True]
 
 
-def test_timm_fuses_blocks_and_leaves_the_rest() -> None:
+def test_reparameterize_model_fuses_blocks_and_leaves_norms_of_stem() -> None:
     model: Any = reparameterize_model(tiny())
     assert isinstance(model.bn1, NORMS)
     assert count(model, NORMS) == 3  # those of the stem
@@ -115,12 +117,12 @@ def test_timm_fuses_blocks_and_leaves_the_rest() -> None:
     assert count(model, NORMS) == 3
 
 
-def test_fusing_again_changes_nothing(images: Tensor) -> None:
+def test_fuse_twice_changes_nothing(images: Tensor) -> None:
     fused = fuse(tiny())
     require_equal(fuse(fused), fused, images, tolerance=0)
 
 
-def test_a_bigger_model_fuses_what_it_has_of_ours(images: Tensor) -> None:
+def test_fuse_model_around_backbone_keeps_output_and_leaves_no_norm(images: Tensor) -> None:
     head = nn.Sequential(nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
     whole = randomise(nn.Sequential(tiny(num_classes=0, global_pool=''), nn.Conv2d(32, 8, 1), head)).eval()
     fused = fuse(whole)
@@ -129,13 +131,15 @@ def test_a_bigger_model_fuses_what_it_has_of_ours(images: Tensor) -> None:
 
 
 @pytest.mark.parametrize('make', [fuse, reparameterize_model])
-def test_a_model_in_training_does_not_fuse(make: Callable[[nn.Module], nn.Module]) -> None:
+def test_fuse_model_in_training_mode_raises_value_error(make: Callable[[nn.Module], nn.Module]) -> None:
     with pytest.raises(ValueError, match=r'training mode.*eval'):
         make(tiny().train())
 
 
 @pytest.mark.parametrize('make', [fuse, reparameterize_model])
-def test_a_fused_model_does_not_train(make: Callable[[nn.Module], nn.Module], images: Tensor) -> None:
+def test_fused_model_train_raises_value_error_and_keeps_output(
+    make: Callable[[nn.Module], nn.Module], images: Tensor
+) -> None:
     model = make(tiny())
     with pytest.raises(ValueError, match='train the model that it was made from'):
         model.train()
@@ -143,14 +147,14 @@ def test_a_fused_model_does_not_train(make: Callable[[nn.Module], nn.Module], im
     require_equal(model.eval(), before, images, tolerance=0)
 
 
-def test_a_model_without_our_blocks_does_not_fuse() -> None:
+def test_fuse_model_without_res2net_block_raises_value_error() -> None:
     with pytest.raises(ValueError, match='no Res2Net block'):
         fuse(timm.create_model('resnet18').eval())
 
 
 @pytest.mark.parametrize('feature_cls', ['list', 'dict', 'hook', 'getter'])
 @pytest.mark.parametrize('name', TRUNKS)
-def test_fused_models_give_the_same_features(name: str, feature_cls: str, images: Tensor) -> None:
+def test_fuse_features_only_keeps_features(name: str, feature_cls: str, images: Tensor) -> None:
     torch.manual_seed(0)
     options = dict(features_only=True, feature_cls=feature_cls, **small(name))
     model, images = randomise(timm.create_model(name, **options)).eval(), fitting(name, images)
@@ -161,7 +165,7 @@ def test_fused_models_give_the_same_features(name: str, feature_cls: str, images
         torch.testing.assert_close(feature, wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
 
 
-def test_features_of_a_fused_model_are_taken_at_the_same_places(images: Tensor) -> None:
+def test_fuse_keeps_forward_intermediates(images: Tensor) -> None:
     model: Any = tiny()
     features, expected = (each.forward_intermediates(images, intermediates_only=True) for each in (fuse(model), model))
     for feature, wanted in zip(features, expected, strict=True):
@@ -169,7 +173,7 @@ def test_features_of_a_fused_model_are_taken_at_the_same_places(images: Tensor) 
 
 
 @pytest.mark.parametrize('first_block', slow_but(['official'], ['official', 'paddle']))
-def test_a_fused_model_scripts_exports_and_traces(first_block: str, images: Tensor) -> None:
+def test_fused_model_scripted_exported_or_traced_keeps_output(first_block: str, images: Tensor) -> None:
     model = tiny(first_block)
     fused = fuse(model)
     require_equal(torch.jit.script(fused), model, images)
@@ -200,7 +204,9 @@ def log() -> Iterator[list[tuple[str, str]]]:
 
 
 @pytest.mark.slow
-def test_optimized_models_compute_the_same_and_do_not_mix(images: Tensor, log: list[tuple[str, str]]) -> None:
+def test_optimize_two_models_keep_their_own_outputs_without_recompiling(
+    images: Tensor, log: list[tuple[str, str]]
+) -> None:
     torch._dynamo.reset()
     first, second = tiny(), randomise(tiny())
     optimized = [optimize(model, images) for model in (first, second)]
@@ -219,7 +225,7 @@ def test_optimized_models_compute_the_same_and_do_not_mix(images: Tensor, log: l
         optimized[0].train()
 
 
-def test_optimize_computes_in_the_given_type_and_returns_that_of_the_input(images: Tensor) -> None:
+def test_optimize_bfloat16_returns_dtype_of_input(images: Tensor) -> None:
     model = tiny()
     optimized = optimize(model, images, dtype=torch.bfloat16, compile=False)
     assert optimized.path == 'fused, channels last, bfloat16'
@@ -230,7 +236,7 @@ def test_optimize_computes_in_the_given_type_and_returns_that_of_the_input(image
 
 
 @pytest.mark.parametrize('feature_cls', ['list', 'dict'])
-def test_optimized_features(feature_cls: str, images: Tensor) -> None:
+def test_optimize_features_only_keeps_features(feature_cls: str, images: Tensor) -> None:
     model = tiny(features_only=True, feature_cls=feature_cls)
     features, expected = optimize(model, images, compile=False)(images), model(images)
     if isinstance(expected, dict):
@@ -242,7 +248,7 @@ def test_optimized_features(feature_cls: str, images: Tensor) -> None:
 
 
 @pytest.mark.slow
-def test_without_a_compiler_the_model_is_not_compiled_and_the_log_says_why(
+def test_optimize_without_compiler_skips_compilation_and_logs_reason(
     images: Tensor, log: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     from torch._inductor import config
@@ -268,18 +274,20 @@ def test_without_a_compiler_the_model_is_not_compiled_and_the_log_says_why(
     ],
     ids=str,
 )
-def test_what_optimize_cannot_do_is_named(arguments: dict[str, Any], named: str, images: Tensor) -> None:
+def test_optimize_wrong_argument_raises_value_error(arguments: dict[str, Any], named: str, images: Tensor) -> None:
     with pytest.raises(ValueError, match=named):
         optimize(tiny(), **{'example_input': images, **arguments})
 
 
-def test_an_example_that_the_model_cannot_run_is_the_callers_error(images: Tensor, log: list[tuple[str, str]]) -> None:
+def test_optimize_example_of_wrong_channels_raises_error_of_model_without_log(
+    images: Tensor, log: list[tuple[str, str]]
+) -> None:
     with pytest.raises(RuntimeError, match='to have 3 channels, but got 4 channels'):
         optimize(tiny(), torch.zeros(1, 4, 32, 32))
-    assert log == []  # no word about a compiler
+    assert log == []  # nothing about a compiler
 
 
-def test_openvino_that_is_missing_is_named(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_optimize_without_openvino_raises_import_error(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, 'openvino', None)
     with pytest.raises(ImportError, match='pip install openvino'):
         optimize(tiny(), images, backend='openvino')
