@@ -1,4 +1,4 @@
-"""Pictures and the numbers behind them: maps add up to scores, receptive fields are what the paper says."""
+"""Explanations: class activation maps sum to scores, receptive fields are those of the paper."""
 
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from timm_res2net.vision.images import bundled_digits
 
 
 @pytest.mark.parametrize('name', TRUNKS)
-def test_a_map_adds_up_to_the_score(name: str, build: Any, images: Tensor) -> None:
+def test_class_activation_map_mean_equals_score_without_bias(name: str, build: Any, images: Tensor) -> None:
     model = build(name)
     images = images[..., :32, :32]
     scores = model(images)
@@ -34,7 +34,7 @@ def test_a_map_adds_up_to_the_score(name: str, build: Any, images: Tensor) -> No
         assert maps.shape[1:] == model.forward_features(images).shape[2:]
 
 
-def test_a_dense_map_is_the_same_on_a_finer_grid(images: Tensor) -> None:
+def test_class_activation_map_dilated_equals_undilated_on_denser_grid(images: Tensor) -> None:
     for name in ('test_res2net', 'dla60_res2net'):
         torch.manual_seed(0)
         model = randomise(timm.create_model(name, **small(name))).eval()
@@ -52,12 +52,12 @@ def test_a_dense_map_is_the_same_on_a_finer_grid(images: Tensor) -> None:
         lambda: timm.create_model('test_res2net', features_only=True),
     ],
 )
-def test_a_map_without_a_linear_classifier_is_refused(make: Any, images: Tensor) -> None:
+def test_class_activation_map_without_classifier_on_average_pooling_raises(make: Any, images: Tensor) -> None:
     with pytest.raises(ValueError, match='needs a classifier on average pooling'):
         class_activation_map(make().eval(), images)
 
 
-class Alone(nn.Module):
+class SingleBlock(nn.Module):
     """A block with nothing around it, whose weights are all one and whose norms do nothing."""
 
     def __init__(self, scale: int, **arguments: Any) -> None:
@@ -82,20 +82,22 @@ def supports(fields: np.ndarray) -> list[int]:
 
 
 @pytest.mark.parametrize('scale', [1, 2, 4, 8])
-def test_split_i_of_a_cascade_sees_2i_plus_3_pixels(scale: int) -> None:
-    fields = receptive_field(Alone(scale).eval(), 'block', torch.rand(2, 64, 33, 33), of_block=True)
+def test_receptive_field_of_split_i_in_cascade_spans_2i_plus_3_pixels(scale: int) -> None:
+    fields = receptive_field(SingleBlock(scale).eval(), 'block', torch.rand(2, 64, 33, 33), of_block=True)
     expected = [2 * i + 3 for i in range(max(1, scale - 1))] + [1] * (scale > 1)
     assert supports(fields) == expected
     np.testing.assert_allclose(fields.sum((1, 2)), 1, rtol=1e-5)
 
 
-def test_without_a_cascade_all_splits_see_three_pixels() -> None:
+def test_receptive_field_without_cascade_spans_3_pixels_for_every_split() -> None:
     shortcut = nn.Conv2d(64, 64, 1)
-    fields = receptive_field(Alone(4, downsample=shortcut).eval(), 'block', torch.rand(1, 64, 33, 33), of_block=True)
+    fields = receptive_field(
+        SingleBlock(4, downsample=shortcut).eval(), 'block', torch.rand(1, 64, 33, 33), of_block=True
+    )
     assert supports(fields) == [3, 3, 3, 3]
 
 
-def test_the_field_in_the_image_has_the_stride_of_the_stage() -> None:
+def test_receptive_field_has_size_of_image_or_of_block_input() -> None:
     model = timm.create_model('test_res2net.digits', pretrained=True).eval()
     noise = torch.randn(2, 3, 96, 96)
     in_image = receptive_field(model, 'layer2.1', noise)
@@ -107,7 +109,7 @@ def test_the_field_in_the_image_has_the_stride_of_the_stage() -> None:
     assert radii[3] < radii[0] < radii[1] < radii[2]
 
 
-def test_a_field_of_one_pixel_has_no_radius_and_a_ring_its_own() -> None:
+def test_radius_of_one_pixel_is_zero_and_of_ring_is_its_radius() -> None:
     field = np.zeros((9, 9), np.float32)
     assert radius(field) == 0
     field[4, 4] = 1
@@ -117,7 +119,7 @@ def test_a_field_of_one_pixel_has_no_radius_and_a_ring_its_own() -> None:
     assert radius(field) == 3
 
 
-def test_measuring_leaves_the_model_as_it_was(images: Tensor) -> None:
+def test_receptive_field_leaves_model_unchanged(images: Tensor) -> None:
     model = tiny()
     before = model(images)
     receptive_field(model, 'layer2.1', images)
@@ -126,7 +128,7 @@ def test_measuring_leaves_the_model_as_it_was(images: Tensor) -> None:
     torch.testing.assert_close(model(images), before, rtol=0, atol=0)
 
 
-def test_absent_blocks_and_stages_are_told() -> None:
+def test_receptive_field_and_blocks_of_absent_name_raise_and_list_choices() -> None:
     model = tiny()
     with pytest.raises(ValueError, match=r'no block layer9\.0; there are layer1\.0, layer2\.0, layer2\.1'):
         receptive_field(model, 'layer9.0', torch.rand(1, 3, 32, 32))
@@ -136,7 +138,7 @@ def test_absent_blocks_and_stages_are_told() -> None:
 
 
 @pytest.mark.parametrize('name', slow_but(['test_res2net', 'dla60_res2net'], TRUNKS))
-def test_a_picture_is_drawn_of_every_kind(name: str, tmp_path: Path, build: Any) -> None:
+def test_plot_explanation_draws_coloured_picture_of_every_trunk(name: str, tmp_path: Path, build: Any) -> None:
     explanation = explain(build(name), bundled_digits()[0][0], 1)
     assert (len(explanation.predictions), len(explanation.fields)) == (3, len(explanation.radii))
     plot_explanation(explanation, str(tmp_path / 'out.png'))
@@ -146,7 +148,7 @@ def test_a_picture_is_drawn_of_every_kind(name: str, tmp_path: Path, build: Any)
     assert (np.ptp(pixels, axis=2) > 60).mean() > 0.05  # there is colour: a map, bars, receptive fields
 
 
-def test_explain_draws_the_bundled_digit(
+def test_explain_command_draws_bundled_digit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)

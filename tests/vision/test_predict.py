@@ -1,4 +1,4 @@
-"""Images of every kind are read right or refused in one line; predictions and pictures are what they say."""
+"""Images of every kind are read correctly or refused in one line; predictions and figures are correct."""
 
 import io
 import struct
@@ -30,7 +30,7 @@ def as_image(pixels: np.ndarray) -> Image.Image:
     return Image.fromarray(pixels).convert('RGB')
 
 
-def test_embedded_model_is_as_accurate_as_announced(digits_model: Any) -> None:
+def test_predict_embedded_model_has_published_accuracy(digits_model: Any) -> None:
     pixels, truth = split()['val']
     found = list(predict(digits_model, pixels, read=as_image, topk=1, batch_size=100))
     right = sum(prediction[0].label == str(label) for prediction, label in zip(found, truth))
@@ -42,7 +42,7 @@ def test_embedded_model_is_as_accurate_as_announced(digits_model: Any) -> None:
     )  # another processor may round otherwise
 
 
-def test_sheet_shows_held_out_digits_with_their_labels() -> None:
+def test_bundled_digits_are_held_out_digits_with_their_labels() -> None:
     pixels, truth = split()['val']
     held_out = {(image.tobytes(), str(label)) for image, label in zip(pixels, truth)}
     digits = bundled_digits()
@@ -50,7 +50,7 @@ def test_sheet_shows_held_out_digits_with_their_labels() -> None:
     assert {(image.convert('L').tobytes(), label) for image, label in digits} <= held_out
 
 
-def test_batches_change_nothing(digits_model: Any) -> None:
+def test_predict_batch_size_keeps_predictions(digits_model: Any) -> None:
     digits = [image for image, _ in bundled_digits()]
     for batch_size in (1, 7):
         found = predict(digits_model, digits[:9], lambda image: image, batch_size=batch_size)
@@ -63,7 +63,7 @@ def test_batches_change_nothing(digits_model: Any) -> None:
 
 
 GREY = np.linspace(0, 255, 48, dtype=np.uint8).reshape(6, 8)
-GREY_16 = GREY.astype(np.uint16) * 257 + 5 * (GREY < 255).astype(np.uint16)  # whose lower bytes tell something else
+GREY_16 = GREY.astype(np.uint16) * 257 + 5 * (GREY < 255).astype(np.uint16)  # with other lower bytes
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ GREY_16 = GREY.astype(np.uint16) * 257 + 5 * (GREY < 255).astype(np.uint16)  # w
     ],
     ids=['L', '16-bit-png', '16-bit-tiff', 'RGB', 'RGBA', 'LA', 'P', 'CMYK'],
 )
-def test_every_mode_reads_as_the_same_picture(saved: Image.Image, suffix: str, tmp_path: Path) -> None:
+def test_read_image_every_mode_gives_same_rgb_pixels(saved: Image.Image, suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f'image.{suffix}'
     saved.save(path)
     image = read_image(path)
@@ -88,19 +88,19 @@ def test_every_mode_reads_as_the_same_picture(saved: Image.Image, suffix: str, t
     np.testing.assert_array_equal(np.asarray(image), np.stack([GREY] * 3, axis=-1))
 
 
-def test_transparency_becomes_white(tmp_path: Path) -> None:
+def test_read_image_transparency_becomes_white(tmp_path: Path) -> None:
     Image.new('RGBA', (4, 4), (10, 20, 30, 0)).save(tmp_path / 'clear.png')
     assert read_image(tmp_path / 'clear.png').getpixel((1, 1)) == (255, 255, 255)
 
 
-def test_exif_rotation_is_applied(tmp_path: Path) -> None:
+def test_read_image_applies_exif_rotation(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned clockwise by a quarter
     Image.fromarray(GREY).save(tmp_path / 'turned.png', exif=exif)
     np.testing.assert_array_equal(np.asarray(read_image(tmp_path / 'turned.png').convert('L')), np.rot90(GREY, -1))
 
 
-def test_one_pixel_is_an_image(tmp_path: Path, digits_model: Any) -> None:
+def test_predict_image_of_one_pixel_gives_predictions(tmp_path: Path, digits_model: Any) -> None:
     Image.new('L', (1, 1)).save(tmp_path / 'pixel.png')
     (found,) = predict(digits_model, [tmp_path / 'pixel.png'])
     assert not isinstance(found, ValueError)
@@ -135,7 +135,7 @@ def jpeg() -> bytes:
     ],
     ids=['empty', 'text', 'truncated', 'bomb', 'short'],
 )
-def test_a_bad_file_is_refused_in_one_line(content: bytes, reason: str, tmp_path: Path) -> None:
+def test_read_image_bad_file_raises_one_line(content: bytes, reason: str, tmp_path: Path) -> None:
     (tmp_path / 'bad.jpg').write_bytes(content)
     with pytest.raises(ValueError, match=reason) as error:
         read_image(tmp_path / 'bad.jpg')
@@ -151,13 +151,15 @@ def test_a_bad_file_is_refused_in_one_line(content: bytes, reason: str, tmp_path
     ],
     ids=['float', '32-bit', 'narrow'],
 )
-def test_an_image_without_meaning_is_refused(image: Image.Image, reason: str, tmp_path: Path) -> None:
+def test_read_image_unsupported_pixels_or_shape_raises_value_error(
+    image: Image.Image, reason: str, tmp_path: Path
+) -> None:
     image.save(tmp_path / 'bad.tiff')
     with pytest.raises(ValueError, match=reason):
         read_image(tmp_path / 'bad.tiff')
 
 
-def test_names_of_files_folders_and_globs_are_found(tmp_path: Path) -> None:
+def test_find_images_expands_folders_and_globs_and_lists_failures(tmp_path: Path) -> None:
     for name in ('a.png', 'b/c.jpg', 'b/d.txt', 'e/f.png'):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
@@ -177,12 +179,12 @@ def test_names_of_files_folders_and_globs_are_found(tmp_path: Path) -> None:
         ('res2net50d.in22k', 'res2net50d.in1k'),
     ],
 )
-def test_an_unknown_name_gets_a_suggestion(name: str, hint: str) -> None:
+def test_pretrained_model_unknown_name_raises_with_suggestion(name: str, hint: str) -> None:
     with pytest.raises(UnknownModelError, match=hint):
         pretrained_model(name)
 
 
-def test_a_file_of_weights_tells_the_number_of_classes(tmp_path: Path) -> None:
+def test_pretrained_model_takes_number_of_classes_from_file(tmp_path: Path) -> None:
     expected = timm.create_model('test_res2net', num_classes=3).eval()
     file = str(tmp_path / 'fine-tuned.safetensors')
     save_file(expected.state_dict(), file)
@@ -192,34 +194,34 @@ def test_a_file_of_weights_tells_the_number_of_classes(tmp_path: Path) -> None:
     assert class_names(model) == ['class 0', 'class 1', 'class 2']
 
 
-def test_weights_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+def test_pretrained_model_weights_of_plain_resnet_are_refused(tmp_path: Path) -> None:
     file = str(tmp_path / 'other.safetensors')
     save_file(timm.create_model('test_resnet').state_dict(), file)
     with pytest.raises(CheckpointError, match='the names of a plain ResNet'):
         pretrained_model('test_res2net', file)
 
 
-def test_a_file_without_weights_is_refused_in_one_line(tmp_path: Path) -> None:
+def test_pretrained_model_file_without_weights_raises_one_line(tmp_path: Path) -> None:
     (tmp_path / 'bad.pth').write_bytes(b'no pickle')
     with pytest.raises(CheckpointError, match='is no file of weights') as error:
         pretrained_model('test_res2net', str(tmp_path / 'bad.pth'))
     assert '\n' not in str(error.value)
 
 
-def test_weights_of_another_function_are_refused(tmp_path: Path) -> None:
+def test_pretrained_model_weights_of_another_function_are_refused(tmp_path: Path) -> None:
     file = str(tmp_path / 'other.safetensors')
     save_file(timm.create_model('test_res2net').state_dict(), file, {'first_block': 'paddle'})
     with pytest.raises(CheckpointError, match="the model has first_block='official'"):
         pretrained_model('test_res2net', file)
 
 
-def test_labels_of_imagenet_are_words() -> None:
+def test_class_names_of_imagenet_are_words() -> None:
     labels = class_names(timm.create_model('res2net50d', device='meta'))
     assert len(labels) == 1000
     assert 'tabby' in labels[281]
 
 
-def test_picture_has_a_panel_for_the_image_and_each_stride(tmp_path: Path) -> None:
+def test_plot_pyramid_has_panel_for_image_and_each_stride(tmp_path: Path) -> None:
     model = timm.create_model('test_res2net.digits', pretrained=True, features_only=True).eval()
     shown, features = feature_pyramid(model, bundled_digits()[0][0])
     assert shown.shape == (3, 32, 32)
@@ -240,7 +242,7 @@ def test_picture_has_a_panel_for_the_image_and_each_stride(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize('name', ['absent/pyramid.png', 'pyramid.xyz'])
-def test_a_picture_that_cannot_be_written_leaves_nothing(name: str, tmp_path: Path) -> None:
+def test_plot_pyramid_unwritable_path_raises_and_leaves_no_file(name: str, tmp_path: Path) -> None:
     with pytest.raises((ValueError, OSError), match='pyramid'):
         plot_pyramid(torch.zeros(3, 4, 4), [torch.zeros(2, 2, 2)], [2], str(tmp_path / name))
     assert list(tmp_path.iterdir()) == []
