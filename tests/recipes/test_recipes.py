@@ -1,4 +1,4 @@
-"""Recipes fit timm's train script, and what writes their data does."""
+"""Recipes fit timm's train script, and the digits data set is written as an image folder."""
 
 import os
 import subprocess
@@ -17,14 +17,14 @@ from timm_res2net.recipes import digits
 from timm_res2net.recipes.digits import split
 
 
-def test_digits_are_split_by_thirds_without_overlap_or_bias() -> None:
+def test_digits_split_holds_out_one_third_of_each_class() -> None:
     parts = split()
     assert {name: len(labels) for name, (_, labels) in parts.items()} == {'train': 1198, 'val': 599}
     share = np.bincount(parts['val'][1]) / (np.bincount(parts['train'][1]) + np.bincount(parts['val'][1]))
     np.testing.assert_allclose(share, 1 / 3, atol=0.01)
 
 
-def test_digits_are_written_as_an_image_folder(tmp_path: Path) -> None:
+def test_digits_main_writes_image_folder(tmp_path: Path) -> None:
     digits.main([str(tmp_path)])
     for part, (images, labels) in split().items():
         assert sorted(path.name for path in (tmp_path / part).iterdir()) == list('0123456789')
@@ -47,7 +47,7 @@ def test_recipe_fits_the_model_it_names(recipe: Path) -> None:
 
 @pytest.mark.skipif('TIMM_SCRIPTS' not in os.environ, reason="TIMM_SCRIPTS does not name the folder of timm's train.py")
 @pytest.mark.parametrize('recipe', RECIPES, ids=lambda path: path.name)
-def test_timms_train_script_knows_every_key(recipe: Path) -> None:
+def test_recipe_keys_are_options_of_timm_train_script(recipe: Path) -> None:
     code = f"""if True:
         import sys, train
         known = {{action.dest for action in train.parser._actions}}
@@ -62,7 +62,7 @@ def test_timms_train_script_knows_every_key(recipe: Path) -> None:
     subprocess.run([sys.executable, '-c', code], env=environment, check=True)
 
 
-def test_recipes_are_listed_printed_and_written(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_recipe_command_lists_prints_and_writes_recipes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(['recipe']) == 0
     listed = capsys.readouterr().out.splitlines()
     assert [line.split()[0] for line in listed] == [recipe.stem for recipe in RECIPES]

@@ -1,4 +1,4 @@
-"""The table of what training on many GPUs asks for is worked out from the real models."""
+"""The table of the cost of training on many GPUs is computed from the real models."""
 
 import pytest
 import timm
@@ -7,7 +7,7 @@ from support import ROOT
 from timm_res2net.recipes.scale_out import main, rows, table
 
 
-def test_the_readme_has_the_table_of_the_real_model(capsys: pytest.CaptureFixture[str]) -> None:
+def test_scale_out_table_of_real_model_is_in_readme(capsys: pytest.CaptureFixture[str]) -> None:
     main([])
     printed = capsys.readouterr().out
     assert printed in (ROOT / 'timm_res2net' / 'recipes' / 'README.md').read_text()
@@ -15,7 +15,7 @@ def test_the_readme_has_the_table_of_the_real_model(capsys: pytest.CaptureFixtur
     assert printed == '\n'.join(table(rows(params, images_per_second=851))) + '\n'
 
 
-def test_each_row_follows_from_the_model_and_the_speed_of_one_gpu() -> None:
+def test_scale_out_rows_follow_from_model_size_and_speed_of_one_gpu() -> None:
     one, two, *_, most = rows(params=1_000_000, images_per_second=100, batch_size=50)
     assert (one.batch, one.steps, one.sent, one.bandwidth) == (50, 25_624, 0, 0)
     assert one.seconds == pytest.approx(12_812)  # half a second for each step
@@ -27,12 +27,12 @@ def test_each_row_follows_from_the_model_and_the_speed_of_one_gpu() -> None:
     assert most.seconds == pytest.approx(most.steps * 0.5)
 
 
-def test_the_papers_row_is_the_papers() -> None:
+def test_scale_out_row_of_four_gpus_equals_paper() -> None:
     four = rows(params=1, images_per_second=1)[2]
     assert (four.gpus, four.batch, four.lr, four.warmup_epochs) == (4, 256, 0.1, 0)
 
 
-def test_a_wrong_call_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+def test_scale_out_wrong_argument_exits_with_message(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match='2'):
         main(['--batch-size', '0'])
     assert '0 is not above zero' in capsys.readouterr().err

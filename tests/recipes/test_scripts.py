@@ -37,7 +37,7 @@ def script(name: str) -> tuple[str, ...]:
 
 
 @pytest.mark.parametrize('name', KINDS)
-def test_train_and_validate(name: str, digits: Path, tmp_path: Path) -> None:
+def test_timm_train_and_validate_scripts_run_on_every_trunk(name: str, digits: Path, tmp_path: Path) -> None:
     model = ['--num-classes', '10', *options_of(name)]
     common = ['--data-dir', str(digits), '--device', 'cpu', '--workers', '0', '--input-size', '3', '32', '32']
     options = '--epochs 2 --batch-size 64 --opt adamw --lr 3e-3 --warmup-epochs 0 --layer-decay 0.9 --mixup 0.2'
@@ -53,14 +53,14 @@ def test_train_and_validate(name: str, digits: Path, tmp_path: Path) -> None:
     assert 0 <= float(re.findall(r'"top1": ([\d.]+)', found)[0]) <= 100
 
 
-def test_validate_finds_the_accuracy_of_the_embedded_weights(digits: Path, tmp_path: Path) -> None:
+def test_timm_validate_script_finds_accuracy_of_embedded_weights(digits: Path, tmp_path: Path) -> None:
     options = '--model test_res2net.digits --pretrained --device cpu --workers 0 --split val'
     found = run(*script('validate.py'), *options.split(), '--data-dir', str(digits), cwd=tmp_path)
     assert float(re.findall(r'"top1": ([\d.]+)', found)[0]) == pytest.approx(99.5, abs=0.01)
 
 
 @pytest.mark.parametrize('name', KINDS)
-def test_benchmark(name: str, tmp_path: Path) -> None:
+def test_timm_benchmark_script_reports_speed_of_every_trunk(name: str, tmp_path: Path) -> None:
     options = '--device cpu --bench both --batch-size 2 --input-size 3 64 64 --num-warm-iter 1 --num-bench-iter 5'
     found = run(*script('benchmark.py'), *options_of(name), *options.split(), cwd=tmp_path)
     result = json.loads(found[found.index('--result') :].partition('\n')[2].rpartition('}')[0] + '}')
@@ -69,7 +69,7 @@ def test_benchmark(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize('name', KINDS)
-def test_onnx_export(name: str, tmp_path: Path) -> None:
+def test_timm_onnx_export_script_writes_checked_model_of_every_trunk(name: str, tmp_path: Path) -> None:
     pytest.importorskip('onnx')
     weights = tmp_path / 'weights.safetensors'
     model = timm.create_model(name)

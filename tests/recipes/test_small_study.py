@@ -1,4 +1,4 @@
-"""The small study compares what is comparable, goes on where it was stopped, and its table is of its figures."""
+"""The small study compares networks of similar size, resumes where it was stopped, and its table is up to date."""
 
 import json
 from pathlib import Path
@@ -18,14 +18,14 @@ from timm_res2net.vision.explain import radius
 ASSETS = Path(recipes.__file__).parents[1] / 'assets'
 
 
-def test_all_scales_have_the_same_number_of_parameters() -> None:
+def test_small_study_networks_have_similar_parameter_counts() -> None:
     plain, *counts = [parameters_of(network(scale, num_classes=10)) for scale in BASE_WIDTHS]
     assert all(count == pytest.approx(plain, rel=0.025) for count in counts)
     assert [network(scale, 10).layer1[1].scale for scale in BASE_WIDTHS] == list(BASE_WIDTHS)
 
 
 @pytest.mark.parametrize('task', TASKS)
-def test_data_are_balanced_and_tell_nothing_by_their_brightness(task: str) -> None:
+def test_small_study_data_has_balanced_classes_and_images_of_zero_mean(task: str) -> None:
     (images, labels), (test_images, test_labels) = data(task)
     counts, test_counts = torch.bincount(labels), torch.bincount(test_labels)
     assert len(counts) == len(test_counts) == {'digits': 10, 'photographs': 18}[task]
@@ -38,7 +38,7 @@ def test_data_are_balanced_and_tell_nothing_by_their_brightness(task: str) -> No
     assert torch.equal(images, again[0][0])
 
 
-def test_held_out_patches_come_from_other_places_of_a_photograph(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_small_study_held_out_patches_do_not_overlap_training_patches(monkeypatch: pytest.MonkeyPatch) -> None:
     def held_out_is_white(file: Any) -> Image.Image:
         cells = np.repeat(np.repeat(np.eye(4), 100, axis=0), 120, axis=1)
         return Image.fromarray((cells * 255).astype(np.uint8))
@@ -54,7 +54,9 @@ def arguments(folder: Path, *more: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_study_goes_on_where_it_was_stopped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_small_study_resumes_missing_runs_and_refuses_other_epochs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     small_study.main(arguments(tmp_path))
     shown = capsys.readouterr().out
     lost, kept = tmp_path / 'digits_scale4_seed0.json', tmp_path / 'digits_scale4_seed1.json'
@@ -77,18 +79,18 @@ def test_a_study_goes_on_where_it_was_stopped(tmp_path: Path, capsys: pytest.Cap
 
 
 @pytest.mark.slow
-def test_a_run_learns() -> None:
+def test_small_study_run_is_above_chance() -> None:
     assert (
         small_study.run('digits', scale=1, seed=0, epochs=3)['top1'] > 20
     )  # 10 is chance; norms' statistics are young
 
 
-def test_means_have_a_standard_error() -> None:
+def test_mean_and_error_returns_mean_and_standard_error() -> None:
     assert mean_and_error([1.0, 2.0, 3.0, 4.0]) == pytest.approx((2.5, (5 / 3) ** 0.5 / 2))
     assert mean_and_error([1.0]) == (1.0, 0.0)
 
 
-def test_the_readme_has_the_table_of_the_study_that_was_run() -> None:
+def test_small_study_table_of_committed_runs_is_in_readme() -> None:
     document = json.loads((ASSETS / 'small_study.json').read_text())
     readme = (ROOT / 'timm_res2net' / 'recipes' / 'README.md').read_text()
     assert '\n'.join(table(document['runs'])) in readme

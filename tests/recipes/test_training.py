@@ -1,4 +1,4 @@
-"""What timm's train script does works: in one process and in several, interrupted and resumed."""
+"""Training as timm's train script does it works: in one process and in several, interrupted and resumed."""
 
 import json
 import subprocess
@@ -42,7 +42,7 @@ def weights(folder: Path) -> Any:
 
 
 @pytest.mark.parametrize('name', slow_but(['test_res2net'], KINDS))
-def test_every_trunk_trains_with_everything_at_once(name: str, tmp_path: Path) -> None:
+def test_train_every_trunk_with_all_options_reduces_loss(name: str, tmp_path: Path) -> None:
     torch._dynamo.reset()
     options = '--opt adamw --lr 3e-3 --layer-decay 0.9 --mixup --amp --channels-last --grad-checkpointing'
     more = '--torchcompile aot_eager --epochs 3'
@@ -61,7 +61,7 @@ def losses_of(folder: Path) -> list[float]:
 
 
 @pytest.mark.slow
-def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
+def test_train_two_processes_has_losses_of_one_process(tmp_path: Path) -> None:
     # Norms see the half of a batch that their process has; the one process takes the halves one after the other.
     options = ['--epochs', '2', '--grad-checkpointing', *options_of('test_res2net')]
     done = train_in_two(tmp_path / 'two', '--batch-size', '16', *options)
@@ -72,7 +72,7 @@ def test_two_processes_learn_what_one_does(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_run_of_which_a_process_was_killed_resumes_to_the_same_weights(tmp_path: Path) -> None:
+def test_train_resumed_after_killed_process_reaches_identical_weights(tmp_path: Path) -> None:
     options = ['--epochs', '3', '--batch-size', '16', *options_of('test_res2net')]  # epochs of 4 steps
     whole, begun, rest = (tmp_path / name for name in ('whole', 'begun', 'rest'))
     assert train_in_two(whole, *options).returncode == 0
@@ -86,13 +86,13 @@ def test_a_run_of_which_a_process_was_killed_resumes_to_the_same_weights(tmp_pat
 
 
 @pytest.mark.slow
-def test_sharded_stages_take_the_step_that_whole_ones_take() -> None:
+def test_fsdp2_sharded_stages_take_same_step_as_whole_model() -> None:
     done = torchrun(str(ROOT / 'tests' / 'shard_script.py'))
     assert done.returncode == 0, done.stderr
     assert done.stdout.count('equal') == 2
 
 
-def test_norms_become_synchronized_ones_and_keep_what_they_compute(images: torch.Tensor) -> None:
+def test_convert_sync_batchnorm_converts_every_norm_and_keeps_output(images: torch.Tensor) -> None:
     model = tiny()
     converted = convert_sync_batchnorm(tiny())
     count = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
@@ -100,7 +100,7 @@ def test_norms_become_synchronized_ones_and_keep_what_they_compute(images: torch
     torch.testing.assert_close(converted(images), model(images), rtol=0, atol=0)
 
 
-def test_what_was_fine_tuned_is_as_accurate_after_the_hub(
+def test_push_and_pull_fine_tuned_model_keep_outputs_and_accuracy(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv('HF_TOKEN', 'hf_write')
@@ -118,7 +118,7 @@ def test_what_was_fine_tuned_is_as_accurate_after_the_hub(
 
 
 @pytest.mark.parametrize('name', KINDS)
-def test_frozen_stages_stay_as_they_are(name: str, images: torch.Tensor) -> None:
+def test_freeze_keeps_frozen_stages_and_trains_all_others(name: str, images: torch.Tensor) -> None:
     torch.manual_seed(0)
     model: Any = randomise(timm.create_model(name, num_classes=4, **KINDS[name]))
     groups = group_modules(model, model.group_matcher(coarse=True))
