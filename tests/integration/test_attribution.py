@@ -1,4 +1,4 @@
-"""captum and torchcam explain these models; their sums add up."""
+"""captum and torchcam explain these models; attributions sum to differences of scores."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ captum = pytest.importorskip('captum.attr')
 
 
 def attributed(method: Any, model: nn.Module, **options: Any) -> tuple[Tensor, Tensor]:
-    """What a method says of a score, summed, and the difference of scores that it has to add up to."""
+    """The sum of the attributions of a score, and the difference of scores that it has to equal."""
     x, baseline = torch.randn(2, 3, 32, 32, dtype=torch.double), torch.zeros(2, 3, 32, 32, dtype=torch.double)
     x.requires_grad_()
     parts = method(model).attribute(x, baseline, target=1, **options)
@@ -23,11 +23,11 @@ def attributed(method: Any, model: nn.Module, **options: Any) -> tuple[Tensor, T
 
 @pytest.mark.filterwarnings('ignore:Setting forward, backward hooks:UserWarning')
 @pytest.mark.parametrize('pools', ['as they are', 'averaging'])
-def test_deeplift_adds_up(pools: str, kind: str) -> None:
+def test_deeplift_attributions_sum_to_score_difference(pools: str, kind: str) -> None:
     model = make(kind, num_classes=3).double().eval()
     strided = [(part, name) for part in model.modules() for name, pool in part.named_children() if is_max_pool(pool)]
-    # captum's rule for max-pooling loses what a pool takes from where input and baseline are alike. With averages in
-    # its place the sum is exact in every trunk, so the blocks are not to blame.
+    # captum's rule for max-pooling loses the part of a pool where input and baseline are equal. With average pooling
+    # instead, the sum is exact in every trunk, so the blocks are not the cause.
     if pools == 'averaging':
         for part, name in strided:
             setattr(part, name, nn.AvgPool2d(2, 2, ceil_mode=True))
@@ -41,19 +41,19 @@ def is_max_pool(module: nn.Module) -> bool:
 
 
 @pytest.mark.filterwarnings('ignore:Setting forward, backward hooks:UserWarning')
-def test_deeplift_fails_on_timm_entrypoint() -> None:
+def test_deeplift_on_model_of_timm_raises_runtime_error() -> None:
     model = timm.models.res2net.res2net50_26w_4s(num_classes=3).double().eval()
     with pytest.raises(RuntimeError, match='used more than once'):
         attributed(captum.DeepLift, model)
 
 
-def test_integrated_gradients_add_up(kind: str) -> None:
+def test_integrated_gradients_sum_to_score_difference(kind: str) -> None:
     parts, difference = attributed(captum.IntegratedGradients, make(kind, num_classes=3).double().eval(), n_steps=60)
     torch.testing.assert_close(parts, difference, rtol=0.05, atol=0.05 * difference.abs().max().item())
 
 
 @pytest.mark.parametrize('library', ['captum', 'torchcam'])
-def test_grad_cam_is_a_positive_map_of_the_last_stage(library: str, kind: str) -> None:
+def test_grad_cam_gives_finite_map_of_last_stage(library: str, kind: str) -> None:
     model = make(kind, num_classes=3).eval()
     part = model.feature_info[-1]['module']
     x = torch.randn(1, 3, 64, 64, requires_grad=True)

@@ -15,7 +15,7 @@ pytest.importorskip('onnxscript')
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')
 @pytest.mark.filterwarnings('ignore::FutureWarning')
 @pytest.mark.filterwarnings('ignore::UserWarning')
-def test_an_exported_model_computes_the_same(kind: str, tmp_path: Path) -> None:
+def test_onnx_export_in_onnxruntime_equals_torch(kind: str, tmp_path: Path) -> None:
     logging.getLogger('torch.onnx').setLevel(logging.ERROR)
     model = make(kind, num_classes=5).eval()
     x = torch.randn(2, 3, 64, 64)

@@ -8,7 +8,7 @@ from integration.conftest import make, step
 
 
 @pytest.mark.parametrize('name', ['res2net50_26w_4s', 'dla60_res2net'])
-def test_the_calls_of_mmsegmentations_backbone(name: str) -> None:
+def test_mmsegmentation_backbone_calls_give_features_and_train(name: str) -> None:
     wanted = dict(features_only=True, pretrained=False, in_chans=3, checkpoint_path='', out_indices=(0, 1, 2, 3))
     model = make(name, **wanted, norm_layer=nn.BatchNorm2d)
     for attribute in ('global_pool', 'fc', 'classifier'):  # as mmseg and mmpretrain take the head off
@@ -18,7 +18,7 @@ def test_the_calls_of_mmsegmentations_backbone(name: str) -> None:
     step(model, sum(feature.square().mean() for feature in features))
 
 
-def test_the_calls_of_mmpretrains_backbone(kind: str) -> None:
+def test_mmpretrain_backbone_calls_give_last_feature_map(kind: str) -> None:
     model = make(kind)
     model.reset_classifier(0, '')
     x = torch.randn(2, 3, 64, 64)

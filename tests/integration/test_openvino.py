@@ -17,7 +17,7 @@ pytest.importorskip('openvino')
 @pytest.mark.parametrize(
     'features', [{}, dict(features_only=True), dict(features_only=True, feature_cls='dict')], ids=str
 )
-def test_openvino_computes_the_same(kind: str, features: dict[str, Any]) -> None:
+def test_optimize_openvino_equals_torch_and_refuses_other_image_sizes(kind: str, features: dict[str, Any]) -> None:
     model = make(kind, **features).eval()
     images = torch.randn(2, 3, 64, 64)
     optimized = optimize(model, images, backend='openvino')
@@ -38,7 +38,7 @@ def test_openvino_computes_the_same(kind: str, features: dict[str, Any]) -> None
 @pytest.mark.filterwarnings('ignore::FutureWarning')
 @pytest.mark.filterwarnings('ignore::UserWarning')
 @pytest.mark.filterwarnings('ignore::DeprecationWarning')
-def test_openvino_takes_and_returns_other_types() -> None:
+def test_optimize_openvino_bfloat16_returns_dtype_of_input() -> None:
     model, images = make('res2net50_26w_4s').eval(), torch.randn(2, 3, 64, 64)
     optimized = optimize(model, images, dtype=torch.bfloat16, backend='openvino')
     found = optimized(images.bfloat16())

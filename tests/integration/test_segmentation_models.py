@@ -25,7 +25,9 @@ smp = pytest.importorskip('segmentation_models_pytorch')
     ],
     ids=['Unet', 'FPN', 'DeepLabV3+ 16', 'DeepLabV3+ 8'],
 )
-def test_a_model_segments_and_learns(architecture: str, options: dict[str, Any], name: str, in_channels: int) -> None:
+def test_smp_encoder_equals_intermediates_and_model_trains(
+    architecture: str, options: dict[str, Any], name: str, in_channels: int
+) -> None:
     torch.manual_seed(0)
     make = getattr(smp, architecture)
     model = randomise(make(f'tu-{name}', encoder_weights=None, in_channels=in_channels, classes=2, **options))
@@ -44,7 +46,7 @@ def test_a_model_segments_and_learns(architecture: str, options: dict[str, Any],
     step(model.encoder, loss)
 
 
-def test_the_readme_example_runs() -> None:
+def test_readme_smp_example_gives_mask() -> None:
     readme = (ROOT / 'timm_res2net' / 'models' / 'README.md').read_text()
     (example,) = (block for block in re.findall(r'```python\n(.*?)```', readme, re.DOTALL) if 'smp.Unet' in block)
     exec(example.replace('224, 224', '64, 64'), made := {})

@@ -17,7 +17,7 @@ TARGETS = [dict(boxes=torch.tensor([[8.0, 8.0, 60.0, 70.0]]), labels=torch.tenso
 
 
 class Pyramid(nn.Module):
-    """A backbone with FPN, as torchvision's detectors want it."""
+    """A backbone with FPN, in the form that torchvision's detectors need."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
@@ -29,7 +29,7 @@ class Pyramid(nn.Module):
         return self.fpn({str(i): feature for i, feature in enumerate(self.body(x))})
 
 
-def test_fpn_has_a_level_for_each_stride(kind: str) -> None:
+def test_fpn_has_level_for_each_stride_and_trains(kind: str) -> None:
     pyramid = Pyramid(kind).eval()
     levels = pyramid(torch.randn(1, 3, 128, 96))
     reductions = pyramid.body.feature_info.reduction()
@@ -39,7 +39,7 @@ def test_fpn_has_a_level_for_each_stride(kind: str) -> None:
 
 
 @pytest.mark.parametrize('name', ['res2net50_26w_4s', 'res2net50_vd_26w_4s'])
-def test_backbone_with_fpn_takes_a_whole_model(name: str) -> None:
+def test_backbone_with_fpn_on_whole_model_gives_five_levels(name: str) -> None:
     model = make(name).eval()
     layers = {f'layer{i}': str(i) for i in range(1, 5)}
     backbone = BackboneWithFPN(model, layers, [256, 512, 1024, 2048], 32)
@@ -49,7 +49,7 @@ def test_backbone_with_fpn_takes_a_whole_model(name: str) -> None:
     torch.testing.assert_close(list(IntermediateLayerGetter(model, layers)(x).values()), wanted, rtol=0, atol=0)
 
 
-def test_features_by_fx_are_the_intermediates(kind: str) -> None:
+def test_create_feature_extractor_equals_forward_intermediates(kind: str) -> None:
     model = make(kind).eval()
     nodes = [info['module'] for info in model.feature_info[-3:]]
     x = torch.randn(1, 3, 64, 64)
@@ -59,7 +59,7 @@ def test_features_by_fx_are_the_intermediates(kind: str) -> None:
 
 
 @pytest.mark.parametrize('detector', [FasterRCNN, RetinaNet])
-def test_detectors_detect_and_learn(detector: type[nn.Module], kind: str) -> None:
+def test_faster_rcnn_and_retinanet_detect_and_train(detector: type[nn.Module], kind: str) -> None:
     from torchvision.models.detection.anchor_utils import AnchorGenerator
 
     anchors = AnchorGenerator(tuple((size,) for size in (16, 32, 64, 128, 256)), ((0.5, 1.0, 2.0),) * 5)
@@ -76,7 +76,7 @@ def test_detectors_detect_and_learn(detector: type[nn.Module], kind: str) -> Non
 
 @pytest.mark.parametrize('name', ['res2net50_26w_4s', 'dla60_res2net'])
 @pytest.mark.parametrize('output_stride', [8, 16])
-def test_deeplab_segments_and_learns(name: str, output_stride: int) -> None:
+def test_deeplabv3_segments_and_trains(name: str, output_stride: int) -> None:
     body = make(name, features_only=True, out_indices=(-1,), output_stride=output_stride)
 
     class Body(nn.Module):

@@ -10,7 +10,7 @@ transformers = pytest.importorskip('transformers')
 
 
 @pytest.mark.parametrize('name', ['test_res2net', 'res2net50_26w_4s', 'dla60_res2net'])
-def test_a_backbone_gives_feature_maps_and_hidden_states(name: str) -> None:
+def test_timm_backbone_of_transformers_gives_feature_maps_and_hidden_states(name: str) -> None:
     config = transformers.TimmBackboneConfig(backbone=name, out_indices=[1, 2, 3], use_pretrained_backbone=False)
     torch.manual_seed(0)
     backbone = transformers.TimmBackbone(config).eval()
