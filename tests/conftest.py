@@ -13,7 +13,7 @@ from typing import Any
 
 from hub_server import Hub, free_port
 
-# Read at import, also by child processes: the only Hub is one of our own, and is asked only where a test wants it.
+# Read at import, also by child processes: the only Hub is our test server, and only the fixture `hub` goes online.
 os.environ |= {'HF_HUB_OFFLINE': '1', 'HF_ENDPOINT': f'http://127.0.0.1:{free_port()}', 'HF_HOME': tempfile.mkdtemp()}
 os.environ |= {'OMP_NUM_THREADS': '1'}  # each worker keeps to one core
 os.environ.pop('HF_TOKEN', None)

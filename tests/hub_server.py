@@ -1,7 +1,7 @@
-"""A Hub on this machine, as far as a model goes there and back; spoken to by the genuine huggingface_hub.
+"""A Hub on this machine with all that push and pull need; the genuine huggingface_hub is its client.
 
-It keeps repositories, branches, pull requests and large files in memory, knows users by their tokens, and has one
-fault after another when told so. Its answers are those that huggingface_hub 2.4 reads; where the Hub sends a file from
+It keeps repositories, branches, pull requests and large files in memory, knows users by their tokens, and injects
+the faults in `Hub.faults`. Its responses are those that huggingface_hub 2.4 reads; where the Hub sends a file from
 another host, this one does too (`localhost` for `127.0.0.1`).
 """
 
@@ -450,7 +450,7 @@ class Handler(BaseHTTPRequestHandler):
         self.send_content(self.server.large[oid], Accept_Ranges='bytes')
 
     def send_content(self, data: bytes, **headers: str) -> None:
-        """Sends a file, or the range that is asked for, or what a fault leaves of it."""
+        """Sends a file, or the requested range, or the part that a fault leaves of it."""
         kind = self.fault.kind if self.fault else ''
         match = re.fullmatch(r'bytes=(\d+)-', self.headers.get('Range', ''))
         start = int(match[1]) if match else 0

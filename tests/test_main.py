@@ -118,7 +118,7 @@ def test_predict_prints_files_with_their_labels(run: Run, photos: Path, monkeypa
         (('card', 'res2net50d.in1k', '--out', 'cards'), 2, 'cards are written by --all'),
     ],
 )
-def test_wrong_call_prints_one_line(
+def test_main_wrong_arguments_return_status_and_print_message(
     run: Run, arguments: tuple[str, ...], status: int, message: str, photos: Path, monkeypatch: Patch
 ) -> None:
     monkeypatch.chdir(photos)
@@ -166,14 +166,14 @@ def test_features_prints_and_draws_the_pyramid(run: Run, photos: Path, tmp_path:
         assert image.width > 5 * image.height / 1.3
 
 
-def test_features_without_matplotlib_says_how_to_install_it(run: Run, photos: Path, monkeypatch: Patch) -> None:
+def test_features_without_matplotlib_prints_install_command(run: Run, photos: Path, monkeypatch: Patch) -> None:
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
     done = run('features', str(photos / 'china.jpg'), '--model', 'test_res2net', '--out', 'x.png')
     assert done.status == 1
     assert 'pip install "timm_res2net[plot]"' in done.err
 
 
-def test_convert_prints_what_it_detected_and_wrote(
+def test_convert_prints_detected_model_and_written_files(
     run: Run, references: Callable[[str], Path], tmp_path: Path, monkeypatch: Patch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -265,7 +265,7 @@ def test_push_and_pull_print_files_and_checksums(run: Run, hub: Hub, tmp_path: P
         (('card',), 'name published weights'),
     ],
 )
-def test_hub_command_that_fails_prints_one_line_without_the_token(
+def test_hub_command_failure_prints_one_line_without_token(
     run: Run, arguments: tuple[str, ...], message: str, hub: Hub, tmp_path: Path, monkeypatch: Patch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -277,7 +277,7 @@ def test_hub_command_that_fails_prints_one_line_without_the_token(
     assert 'hf_read' not in done.err
 
 
-def test_card_prints_writes_and_validates(run: Run, hub: Hub, tmp_path: Path, monkeypatch: Patch) -> None:
+def test_card_command_prints_writes_and_validates_cards(run: Run, hub: Hub, tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.chdir(tmp_path)
     text = run('card', 'test_res2net.digits').out
     assert text == card('test_res2net.digits')
@@ -292,13 +292,13 @@ def test_card_prints_writes_and_validates(run: Run, hub: Hub, tmp_path: Path, mo
     assert Path('cards/README.md').read_text() == catalogue()
 
 
-def test_missing_file_and_unwritable_folder_are_one_line_each(run: Run, tmp_path: Path, monkeypatch: Patch) -> None:
+def test_recipe_out_in_absent_folder_prints_one_line(run: Run, tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.chdir(tmp_path)
     done = run('recipe', 'digits', '--out', 'absent/digits.yaml')
     assert (done.status, done.err) == (1, 'timm-res2net: there is no folder absent to write digits.yaml to\n')
 
 
-def test_reader_that_stops_early_is_no_error() -> None:
+def test_list_into_closed_pipe_exits_without_error() -> None:
     command = [sys.executable, '-m', 'timm_res2net', 'list']
     environment = {key: value for key, value in os.environ.items() if key != 'PYTHONUNBUFFERED'}
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

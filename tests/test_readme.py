@@ -1,4 +1,4 @@
-"""Every example in a README runs, every number in it is the package's, and every link leads somewhere."""
+"""Every example in a README runs, every number in it equals the package's, and every relative link works."""
 
 import importlib.util
 import json
@@ -56,18 +56,18 @@ def test_readme_top_level_has_changes_of_this_version() -> None:
     assert f'\n{timm_res2net.__version__}: ' in TEXTS['top'].partition('## Changes')[2]
 
 
-def test_every_readme_but_the_top_one_is_linked_from_it() -> None:
+def test_readme_top_level_links_every_other_readme() -> None:
     targets = {(ROOT / target).resolve() for target in re.findall(r'\]\(([^)]*)\)', TEXTS['top'])}
     assert set(READMES.values()) - targets == {ROOT / 'README.md'}
 
 
-def test_readmes_are_excluded_from_the_wheel() -> None:
+def test_wheel_configuration_excludes_readmes() -> None:
     (wheel,) = re.findall(r'\[tool\.hatch\.build\.targets\.wheel\]\n(.*?)\n\n', PYPROJECT, re.DOTALL)
     assert '"README.md"' in wheel.partition('exclude = ')[2]
 
 
 @pytest.mark.parametrize('readme', READMES)
-def test_relative_links_of_a_readme_point_to_existing_files(readme: str) -> None:
+def test_readme_relative_links_point_to_existing_files(readme: str) -> None:
     targets = re.findall(r'\]\(([^)\s]*)\)', TEXTS[readme])
     relative = [target for target in targets if not re.match(r'https?:', target)]
     assert relative or readme == 'top'
@@ -75,7 +75,7 @@ def test_relative_links_of_a_readme_point_to_existing_files(readme: str) -> None
 
 
 @pytest.mark.parametrize('readme', READMES)
-def test_commands_and_options_in_a_readme_exist(readme: str) -> None:
+def test_readme_commands_and_options_exist(readme: str) -> None:
     text = TEXTS[readme].replace('\\\n', ' ')
     commands: Any = next(action for action in parser()._actions if action.dest == 'command')
     for name, arguments in re.findall(r'timm-res2net (\w+)([^\n`&#]*)', text):
@@ -87,23 +87,23 @@ def test_commands_and_options_in_a_readme_exist(readme: str) -> None:
         assert (ROOT / recipe).is_file(), recipe
 
 
-def test_every_command_is_in_the_top_readme() -> None:
+def test_readme_top_level_lists_every_command() -> None:
     commands: Any = next(action for action in parser()._actions if action.dest == 'command')
     assert set(commands.choices) == set(re.findall(r'^timm-res2net (\w+)', TEXTS['top'], re.MULTILINE))
 
 
-def test_every_example_in_a_readme_has_a_test() -> None:
+def test_readme_has_as_many_examples_as_are_tested() -> None:
     tested = {'top': 2, 'hub_cards': 0, 'deploy': 1, 'hub': 1, 'models': 3, 'recipes': 0, 'weights': 2}
     assert {name: len(examples) for name, examples in EXAMPLES.items()} == tested
 
 
-def test_first_example_gives_features_of_the_strides_it_says() -> None:
+def test_readme_first_example_features_have_stated_strides() -> None:
     made = run('top', 'features = backbone')
     assert [64 // feature.shape[-1] for feature in made['features']] == [2, 4, 8, 16, 16]
     assert 'of stride 2, 4, 8, 16 and 16' in TEXTS['top']
 
 
-def test_examples_of_models_build_what_they_say(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readme_model_examples_build_stated_models(monkeypatch: pytest.MonkeyPatch) -> None:
     made: dict[str, Any] = {}
     create = timm.create_model
 
@@ -120,7 +120,7 @@ def test_examples_of_models_build_what_they_say(monkeypatch: pytest.MonkeyPatch)
     assert made['dla60_res2net'].feature_info.reduction()[-1] == 8
 
 
-def test_accuracies_in_examples_are_those_of_the_weights() -> None:
+def test_readme_example_accuracies_equal_weights_table() -> None:
     found = re.findall(r"'([\w.]+)', pretrained=True\)  # ([\d.]+) % top-1", TEXTS['top'])
     assert len(found) == 3
     for name, top1 in found:
@@ -128,17 +128,19 @@ def test_accuracies_in_examples_are_those_of_the_weights() -> None:
         assert f'{default.top1:.2f}' == top1
 
 
-def test_example_of_a_feature_pyramid_runs() -> None:
+def test_readme_fpn_example_gives_four_levels() -> None:
     made = run('models', 'ops import FeaturePyramidNetwork')
     assert [level.shape[-1] for level in made['levels'].values()] == [16, 8, 4, 2]
 
 
-def test_example_of_a_detector_runs() -> None:
+def test_readme_faster_rcnn_example_detects() -> None:
     made = run('models', 'FasterRCNN', **{'num_classes=91': 'num_classes=91, min_size=64'})
     assert made['found'][0].keys() == {'boxes', 'labels', 'scores'}
 
 
-def test_example_of_foreign_weights_loads_a_detector(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readme_load_checkpoint_example_loads_detector_backbone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     state = timm.create_model('test_res2net', num_classes=0).state_dict()
     state = {re.sub('^bn1', 'stem.7', name): tensor for name, tensor in state.items()}
@@ -148,7 +150,9 @@ def test_example_of_foreign_weights_loads_a_detector(tmp_path: Path, monkeypatch
     torch.testing.assert_close(list(made['model'].state_dict().values()), list(state.values()), rtol=0, atol=0)
 
 
-def test_example_of_an_export_loads_back_to_the_same_tensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readme_export_checkpoint_example_loads_back_to_same_tensors(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     exported = run('weights', 'export_checkpoint')['model'].state_dict()
     model = timm.create_model('test_res2net', num_classes=10)
@@ -156,13 +160,13 @@ def test_example_of_an_export_loads_back_to_the_same_tensors(tmp_path: Path, mon
     torch.testing.assert_close(dict(model.state_dict()), dict(exported), rtol=0, atol=0)
 
 
-def test_example_of_the_hub_pushes_and_pulls(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readme_hub_example_pushes_and_pulls(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv('HF_TOKEN', 'hf_write')
     made = run('hub', 'timm_res2net.push', **{'you/': 'user/'})
     assert made['model'].pretrained_cfg['hf_hub_id'].startswith('user/digits@')
 
 
-def test_example_of_speed_prints_what_it_says(
+def test_readme_optimize_example_prints_stated_path(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch, 'compile', lambda model, **settings: model)  # ten seconds; see test_optimize.py
@@ -176,7 +180,7 @@ def strides(name: str) -> tuple[int, ...]:
     return {Res2NetCifar: (1, 2, 4), Res2NetBigLittle: (16, 32)}.get(ARCHS[name].trunk, (8, 16, 32))
 
 
-def test_readme_of_models_shows_the_pyramid_of_every_model() -> None:
+def test_readme_of_models_lists_feature_strides_and_channels_of_every_model() -> None:
     rows: dict[tuple[str, str], list[str]] = {}
     for name in ARCHS:
         model = timm.create_model(name, device='meta')
@@ -186,7 +190,7 @@ def test_readme_of_models_shows_the_pyramid_of_every_model() -> None:
         assert f'| {", ".join(names)} | {pyramid} | {possible} |' in TEXTS['models']
 
 
-def test_readme_of_deploy_shows_the_speed_that_was_measured() -> None:
+def test_readme_of_deploy_speed_table_equals_speed_json() -> None:
     rows: dict[str, list[str]] = {}
     for each in json.loads((ASSETS / 'speed.json').read_text())['inference']:
         rows.setdefault(f'| {each["batch"]} | {each["way"]}, {each["dtype"]} | ', []).append(f'{each["ratio"]:.2f}')

@@ -50,7 +50,7 @@ def python(code: str) -> str:
 # Registration
 
 
-def test_eleven_names_of_timm_are_taken_over() -> None:
+def test_register_replaces_eleven_models_of_timm() -> None:
     assert len(TIMMS_OWN) == 11
     for name in ARCHS:
         assert timm.models.model_entrypoint(name).__module__ == 'timm_res2net.res2net'
@@ -58,7 +58,7 @@ def test_eleven_names_of_timm_are_taken_over() -> None:
         assert model.__class__.__module__.startswith('timm_res2net.models.')
 
 
-def test_tags_of_timm_are_repeated_with_its_repositories() -> None:
+def test_pretrained_cfg_of_in1k_tags_points_to_repositories_of_timm() -> None:
     tags = [name for name in timm.list_models(module='res2net', pretrained=True) if name.endswith('.in1k')]
     assert tags == sorted((f'{name}.in1k' for name in TIMMS_OWN), key=tags.index)
     assert len(tags) == 11
@@ -68,7 +68,7 @@ def test_tags_of_timm_are_repeated_with_its_repositories() -> None:
         assert cfg.license == 'cc-by-nc-sa-4.0'
 
 
-def test_weights_say_all_that_timm_and_its_users_ask() -> None:
+def test_pretrained_cfg_of_all_weights_is_complete_and_fits_model() -> None:
     for name in WEIGHTS:
         cfg = timm.get_pretrained_cfg(name)
         for key in ('license', 'origin_url', 'paper_ids', 'description', 'first_conv', 'classifier', 'pool_size'):
@@ -80,7 +80,7 @@ def test_weights_say_all_that_timm_and_its_users_ask() -> None:
         assert features.shape[-2:] == cfg.pool_size
 
 
-def test_preprocessing_of_timms_weights_is_timms() -> None:
+def test_pretrained_cfg_preprocessing_equals_timm() -> None:
     keys = ('input_size', 'pool_size', 'crop_pct', 'interpolation', 'mean', 'std', 'num_classes', 'first_conv')
     timms = {**timm.models.res2net.default_cfgs, **timm.models.dla.default_cfgs}
     for name in TIMMS_OWN:
@@ -110,7 +110,7 @@ def test_unregister_restores_timm_exactly() -> None:
     """)
 
 
-def test_importing_again_changes_nothing() -> None:
+def test_reload_keeps_registered_models() -> None:
     names = timm.list_models(include_tags=True)
     importlib.reload(timm_res2net.res2net)
     assert timm.list_models(include_tags=True) == names
@@ -122,7 +122,7 @@ def test_importing_again_changes_nothing() -> None:
 
 @pytest.mark.parametrize('full', [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize('name', TIMMS_OWN)
-def test_outputs_and_gradients_equal_timms_bit_for_bit(name: str, full: bool, images: Tensor) -> None:
+def test_model_outputs_and_gradients_equal_timm_bit_for_bit(name: str, full: bool, images: Tensor) -> None:
     torch.manual_seed(0)
     arguments = {} if full else small(name)
     theirs = randomise(TIMMS_OWN[name](**arguments))
@@ -143,7 +143,7 @@ def test_outputs_and_gradients_equal_timms_bit_for_bit(name: str, full: bool, im
 
 
 @pytest.mark.parametrize('name', ['res2net50d', 'dla60_res2net'])
-def test_same_seed_gives_the_same_initial_weights_as_timm(name: str) -> None:
+def test_model_initial_weights_equal_timm_for_same_seed(name: str) -> None:
     torch.manual_seed(3)
     ours = timm.create_model(name, **small(name))
     torch.manual_seed(3)
@@ -153,7 +153,7 @@ def test_same_seed_gives_the_same_initial_weights_as_timm(name: str) -> None:
 
 @pytest.mark.parametrize('output_stride', [8, 16])
 @pytest.mark.parametrize('name', ['res2net50_26w_4s', 'res2net50d'])
-def test_dilated_outputs_equal_timms_bit_for_bit(name: str, output_stride: int, images: Tensor) -> None:
+def test_model_dilated_outputs_equal_timm_bit_for_bit(name: str, output_stride: int, images: Tensor) -> None:
     torch.manual_seed(0)
     arguments = dict(output_stride=output_stride, **small(name))
     theirs = randomise(TIMMS_OWN[name](**arguments)).eval()
@@ -164,7 +164,7 @@ def test_dilated_outputs_equal_timms_bit_for_bit(name: str, output_stride: int, 
 
 @pytest.mark.parametrize('name', ['res2net50d', 'dla60_res2net'])
 @pytest.mark.parametrize('changes', [dict(in_chans=1), dict(in_chans=4), dict(num_classes=7), dict(features_only=True)])
-def test_pretrained_weights_are_adapted_as_timm_does(
+def test_create_model_pretrained_adapts_weights_as_timm_does(
     name: str, changes: dict[str, Any], tmp_path: Path, build: Any
 ) -> None:
     file = str(tmp_path / 'weights.safetensors')
@@ -182,13 +182,13 @@ def test_pretrained_weights_are_adapted_as_timm_does(
 
 
 @every_name
-def test_parameters_are_those_of_the_table(name: str) -> None:
+def test_model_parameter_count_equals_table(name: str) -> None:
     model = timm.create_model(name, device='meta')
     assert sum(p.numel() for p in model.parameters()) == ARCHS[name].params
 
 
 @pytest.mark.parametrize('name', slow_but(['test_res2net', 'res2net50d', 'res2next29_6c_24w_4s'], ARCHS))
-def test_multiply_adds_are_those_of_the_table(name: str) -> None:
+def test_model_multiply_adds_equal_table(name: str) -> None:
     model = timm.create_model(name, device='meta').eval()
     with FlopCounterMode(display=False) as counter:
         size = 32 if isinstance(model, Res2NetCifar) else 224
@@ -196,7 +196,7 @@ def test_multiply_adds_are_those_of_the_table(name: str) -> None:
     assert round(counter.get_total_flops() / 2e9, 3) == ARCHS[name].gmacs
 
 
-def test_small_model_is_small() -> None:
+def test_test_res2net_has_at_most_500_000_parameters() -> None:
     assert ARCHS['test_res2net'].params <= 500_000
 
 
@@ -206,7 +206,7 @@ def test_small_model_is_small() -> None:
 @pytest.mark.parametrize(
     'arguments', [dict(attn_layer='se'), dict(attn_layer=timm.layers.SEModule), dict(block_args=dict(attn_layer='se'))]
 )
-def test_attention_leaves_the_scale_of_a_variant_alone(arguments: dict[str, Any]) -> None:
+def test_attn_layer_keeps_scale_of_variant(arguments: dict[str, Any]) -> None:
     model = timm.create_model('res2net50_26w_8s', device='meta', **arguments)
     assert sum(p.numel() for p in model.parameters()) == 50_934_768
 
@@ -215,7 +215,7 @@ def test_attention_leaves_the_scale_of_a_variant_alone(arguments: dict[str, Any]
     ('name', 'stride'),
     [('res2net50_26w_4s', 16), ('dla60_res2net', 16), ('blres2net50_26w_4s', 16), ('res2next29_6c_24w_4s', 2)],
 )
-def test_each_keyword_takes_effect(name: str, stride: int) -> None:
+def test_create_model_every_keyword_takes_effect(name: str, stride: int) -> None:
     arguments = dict(
         scale=2,
         base_width=30,
@@ -249,7 +249,7 @@ def test_each_keyword_takes_effect(name: str, stride: int) -> None:
 
 
 @every_name
-def test_an_unknown_argument_is_named(name: str) -> None:
+def test_create_model_unknown_argument_raises_type_error_with_its_name(name: str) -> None:
     for arguments in (dict(not_an_argument=1), dict(block_args=dict(not_an_argument=1))):
         with pytest.raises(TypeError, match='not_an_argument'):
             timm.create_model(name, device='meta', **arguments)
@@ -260,12 +260,12 @@ def test_an_unknown_argument_is_named(name: str) -> None:
     'arguments',
     [dict(aa_layer=nn.AvgPool2d), dict(block_reduce_first=2), dict(output_stride=64), dict(attn_layer='sea')],
 )
-def test_an_argument_that_a_model_cannot_honour_is_named(name: str, arguments: dict[str, Any]) -> None:
+def test_create_model_unsupported_argument_raises_with_its_name(name: str, arguments: dict[str, Any]) -> None:
     with pytest.raises((TypeError, ValueError), match=next(iter(arguments))):
         timm.create_model(name, device='meta', **arguments)
 
 
-def test_an_argument_given_twice_is_named() -> None:
+def test_create_model_argument_given_twice_raises_type_error() -> None:
     with pytest.raises(TypeError, match='scale'):
         timm.create_model('res2net50_26w_4s', scale=4, block_args=dict(scale=8), device='meta')
 
@@ -274,7 +274,7 @@ def test_an_argument_given_twice_is_named() -> None:
 
 
 @every_name
-def test_backward_reaches_every_parameter(name: str, build: Any, images: Tensor) -> None:
+def test_backward_gives_every_parameter_a_nonzero_gradient(name: str, build: Any, images: Tensor) -> None:
     model = copy.deepcopy(build(name)).train()
     model(fitting(name, images)).square().sum().backward()
     for parameter_name, parameter in model.named_parameters():
@@ -283,7 +283,7 @@ def test_backward_reaches_every_parameter(name: str, build: Any, images: Tensor)
 
 
 @every_name
-def test_head_and_features_make_the_forward(name: str, build: Any, images: Tensor) -> None:
+def test_forward_equals_forward_features_then_forward_head(name: str, build: Any, images: Tensor) -> None:
     model, images = build(name), fitting(name, images)
     features = model.forward_features(images)
     assert features.shape[1] == model.num_features
@@ -292,7 +292,7 @@ def test_head_and_features_make_the_forward(name: str, build: Any, images: Tenso
 
 
 @every_name
-def test_classifier_can_be_replaced(name: str) -> None:
+def test_reset_classifier_changes_classes_and_pooling(name: str) -> None:
     model: Any = timm.create_model(name, device='meta', **small(name))
     features = torch.empty(2, model.num_features, 2, 2, device='meta')
     assert model.get_classifier() is model.get_submodule(model.get_classifier(name_only=True))
@@ -308,7 +308,9 @@ def test_classifier_can_be_replaced(name: str) -> None:
 
 
 @every_name
-def test_intermediates_are_what_the_modules_compute(name: str, build: Any, images: Tensor) -> None:
+def test_forward_intermediates_equal_features_only_and_have_announced_shapes(
+    name: str, build: Any, images: Tensor
+) -> None:
     model, images = build(name), fitting(name, images)
     final, intermediates = model.forward_intermediates(images)
     torch.testing.assert_close(final, model.forward_features(images), rtol=0, atol=0)
@@ -322,7 +324,7 @@ def test_intermediates_are_what_the_modules_compute(name: str, build: Any, image
 
 
 @every_name
-def test_pruning_keeps_what_is_wanted(name: str, build: Any, images: Tensor) -> None:
+def test_prune_intermediate_layers_keeps_requested_features(name: str, build: Any, images: Tensor) -> None:
     model, images = copy.deepcopy(build(name)), fitting(name, images)
     expected = model.forward_intermediates(images, indices=[1, 2], intermediates_only=True)
     assert model.prune_intermediate_layers([1, 2]) == [1, 2]
@@ -337,7 +339,7 @@ def test_pruning_keeps_what_is_wanted(name: str, build: Any, images: Tensor) -> 
     ('name', 'output_stride'),
     [(name, stride) for name in ARCHS for stride in (strides(name) if name in KINDS else strides(name)[-1:])],
 )
-def test_features_have_the_announced_shapes(name: str, output_stride: int) -> None:
+def test_features_only_shapes_equal_feature_info(name: str, output_stride: int) -> None:
     options = dict(features_only=True, output_stride=output_stride, **small(name))
     model = timm.create_model(name, device='meta', **options)
     assert max(model.feature_info.reduction()) == output_stride
@@ -349,14 +351,14 @@ def test_features_have_the_announced_shapes(name: str, output_stride: int) -> No
 
 @every_name
 @pytest.mark.parametrize('in_chans', [1, 4])
-def test_other_numbers_of_image_channels(name: str, in_chans: int) -> None:
+def test_in_chans_sets_channels_of_first_convolution(name: str, in_chans: int) -> None:
     model = timm.create_model(name, in_chans=in_chans, device='meta', **small(name))
     assert model.in_chans == in_chans
     assert model.get_submodule(model.default_cfg['first_conv']).in_channels == in_chans
 
 
 @every_name
-def test_layer_decay_covers_each_parameter_once(name: str) -> None:
+def test_layer_decay_groups_cover_each_parameter_once(name: str) -> None:
     model = timm.create_model(name, device='meta')
     groups = param_groups_layer_decay(model, layer_decay=0.7)
     members = [id(parameter) for group in groups for parameter in group['params']]
@@ -366,7 +368,7 @@ def test_layer_decay_covers_each_parameter_once(name: str) -> None:
 
 @every_kind
 @pytest.mark.parametrize('feature_cls', ['list', 'dict', 'hook', 'fx', 'getter'])
-def test_every_kind_of_feature_extractor_agrees(name: str, feature_cls: str, images: Tensor) -> None:
+def test_features_only_every_feature_cls_returns_same_features(name: str, feature_cls: str, images: Tensor) -> None:
     torch.manual_seed(0)
     images = fitting(name, images)
     options = dict(features_only=True, out_indices=(1, -1), **small(name))
@@ -382,7 +384,7 @@ def test_every_kind_of_feature_extractor_agrees(name: str, feature_cls: str, ima
 
 
 @pytest.mark.parametrize('name', slow_but(['test_res2net'], KINDS))
-def test_scripting_tracing_export_and_compilation_keep_the_output(name: str, images: Tensor) -> None:
+def test_model_scripted_traced_exported_or_compiled_keeps_output(name: str, images: Tensor) -> None:
     torch.manual_seed(0)
     model = randomise(timm.create_model(name, **small(name))).eval()
     images = fitting(name, images)
@@ -407,7 +409,7 @@ def step(model: nn.Module, images: Tensor) -> tuple[list[Tensor], dict[str, Tens
 
 @every_kind
 @pytest.mark.parametrize('features_only', [False, True])
-def test_checkpointing_leaves_gradients_and_norm_statistics_exact(
+def test_grad_checkpointing_keeps_exact_gradients_and_norm_statistics(
     name: str, features_only: bool, images: Tensor
 ) -> None:
     images = fitting(name, images)
@@ -422,7 +424,7 @@ def test_checkpointing_leaves_gradients_and_norm_statistics_exact(
 
 
 @every_kind
-def test_checkpointing_saves_memory(name: str, images: Tensor) -> None:
+def test_grad_checkpointing_halves_saved_activations(name: str, images: Tensor) -> None:
     model = timm.create_model(name, **shallow(name)).train()
     parameters = {p.data_ptr() for p in model.parameters()}
     saved: dict[bool, int] = {}
@@ -443,7 +445,7 @@ def test_checkpointing_saves_memory(name: str, images: Tensor) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', ['test_res2net', 'dla60_res2net'])
-def test_checkpointed_training_compiles_without_a_graph_break(name: str, images: Tensor) -> None:
+def test_grad_checkpointing_compiles_without_graph_break(name: str, images: Tensor) -> None:
     results = []
     for compile_it in (False, True):
         torch.manual_seed(0)
@@ -459,7 +461,7 @@ def test_checkpointed_training_compiles_without_a_graph_break(name: str, images:
 # The embedded weights
 
 
-def test_embedded_weights_are_the_committed_ones() -> None:
+def test_embedded_weights_have_known_sha256_and_no_extra_metadata() -> None:
     file = ASSETS / 'test_res2net.digits.safetensors'
     digest = '189e193173b62132dacc80a6508143a063c3b99b0507eb245695147c91c2d056'
     assert hashlib.sha256(file.read_bytes()).hexdigest() == digest
@@ -467,7 +469,7 @@ def test_embedded_weights_are_the_committed_ones() -> None:
         assert weights.metadata() == {'format': 'pt'}
 
 
-def test_embedded_weights_need_no_network_and_adapt() -> None:
+def test_embedded_weights_load_offline_and_adapt_to_one_image_channel() -> None:
     model = timm.create_model('test_res2net.digits', pretrained=True, in_chans=1, num_classes=3)
     full = timm.create_model('test_res2net', pretrained=True)
     torch.testing.assert_close(model.conv1[0].weight, full.conv1[0].weight.sum(1, keepdim=True))

@@ -1,4 +1,4 @@
-"""`timm_res2net.run` runs programs that know nothing of this package, with the family registered."""
+"""`timm_res2net.run` runs programs that don't import this package, with its models registered."""
 
 import subprocess
 import sys
@@ -19,7 +19,7 @@ def restore_interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, 'path', [*sys.path])
 
 
-def test_script_runs_as_main_with_its_arguments_and_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_script_is_main_with_its_arguments_and_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     script = tmp_path / 'here' / 'script.py'
     script.parent.mkdir()
     script.write_text(PRINT)
@@ -27,7 +27,7 @@ def test_script_runs_as_main_with_its_arguments_and_folder(tmp_path: Path, capsy
     assert capsys.readouterr().out.strip() == f"['--flag', 'a b'] __main__ True {script.parent}"
 
 
-def test_module_runs_as_main_from_the_current_folder_and_gives_the_exit_status(tmp_path: Path) -> None:
+def test_run_module_is_main_in_current_folder_and_returns_exit_status(tmp_path: Path) -> None:
     (tmp_path / 'program.py').write_text(f'{PRINT}; sys.exit(3)')
     command = [sys.executable, '-m', 'timm_res2net.run', '-m', 'program', '-x']
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
@@ -35,7 +35,7 @@ def test_module_runs_as_main_from_the_current_folder_and_gives_the_exit_status(t
 
 
 @pytest.mark.slow
-def test_every_process_of_torchrun_has_the_family(tmp_path: Path) -> None:
+def test_run_under_torchrun_registers_models_in_every_process(tmp_path: Path) -> None:
     script = tmp_path / 'script.py'
     line = "os.environ['RANK'] + ' ' + str(timm.is_model('res2net50_vd_26w_4s'))"
     script.write_text(f'import os, timm; os.write(1, ({line} + os.linesep).encode())')  # at one go: they share a pipe
@@ -44,11 +44,11 @@ def test_every_process_of_torchrun_has_the_family(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize('arguments', [[], ['-m'], ['no_such_script.py']])
-def test_missing_program_exits_with_the_usage(arguments: list[str]) -> None:
+def test_run_missing_program_exits_with_message(arguments: list[str]) -> None:
     with pytest.raises(SystemExit, match=r'timm_res2net.run validate\.py|there is no no_such_script\.py'):
         main(arguments)
 
 
-def test_help_prints_the_usage(capsys: pytest.CaptureFixture[str]) -> None:
+def test_run_help_prints_usage(capsys: pytest.CaptureFixture[str]) -> None:
     main(['--help'])
     assert 'timm_res2net.run validate.py' in capsys.readouterr().out

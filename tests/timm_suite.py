@@ -38,7 +38,7 @@ def main() -> int:
 
 
 def only_ours(filter: str = '', *args: object, **kwargs: object) -> list[str]:
-    """Takes the place of `timm.list_models` while timm's tests are collected; modules are none of our business."""
+    """Replaces `timm.list_models` while timm's tests are collected; the argument `module` is ignored."""
     kwargs.pop('module', None)
     known = list_models(filter, **kwargs)
     return [name for name in known if name.partition('.')[0] in ARCHS]
