@@ -35,7 +35,7 @@ class Server(http.server.ThreadingHTTPServer):
         super().__init__(('127.0.0.1', 0), Handler)
         self.files: dict[str, bytes] = {}
         self.headers: dict[str, str] = {'ETag': '"1"'}
-        self.spelling = str  # of the names of headers
+        self.spelling: Callable[[str], str] = str  # of the names of headers
         self.faults: list[Any] = []
         self.requests: list[dict[str, str]] = []
 
