@@ -93,7 +93,7 @@ def test_readme_top_level_lists_every_command() -> None:
 
 
 def test_readme_has_as_many_examples_as_are_tested() -> None:
-    tested = {'top': 2, 'hub_cards': 0, 'deploy': 1, 'hub': 1, 'models': 3, 'recipes': 0, 'weights': 2}
+    tested = {'top': 2, 'hub_cards': 0, 'deploy': 1, 'hub': 1, 'models': 4, 'recipes': 0, 'weights': 2}
     assert {name: len(examples) for name, examples in EXAMPLES.items()} == tested
 
 
@@ -136,6 +136,15 @@ def test_readme_fpn_example_gives_four_levels() -> None:
 def test_readme_faster_rcnn_example_detects() -> None:
     made = run('models', 'FasterRCNN', **{'num_classes=91': 'num_classes=91, min_size=64'})
     assert made['found'][0].keys() == {'boxes', 'labels', 'scores'}
+
+
+def test_readme_example_of_geometries_builds_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    create = timm.create_model
+    monkeypatch.setattr(timm, 'create_model', lambda name, **kwargs: create('test_res2net', **kwargs))
+    models = run('models', "style='caffe'")
+    assert models['caffe'].layer2[0].conv1.stride == (2, 2)
+    assert models['dilated'].layer4[0].convs[0].dilation == (2, 2)
+    assert type(models['deformable'].layer4[0].convs[0]).__name__ == 'DeformableConv2d'
 
 
 def test_readme_load_checkpoint_example_loads_detector_backbone(

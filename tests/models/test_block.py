@@ -35,9 +35,13 @@ def pooled(x: Tensor, stride: int, count_include_pad: bool) -> Tensor:
     return torch.stack(rows, -2)
 
 
-def published(block: Any, x: Tensor, function: str, position: str, stride: int) -> Tensor:
-    """The block's equations in the plainest form: what each body of code does at each position."""
-    y = F.relu(normalised(F.conv2d(x, block.conv1.weight), block.bn1))
+def published(block: Any, x: Tensor, function: str, position: str, stride: int, style: str = 'pytorch') -> Tensor:
+    """The block's equations in the plainest form: what each code base computes at each position."""
+    shortcut_stride = stride
+    first_stride, stride = (stride, 1) if style == 'caffe' else (1, stride)
+    if style == 'caffe' and position == 'later stage':
+        position = 'first stage'  # what decides is the stride of the 3x3 convolutions
+    y = F.relu(normalised(F.conv2d(x, block.conv1.weight, stride=first_stride), block.bn1))
     width = y.shape[1] // block.scale
     splits = [y[:, i * width : (i + 1) * width] for i in range(block.scale)]
     outs: list[Tensor] = []
@@ -59,7 +63,7 @@ def published(block: Any, x: Tensor, function: str, position: str, stride: int) 
     shortcut = x
     if block.downsample is not None:
         conv, norm = block.downsample
-        shortcut = normalised(F.conv2d(x, conv.weight, stride=stride), norm)
+        shortcut = normalised(F.conv2d(x, conv.weight, stride=shortcut_stride), norm)
     return F.relu(y + shortcut)
 
 
@@ -154,3 +158,19 @@ def test_block_last_act_false_omits_last_activation() -> None:
     x = torch.randn(2, 64, 8, 8)
     assert (Bottle2neck(64, 16, last_act=False)(x) < 0).any()
     assert not (Bottle2neck(64, 16)(x) < 0).any()
+
+
+@pytest.mark.parametrize(('function', 'scale'), list(product(FIRST_BLOCKS, (1, 2, 4))))
+def test_block_caffe_style_equals_equations(function: str, scale: int) -> None:
+    torch.manual_seed(0)
+    arguments = dict(scale=scale, first_block=function, style='caffe')
+    block = Bottle2neck(32, 16, 2, projection(32, 64, 2), **arguments)
+    randomise(block.double()).eval()
+    x = torch.randn(2, 32, 7, 8, dtype=torch.double)
+    torch.testing.assert_close(block(x), published(block, x, function, 'later stage', 2, 'caffe'))
+    torch.testing.assert_close(block.fuse()(x), block(x))
+
+
+def test_block_unknown_style_raises_value_error() -> None:
+    with pytest.raises(ValueError, match="style='tensorflow' is not known; choose 'pytorch' or 'caffe'"):
+        Bottle2neck(64, 16, style='tensorflow')

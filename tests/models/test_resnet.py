@@ -89,3 +89,50 @@ def test_drop_block_layers_equal_those_of_timm() -> None:
 
     for rate in (0.0, 0.1):
         assert settings(rate, drop_block_layers) == settings(rate, drop_blocks)
+
+
+@pytest.mark.parametrize('function', FIRST_BLOCKS)
+def test_resnet_explicit_dilation_without_first_block_equals_timms_output_stride(function: str, images: Tensor) -> None:
+    arguments = dict(first_block=function, drop_path_rate=0.1, drop_block_rate=0.1, **SHALLOW)
+    torch.manual_seed(0)
+    dilated = randomise(Res2Net(output_stride=16, **arguments)).eval()
+    explicit = Res2Net(strides=(1, 2, 2, 1), dilations=(1, 1, 1, 2), dilate_first=False, **arguments).eval()
+    explicit.load_state_dict(dilated.state_dict())
+    torch.testing.assert_close(explicit(images), dilated(images), rtol=0, atol=0)
+    assert explicit.feature_info == dilated.feature_info
+    rates = [[getattr(block.drop_path, 'drop_prob', 0) for block in model.layer2] for model in (explicit, dilated)]
+    assert rates[0] == pytest.approx(rates[1])
+    assert rates[1] != [0, 0]
+    kinds = [type(model.layer4[0].drop_block).__name__ for model in (explicit, dilated)]
+    assert kinds == ['DropBlock2d'] * 2
+
+
+def test_resnet_explicit_geometry_dilates_first_blocks_and_pools_by_strides() -> None:
+    model = Res2Net(strides=(1, 2, 1, 2), dilations=(1, 1, 2, 4), first_block='mmdet', avg_down=True, **SHALLOW)
+    stages = [model.layer1, model.layer2, model.layer3, model.layer4]
+    assert [stage[0].convs[0].stride[0] for stage in stages] == [1, 2, 1, 2]
+    assert [stage[0].convs[0].dilation[0] for stage in stages] == [1, 1, 2, 4]
+    assert [type(stage[0].pool).__name__ for stage in stages] == ['Identity', 'AvgPool2d', 'Identity', 'AvgPool2d']
+    shortcuts = [type(stage[0].downsample[0]).__name__ for stage in stages]
+    assert shortcuts == ['Identity', 'AvgPool2d', 'Identity', 'AvgPool2d']
+    assert [info['reduction'] for info in model.feature_info] == [2, 4, 8, 8, 16]
+
+
+def test_resnet_stem_ceil_mode_rounds_maps_up(images: Tensor) -> None:
+    features = Res2Net(stem_ceil_mode=True, **SHALLOW).forward_intermediates(images, intermediates_only=True)
+    assert [feature.shape[-1] for feature in features] == [32, 17, 9, 5, 3]
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (dict(strides=(1, 2, 2)), 'an entry for each of 4 stages'),
+        (dict(strides=(1, 2, 2, 1), output_stride=16), 'leave output_stride and dilate_pool out'),
+        (dict(dilations=(1, 1, 1, 2), dilate_pool=True), 'leave output_stride and dilate_pool out'),
+        (dict(dilate_first=False), 'dilate_first=False has no effect without dilations'),
+        (dict(stem_ceil_mode=True, replace_stem_pool=True), 'stem_ceil_mode is for a stem with a plain max-pool'),
+    ],
+)
+def test_resnet_contradicting_geometry_raises_value_error(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        Res2Net(**SHALLOW, **arguments)

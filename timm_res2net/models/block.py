@@ -69,7 +69,7 @@ class Bottle2neck(nn.Module):
     Args:
         inplanes: Input channels.
         planes: Base of the block's widths: it has `planes * expansion` output channels.
-        stride: Stride of the 3x3 convolutions and of the pool beside them, 1 or 2.
+        stride: Stride of the block, 1 or 2.
         downsample: Projection for the shortcut, None for the identity. In timm's ResNet the first block of every stage
             has one (unless that is stage 1 and keeps the channels of the stem) and no other block does, which is how a
             block knows its position if `first` is None.
@@ -80,6 +80,8 @@ class Bottle2neck(nn.Module):
         first_dilation: Dilation of this block's 3x3 convolutions, `dilation` if None.
         first: Whether this block is the first one of its stage.
         first_block: What a first block computes, a key of `FIRST_BLOCKS`: 'official', 'paddle', 'mmdet' or 'group'.
+        style: Where the stride is: 'pytorch', in the 3x3 convolutions and the pool beside them, or 'caffe', in the
+            first 1x1 convolution. With 'caffe' the splits are those of a first block at stride 1.
         last_act: Whether an activation follows the residual add.
         dilate_pool: Dilate the average pool like the convolutions beside it. Only then does a dilated network compute
             what the undilated one does, on a denser grid. timm leaves the pool undilated.
@@ -112,6 +114,7 @@ class Bottle2neck(nn.Module):
         first_dilation: int | None = None,
         first: bool | None = None,
         first_block: str = 'official',
+        style: str = 'pytorch',
         last_act: bool = True,
         dilate_pool: bool = False,
         act_layer: Layer = nn.ReLU,
@@ -125,7 +128,7 @@ class Bottle2neck(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        require_supported(first_block, scale, cardinality, reduce_first, aa_layer)
+        require_supported(first_block, style, scale, cardinality, reduce_first, aa_layer)
         width = int(planes * base_width / 64) * cardinality
         if width < 1:
             raise ValueError(f'base_width={base_width} leaves no channel in a split of a block with {planes} planes')
@@ -133,19 +136,21 @@ class Bottle2neck(nn.Module):
         first_dilation = first_dilation or dilation
         if first is None:
             first = downsample is not None
+        stride_1x1, stride_3x3 = (stride, 1) if style == 'caffe' else (1, stride)
         function = FIRST_BLOCKS[first_block]
-        splits = function.splits(stride * dilation // first_dilation) if first else LATER_BLOCK
+        nominal_stride = 1 if style == 'caffe' else stride * dilation // first_dilation
+        splits = function.splits(nominal_stride) if first else LATER_BLOCK
         num_convs = scale if splits.last == 'convolved' else max(1, scale - 1)
         dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         conv1x1: Layer = partial(nn.Conv2d, kernel_size=1, bias=False, **dd)
         conv3x3: Layer = partial(
-            nn.Conv2d, width, width, 3, stride, first_dilation, first_dilation, groups=cardinality, bias=False, **dd
+            nn.Conv2d, width, width, 3, stride_3x3, first_dilation, first_dilation, groups=cardinality, bias=False, **dd
         )
 
         self.scale = scale
         self.first_block = first_block
         self.cascade = splits.cascade
-        self.conv1 = conv1x1(inplanes, width * scale)
+        self.conv1 = conv1x1(inplanes, width * scale, stride=stride_1x1)
         self.bn1 = norm_layer(width * scale, **dd)
         self.act1 = act_layer(inplace=True)
         self.convs = nn.ModuleList(conv3x3() for _ in range(num_convs))
@@ -153,9 +158,11 @@ class Bottle2neck(nn.Module):
         self.acts = nn.ModuleList(act_layer(inplace=True) for _ in range(num_convs))
         self.pool: nn.Module = nn.Identity()
         if splits.last == 'pooled' and dilate_pool and first_dilation > 1:
+            if stride_3x3 > 1:
+                raise ValueError('a pool with a stride can not be dilated; leave dilate_pool out')
             self.pool = DilatedAvgPool2d(first_dilation, function.count_include_pad)
         elif splits.last == 'pooled':
-            self.pool = nn.AvgPool2d(3, stride, padding=1, count_include_pad=function.count_include_pad)
+            self.pool = nn.AvgPool2d(3, stride_3x3, padding=1, count_include_pad=function.count_include_pad)
         self.drop_block = nn.Identity() if drop_block is None else drop_block()
         self.conv3 = conv1x1(width * scale, outplanes)
         self.bn3 = norm_layer(outplanes, **dd)
@@ -187,7 +194,9 @@ class Bottle2neck(nn.Module):
             block.bns[i] = fold_norm(conv, norm)
         if isinstance(block.downsample, nn.Sequential):
             fold_norms(block.downsample)
-        if not block.cascade and len(block.convs) > 1 and all(isinstance(norm, nn.Identity) for norm in block.bns):
+        plain = all(type(conv) is nn.Conv2d for conv in block.convs)  # not deformable
+        folded = all(isinstance(norm, nn.Identity) for norm in block.bns)
+        if not block.cascade and len(block.convs) > 1 and plain and folded:
             merged = merge_convs(block.convs, block.scale, block.pool, block.act1)
             if merged is not None:
                 block.convs, block.bns, block.acts = nn.ModuleList([merged]), block.bns[:1], block.acts[:1]
@@ -205,7 +214,7 @@ class Bottle2neck(nn.Module):
         Returns:
             (N, planes * expansion, H / stride, W / stride), sizes rounded up.
         """
-        y = self.act1(self.bn1(self.conv1(x)))  # (N, scale * width, H, W)
+        y = self.act1(self.bn1(self.conv1(x)))  # (N, scale * width, H, W); in caffe's style H / stride, W / stride
         splits = y.chunk(self.scale, dim=1)  # scale x (N, width, H, W)
         outs: list[Tensor] = []
         for i, (conv, bn, act) in enumerate(zip(self.convs, self.bns, self.acts)):
@@ -228,11 +237,13 @@ class Bottle2neck(nn.Module):
 
 
 def require_supported(
-    first_block: str, scale: int, cardinality: int, reduce_first: int, aa_layer: Layer | None
+    first_block: str, style: str, scale: int, cardinality: int, reduce_first: int, aa_layer: Layer | None
 ) -> None:
     """Raises a ValueError that names the argument of a block that is not supported."""
     if first_block not in FIRST_BLOCKS:
         raise ValueError(f'first_block={first_block!r} is not known; choose from {", ".join(FIRST_BLOCKS)}')
+    if style not in ('pytorch', 'caffe'):
+        raise ValueError(f"style={style!r} is not known; choose 'pytorch' or 'caffe'")
     if scale < 1 or cardinality < 1:
         raise ValueError(f'scale={scale} and cardinality={cardinality} must be at least 1')
     if reduce_first != 1:

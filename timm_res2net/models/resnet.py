@@ -1,16 +1,19 @@
 """ResNet trunk: timm's own, with Res2Net blocks."""
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from timm.layers import AvgPool2dSame
+from timm.layers import AvgPool2dSame, DropPath, calculate_drop_path_rates, get_act_layer
 from timm.models.resnet import ResNet
 from torch import nn
 
 from .block import Bottle2neck, Layer, norm_factory
+from .deformable import VERSIONS, DeformableConv2d
 from .pool import DilatedAvgPool2d
 from .recompute import Stage, set_grad_checkpointing
+from .trunk import drop_block_layers
 
 __all__ = ['Res2Net']
 
@@ -28,7 +31,16 @@ class Res2Net(ResNet):
         cardinality: Groups of the 3x3 convolutions.
         first_block: What the first block of a stage computes, a key of `FIRST_BLOCKS`.
         attn_layer: Attention class or its name in timm.
-        output_stride: 8, 16 or 32; stages beyond it are dilated.
+        style: Where the stride of a stage is: 'pytorch' (3x3 convolutions) or 'caffe' (first 1x1 convolution).
+        deformable: For each of the four stages 'v1' or 'v2' for deformable 3x3 convolutions, or None for plain ones.
+        strides: Stride of each of the four stages, for a network that was trained with others than 1, 2, 2, 2.
+        dilations: Dilation of each of the four stages, for a network that was trained dilated.
+        dilate_first: Whether `dilations` are also those of the first block of a stage, as in most code. The first block
+            has the dilation of the stage before it otherwise, as in timm and torchvision.
+        stem_ceil_mode: Round the size of the stem's max-pool up.
+        output_stride: 8, 16 or 32; stages beyond it are dilated. This makes a dense network of one that was trained
+            with the usual strides, so first blocks keep their function; `strides` and `dilations` are for networks that
+            were trained with them.
         dilate_pool: Dilate the average pools, too, where stages are dilated. Weights then compute, on a denser grid,
             what they compute in the undilated network. timm leaves the pools as they are, so with `output_stride=8`
             its features are some percent off; that is the default here, for equality with timm. Attention that pools
@@ -51,6 +63,12 @@ class Res2Net(ResNet):
         base_width: float = 26,
         cardinality: int = 1,
         first_block: str = 'official',
+        style: str = 'pytorch',
+        deformable: Sequence[str | None] = (None, None, None, None),
+        strides: Sequence[int] | None = None,
+        dilations: Sequence[int] | None = None,
+        dilate_first: bool = True,
+        stem_ceil_mode: bool = False,
         attn_layer: str | Layer | None = None,
         output_stride: int = 32,
         dilate_pool: bool = False,
@@ -59,6 +77,15 @@ class Res2Net(ResNet):
     ) -> None:
         if output_stride not in (8, 16, 32):
             raise ValueError(f'output_stride={output_stride} is not possible; choose 8, 16 or 32')
+        explicit = strides is not None or dilations is not None
+        if explicit and (output_stride != 32 or dilate_pool):
+            raise ValueError('strides and dilations say all of the geometry; leave output_stride and dilate_pool out')
+        if not explicit and not dilate_first:
+            raise ValueError('dilate_first=False has no effect without dilations')
+        strides, dilations = strides or (1, 2, 2, 2), dilations or (1, 1, 1, 1)
+        if not len(strides) == len(dilations) == len(deformable) == 4:
+            raise ValueError('strides, dilations and deformable must have an entry for each of 4 stages')
+        block_args: dict[str, Any] = dict(scale=scale, first_block=first_block, style=style, attn_layer=attn_layer)
         super().__init__(
             Bottle2neck,  # type: ignore[arg-type]  # timm's annotation allows only its own blocks
             tuple(layers),
@@ -66,13 +93,37 @@ class Res2Net(ResNet):
             cardinality=cardinality,
             output_stride=output_stride,
             norm_layer=norm_factory(norm_layer),
-            block_args=dict(scale=scale, first_block=first_block, attn_layer=attn_layer, dilate_pool=dilate_pool),
+            block_args=dict(block_args, dilate_pool=dilate_pool),
             **kwargs,
         )
-        for name in ('layer1', 'layer2', 'layer3', 'layer4'):
-            setattr(self, name, Stage(*self.get_submodule(name).children()))
+        if explicit:
+            block = partial(
+                Bottle2neck,
+                cardinality=cardinality,
+                base_width=base_width,
+                norm_layer=norm_factory(norm_layer),
+                **block_args,
+            )
+            keywords = replace_stages.__kwdefaults__ or {}
+            of_stages = {key: value for key, value in kwargs.items() if key in keywords}
+            replace_stages(self, block, layers, strides, dilations, dilate_first, **of_stages)
+        for i, version in enumerate(deformable):
+            blocks = self.get_submodule(f'layer{i + 1}').children()
+            setattr(self, f'layer{i + 1}', Stage(*(make_deformable(each, version) for each in blocks)))
         if dilate_pool:
             dilate_shortcut_pools(self)
+        if stem_ceil_mode:
+            if not isinstance(self.maxpool, nn.MaxPool2d):
+                raise ValueError('stem_ceil_mode is for a stem with a plain max-pool')
+            self.maxpool.ceil_mode = True
+
+    @torch.jit.ignore
+    def init_weights(self, zero_init_last: bool = True) -> None:
+        """Initialises as timm does; offsets of deformable convolutions become zero."""
+        super().init_weights(zero_init_last)
+        for module in self.modules():
+            if isinstance(module, DeformableConv2d):
+                module.zero_offsets()
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -87,3 +138,70 @@ def dilate_shortcut_pools(model: nn.Module) -> None:
             pool, conv = block.downsample[0], block.convs[0]
             if isinstance(pool, AvgPool2dSame) and isinstance(conv, nn.Conv2d):
                 block.downsample[0] = DilatedAvgPool2d(conv.dilation[0], count_include_pad=False, kernel_size=2)
+
+
+def replace_stages(
+    model: Res2Net,
+    block: partial[Bottle2neck],
+    layers: Sequence[int],
+    strides: Sequence[int],
+    dilations: Sequence[int],
+    dilate_first: bool,
+    *,
+    channels: Sequence[int] = (64, 128, 256, 512),
+    avg_down: bool = False,
+    act_layer: str | Layer = nn.ReLU,
+    drop_path_rate: float = 0.0,
+    drop_block_rate: float = 0.0,
+    zero_init_last: bool = True,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype | None = None,
+) -> None:
+    """Replaces the stages that timm made by stages with other strides and dilations, which timm has no arguments for.
+
+    Arguments are those of `Res2Net`. A shortcut at stride 1 has no average pool.
+    """
+    dd: dict[str, Any] = dict(device=device, dtype=dtype)
+    make = partial(block, act_layer=get_act_layer(act_layer), **dd)
+    rates: list[float] = calculate_drop_path_rates(drop_path_rate, sum(layers))  # type: ignore[assignment]
+    rate_of_next = iter(rates)
+    (inplanes,) = (conv.in_channels for conv in [model.get_submodule('layer1.0.conv1')] if isinstance(conv, nn.Conv2d))
+    reduction, dilation_before = 4, 1
+    for i, (depth, planes, drop_block) in enumerate(zip(layers, channels, drop_block_layers(drop_block_rate))):
+        stride, dilation, outplanes = strides[i], dilations[i], planes * Bottle2neck.expansion
+        conv = nn.Conv2d(inplanes, outplanes, 1, 1 if avg_down else stride, bias=False, **dd)
+        shortcut = nn.Sequential(conv, block.keywords['norm_layer'](outplanes, **dd))
+        if avg_down:
+            pool = nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False)
+            shortcut.insert(0, pool if stride > 1 else nn.Identity())
+        of_first = dict(
+            stride=stride, downsample=shortcut, first_dilation=dilation if dilate_first else dilation_before
+        )
+        blocks = []
+        for b in range(depth):
+            rate = next(rate_of_next)
+            drop_path = DropPath(rate) if rate > 0 else None
+            options: dict[str, Any] = dict(dilation=dilation, drop_block=drop_block, drop_path=drop_path)
+            blocks.append(make(inplanes, planes, **options, **(of_first if b == 0 else {})))
+            inplanes = outplanes
+        setattr(model, f'layer{i + 1}', nn.Sequential(*blocks))
+        reduction, dilation_before = reduction * stride, dilation
+        model.feature_info[i + 1]['reduction'] = reduction
+    model.init_weights(zero_init_last)
+
+
+def make_deformable(block: nn.Module, version: str | None) -> nn.Module:
+    """Replaces the 3x3 convolutions of a block by deformable ones with the same weights, for None by none.
+
+    Raises:
+        ValueError: For a version that is not known.
+    """
+    if version is None:
+        return block
+    if version not in VERSIONS:
+        raise ValueError(f'deformable={version!r} is not known; choose from None, {", ".join(VERSIONS)}')
+    assert isinstance(block, Bottle2neck)
+    for i, conv in enumerate(block.convs):
+        assert isinstance(conv, nn.Conv2d)
+        block.convs[i] = DeformableConv2d.like(conv, version)
+    return block
