@@ -10,11 +10,13 @@ import pytest
 import timm
 import torch
 from support import TRUNKS, fitting, randomise, slow_but, small, tiny
+from timm.layers import BatchNormAct2d
 from timm.models import reparameterize_model
 from torch import Tensor, nn
 
 from timm_res2net import fuse, optimize
 from timm_res2net.models.block import Bottle2neck
+from timm_res2net.models.fold import fold_norm
 from timm_res2net.models.variants import ARCHS
 
 NORMS = nn.BatchNorm2d
@@ -291,3 +293,20 @@ def test_optimize_without_openvino_raises_import_error(images: Tensor, monkeypat
     monkeypatch.setitem(sys.modules, 'openvino', None)
     with pytest.raises(ImportError, match='pip install openvino'):
         optimize(tiny(), images, backend='openvino')
+
+
+def test_fuse_model_with_one_part_in_training_mode_raises_value_error() -> None:
+    model = tiny()
+    model.get_submodule('layer3.0.bn1').train()
+    with pytest.raises(ValueError, match='training mode'):
+        fuse(model)
+
+
+def test_fold_norm_keeps_a_norm_with_an_activation() -> None:
+    norm = BatchNormAct2d(4).eval()
+    assert fold_norm(nn.Conv2d(3, 4, 1), norm) is norm
+
+
+@pytest.mark.parametrize('feature_cls', ['list', 'dict', 'hook'])
+def test_fuse_features_only_leaves_no_norm(feature_cls: str) -> None:
+    assert count(fuse(tiny(features_only=True, feature_cls=feature_cls)), NORMS) == 0

@@ -174,3 +174,17 @@ def test_block_caffe_style_equals_equations(function: str, scale: int) -> None:
 def test_block_unknown_style_raises_value_error() -> None:
     with pytest.raises(ValueError, match="style='tensorflow' is not known; choose 'pytorch' or 'caffe'"):
         Bottle2neck(64, 16, style='tensorflow')
+
+
+class Zero(nn.Module):
+    """Drops everything, as stochastic depth does now and then."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
+def test_block_drop_path_acts_on_the_branch_before_the_sum() -> None:
+    torch.manual_seed(0)
+    block = Bottle2neck(64, 16, drop_path=Zero())
+    x = torch.randn(2, 64, 8, 8)
+    torch.testing.assert_close(block(x), F.relu(x), rtol=0, atol=0)

@@ -95,3 +95,9 @@ def test_cifar_default_cfg_is_that_of_cifar_100() -> None:
 def test_cifar_unsupported_argument_raises_value_error_with_its_name(arguments: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(arguments))):
         Res2NetCifar(**arguments)
+
+
+def test_cifar_drop_block_is_in_the_last_two_stages() -> None:
+    model = Res2NetCifar(layers=(1, 1, 1), channels=(8, 8, 8), cardinality=1, drop_block_rate=0.1)
+    kinds = [type(stage[0].drop_block).__name__ for stage in (model.layer1, model.layer2, model.layer3)]
+    assert kinds == ['Identity', 'DropBlock2d', 'DropBlock2d']

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from timm_res2net import load_checkpoint
 from timm_res2net.models.block import FIRST_BLOCKS
-from timm_res2net.models.dla import DlaBottle2neck, Res2NetDla
+from timm_res2net.models.dla import DlaBottle2neck, DlaRoot, Res2NetDla
 
 SMALL: dict[str, Any] = dict(levels=(1, 1, 1, 2, 3, 1), channels=(8, 8, 32, 32, 64, 64))
 
@@ -146,3 +146,25 @@ def test_dla_get_classifier_name_only_returns_fc() -> None:
 def test_dla_unsupported_argument_raises_value_error_with_its_name(arguments: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(arguments))):
         Res2NetDla(**arguments)
+
+
+@pytest.mark.parametrize('mode', [True, False])
+def test_dla_reset_classifier_keeps_training_mode(mode: bool) -> None:
+    model = Res2NetDla(**SMALL).train(mode)
+    model.reset_classifier(5)
+    assert {module.training for module in model.modules()} == {mode}
+
+
+def test_dla_shortcut_root_adds_the_first_input() -> None:
+    root = DlaRoot(8, 4, True, nn.ReLU, nn.BatchNorm2d)
+    nn.init.zeros_(root.conv.weight)
+    first, second = torch.rand(2, 1, 4, 5, 5)
+    torch.testing.assert_close(root.eval()([first, second]), first, rtol=0, atol=0)
+
+
+def test_dla_dead_projections_in_a_state_dict_are_dropped(tmp_path: Any, build: Any) -> None:
+    model = build('dla60_res2net', full=True)
+    state = authors_file(str(tmp_path / 'authors.safetensors'), model)
+    overlay = dict(state_dict=state)
+    loaded = timm.create_model('dla60_res2net', pretrained=True, pretrained_cfg_overlay=overlay)
+    torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)

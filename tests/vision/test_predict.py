@@ -17,7 +17,7 @@ from timm_res2net import CheckpointError
 from timm_res2net.models.variants import WEIGHTS
 from timm_res2net.recipes.digits import split
 from timm_res2net.vision.figures import plot_pyramid
-from timm_res2net.vision.images import bundled_digits, find_images, read_image
+from timm_res2net.vision.images import bundled_digits, find_images, preprocess, read_image
 from timm_res2net.vision.predict import UnknownModelError, class_names, feature_pyramid, predict, pretrained_model
 
 
@@ -246,3 +246,20 @@ def test_plot_pyramid_unwritable_path_raises_and_leaves_no_file(name: str, tmp_p
     with pytest.raises((ValueError, OSError), match='pyramid'):
         plot_pyramid(torch.zeros(3, 4, 4), [torch.zeros(2, 2, 2)], [2], str(tmp_path / name))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_read_image_16_bit_greys_keep_their_upper_byte(tmp_path: Path) -> None:
+    greys = np.array([[0, 256, 257, 513], [32767, 32896, 65278, 65535]], np.uint16)
+    Image.fromarray(greys).save(tmp_path / 'a.png')
+    assert np.asarray(read_image(tmp_path / 'a.png'))[..., 0].tolist() == [[0, 0, 1, 1], [127, 128, 254, 255]]
+
+
+def test_preprocess_returns_the_image_as_it_looks(digits_model: Any) -> None:
+    image = bundled_digits()[20][0].resize((32, 32))
+    _, visible = preprocess(digits_model, image)
+    torch.testing.assert_close(visible, torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255, rtol=0, atol=1e-6)
+
+
+def test_predict_topk_beyond_the_classes_returns_all(digits_model: Any) -> None:
+    (found,) = predict(digits_model, [bundled_digits()[0][0]], read=lambda image: image, topk=99)
+    assert len(found) == 10

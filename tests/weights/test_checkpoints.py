@@ -1,5 +1,6 @@
 """Checkpoints of other frameworks give the same outputs as there, or are refused."""
 
+import argparse
 import json
 import pickle
 import re
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from support import slow_but, tiny
 from torch import Tensor, nn
+from torchvision.ops import FrozenBatchNorm2d
 
 from timm_res2net import CheckpointError, export_checkpoint, load_checkpoint
 from timm_res2net.weights.checkpoints import read_checkpoint
@@ -546,3 +548,22 @@ def test_export_checkpoint_unsupported_model_raises_and_writes_nothing(
 def test_export_checkpoint_official_equals_state_dict(tmp_path: Path) -> None:
     export_checkpoint(tiny(), tmp_path / 'out.pth', 'official')
     torch.testing.assert_close(torch.load(tmp_path / 'out.pth'), tiny().state_dict(), rtol=0, atol=0)
+
+
+def test_train_script_model_kwargs_override_the_row_of_the_model(tmp_path: Path) -> None:
+    args = argparse.Namespace(model_kwargs={'first_block': 'mmdet'})
+    recorded = {'arch': 'res2net50_vd_26w_4s', 'state_dict': tiny('mmdet').state_dict(), 'args': args}
+    assert read_checkpoint(save_checkpoint(recorded, tmp_path)).first_block == 'mmdet'
+
+
+def test_load_checkpoint_ignores_batch_counters_that_the_model_lacks(tmp_path: Path) -> None:
+    model = tiny(norm_layer=FrozenBatchNorm2d)
+    assert not any(name.endswith('num_batches_tracked') for name in model.state_dict())
+    load_checkpoint(model, save_checkpoint(tiny().state_dict(), tmp_path))
+    torch.testing.assert_close(model.get_buffer('bn1.running_mean'), tiny().get_buffer('bn1.running_mean'))
+
+
+def test_load_checkpoint_twice_read_checkpoint_with_options_raises_type_error(tmp_path: Path) -> None:
+    checkpoint = read_checkpoint(save_checkpoint(tiny().state_dict(), tmp_path))
+    with pytest.raises(TypeError, match='was read already: give first_block to read_checkpoint'):
+        load_checkpoint(tiny(), checkpoint, first_block='nonsense')
