@@ -22,7 +22,7 @@ from .hub.catalogue import catalogue
 from .hub.client import problems_on_hub
 from .hub.pull import download_model
 from .hub.push import push
-from .models.block import FIRST_BLOCKS
+from .models.block import FIRST_BLOCKS, STYLES, Function
 from .models.classifier import registered_cfg
 from .models.variants import ARCHS, WEIGHTS
 from .recipes.arguments import positive
@@ -247,6 +247,7 @@ def add_convert(commands: Commands) -> None:
     command.add_argument(
         '--first-block', choices=FIRST_BLOCKS, help='what its first blocks compute (default: found out)'
     )
+    command.add_argument('--style', choices=STYLES, help='where its strides are (default: found out)')
     command.add_argument('--prefix', help='what precedes the names, in a file with several networks')
     command.add_argument('--to', choices=EXPORTS, help='write a file for this code instead of a folder for timm')
     command.add_argument('--dry-run', action='store_true', help='write nothing')
@@ -256,7 +257,9 @@ def add_convert(commands: Commands) -> None:
 
 def run_convert(args: argparse.Namespace) -> int:
     """Converts a file of weights to a folder for timm, or to a file for other code."""
-    options = dict(model=args.model, dialect=args.dialect, first_block=args.first_block, prefix=args.prefix)
+    options = dict(
+        model=args.model, dialect=args.dialect, first_block=args.first_block, style=args.style, prefix=args.prefix
+    )
     done = convert(args.file, args.out, dry_run=args.dry_run or args.to is not None, **options)
     show_conversion(done)
     if args.dry_run:
@@ -291,7 +294,10 @@ def show_conversion(done: Conversion) -> None:
     sure = 'certain' if checkpoint.certain else 'not certain, but usual for such a file; --first-block overrides it'
     print(f'{checkpoint.file}\n  sha256 {record["converted_from"]["sha256"]}\n')
     print(f'dialect      {translation.dialect}{under}: {DIALECTS[translation.dialect].whose}')
-    print(f'first block  {checkpoint.first_block}: {sure}')
+    function = checkpoint.function or Function()
+    print(f'first block  {function.first_block}: {sure}')
+    if function.style != Function.style:
+        print(f'style        {function.style}')
     print(f'model        {format_create_model(done.name, done.args)}: certain, all tensors fit')
     print(f'dropped      {summarize_names(translation.dropped)}')
     print(f'filled in    {summarize_names(translation.filled)}')
@@ -306,7 +312,8 @@ class ListDialects(argparse.Action):
     def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
         print('dialect           first block      export  whose')
         for name, dialect in DIALECTS.items():
-            blocks = ' or '.join(filter(None, (dialect.first_block, dialect.in_detector))) or 'not known'
+            known = [each for each in (dialect.function, dialect.in_detector) if each is not None]
+            blocks = ' or '.join(each.first_block for each in known) or 'not known'
             print(f'{name:16}  {blocks:17}  {"yes" if name in EXPORTS else "":4}  {dialect.whose}')
         parser.exit()
 

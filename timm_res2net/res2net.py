@@ -25,6 +25,7 @@ from timm.models import (
 from timm.models import _registry as timm_registry
 from torch import nn
 
+from .models.block import Function
 from .models.recompute import FeatureDict, FeatureList
 from .models.variants import ARCHS, WEIGHTS, Arch, default_cfg
 from .weights.checkpoints import Checkpoint, adapt_state_dict, read_checkpoint, require_same_function
@@ -106,12 +107,16 @@ def require_function_of_weights(arch: Arch, cfg: PretrainedCfg, kwargs: dict[str
     if overlay.keys() & {'url', 'file', 'hf_hub_id', 'state_dict'}:
         return  # other weights than the published ones; their own check follows when they are read
     saved = kwargs.get('pretrained_model_args') or {}
-    of_weights, wanted = ({**arch.args, **args}.get('first_block', 'official') for args in (saved, kwargs))
-    if of_weights != wanted:
+    names = vars(Function())
+    of_weights, wanted = (
+        Function(**{key: value for key, value in {**arch.args, **args}.items() if key in names})
+        for args in (saved, kwargs)
+    )
+    if fields := of_weights.differing_fields(wanted):
         raise ValueError(
-            f'weights {cfg.tag or ""} of {cfg.architecture} are of a network with first_block={of_weights!r} and would '
-            f'compute something else with {wanted!r}. Leave first_block out. To start from them all the same, make the '
-            'model without pretrained=True and give it the state_dict() of one that has them'
+            f'weights {cfg.tag or ""} of {cfg.architecture} are of a network with {of_weights.as_keywords(fields)} and '
+            f'would compute something else with {wanted.as_keywords(fields)}. Leave that out. To start from them all '
+            'the same, make the model without pretrained=True and give it the state_dict() of one that has them'
         )
 
 
@@ -136,7 +141,7 @@ def loaded_trunk(trunk: type[nn.Module], cfg: PretrainedCfg, checkpoint: Checkpo
     model: Any = trunk(**kwargs)
     names = checkpoint.translation
     if checkpoint.certain or names.dialect != 'official' or names.prefix:  # timm's names alone don't imply a function
-        require_same_function(model, checkpoint.first_block, checkpoint.file)
+        require_same_function(model, checkpoint.function, checkpoint.file)
     source = {**cfg.to_dict(), 'state_dict': dict(checkpoint.state), 'custom_load': False}
     load_pretrained(model, source, num_classes=model.num_classes, in_chans=model.in_chans)
     return model

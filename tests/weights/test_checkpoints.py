@@ -5,6 +5,7 @@ import json
 import pickle
 import re
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +20,11 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from timm_res2net import CheckpointError, export_checkpoint, load_checkpoint
-from timm_res2net.weights.checkpoints import read_checkpoint
+from timm_res2net.models.block import functions
+from timm_res2net.weights.checkpoints import load_model, read_checkpoint
 from timm_res2net.weights.convert import convert
 from timm_res2net.weights.files import sha256
+from timm_res2net.weights.folder import write_folder
 from timm_res2net.weights.readers import read
 
 References = Callable[[str], Path]
@@ -90,7 +93,7 @@ def test_load_checkpoint_of_another_function_is_refused_and_forced_load_is_wrong
 ) -> None:
     path = reference_file(references, file)
     model = timm.create_model(name, base_width=2, num_classes=read_checkpoint(path).num_classes).eval()
-    function = read_checkpoint(path).first_block
+    function = read_checkpoint(path).function.first_block
     with pytest.raises(CheckpointError, match=f"first_block='{function}'.*It fits timm.create_model"):
         load_checkpoint(model, path)
     load_checkpoint(model, path, first_block='official')
@@ -134,15 +137,16 @@ def detectron_features(weights: dict[str, np.ndarray], x: Tensor) -> list[Tensor
         for i in range(sum(name.startswith(f'res{stage}.') and name.endswith('.conv1.weight') for name in tensors)):
             block = f'res{stage}.{i}'
             stride = 2 if stage > 2 and i == 0 else 1
-            y = F.relu(norm(F.conv2d(x, tensors[f'{block}.conv1.weight']), f'{block}.conv1.norm'))
+            y = F.conv2d(x, tensors[f'{block}.conv1.weight'], stride=stride)  # STRIDE_IN_1X1 is their default
+            y = F.relu(norm(y, f'{block}.conv1.norm'))
             width = len(tensors[f'{block}.convs.0.weight'])
             *splits, last = y.split(width, 1)
             outs: list[Tensor] = []
             for k, split in enumerate(splits):
                 split = split + outs[-1] if i > 0 and k > 0 else split
-                split = F.conv2d(split, tensors[f'{block}.convs.{k}.weight'], stride=stride, padding=1)
+                split = F.conv2d(split, tensors[f'{block}.convs.{k}.weight'], padding=1)
                 outs.append(F.relu(norm(split, f'{block}.bns.{k}')))
-            outs.append(F.avg_pool2d(last, 3, 2, 1) if stride == 2 else last)
+            outs.append(last)  # they pool beside strided 3x3 convolutions only
             y = norm(F.conv2d(torch.cat(outs, 1), tensors[f'{block}.conv3.weight']), f'{block}.conv3.norm')
             if i == 0:
                 x = F.avg_pool2d(x, stride, stride, ceil_mode=True, count_include_pad=False)
@@ -158,7 +162,7 @@ def test_load_checkpoint_detectron2_detector_computes_its_equations(size: int, t
     detector = {f'backbone.bottom_up.{name}': array for name, array in weights.items()}
     detector['proposal_generator.weight'] = np.ones(3, 'float32')
     (tmp_path / 'detector.pkl').write_bytes(pickle.dumps({'model': detector, '__author__': 'somebody'}))
-    model = tiny('mmdet', num_classes=0)
+    model = tiny('mmdet', style='caffe', num_classes=0)
     nn.init.zeros_(model.conv1[0].weight)
     checkpoint = load_checkpoint(model, tmp_path / 'detector.pkl')
     assert checkpoint.translation.dropped == ('model.proposal_generator.weight',)
@@ -171,7 +175,7 @@ def test_read_checkpoint_detectron2_backbone_is_official_but_uncertain(tmp_path:
     weights = detectron_names(tiny(num_classes=0).state_dict())
     (tmp_path / 'r2.pkl').write_bytes(pickle.dumps(weights))
     checkpoint = read_checkpoint(tmp_path / 'r2.pkl')
-    assert (checkpoint.translation.dialect, checkpoint.first_block) == ('detectron2', 'official')
+    assert (checkpoint.translation.dialect, checkpoint.function.first_block) == ('detectron2', 'official')
     assert not checkpoint.certain
 
 
@@ -280,11 +284,11 @@ def test_read_checkpoint_takes_first_block_from_record_of_timm_train_script(tmp_
     args = Namespace(model_kwargs={'first_block': 'mmdet'})
     recorded = {'epoch': 1, 'arch': 'test_res2net', 'state_dict': state, 'args': args}
     file = save_checkpoint(recorded, tmp_path)
-    assert (read_checkpoint(file).first_block, read_checkpoint(file).certain) == ('mmdet', True)
+    assert (read_checkpoint(file).function.first_block, read_checkpoint(file).certain) == ('mmdet', True)
     file = save_checkpoint({**recorded, 'arch': 'res2net50_vd_26w_4s', 'args': Namespace()}, tmp_path)
-    assert read_checkpoint(file).first_block == 'paddle'
+    assert read_checkpoint(file).function.first_block == 'paddle'
     file = save_checkpoint({**recorded, 'arch': 'resnet50'}, tmp_path)
-    assert (read_checkpoint(file).first_block, read_checkpoint(file).certain) == ('official', False)
+    assert (read_checkpoint(file).function.first_block, read_checkpoint(file).certain) == ('official', False)
 
 
 def test_read_checkpoint_bare_mmdet_backbone_defaults_to_official(references: References, tmp_path: Path) -> None:
@@ -293,8 +297,8 @@ def test_read_checkpoint_bare_mmdet_backbone_defaults_to_official(references: Re
     file = save_checkpoint(
         {name[len(prefix) :]: tensor for name, tensor in tree.items() if name.startswith(prefix)}, tmp_path
     )
-    assert read_checkpoint(file).first_block == 'official'
-    assert read_checkpoint(file, first_block='mmdet').first_block == 'mmdet'
+    assert read_checkpoint(file).function.first_block == 'official'
+    assert read_checkpoint(file, first_block='mmdet').function.first_block == 'mmdet'
 
 
 # Ports in the order of equation (1)
@@ -456,7 +460,7 @@ def test_convert_writes_folder_that_timm_loads(references: References, tmp_path:
     assert sorted(path.name for path in done.folder.iterdir()) == ['config.json', 'model.safetensors']
     assert [path.name for path in done.folder.parent.iterdir()] == ['folder']
     again = read_checkpoint(done.folder / 'model.safetensors')
-    assert (again.first_block, again.certain) == ('mmdet', True)
+    assert (again.function.first_block, again.certain) == ('mmdet', True)
     with pytest.raises(ValueError, match="are of a network with first_block='mmdet'"):
         timm.create_model(f'local-dir:{done.folder}', pretrained=True, first_block='official')
 
@@ -528,10 +532,17 @@ def test_export_checkpoint_has_names_and_values_of_original_file(
 @pytest.mark.parametrize(
     ('name', 'args', 'dialect', 'message'),
     [
-        ('res2net50d', {}, 'paddleclas', "computes first_block='paddle' and the model 'official'"),
-        ('res2net50_vd_26w_4s', {}, 'mmpretrain', "computes first_block='official' and the model 'paddle'"),
+        ('res2net50d', {}, 'paddleclas', "computes first_block='paddle' and the model first_block='official'"),
+        ('res2net50_vd_26w_4s', {}, 'mmpretrain', "computes first_block='official' and the model first_block='paddle'"),
         ('res2net50_vd_26w_4s', dict(avg_down=False), 'paddleclas', 'has no place for layer1.0.downsample.0.weight'),
         ('res2next50', {}, 'mmpretrain', 'no Res2NeXt'),
+        ('test_res2net', dict(act_layer='silu'), 'official', 'the activation of layer1.0 is SiLU'),
+        ('test_res2net', dict(output_stride=16), 'official', r'layer4\.\d\.convs\.0 is dilated'),
+        ('test_res2net', dict(global_pool='max'), 'official', "its global_pool is 'max'"),
+        ('test_res2net', dict(stem_ceil_mode=True), 'official', 'maxpool rounds sizes up'),
+        ('test_res2net', dict(style='caffe'), 'official', "computes style='pytorch' and the model style='caffe'"),
+        ('test_res2net', dict(deformable=(None, None, None, 'v2')), 'official', 'layer4.0.convs.0 is deformable'),
+        ('test_res2net', dict(norm_layer=partial(nn.BatchNorm2d, eps=1e-3)), 'official', 'eps of conv1.1 is 0.001'),
         ('seres2net50_26w_4s', {}, 'official', 'without attention'),
         ('dla60_res2net', {}, 'official', 'ResNet-hosted'),
         ('res2net50d', {}, 'mmdet', 'choose from official, mmpretrain, paddleclas'),
@@ -553,7 +564,7 @@ def test_export_checkpoint_official_equals_state_dict(tmp_path: Path) -> None:
 def test_train_script_model_kwargs_override_the_row_of_the_model(tmp_path: Path) -> None:
     args = argparse.Namespace(model_kwargs={'first_block': 'mmdet'})
     recorded = {'arch': 'res2net50_vd_26w_4s', 'state_dict': tiny('mmdet').state_dict(), 'args': args}
-    assert read_checkpoint(save_checkpoint(recorded, tmp_path)).first_block == 'mmdet'
+    assert read_checkpoint(save_checkpoint(recorded, tmp_path)).function.first_block == 'mmdet'
 
 
 def test_load_checkpoint_ignores_batch_counters_that_the_model_lacks(tmp_path: Path) -> None:
@@ -567,3 +578,36 @@ def test_load_checkpoint_twice_read_checkpoint_with_options_raises_type_error(tm
     checkpoint = read_checkpoint(save_checkpoint(tiny().state_dict(), tmp_path))
     with pytest.raises(TypeError, match='was read already: give first_block to read_checkpoint'):
         load_checkpoint(tiny(), checkpoint, first_block='nonsense')
+
+
+@pytest.mark.parametrize(
+    'arguments',
+    [
+        dict(style='caffe'),
+        dict(first_block='mmdet', style='caffe', deformable=(None, None, 'v1', 'v2')),
+        dict(first_block='paddle', deformable=('v2',) * 4),
+    ],
+    ids=str,
+)
+def test_load_model_saved_weights_give_function_and_outputs_back(
+    arguments: dict[str, Any], tmp_path: Path, images: Tensor
+) -> None:
+    model = tiny(**arguments)
+    for name, parameter in model.named_parameters():
+        if 'conv_offset' in name:
+            nn.init.normal_(parameter, std=0.3)
+    (function,) = functions(model)
+    config: dict[str, Any] = {'timm_res2net': {}}
+    write_folder(tmp_path / 'net', model.state_dict(), config, function)
+    loaded = load_model(tmp_path / 'net' / 'model.safetensors').eval()
+    assert functions(loaded) == {function}
+    torch.testing.assert_close(loaded(images), model(images), rtol=0, atol=0)
+
+
+def test_load_checkpoint_deformable_tensors_for_a_plain_model_are_refused(tmp_path: Path) -> None:
+    file = save_checkpoint(tiny(deformable=(None, None, None, 'v2')).state_dict(), tmp_path)
+    with pytest.raises(
+        CheckpointError, match=r'unknown to the model \(first: layer4\.0\.convs\.0\.conv_offset'
+    ) as error:
+        load_checkpoint(tiny(), file)
+    assert "deformable=(None, None, None, 'v2')" in str(error.value)

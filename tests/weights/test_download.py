@@ -277,7 +277,7 @@ def test_create_model_pretrained_full_size_download_is_adapted_as_timm_does(
 
 def test_create_model_pretrained_with_another_first_block_raises_value_error(server: Server, tmp_path: Path) -> None:
     for name, function in (('res2net50_vd_26w_4s', 'official'), ('res2net50d', 'mmdet')):
-        with pytest.raises(ValueError, match=f"would compute something else with '{function}'"):
+        with pytest.raises(ValueError, match=f"would compute something else with first_block='{function}'"):
             timm.create_model(name, pretrained=True, first_block=function)
     with pytest.raises(ValueError, match='would compute something else'):
         timm.create_model('res2net50d', pretrained=True, block_args=dict(first_block='paddle'))

@@ -8,7 +8,7 @@ scales at once. Paper: `Res2Net: A New Multi-scale Backbone Architecture` - http
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, NamedTuple
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from .fold import fold_norm, fold_norms, merge_convs, require_eval_mode
 from .pool import DilatedAvgPool2d
 
-__all__ = ['FIRST_BLOCKS', 'Bottle2neck', 'Layer', 'first_blocks', 'norm_factory']
+__all__ = ['FIRST_BLOCKS', 'STYLES', 'Bottle2neck', 'Function', 'Layer', 'functions', 'norm_factory']
 
 Layer = Callable[..., nn.Module]
 
@@ -58,6 +58,23 @@ FIRST_BLOCKS = {
 }
 # fmt: on
 LATER_BLOCK = Splits(cascade=True, last='kept')
+STYLES = 'pytorch', 'caffe'  # where a block's stride is: in the 3x3 convolutions, or in the first 1x1 convolution
+
+
+@dataclass(frozen=True)
+class Function:
+    """What blocks compute beyond the names and shapes of their tensors. Fields are keywords of `create_model`."""
+
+    first_block: str = 'official'  # a key of FIRST_BLOCKS
+    style: str = 'pytorch'  # one of STYLES
+
+    def differing_fields(self, other: 'Function') -> list[str]:
+        """Names of the fields in which two functions differ."""
+        return [name for name, value in vars(self).items() if value != getattr(other, name)]
+
+    def as_keywords(self, names: Iterable[str]) -> str:
+        """Some fields, as in a call."""
+        return ', '.join(f'{name}={getattr(self, name)!r}' for name in names)
 
 
 class Bottle2neck(nn.Module):
@@ -148,7 +165,7 @@ class Bottle2neck(nn.Module):
         )
 
         self.scale = scale
-        self.first_block = first_block
+        self.function = Function(first_block, style)
         self.cascade = splits.cascade
         self.conv1 = conv1x1(inplanes, width * scale, stride=stride_1x1)
         self.bn1 = norm_layer(width * scale, **dd)
@@ -242,8 +259,8 @@ def require_supported(
     """Raises a ValueError that names the argument of a block that is not supported."""
     if first_block not in FIRST_BLOCKS:
         raise ValueError(f'first_block={first_block!r} is not known; choose from {", ".join(FIRST_BLOCKS)}')
-    if style not in ('pytorch', 'caffe'):
-        raise ValueError(f"style={style!r} is not known; choose 'pytorch' or 'caffe'")
+    if style not in STYLES:
+        raise ValueError(f'style={style!r} is not known; choose from {", ".join(STYLES)}')
     if scale < 1 or cardinality < 1:
         raise ValueError(f'scale={scale} and cardinality={cardinality} must be at least 1')
     if reduce_first != 1:
@@ -278,6 +295,6 @@ def norm_factory(norm_layer: str | Layer) -> Layer:
     return on_device
 
 
-def first_blocks(model: nn.Module) -> set[str]:
-    """Keys of `FIRST_BLOCKS` that a model's blocks have; empty without splits, where all compute the same."""
-    return {block.first_block for block in model.modules() if isinstance(block, Bottle2neck) and block.scale > 1}
+def functions(model: nn.Module) -> set[Function]:
+    """What a model's blocks compute; empty without splits, where it makes no difference."""
+    return {block.function for block in model.modules() if isinstance(block, Bottle2neck) and block.scale > 1}

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import timm
@@ -10,14 +10,15 @@ import torch
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
-from ..models.block import FIRST_BLOCKS, Bottle2neck, first_blocks
+from ..models.block import FIRST_BLOCKS, STYLES, Bottle2neck, Function, functions
 from ..models.classifier import model_name
+from ..models.deformable import VERSIONS
 from ..models.resnet import Res2Net
 from ..models.variants import ARCHS
 from .dialects import DIALECTS, Translation, find_network, is_dead, translate
 from .errors import CheckpointError
 from .files import PathLike
-from .readers import read
+from .readers import Contents, read
 
 __all__ = [
     'Checkpoint',
@@ -36,18 +37,18 @@ DEFAULTS: dict[str, Any] = {
     key: SIGNATURE[key].default
     for key in (
         *('layers', 'base_width', 'scale', 'cardinality', 'stem_type', 'stem_width', 'avg_down', 'attn_layer'),
-        *('channels', 'first_block'),
+        *('channels', 'first_block', 'style', 'deformable'),
     )
 }
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A network's weights read from a file, under timm's names, and what its first blocks compute."""
+    """A network's weights read from a file, under timm's names, and what the network computes."""
 
     file: str
     translation: Translation
-    first_block: str | None  # None if that is not known
+    function: Function | None  # None if that is not known
     certain: bool  # the file says so, or its names and shapes imply it; if False it is only the usual one
 
     @property
@@ -66,6 +67,7 @@ def read_checkpoint(
     *,
     dialect: str | None = None,
     first_block: str | None = None,
+    style: str | None = None,
     prefix: str | None = None,
 ) -> Checkpoint:
     """Reads a Res2Net's weights from a file of any known code base.
@@ -75,32 +77,39 @@ def read_checkpoint(
         dialect: Whose tensor names the file has, a key of `DIALECTS`. Detected if None.
         first_block: What its network's first blocks compute, a key of `FIRST_BLOCKS`. If None, the file says so (those
             of this package and timm's training checkpoints do), or its dialect decides.
+        style: Where the stride of its network's stages is, one of `STYLES`. Found as `first_block` is if None.
         prefix: Before the network's names, for a file with several networks. Detected if None.
 
     Raises:
         CheckpointError: If the file can't be read, or holds no Res2Net.
-        ValueError: For a `dialect` or `first_block` that is not known.
+        ValueError: For a `dialect`, `first_block` or `style` that is not known.
     """
-    if first_block is not None and first_block not in FIRST_BLOCKS:
+    if first_block not in (None, *FIRST_BLOCKS):
         raise ValueError(f'first_block={first_block!r} is not known; choose from {", ".join(FIRST_BLOCKS)}')
+    if style not in (None, *STYLES):
+        raise ValueError(f'style={style!r} is not known; choose from {", ".join(STYLES)}')
     contents = read(file)
     try:
         translation = translate(contents.nested, dialect, prefix)
     except CheckpointError as error:
         raise CheckpointError(f'{file} can not be used: {error}') from error
-    stated = first_block or contents.metadata.get('first_block') or recorded_first_block(contents.nested)
-    certain = stated is not None or translation.certain
-    return Checkpoint(str(file), translation, stated or translation.first_block, certain)
+    given = {'first_block': first_block, 'style': style}
+    stated = recorded_function(contents) | {key: value for key, value in given.items() if value is not None}
+    function = translation.function
+    if stated:
+        function = replace(function or Function(), **stated)
+    return Checkpoint(str(file), translation, function, 'first_block' in stated or translation.certain)
 
 
-def recorded_first_block(nested: Mapping[str, Any]) -> str | None:
-    """What timm's train script recorded of the first blocks, if it wrote this file and trained a model of ours."""
-    arch = ARCHS.get(str(nested.get('arch')).partition('.')[0])
-    if arch is None:
-        return None
-    given = getattr(nested.get('args'), 'model_kwargs', None)
+def recorded_function(contents: Contents) -> dict[str, str]:
+    """Fields of `Function` that a file states, in its metadata or in the arguments of timm's train script."""
+    fields = {name: contents.metadata[name] for name in vars(Function()) if name in contents.metadata}
+    arch = ARCHS.get(str(contents.nested.get('arch')).partition('.')[0])
+    if fields or arch is None:
+        return fields
+    given = getattr(contents.nested.get('args'), 'model_kwargs', None)
     arguments = {**arch.args, **given} if isinstance(given, dict) else arch.args
-    return arguments.get('first_block', 'official')
+    return {name: arguments.get(name, default) for name, default in vars(Function()).items()}
 
 
 def load_checkpoint(
@@ -109,6 +118,7 @@ def load_checkpoint(
     *,
     dialect: str | None = None,
     first_block: str | None = None,
+    style: str | None = None,
     prefix: str | None = None,
 ) -> Checkpoint:
     """Loads a file of weights into a model that computes what the weights were trained for.
@@ -121,6 +131,7 @@ def load_checkpoint(
         file: A file, or the checkpoint that `read_checkpoint` returned.
         dialect: See `read_checkpoint`. None for a checkpoint.
         first_block: See `read_checkpoint`. None for a checkpoint.
+        style: See `read_checkpoint`. None for a checkpoint.
         prefix: See `read_checkpoint`. None for a checkpoint.
 
     Returns:
@@ -135,9 +146,9 @@ def load_checkpoint(
         raise TypeError(
             f'a {type(model).__name__} has no Res2Net block to load weights into; if it was made of a model, load that'
         )
-    checkpoint = read_once(file, dialect=dialect, first_block=first_block, prefix=prefix)
+    checkpoint = read_once(file, dialect=dialect, first_block=first_block, style=style, prefix=prefix)
     try:
-        require_same_function(model, checkpoint.first_block, checkpoint.file)
+        require_same_function(model, checkpoint.function, checkpoint.file)
     except CheckpointError as error:
         raise CheckpointError(f'{error}. {suggest_model(checkpoint)}') from None
     wanted = model.state_dict()
@@ -169,6 +180,7 @@ def load_model(
     *,
     dialect: str | None = None,
     first_block: str | None = None,
+    style: str | None = None,
     prefix: str | None = None,
     **kwargs: Any,
 ) -> nn.Module:
@@ -179,13 +191,14 @@ def load_model(
         name: Name of the model. If None, the model that the file fits.
         dialect: See `read_checkpoint`. None for a checkpoint.
         first_block: See `read_checkpoint`. None for a checkpoint.
+        style: See `read_checkpoint`. None for a checkpoint.
         prefix: See `read_checkpoint`. None for a checkpoint.
         **kwargs: For `timm.create_model`.
 
     Raises:
         CheckpointError: If the file can't be read, or doesn't fit the model.
     """
-    checkpoint = read_once(file, dialect=dialect, first_block=first_block, prefix=prefix)
+    checkpoint = read_once(file, dialect=dialect, first_block=first_block, style=style, prefix=prefix)
     if name is None:
         name, found = find_architecture(checkpoint)
         kwargs = {**found, **kwargs}
@@ -204,26 +217,29 @@ def adapt_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> dict[st
     if dialect == 'official' and not prefix:  # timm's names, but for the modules that the authors' DLA never runs
         return {key: tensor for key, tensor in state_dict.items() if not is_dead(key, state_dict, DIALECTS[dialect])}
     translation = translate(state_dict)
-    require_same_function(model, translation.first_block, 'the file')
+    require_same_function(model, translation.function, 'the file')
     return translation.state
 
 
-def require_same_function(model: nn.Module, first_block: str | None, file: str) -> None:
+def require_same_function(model: nn.Module, function: Function | None, file: str) -> None:
     """Raises a CheckpointError if a model computes something else than the network that a file's weights are of."""
-    computed = first_blocks(model)
-    if first_block is None and computed:
+    computed = functions(model)
+    if not computed or function in computed:
+        return
+    ours = computed.pop()
+    if function is None:
         raise CheckpointError(
             f'{file} has the names of ports that follow equation (1) of the paper. The known ones compute something '
             'that no model here does: 4uiiurz1 strides the first convolution, dl19940602 takes the maximum where '
-            f'others average. If yours computes what the model does, load it with first_block={computed.pop()!r}'
+            f'others average. If yours computes what the model does, load it with {ours.as_keywords(["first_block"])}'
         )
-    if computed and first_block not in computed:
-        ours = computed.pop()
-        raise CheckpointError(
-            f'{file} is of a network with first_block={first_block!r}, the model has first_block={ours!r}: the weights '
-            f'would load and compute something else. Make the model with first_block={first_block!r}, or, if you know '
-            f'the file to be of such a network as the model is, load it with first_block={ours!r}'
-        )
+    fields = ours.differing_fields(function)
+    theirs = function.as_keywords(fields)
+    raise CheckpointError(
+        f'{file} is of a network with {theirs}, the model has {ours.as_keywords(fields)}: the weights would load and '
+        f'compute something else. Make the model with {theirs}, or, if you know the file to be of such a network as '
+        f'the model is, load it with {ours.as_keywords(fields)}'
+    )
 
 
 def describe_mismatch(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
@@ -271,7 +287,7 @@ def find_architecture(checkpoint: Checkpoint, name: str | None = None) -> tuple[
     Raises:
         CheckpointError: If there is none.
     """
-    state, first_block = checkpoint.state, checkpoint.first_block or 'official'
+    state, function = checkpoint.state, checkpoint.function or Function()
     on_resnet = {'layer1.0.conv1.weight', 'layer4.0.conv1.weight'} <= state.keys()
     only = '' if name is None else f', or not those of {name}'
     refusal = CheckpointError(f'its tensors are those of no model of this package{only}')
@@ -279,7 +295,7 @@ def find_architecture(checkpoint: Checkpoint, name: str | None = None) -> tuple[
         found = resnet_arguments(state) if on_resnet else {}
     except LookupError:  # some are missing
         raise refusal from None
-    found.update({} if first_block == 'official' else {'first_block': first_block})
+    found.update({name: getattr(function, name) for name in function.differing_fields(Function())})
     candidates = []
     for each, arch in ARCHS.items():
         if name not in (None, each) or (arch.trunk is Res2Net) != on_resnet:
@@ -295,8 +311,8 @@ def find_architecture(checkpoint: Checkpoint, name: str | None = None) -> tuple[
     for each, args in candidates:
         model = timm.create_model(each, device='meta', num_classes=checkpoint.num_classes, **args)
         if not describe_mismatch(model.state_dict(), state):
-            same = not first_blocks(model) or first_block in first_blocks(model)
-            return each, args if same else {**args, 'first_block': first_block}
+            same = not functions(model) or function in functions(model)
+            return each, args if same else {**args, 'first_block': function.first_block}
     raise refusal
 
 
@@ -323,6 +339,10 @@ def resnet_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
         found['avg_down'] = True
     if planes != DEFAULTS['channels']:
         found['channels'] = planes
+    offsets = [state.get(f'layer{stage + 1}.0.convs.0.conv_offset.weight') for stage in range(len(layers))]
+    versions = {channels: version for version, channels in VERSIONS.items()}
+    if any(offset is not None for offset in offsets):
+        found['deformable'] = tuple(None if offset is None else versions[len(offset)] for offset in offsets)
     if f'{block}.se.fc1.weight' in state:
         found['attn_layer'] = 'se'
     elif f'{block}.se.conv.weight' in state:

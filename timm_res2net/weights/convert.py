@@ -10,8 +10,9 @@ import timm
 import torch
 from torch import nn
 
-from ..models.block import first_blocks
+from ..models.block import Bottle2neck, functions
 from ..models.classifier import as_classifier, registered_cfg
+from ..models.deformable import DeformableConv2d
 from ..models.variants import ARCHS, WEIGHTS, default_cfg
 from .checkpoints import Checkpoint, find_architecture, read_checkpoint, require_same_function
 from .dialects import DIALECTS, export
@@ -40,6 +41,7 @@ def convert(
     model: str | None = None,
     dialect: str | None = None,
     first_block: str | None = None,
+    style: str | None = None,
     prefix: str | None = None,
     dry_run: bool = False,
 ) -> Conversion:
@@ -51,6 +53,7 @@ def convert(
         model: Name of the model. If None, the model that the file fits.
         dialect: See `read_checkpoint`.
         first_block: See `read_checkpoint`.
+        style: See `read_checkpoint`.
         prefix: See `read_checkpoint`.
         dry_run: Write nothing.
 
@@ -64,13 +67,13 @@ def convert(
     folder = Path(out) if out is not None else Path(Path(file).name.split('.')[0])
     if not dry_run:
         require_no_model(folder)
-    checkpoint = read_checkpoint(file, dialect=dialect, first_block=first_block, prefix=prefix)
+    checkpoint = read_checkpoint(file, dialect=dialect, first_block=first_block, style=style, prefix=prefix)
     try:
         name, args = find_architecture(checkpoint, model)
     except CheckpointError as error:
         raise CheckpointError(f'{file} can not be converted: {error}') from error
     network = as_classifier(timm.create_model(name, device='meta', num_classes=checkpoint.num_classes, **args))
-    require_same_function(network, checkpoint.first_block, checkpoint.file)
+    require_same_function(network, checkpoint.function, checkpoint.file)
     origin = dict(file=Path(file).name, sha256=sha256(file), dialect=checkpoint.translation.dialect)
     tags = [key for key in WEIGHTS if key.split('.')[0] == name and not args]
     published = [key for key in tags if Path(WEIGHTS[key].cfg.get('url', '')).name == origin['file']]
@@ -78,7 +81,7 @@ def convert(
     config = make_config(network, name, args, cfg, converted_from=origin)
     if not dry_run:
         state = {key: checkpoint.state[key].contiguous() for key in network.state_dict()}
-        write_folder(folder, state, config, checkpoint.first_block)
+        write_folder(folder, state, config, checkpoint.function)
     return Conversion(checkpoint, name, args, config, folder)
 
 
@@ -95,11 +98,9 @@ def export_checkpoint(model: nn.Module, file: PathLike, dialect: str) -> None:
         OSError: If the file can't be written.
     """
     exported = export({name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}, dialect)
-    theirs, ours = DIALECTS[dialect].first_block, first_blocks(model)
-    if ours and theirs not in ours:
+    if reasons := export_obstacles(model, dialect):
         raise ValueError(
-            f'{dialect} computes first_block={theirs!r} and the model {ours.pop()!r}: there, its weights would '
-            'load and compute something else'
+            f'the weights would load into {dialect} and compute something else there: {", ".join(reasons)}'
         )
     data = io.BytesIO()
     if dialect == 'paddleclas':
@@ -107,3 +108,28 @@ def export_checkpoint(model: nn.Module, file: PathLike, dialect: str) -> None:
     else:
         torch.save({'state_dict': exported} if dialect == 'mmpretrain' else exported, data)
     atomic_write(file, lambda path: Path(path).write_bytes(data.getbuffer()))
+
+
+def export_obstacles(model: nn.Module, dialect: str) -> list[str]:
+    """What a model computes differently from the networks of another code base that its weights would load into."""
+    reasons = []
+    theirs, ours = DIALECTS[dialect].function, functions(model)
+    if theirs is not None and ours and theirs not in ours:
+        function = ours.pop()
+        fields = theirs.differing_fields(function)
+        reasons.append(f'that computes {theirs.as_keywords(fields)} and the model {function.as_keywords(fields)}')
+    for name, module in model.named_modules():
+        if isinstance(module, Bottle2neck) and not isinstance(module.act1, nn.ReLU):
+            reasons.append(f'the activation of {name} is {type(module.act1).__name__}')
+        elif isinstance(module, nn.Conv2d) and module.dilation != (1, 1):
+            reasons.append(f'{name} is dilated')
+        elif isinstance(module, DeformableConv2d):
+            reasons.append(f'{name} is deformable')
+        elif isinstance(module, nn.BatchNorm2d) and module.eps != 1e-5:
+            reasons.append(f'eps of {name} is {module.eps:g}')
+        elif isinstance(module, nn.MaxPool2d) and module.ceil_mode:
+            reasons.append(f'{name} rounds sizes up')
+        if reasons:
+            break
+    pool = getattr(getattr(model, 'global_pool', None), 'pool_type', 'avg')
+    return reasons if pool in ('', 'avg') else [*reasons, f'its global_pool is {pool!r}']

@@ -1,7 +1,7 @@
 """Rename tables for other people's files: from their tensor names to timm's, and back.
 
 Files of different code bases can hold tensors of the same shapes for networks that compute different things. So each
-dialect says, beside the names, what the first blocks of its networks compute (a key of `FIRST_BLOCKS`).
+dialect says, beside the names, what its networks compute (a `Function`).
 """
 
 import re
@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..models.block import Function
 from .errors import CheckpointError
 
 __all__ = [
@@ -147,6 +148,9 @@ PORT_BLOCKS = (
 )
 
 
+OFFICIAL = Function()
+
+
 @dataclass(frozen=True)
 class Dialect:
     """How one code base names the tensors of its networks, and what these compute."""
@@ -157,9 +161,9 @@ class Dialect:
     rows: Rows = ()
     tensors: dict[str, str] = field(default_factory=dict)  # renames of the last part of a name
     shift: dict[str, int] = field(default_factory=dict)  # to add to their numbers to get ours
-    first_block: str | None = 'official'  # what the first block of a stage computes; None if no model here does
-    in_detector: str | None = None  # the same, for a network that is a part of a larger one
-    certain: bool = True  # no other code uses these names for another first block
+    function: Function | None = OFFICIAL  # what their networks compute; None if no model here does
+    in_detector: Function | None = None  # the same, for a network that is a part of a larger one
+    certain: bool = True  # no other code uses these names for another function
     dead: tuple[str, ...] = ()  # projections of trees that the network never runs, unless the tree is a leaf
     transposed: bool = False  # the classifier is (in, out)
     raw_split_first: bool = False  # equation (1) of the paper counts splits from the one that is not convolved
@@ -175,7 +179,7 @@ DIALECTS = {
         PADDLE_BLOCKS,
         tensors={'_mean': 'running_mean', '_variance': 'running_var'},
         shift={'s': 1, 'k': -1},
-        first_block='paddle',
+        function=Function('paddle'),
         transposed=True,
     ),
     'paddle-archive': Dialect(
@@ -185,7 +189,7 @@ DIALECTS = {
         ARCHIVE_BLOCKS,
         tensors=dict(weights='weight', scale='weight', offset='bias', mean='running_mean', variance='running_var'),
         shift={'s': -1, 'k': -1},
-        first_block='paddle',
+        function=Function('paddle'),
         transposed=True,
     ),
     'paddledetection': Dialect(
@@ -195,7 +199,7 @@ DIALECTS = {
         DETECTION_BLOCKS,
         tensors={'_mean': 'running_mean', '_variance': 'running_var'},
         shift={'s': -1},
-        first_block='paddle',
+        function=Function('paddle'),
     ),
     'mindcv': Dialect(
         'MindCV, .ckpt of MindSpore',
@@ -215,16 +219,16 @@ DIALECTS = {
         'mmdet, .pth: detectors have its own first block, backbones converted for it the authors',
         ('layer1.0.convs.0.weight',),
         (('stem.7.weight', MMDET_STEM),),
-        in_detector='mmdet',
+        in_detector=Function('mmdet'),
         certain=False,
     ),
     'detectron2': Dialect(
-        "the authors' fork of detectron2, .pkl: detectors have mmdet's first block, backbones the authors'",
+        "the authors' fork of detectron2, .pkl: detectors are mmdet's in caffe's style, backbones the authors'",
         ('res2.0.convs.0.weight',),
         (('stem.conv1.weight', ()), ('stem.conv1.0.weight', ())),
         DETECTRON_BLOCKS,
         shift={'s': -1},
-        in_detector='mmdet',
+        in_detector=Function('mmdet', 'caffe'),
         certain=False,
     ),
     'official': Dialect(
@@ -239,7 +243,7 @@ DIALECTS = {
         ('layer1.0.conv2.0.weight', 'layer1.0.convs.0.weight'),
         (('conv1.weight', ()), ('conv1.0.weight', ())),
         PORT_BLOCKS,
-        first_block=None,
+        function=None,
         raw_split_first=True,
     ),
 }
@@ -255,8 +259,8 @@ class Translation:
     state: dict[str, Tensor]
     dialect: str
     prefix: str  # before the network's names in the file
-    first_block: str | None  # what the first block of a stage computes; None if that is not known
-    certain: bool  # names and shapes imply `first_block`; if False it is only the usual one
+    function: Function | None  # what the network computes; None if that is not known
+    certain: bool  # names and shapes imply `function`; if False it is only the usual one
     dropped: tuple[str, ...]  # names in the file
     filled: tuple[str, ...]  # names in `state`
     cast: dict[str, int]  # how many tensors were cast to float32, by their data type
@@ -422,12 +426,12 @@ def translate(nested: Mapping[str, Any], dialect: str | None = None, prefix: str
     filled = [name for name in counters if name not in state]
     state.update({name: torch.tensor(0) for name in filled})
     part_of_more = set(prefix.split('.')[:-1]) - WRAPPERS
-    first_block, certain = names.first_block, names.certain
+    function, certain = names.function, names.certain
     if names.in_detector and part_of_more:
-        first_block = names.in_detector
+        function = names.in_detector
     if convolves_all_splits(state):
-        first_block, certain = 'group', True
-    return Translation(state, key, prefix, first_block, certain, tuple(dropped), tuple(filled), dict(cast))
+        function, certain = Function('group'), True
+    return Translation(state, key, prefix, function, certain, tuple(dropped), tuple(filled), dict(cast))
 
 
 def is_dead(name: str, names: Container[str], dialect: Dialect, prefix: str = '') -> bool:

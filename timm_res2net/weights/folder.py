@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ..models.block import Function
 from ..models.classifier import Classifier
 from ..version import __version__
 from .errors import first_line
@@ -58,14 +59,17 @@ def recorded_sha256(folder: Path) -> str | None:
     return None if recorded is None else str(recorded)
 
 
-def write_folder(folder: Path, state: dict[str, Tensor], config: dict[str, Any], first_block: str | None) -> None:
+def write_folder(folder: Path, state: dict[str, Tensor], config: dict[str, Any], function: Function | None) -> None:
     """Writes weights and configuration, both or neither, and records the checksum of the weights in `config`.
 
     Raises:
         OSError: If the folder can't be written.
         TypeError: If the configuration holds a value that JSON can't.
     """
-    metadata = {'format': 'pt', **({'first_block': first_block} if first_block else {})}
+    metadata = {'format': 'pt'}
+    if function is not None:
+        metadata['first_block'] = function.first_block
+        metadata.update({'style': function.style} if function.style != Function.style else {})
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix='.', dir=folder.parent, ignore_cleanup_errors=True) as temporary:
