@@ -101,6 +101,66 @@ def test_load_checkpoint_of_another_function_is_refused_and_forced_load_is_wrong
         assert_computes(model, path.with_suffix('.npz'), tolerance=0.01)
 
 
+# Detectors, strided in the 1x1 convolution or deformable: the file, its model, arguments, and options to read it.
+CAFFE: dict[str, Any] = dict(first_block='mmdet', style='caffe', base_width=2)
+DETECTORS: list[tuple[str, str, dict[str, Any], dict[str, str]]] = [
+    ('deformable/detectron2.pkl', 'res2net50d', CAFFE, {}),
+    ('deformable/centernet2.pth', 'res2net50d', CAFFE, {}),
+    ('deformable/centernet2_dcn.pth', 'res2net50d', dict(CAFFE, deformable=(None, None, 'v2', 'v2')), {}),
+    (
+        'deformable/mmdet_dcnv2.pth',
+        'res2net50d',
+        dict(first_block='mmdet', base_width=2, deformable=(None, 'v2', 'v2', 'v2')),
+        {},
+    ),
+    (
+        'deformable/universenet_dcn.pth',
+        'res2net50d',
+        dict(first_block='mmdet', base_width=2, deformable=(None, None, None, 'v1')),
+        {},
+    ),
+    # The authors' names: nothing in the file tells whose code it is of.
+    (
+        'deformable/universenet_plain.pth',
+        'res2net50_26w_4s',
+        dict(first_block='mmdet', base_width=2),
+        dict(first_block='mmdet'),
+    ),
+]
+
+
+@pytest.mark.parametrize(('file', 'name', 'args', 'options'), DETECTORS, ids=[file for file, *_ in DETECTORS])
+def test_load_model_detector_computes_what_its_own_code_computes(
+    file: str, name: str, args: dict[str, Any], options: dict[str, str], references: References
+) -> None:
+    path = reference_file(references, file)
+    done = convert(path, dry_run=True, **options)
+    assert (done.name, done.args) == (name, args)
+    assert len(done.checkpoint.translation.dropped) == 1  # the tensor of another part
+    assert_computes(load_model(path, **options).eval(), path.with_suffix('.npz'))
+
+
+@pytest.mark.parametrize(
+    ('file', 'wrong'),
+    [
+        ('deformable/detectron2.pkl', dict(style='pytorch')),
+        ('deformable/centernet2_dcn.pth', dict(style='pytorch')),
+        ('deformable/mmdet_dcnv2.pth', dict(first_block='official')),
+    ],
+)
+def test_load_checkpoint_detector_of_another_function_is_refused_and_would_be_wrong(
+    file: str, wrong: dict[str, str], references: References
+) -> None:
+    path = reference_file(references, file)
+    done = convert(path, dry_run=True)
+    model = timm.create_model(done.name, num_classes=0, **{**done.args, **wrong}).eval()
+    with pytest.raises(CheckpointError, match='would load and compute something else'):
+        load_checkpoint(model, path)
+    load_checkpoint(model, path, **wrong)
+    with pytest.raises(AssertionError):
+        assert_computes(model, path.with_suffix('.npz'), tolerance=0.1)
+
+
 # detectron2, in the format that its fork documents
 
 

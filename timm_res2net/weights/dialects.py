@@ -138,6 +138,7 @@ DETECTRON_BLOCKS = (
     ('res{s}.{i}.shortcut.1.', 'layer{s}.{i}.downsample.1.'),
     ('res{s}.{i}.shortcut.norm.', 'layer{s}.{i}.downsample.1.'),
     ('res{s}.{i}.shortcut.', 'layer{s}.{i}.downsample.0.'),
+    ('res{s}.{i}.conv2_offsets.{k}.', 'layer{s}.{i}.convs.{k}.conv_offset.'),  # CenterNet2, without bias
     ('res{s}.{i}.', 'layer{s}.{i}.'),
     ('stem.conv1.norm.', 'bn1.'),
     ('stem.', ''),
@@ -223,7 +224,7 @@ DIALECTS = {
         certain=False,
     ),
     'detectron2': Dialect(
-        "the authors' fork of detectron2, .pkl: detectors are mmdet's in caffe's style, backbones the authors'",
+        "the authors' detectron2 and CenterNet2, .pkl: detectors are mmdet's in caffe's style, backbones the authors'",
         ('res2.0.convs.0.weight',),
         (('stem.conv1.weight', ()), ('stem.conv1.0.weight', ())),
         DETECTRON_BLOCKS,
@@ -420,18 +421,27 @@ def translate(nested: Mapping[str, Any], dialect: str | None = None, prefix: str
         state['fc.weight'] = state['fc.weight'].transpose(0, -1).contiguous()
     if names.raw_split_first:
         state = move_raw_split_last(state)
-    counters = [
-        name.removesuffix('running_var') + 'num_batches_tracked' for name in state if name.endswith('.running_var')
-    ]
-    filled = [name for name in counters if name not in state]
-    state.update({name: torch.tensor(0) for name in filled})
+    absent = {name: tensor for name, tensor in zeros_beside(state).items() if name not in state}
+    state.update(absent)
     part_of_more = set(prefix.split('.')[:-1]) - WRAPPERS
     function, certain = names.function, names.certain
     if names.in_detector and part_of_more:
         function = names.in_detector
     if convolves_all_splits(state):
         function, certain = Function('group'), True
-    return Translation(state, key, prefix, function, certain, tuple(dropped), tuple(filled), dict(cast))
+    return Translation(state, key, prefix, function, certain, tuple(dropped), tuple(absent), dict(cast))
+
+
+def zeros_beside(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors that some code bases do without, and that are zero there: counters of norms, biases of offsets."""
+    zeros = {}
+    for name, tensor in state.items():
+        module, _, last = name.rpartition('.')
+        if last == 'running_var':
+            zeros[f'{module}.num_batches_tracked'] = torch.tensor(0)
+        elif name.endswith('.conv_offset.weight'):
+            zeros[f'{module}.bias'] = torch.zeros(len(tensor))
+    return zeros
 
 
 def is_dead(name: str, names: Container[str], dialect: Dialect, prefix: str = '') -> bool:
