@@ -308,3 +308,15 @@ def test_list_into_closed_pipe_exits_without_error() -> None:
     assert process.stderr.read() == ''
     assert process.wait() == 0
     process.stderr.close()
+
+
+def test_predict_and_explain_weights_without_model_use_the_model_that_they_fit(
+    run: Run, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(tiny(num_classes=10, channels=(8, 16, 24, 32)).state_dict(), 'mine.pth')
+    done = run('predict', '--weights', 'mine.pth')
+    assert done.status == 0
+    assert re.search(r'\d+ of 60 are right', done.out)
+    done = run('explain', '--weights', 'mine.pth', '--out', 'a.png')
+    assert (done.status, Path('a.png').exists()) == (0, True)

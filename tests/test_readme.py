@@ -93,7 +93,7 @@ def test_readme_top_level_lists_every_command() -> None:
 
 
 def test_readme_has_as_many_examples_as_are_tested() -> None:
-    tested = {'top': 2, 'hub_cards': 0, 'deploy': 1, 'hub': 1, 'models': 4, 'recipes': 0, 'weights': 2}
+    tested = {'top': 2, 'hub_cards': 0, 'deploy': 1, 'hub': 1, 'models': 4, 'recipes': 0, 'weights': 3}
     assert {name: len(examples) for name, examples in EXAMPLES.items()} == tested
 
 
@@ -155,7 +155,9 @@ def test_readme_load_checkpoint_example_loads_detector_backbone(
     state = {re.sub('^bn1', 'stem.7', name): tensor for name, tensor in state.items()}
     detector = {f'backbone.{re.sub("^conv1", "stem", name)}': tensor for name, tensor in state.items()}
     torch.save({'state_dict': detector}, 'faster_rcnn_r2_101_fpn.pth')
-    made = run('weights', 'faster_rcnn_r2_101_fpn.pth', res2net101d='test_res2net')
+    made = run('weights', 'load_checkpoint(model', res2net101d='test_res2net')
+    backbone = run('weights', 'load_model')['backbone']
+    torch.testing.assert_close(backbone.conv1.state_dict(), made['model'].conv1.state_dict(), rtol=0, atol=0)
     torch.testing.assert_close(list(made['model'].state_dict().values()), list(state.values()), rtol=0, atol=0)
 
 

@@ -11,7 +11,7 @@ from .hub.push import push
 from .res2net import register, unregister
 from .version import __version__
 from .vision.explain import class_activation_map, receptive_field
-from .weights.checkpoints import load_checkpoint
+from .weights.checkpoints import load_checkpoint, load_model
 from .weights.convert import export_checkpoint
 from .weights.errors import CheckpointError
 
@@ -23,6 +23,7 @@ __all__ = [
     'export_checkpoint',
     'fuse',
     'load_checkpoint',
+    'load_model',
     'optimize',
     'pull',
     'push',

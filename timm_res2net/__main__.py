@@ -23,7 +23,7 @@ from .hub.client import problems_on_hub
 from .hub.pull import download_model
 from .hub.push import push
 from .models.block import FIRST_BLOCKS, STYLES, Function
-from .models.classifier import registered_cfg
+from .models.classifier import model_name, registered_cfg
 from .models.variants import ARCHS, WEIGHTS
 from .recipes.arguments import positive
 from .vision.explain import explain
@@ -80,7 +80,9 @@ def add_predict(commands: Commands) -> None:
     command.add_argument(
         'images', nargs='*', metavar='IMAGE', help='files, folders or globs; bundled digits without any'
     )
-    command.add_argument('--model', metavar='NAME', help=f'default: {PHOTO}; {EMBEDDED} for the bundled digits')
+    command.add_argument(
+        '--model', metavar='NAME', help=f'default: {PHOTO}, {EMBEDDED} for the bundled digits, or what FILE fits'
+    )
     command.add_argument('--weights', metavar='FILE', help='a file of weights instead of published ones')
     command.add_argument('--topk', type=positive, default=5, metavar='K', help='classes to show (default: 5)')
     command.add_argument('--device', type=device, default='cpu', metavar='D', help='such as cuda (default: cpu)')
@@ -92,8 +94,9 @@ def add_predict(commands: Commands) -> None:
 def run_predict(args: argparse.Namespace) -> int:
     """Classifies images; 1 if one of them could not be."""
     bundled = not args.images
-    name = args.model or (EMBEDDED if bundled else PHOTO)
-    model = pretrained_model(name, args.weights, args.device)
+    default = None if args.weights else EMBEDDED if bundled else PHOTO
+    model = pretrained_model(args.model or default, args.weights, args.device)
+    name = args.model or default or model_name(model)
     options = dict(topk=args.topk, batch_size=args.batch_size)
     if bundled:
         digits = bundled_digits()
@@ -208,7 +211,9 @@ def add_explain(commands: Commands) -> None:
         description='Draws an image, its class activation map, and the effective receptive fields of a block.',
     )
     command.add_argument('image', nargs='?', metavar='IMAGE', help='a file; a bundled digit without')
-    command.add_argument('--model', metavar='NAME', help=f'default: {PHOTO}; {EMBEDDED} for the bundled digit')
+    command.add_argument(
+        '--model', metavar='NAME', help=f'default: {PHOTO}, {EMBEDDED} for the bundled digit, or what FILE fits'
+    )
     command.add_argument('--weights', metavar='FILE', help='a file of weights instead of published ones')
     command.add_argument('--stage', type=positive, default=2, metavar='N', help='whose block to look at (default: 2)')
     command.add_argument('--out', default='explain.png', metavar='PNG', help='the picture (default: explain.png)')
@@ -218,9 +223,9 @@ def add_explain(commands: Commands) -> None:
 def run_explain(args: argparse.Namespace) -> int:
     """Draws what a network looks at, and says what is in the picture."""
     image = read_image(args.image) if args.image else bundled_digits()[EXAMPLE][0]
-    name = args.model or (PHOTO if args.image else EMBEDDED)
+    name = args.model or (None if args.weights else PHOTO if args.image else EMBEDDED)
     model = pretrained_model(name, args.weights)
-    arch = ARCHS.get(name.split('.')[0])
+    arch = ARCHS.get(model_name(model))
     dense = pretrained_model(name, args.weights, **arch.trunk.densest) if arch else None
     explanation = explain(model, image, args.stage, dense)
     plot_explanation(explanation, args.out)

@@ -32,7 +32,7 @@ def sampled(conv: Any, x: Tensor) -> Tensor:
     height, width = x.shape[2:]
     rows = torch.arange(made.shape[2], dtype=x.dtype)[:, None] * stride
     columns = torch.arange(made.shape[3], dtype=x.dtype)[None] * stride
-    total = 0
+    total = torch.zeros(())
     for tap in range(9):
         y = rows + (tap // 3 - 1) * dilation + made[:, 2 * tap]
         z = columns + (tap % 3 - 1) * dilation + made[:, 2 * tap + 1]

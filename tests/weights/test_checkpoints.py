@@ -15,7 +15,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
-from support import slow_but, tiny
+from support import TINY, slow_but, tiny
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -671,3 +671,37 @@ def test_load_checkpoint_deformable_tensors_for_a_plain_model_are_refused(tmp_pa
     ) as error:
         load_checkpoint(tiny(), file)
     assert "deformable=(None, None, None, 'v2')" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    'arguments',
+    [
+        dict(num_classes=7),
+        dict(num_classes=0),
+        dict(in_chans=1),
+        dict(in_chans=4, num_classes=7),
+        dict(features_only=True, out_indices=(1, 3)),
+        dict(features_only=True, in_chans=1, feature_cls='getter'),
+    ],
+    ids=str,
+)
+def test_load_model_adapts_channels_classes_and_features_as_timm_does(
+    arguments: dict[str, Any], tmp_path: Path, images: Tensor
+) -> None:
+    expected = tiny('mmdet')
+    save_file(expected.state_dict(), tmp_path / 'a.safetensors', {'first_block': 'mmdet'})
+    torch.manual_seed(1)
+    model = load_model(tmp_path / 'a.safetensors', **arguments).eval()
+    overlay = dict(file=str(tmp_path / 'a.safetensors'), num_classes=4)
+    options = dict(pretrained=True, pretrained_cfg_overlay=overlay, first_block='mmdet', **TINY)
+    torch.manual_seed(1)
+    timms = timm.create_model('test_res2net', **{**options, **arguments}).eval()
+    x = images[:, :1].expand(-1, arguments.get('in_chans', 3), -1, -1)
+    torch.testing.assert_close(model(x), timms(x), rtol=0, atol=0)
+
+
+def test_load_model_named_model_gets_the_stated_function(tmp_path: Path, images: Tensor) -> None:
+    expected = tiny('mmdet', style='caffe')
+    file = save_checkpoint(expected.state_dict(), tmp_path)
+    model = load_model(file, 'test_res2net', first_block='mmdet', style='caffe', **TINY).eval()
+    torch.testing.assert_close(model(images), expected(images), rtol=0, atol=0)

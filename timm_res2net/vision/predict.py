@@ -38,13 +38,13 @@ class Prediction:
 
 
 def pretrained_model(
-    name: str, weights: str | None = None, device: str | torch.device = 'cpu', **kwargs: Any
+    name: str | None, weights: str | None = None, device: str | torch.device = 'cpu', **kwargs: Any
 ) -> nn.Module:
     """Makes a model with its published weights, or with those of a file, in evaluation mode.
 
     Args:
-        name: A name that `timm.create_model` takes.
-        weights: A file for `timm_res2net.load_checkpoint`; the model gets its number of classes.
+        name: A name that `timm.create_model` takes. None for the model that `weights` fit.
+        weights: A file for `timm_res2net.load_model`; the model gets its number of classes.
         device: Where to put the model.
         **kwargs: For `timm.create_model`.
 
@@ -52,6 +52,10 @@ def pretrained_model(
         UnknownModelError: If there is no such model; the message names those most alike.
         ValueError: If the weights can't be loaded, with the reason in one line.
     """
+    if name is None:
+        if weights is None:
+            raise ValueError('give the name of a model, or a file of weights')
+        return load_model(weights, **kwargs).to(device).eval()
     arch, _, tag = name.partition('.')
     hosted = ':' in name  # hf-hub:..., local-dir:...
     if not hosted and not timm.is_model(arch):

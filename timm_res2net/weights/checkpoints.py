@@ -1,17 +1,19 @@
 """From a file of weights to a model, whatever code base wrote the file."""
 
 import inspect
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import timm
 import torch
+from timm.models import adapt_input_conv
 from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
 from ..models.block import FIRST_BLOCKS, STYLES, Bottle2neck, Function, functions
-from ..models.classifier import model_name
+from ..models.classifier import model_name, registered_cfg
 from ..models.deformable import VERSIONS
 from ..models.resnet import Res2Net
 from ..models.variants import ARCHS
@@ -30,6 +32,8 @@ __all__ = [
     'read_checkpoint',
     'require_same_function',
 ]
+
+_logger = logging.getLogger(__name__)
 
 # Arguments of a ResNet-hosted network that can be found from its tensors' shapes, and their defaults.
 SIGNATURE = {**inspect.signature(ResNet).parameters, **inspect.signature(Res2Net).parameters}
@@ -184,26 +188,44 @@ def load_model(
     prefix: str | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """Makes a model with the weights, and the number of classes, of a file.
+    """Makes the model that a file of weights fits, with the weights.
+
+    Other image channels and classes are adapted as timm does: the first convolution's weights are summed or repeated,
+    and a classifier for other classes is a new one.
 
     Args:
         file: A file, or the checkpoint that `read_checkpoint` returned.
-        name: Name of the model. If None, the model that the file fits.
+        name: Name of the model. If None, model and arguments are found from the file.
         dialect: See `read_checkpoint`. None for a checkpoint.
         first_block: See `read_checkpoint`. None for a checkpoint.
         style: See `read_checkpoint`. None for a checkpoint.
         prefix: See `read_checkpoint`. None for a checkpoint.
-        **kwargs: For `timm.create_model`.
+        **kwargs: For `timm.create_model`, such as `features_only`, `in_chans` and `num_classes`.
+
+    Returns:
+        The model in training mode, as `timm.create_model` returns it.
 
     Raises:
-        CheckpointError: If the file can't be read, or doesn't fit the model.
+        CheckpointError: If the file can't be read, or fits no model, or not the named one.
     """
     checkpoint = read_once(file, dialect=dialect, first_block=first_block, style=style, prefix=prefix)
     if name is None:
         name, found = find_architecture(checkpoint)
-        kwargs = {**found, **kwargs}
-    model = timm.create_model(name, **{'num_classes': checkpoint.num_classes, **kwargs})
-    load_checkpoint(model, checkpoint)
+        in_chans = found.get('in_chans', 3)
+    else:
+        found = {key: value for key, value in (('first_block', first_block), ('style', style)) if value is not None}
+        in_chans = kwargs.get('in_chans', 3)
+    kwargs = {'num_classes': checkpoint.num_classes, **found, **kwargs}
+    model = timm.create_model(name, **kwargs)
+    _logger.info('%s is loaded into %s', checkpoint.file, format_create_model(name, kwargs))
+    state = dict(checkpoint.state)
+    if kwargs['num_classes'] != checkpoint.num_classes:
+        state = {key: tensor for key, tensor in state.items() if not key.startswith('fc.')}
+        state |= {key: tensor for key, tensor in model.state_dict().items() if key.startswith('fc.')}
+    if kwargs.get('in_chans', 3) != in_chans:
+        first_conv = f'{registered_cfg(name).first_conv}.weight'
+        state[first_conv] = adapt_input_conv(kwargs['in_chans'], state[first_conv], base_chans=in_chans)
+    load_checkpoint(model, replace(checkpoint, translation=replace(checkpoint.translation, state=state)))
     return model
 
 
