@@ -34,7 +34,7 @@ def test_output_stride_intermediates_equal_undilated_on_denser_grid(name: str, o
     plain = randomise(timm.create_model(name, **small(name))).eval()
     dilated = timm.create_model(name, **small(name), **exact(name, output_stride)).eval()
     dilated.load_state_dict(plain.state_dict())
-    x = torch.randn(1, 3, 95, 64)
+    x = torch.randn(1, 3, 88, 64)  # 11 rows at stride 8: the last window of a pool is cut
     wanted, dense = (model.forward_intermediates(x, intermediates_only=True) for model in (plain, dilated))
     for ours, theirs, info in zip(dense, wanted, plain.feature_info):
         step = max(1, info['reduction'] // output_stride)
