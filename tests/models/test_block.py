@@ -172,7 +172,7 @@ def test_block_caffe_style_equals_equations(function: str, scale: int) -> None:
 
 
 def test_block_unknown_style_raises_value_error() -> None:
-    with pytest.raises(ValueError, match="style='tensorflow' is not known; choose 'pytorch' or 'caffe'"):
+    with pytest.raises(ValueError, match="style='tensorflow' is not known; choose from pytorch, caffe"):
         Bottle2neck(64, 16, style='tensorflow')
 
 
