@@ -1,0 +1,222 @@
+"""Makes dilated.tar.xz with dilated backbones of segmenters and detectors, and one strided in the 1x1.
+
+    python -m venv VENV && VENV/bin/pip install torch mmengine mmcv-lite
+    VENV/bin/pip install --no-deps mmpretrain mmdet
+    for name in plemeri/UACANet plemeri/InSPyReNet XMed-Lab/URN Res2Net/Res2Net-PoolNet; do
+        git -C FOLDER clone https://github.com/$name
+    done
+    VENV/bin/python tests/data/make_dilated.py FOLDER
+
+The archive holds, for each network, NAME.npz with an image of an even and of an odd size and the four feature maps that
+its code computes for them, and FILE.pth, a plain state_dict with the names that a checkpoint of its project has. Where
+two networks have the same names, they share a file. wide.npz holds an image of 8x552 and, for uacanet_s and inspyrenet,
+the last map: at stride 32 the smaller images don't show all dilations, and these two compute the same for them. The
+networks have 50 layers, are thin, have classifiers of 5 classes if any, and share most values, so that the archive is
+small. As arrays are stored uncompressed, the archive holds once what several networks compute.
+
+All that computes is theirs, built by their classes and run by their `forward`; maps are what `layer1` to `layer4`
+return. Stand-ins are only for what URN imports to register and load: mmengine's Registry, and names never called.
+Packages are imported without their `__init__` where that would need more.
+
+What the networks compute; plain equations of this reproduce every map to 1e-6, and with a first block not dilated, the
+last split kept instead of pooled or pooled instead of kept, the other rounding of a max-pool, the stride in the other
+convolution, or with and without the multi-grid, a map is off by more than 0.01 or of another size:
+
+| name | whose | commit | file, prefix of names |
+| --- | --- | --- | --- |
+| uacanet_s | plemeri/UACANet, output_stride=32 | 6b9e54eb | uacanet.pth, `resnet.` |
+| uacanet_l | plemeri/UACANet, output_stride=16 | 6b9e54eb | uacanet.pth, `resnet.` |
+| inspyrenet | plemeri/InSPyReNet, output_stride=32 | 692ad8a5 | backbone.pth, `backbone.` |
+| urn | XMed-Lab/URN, of its configs | 5e56e5e6 | backbone.pth, `backbone.` |
+| poolnet | Res2Net/Res2Net-PoolNet | 7bef0652 | poolnet.pth, `base.resnet.` |
+| mmdet_dilated | mmdet 3.3.0 | | mmdet_dilated.pth, `backbone.` |
+| mmpretrain_caffe | mmpretrain 1.2.0, `style='caffe'` | | mmpretrain_caffe.pth, `backbone.` |
+
+| name | strides | dilations | first block dilated | last split at stride 1 | shortcut at stride 1 | stem; max-pool |
+| --- | --- | --- | --- | --- | --- | --- |
+| uacanet_s | 1, 2, 2, 2 | 1, 1, 2, 4 | yes | pooled | 1x1 | deep; floor |
+| uacanet_l | 1, 2, 2, 1 | 1, 1, 1, 2 | yes | pooled | 1x1 | deep; floor |
+| inspyrenet | 1, 2, 2, 2 | 1, 1, 2, (4, 8, 16) | yes | pooled | 1x1 | deep; floor |
+| urn | 1, 2, 1, 1 | 1, 1, 2, 4 | yes | pooled | 1x1 | deep; floor |
+| poolnet | 1, 2, 2, 1 | 1, 1, 1, 2 | yes | pooled | 1x1 | 7x7; ceil |
+| mmdet_dilated | 1, 2, 2, 1 | 1, 1, 1, 2 | yes | kept | 1x1 | deep; floor |
+| mmpretrain_caffe | 1, 2, 2, 2, in the 1x1 `conv1` | 1, 1, 1, 1 | | pooled, in all stages | 1x1 | 7x7; floor |
+
+- A stage's dilation is that of all its 3x3, in the first block beside its stride, and the padding equals it. inspyrenet
+  has a multi-grid: the dilations of its last stage are those of the three blocks in turn, 4 times 1, 2, 4. UACANet has
+  the same list of factors and does not use it. URN also gives its 1x1 a dilation, which does nothing.
+- Pooled is the average over 3x3, not dilated, padded by 1, zeros of the padding counted, with the stride of the 3x3
+  convolutions. 'At stride 1' concerns the first block of `layer1`, and of dilated stages of stride 1; where the 3x3
+  have stride 2, all pool. In mmpretrain_caffe the 3x3 have stride 1 in all stages.
+- The shortcut of the networks with a deep stem is AvgPool2d(s, s, ceil_mode=True, count_include_pad=False), which at
+  stride 1 does nothing, then a 1x1, whose names are `downsample.1` and `.2` at stride 1 too. The other two networks
+  have a 1x1 with the stride, `downsample.0` and `.1`.
+- With ceil_mode=True poolnet's maps of the even image are as large as those of the odd one: 17, 9, 5, 5.
+- First blocks are not cascaded; all others are. All norms add 1e-5 to the variance. URN's are SyncBatchNorm, with the
+  same names.
+- The checkpoints of UACANet and PoolNet have a classifier `fc` that is never used; those of InSPyReNet and URN don't.
+"""
+
+import importlib.util
+import re
+import sys
+import tempfile
+import types
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from reference import bare, pack, random_value, save_reference
+from torch import nn
+
+
+def stub(name: str, **names: Any) -> None:
+    """Puts a module of the given names where an import looks for it."""
+    sys.modules[name] = types.ModuleType(name)
+    vars(sys.modules[name]).update(names)
+
+
+def file_module(path: Path) -> Any:
+    """Imports one file, without the package that it is in."""
+    spec = importlib.util.spec_from_file_location('_'.join(path.parts[-4:-1]).replace('-', '_'), path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def urn_backbone(folder: Path) -> type[nn.Module]:
+    """Imports URN's backbone, which is in an older mmseg."""
+    from mmengine.registry import Registry
+
+    sys.path.insert(0, str(folder / 'URN'))
+    for name in ('mmseg', 'mmseg.models', 'mmseg.models.backbones'):
+        bare(name)
+    stub('mmcv.runner', load_checkpoint=None)
+    stub('mmseg.utils', get_root_logger=None)
+    stub('mmseg.models.builder', BACKBONES=Registry('backbone'))
+    from mmseg.models.backbones.res2net import Res2Net
+
+    return Res2Net
+
+
+def openmmlab_backbones() -> tuple[type[nn.Module], type[nn.Module]]:
+    """Imports mmdet's and mmpretrain's backbone."""
+    for package in ('mmdet', 'mmpretrain'):
+        for name in (package, f'{package}.models', f'{package}.models.backbones'):
+            bare(name)
+    layers = bare('mmdet.models.layers')
+    from mmdet.models.layers.res_layer import ResLayer
+
+    layers.ResLayer = ResLayer
+    from mmdet.models.backbones.res2net import Res2Net as DetectorRes2Net
+    from mmpretrain.models.backbones.res2net import Res2Net
+
+    return DetectorRes2Net, Res2Net
+
+
+def networks(folder: Path) -> dict[str, tuple[str, str, nn.Module]]:
+    """The networks, each with its file and with what precedes its names in a checkpoint of its project."""
+    uacanet = file_module(folder / 'UACANet/lib/backbones/Res2Net_v1b.py')
+    inspyrenet = file_module(folder / 'InSPyReNet/lib/backbones/Res2Net_v1b.py')
+    poolnet = file_module(folder / 'Res2Net-PoolNet/networks/deeplab_res2net.py')
+    urn = urn_backbone(folder)
+    mmdet, mmpretrain = openmmlab_backbones()
+    layers = [3, 4, 6, 3]
+    thin = dict(baseWidth=2, scale=4)
+    openmmlab = dict(depth=50, base_width=2, scales=4, out_indices=(0, 1, 2, 3))
+
+    def uacanet_backbone(output_stride: int) -> nn.Module:
+        return uacanet.Res2Net(uacanet.Bottle2neck, layers, num_classes=5, output_stride=output_stride, **thin)
+
+    return {
+        'uacanet_s': ('uacanet', 'resnet.', uacanet_backbone(32)),
+        'uacanet_l': ('uacanet', 'resnet.', uacanet_backbone(16)),
+        'inspyrenet': ('backbone', 'backbone.', inspyrenet.Res2Net(inspyrenet.Bottle2neck, layers, **thin)),
+        'urn': ('backbone', 'backbone.', urn(layers=layers, strides=(1, 2, 1, 1), dilations=(1, 1, 2, 4), **thin)),
+        'poolnet': ('poolnet', 'base.resnet.', poolnet.Res2Net(poolnet.Bottle2neck, layers, num_classes=5, **thin)),
+        'mmdet_dilated': (
+            'mmdet_dilated',
+            'backbone.',
+            mmdet(strides=(1, 2, 2, 1), dilations=(1, 1, 1, 2), **openmmlab),
+        ),
+        'mmpretrain_caffe': (
+            'mmpretrain_caffe',
+            'backbone.',
+            mmpretrain(style='caffe', deep_stem=False, avg_down=False, **openmmlab),
+        ),
+    }
+
+
+def common_name(name: str, shape: torch.Size) -> str:
+    """One name for a tensor of all these networks, and for the convolutions of all blocks but the first of a stage."""
+    name = re.sub(r'^conv1\.(\d)', r'stem.\1', name)
+    name = re.sub(r'^bn1\.', 'stem.7.', name)
+    name = re.sub(r'\.downsample\.\d\.', '.downsample.', name)
+    return re.sub(r'^(layer\d)\.[1-9]', r'\1.n', name) if len(shape) > 1 else name
+
+
+def randomise(model: nn.Module, drawn: dict[tuple[str, torch.Size], np.ndarray], rng: np.random.Generator) -> None:
+    """Fills a network. To save room, what an earlier one has too is taken from there, and filters recur after 64."""
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point():
+            shape = tensor.shape
+            key = common_name(name, shape), shape
+            if key not in drawn:
+                positive = name.endswith(('running_var', 'weight'))  # of a vector: the weight of a norm
+                first = shape if len(shape) == 1 else (min(shape[0], 64), *shape[1:])
+                drawn[key] = np.resize(random_value(first, positive, rng), shape)
+            tensor.copy_(torch.from_numpy(drawn[key]))
+
+
+def stage_maps(model: nn.Module, images: np.ndarray) -> list[np.ndarray]:
+    """Runs a network as it is and takes what its four stages return."""
+    maps: list[np.ndarray] = []
+    stages = (model.layer1, model.layer2, model.layer3, model.layer4)
+    hooks = [stage.register_forward_hook(lambda *call: maps.append(call[-1].numpy().copy())) for stage in stages]
+    model(torch.from_numpy(images))
+    for hook in hooks:
+        hook.remove()
+    return maps
+
+
+def unpack(path: Path) -> None:
+    """Stores arrays as they are, so that the archive holds once what several networks compute, and one image of two."""
+    with np.load(path) as file:
+        arrays = dict(file)
+    np.savez(path, **{key: array[:1] for key, array in arrays.items()})
+
+
+def save_state(state: dict[str, torch.Tensor], path: Path) -> None:
+    """Saves the tensors of a network, or finds that they are those already saved for another."""
+    if path.exists():
+        saved = torch.load(path)
+        assert list(saved) == list(state)
+        assert all(torch.equal(saved[name], tensor) for name, tensor in state.items())
+    torch.save(state, path)
+
+
+def main(folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    drawn: dict[tuple[str, torch.Size], np.ndarray] = {}
+    wide = {'images': (rng.integers(0, 256, (1, 3, 8, 552)) / 128 - 1).astype('float32')}
+    with tempfile.TemporaryDirectory() as temporary, torch.no_grad():
+        for name, (file, prefix, model) in networks(folder).items():
+            model.eval()  # mmdet's returns nothing
+            randomise(model, drawn, rng)
+            state = {prefix + key: tensor for key, tensor in model.state_dict().items()}
+            save_state(state, Path(temporary, f'{file}.pth'))
+
+            def run(images: np.ndarray, model: nn.Module = model) -> list[np.ndarray]:
+                return stage_maps(model, images)
+
+            save_reference(run, Path(temporary, name), np.random.default_rng(0))
+            unpack(Path(temporary, f'{name}.npz'))
+            if name in ('uacanet_s', 'inspyrenet'):
+                wide[name] = run(wide['images'])[3][:, ::8]
+        np.savez(Path(temporary, 'wide.npz'), **wide)
+        pack(temporary, 'dilated.tar.xz')
+
+
+if __name__ == '__main__':
+    main(Path(sys.argv[1]))
