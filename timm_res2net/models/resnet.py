@@ -34,7 +34,8 @@ class Res2Net(ResNet):
         style: Where the stride of a stage is: 'pytorch' (3x3 convolutions) or 'caffe' (first 1x1 convolution).
         deformable: For each of the four stages 'v1' or 'v2' for deformable 3x3 convolutions, or None for plain ones.
         strides: Stride of each of the four stages, for a network that was trained with others than 1, 2, 2, 2.
-        dilations: Dilation of each of the four stages, for a network that was trained dilated.
+        dilations: Dilation of each of the four stages, for a network that was trained dilated; for a stage with
+            another one in each block (multi-grid), the dilations of its blocks.
         dilate_first: Whether `dilations` are also those of the first block of a stage, as in most code. The first block
             has the dilation of the stage before it otherwise, as in timm and torchvision.
         stem_ceil_mode: Round the size of the stem's max-pool up.
@@ -66,7 +67,7 @@ class Res2Net(ResNet):
         style: str = 'pytorch',
         deformable: Sequence[str | None] = (None, None, None, None),
         strides: Sequence[int] | None = None,
-        dilations: Sequence[int] | None = None,
+        dilations: Sequence[int | Sequence[int]] | None = None,
         dilate_first: bool = True,
         stem_ceil_mode: bool = False,
         attn_layer: str | Layer | None = None,
@@ -85,6 +86,9 @@ class Res2Net(ResNet):
         strides, dilations = strides or (1, 2, 2, 2), dilations or (1, 1, 1, 1)
         if not len(strides) == len(dilations) == len(deformable) == 4:
             raise ValueError('strides, dilations and deformable must have an entry for each of 4 stages')
+        for depth, dilation in zip(layers, dilations):
+            if not isinstance(dilation, int) and len(dilation) != depth:
+                raise ValueError(f'dilations has {len(dilation)} entries for a stage of {depth} blocks: {dilations}')
         block_args: dict[str, Any] = dict(scale=scale, first_block=first_block, style=style, attn_layer=attn_layer)
         super().__init__(
             Bottle2neck,  # type: ignore[arg-type]  # timm's annotation allows only its own blocks
@@ -145,7 +149,7 @@ def replace_stages(
     block: partial[Bottle2neck],
     layers: Sequence[int],
     strides: Sequence[int],
-    dilations: Sequence[int],
+    dilations: Sequence[int | Sequence[int]],
     dilate_first: bool,
     *,
     channels: Sequence[int] = (64, 128, 256, 512),
@@ -169,23 +173,24 @@ def replace_stages(
     reduction, dilation_before = 4, 1
     for i, (depth, planes, drop_block) in enumerate(zip(layers, channels, drop_block_layers(drop_block_rate))):
         stride, dilation, outplanes = strides[i], dilations[i], planes * Bottle2neck.expansion
+        of_blocks = [dilation] * depth if isinstance(dilation, int) else dilation
         conv = nn.Conv2d(inplanes, outplanes, 1, 1 if avg_down else stride, bias=False, **dd)
         shortcut = nn.Sequential(conv, block.keywords['norm_layer'](outplanes, **dd))
         if avg_down:
             pool = nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False)
             shortcut.insert(0, pool if stride > 1 else nn.Identity())
         of_first = dict(
-            stride=stride, downsample=shortcut, first_dilation=dilation if dilate_first else dilation_before
+            stride=stride, downsample=shortcut, first_dilation=of_blocks[0] if dilate_first else dilation_before
         )
         blocks = []
-        for b in range(depth):
+        for b, dilation_of_block in enumerate(of_blocks):
             rate = next(rate_of_next)
             drop_path = DropPath(rate) if rate > 0 else None
-            options: dict[str, Any] = dict(dilation=dilation, drop_block=drop_block, drop_path=drop_path)
+            options: dict[str, Any] = dict(dilation=dilation_of_block, drop_block=drop_block, drop_path=drop_path)
             blocks.append(make(inplanes, planes, **options, **(of_first if b == 0 else {})))
             inplanes = outplanes
         setattr(model, f'layer{i + 1}', nn.Sequential(*blocks))
-        reduction, dilation_before = reduction * stride, dilation
+        reduction, dilation_before = reduction * stride, of_blocks[-1]
         model.feature_info[i + 1]['reduction'] = reduction
     model.init_weights(zero_init_last)
 
