@@ -93,7 +93,7 @@ def test_readme_top_level_lists_every_command() -> None:
 
 
 def test_readme_has_as_many_examples_as_are_tested() -> None:
-    tested = {'top': 2, 'hub_cards': 0, 'deploy': 1, 'hub': 1, 'models': 4, 'recipes': 0, 'weights': 3}
+    tested = {'top': 2, 'hub_cards': 0, 'deploy': 1, 'hub': 1, 'models': 4, 'recipes': 0, 'weights': 4}
     assert {name: len(examples) for name, examples in EXAMPLES.items()} == tested
 
 
@@ -156,9 +156,27 @@ def test_readme_load_checkpoint_example_loads_detector_backbone(
     detector = {f'backbone.{re.sub("^conv1", "stem", name)}': tensor for name, tensor in state.items()}
     torch.save({'state_dict': detector}, 'faster_rcnn_r2_101_fpn.pth')
     made = run('weights', 'load_checkpoint(model', res2net101d='test_res2net')
-    backbone = run('weights', 'load_model')['backbone']
+    backbone = run('weights', 'features_only=True')['backbone']
     torch.testing.assert_close(backbone.conv1.state_dict(), made['model'].conv1.state_dict(), rtol=0, atol=0)
     torch.testing.assert_close(list(made['model'].state_dict().values()), list(state.values()), rtol=0, atol=0)
+
+
+def test_readme_dilated_example_loads_backbone_at_stated_strides(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    state = timm.create_model('test_res2net', num_classes=0).state_dict()
+    torch.save({f'resnet.{name}': tensor for name, tensor in state.items()}, 'UACANet-L.pth')
+    backbone = run('weights', 'UACANet')['backbone']
+    assert [info['reduction'] for info in backbone.feature_info] == [2, 4, 8, 16, 16]
+    assert backbone.layer4[0].convs[0].dilation == (2, 2)
+    torch.testing.assert_close(dict(backbone.state_dict()), dict(state), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('arguments', re.findall(r'^\| [^|]*\| `(\w+=.*)` \|$', TEXTS['weights'], re.MULTILINE))
+def test_readme_arguments_of_dilated_files_make_models(arguments: str) -> None:
+    with torch.device('meta'):
+        timm.create_model('res2net50d', **eval(f'dict({arguments})'))
 
 
 def test_readme_export_checkpoint_example_loads_back_to_same_tensors(

@@ -161,6 +161,45 @@ def test_load_checkpoint_detector_of_another_function_is_refused_and_would_be_wr
         assert_computes(model, path.with_suffix('.npz'), tolerance=0.1)
 
 
+# Dilated and other backbones, of which the files can't tell: what was computed, the file, and what must be said of it.
+DEEPLAB: dict[str, Any] = dict(strides=(1, 2, 2, 1), dilations=(1, 1, 1, 2))
+UNSAID: list[tuple[str, str, dict[str, Any]]] = [
+    ('inspyrenet', 'backbone', dict(dilations=(1, 1, 2, (4, 8, 16)))),
+    ('uacanet_s', 'uacanet', dict(dilations=(1, 1, 2, 4))),
+    ('uacanet_l', 'uacanet', DEEPLAB),
+    ('urn', 'backbone', dict(strides=(1, 2, 1, 1), dilations=(1, 1, 2, 4))),
+    ('poolnet', 'poolnet', dict(DEEPLAB, stem_ceil_mode=True)),
+    ('mmdet_dilated', 'mmdet_dilated', DEEPLAB),
+    ('mmpretrain_caffe', 'mmpretrain_caffe', dict(style='caffe')),
+]
+
+
+@pytest.mark.parametrize(('reference', 'file', 'said'), UNSAID, ids=[reference for reference, *_ in UNSAID])
+def test_load_model_of_given_geometry_computes_what_its_own_code_computes(
+    reference: str, file: str, said: dict[str, Any], references: References
+) -> None:
+    folder = references('dilated')
+    assert_computes(load_model(folder / f'{file}.pth', **said).eval(), folder / f'{reference}.npz')
+    with pytest.raises(AssertionError):
+        assert_computes(load_model(folder / f'{file}.pth').eval(), folder / f'{reference}.npz', tolerance=0.1)
+
+
+@pytest.mark.parametrize(
+    ('reference', 'file', 'last'), [('inspyrenet', 'backbone', (4, 8, 16)), ('uacanet_s', 'uacanet', 4)]
+)
+def test_load_model_computes_the_dilations_of_the_last_stage_on_a_wide_image(
+    reference: str, file: str, last: int | tuple[int, ...], references: References
+) -> None:
+    # Small images have a last stage smaller than its dilation, where any dilation computes the same.
+    with np.load(references('dilated') / 'wide.npz') as arrays:
+        x, theirs = (torch.from_numpy(arrays[name]) for name in ('images', reference))
+    for dilation in (last, 4, 2):
+        model = load_model(references('dilated') / f'{file}.pth', dilations=(1, 1, 2, dilation)).eval()
+        with torch.inference_mode():
+            error = (model.forward_features(x)[:, ::8] - theirs).abs().max() / theirs.abs().max()
+        assert error < 1e-5 if dilation == last else error > 0.1
+
+
 # detectron2, in the format that its fork documents
 
 
