@@ -4,6 +4,7 @@ import argparse
 import json
 import pickle
 import re
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -489,6 +490,42 @@ def test_load_checkpoint_bad_tensors_are_refused_and_change_nothing(change: Any,
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(model, save_checkpoint(change(model.state_dict()), tmp_path))
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+def hiding_nan(tensor: Tensor) -> Tensor:
+    """A tensor of NaN with an attribute that answers, instead of its method, that it is no floating-point one."""
+    hiding = torch.full_like(tensor, float('nan'))
+    hiding.is_floating_point = OrderedDict  # type: ignore[method-assign, assignment]  # called, it is empty: false
+    return hiding
+
+
+@pytest.mark.filterwarnings('ignore:.*(quantized|[Ss]parse|TypedStorage)')
+@pytest.mark.parametrize(
+    ('change', 'message'),
+    [
+        (lambda tensor: tensor.to('meta'), 'on meta'),
+        (Tensor.to_sparse, 'sparse_coo'),
+        (Tensor.to_sparse_csr, 'sparse_csr'),
+        (lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8), 'qint8'),
+        (lambda tensor: torch.zeros(tensor.shape, dtype=torch.uint8).view(torch.bits8), 'bits8'),
+        (lambda tensor: tensor.to(torch.float8_e4m3fn), 'float8_e4m3fn'),
+        (lambda tensor: tensor.to(torch.complex64), 'complex64'),
+        (Tensor.long, 'int64'),
+        (Tensor.bool, 'torch.bool'),
+        (lambda tensor: torch.full_like(tensor, 1e300, dtype=torch.float64), 'NaN or infinite'),
+        (hiding_nan, 'NaN or infinite'),
+    ],
+)
+def test_load_checkpoint_tensor_that_can_be_no_weight_is_refused_and_changes_nothing(
+    change: Callable[[Tensor], Tensor], message: str, tmp_path: Path
+) -> None:
+    model = tiny()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    state = tiny().state_dict()
+    file = save_checkpoint({**state, 'fc.weight': change(state['fc.weight'])}, tmp_path)
+    with pytest.raises(CheckpointError, match=f'fc.weight .*{message}'):
+        load_checkpoint(model, file)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 

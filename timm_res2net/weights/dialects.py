@@ -251,6 +251,8 @@ DIALECTS = {
 EXPORTS = ('official', 'mmpretrain', 'paddleclas')
 # Prefixes that don't mean that the network is a part of a larger one.
 WRAPPERS = {'state_dict', 'state_dict_ema', 'model', 'model_ema', 'model_state', 'ema', 'module', '_orig_mod', 'net'}
+FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+INTEGERS = (torch.int64, torch.int32)
 
 
 @dataclass(frozen=True)
@@ -398,7 +400,7 @@ def translate(nested: Mapping[str, Any], dialect: str | None = None, prefix: str
         The tensors, floating-point ones as float32, counters of batches that are missing filled in as 0.
 
     Raises:
-        CheckpointError: If there is no Res2Net among them, or more than one, or a value is NaN or infinite.
+        CheckpointError: If there is no Res2Net among them, or more than one, or a tensor of it can't be a weight.
     """
     tensors = flatten(nested)
     key, prefix, rows = find_network(tensors, dialect, prefix)
@@ -416,7 +418,7 @@ def translate(nested: Mapping[str, Any], dialect: str | None = None, prefix: str
             continue
         if ours in state:
             raise CheckpointError(f'{full} becomes {ours}, which is there already')
-        state[ours] = to_float32(full, value, cast)
+        state[ours] = to_float32(full, value, cast, is_counter=ours.endswith('.num_batches_tracked'))
     if names.transposed and 'fc.weight' in state:
         state['fc.weight'] = state['fc.weight'].transpose(0, -1).contiguous()
     if names.raw_split_first:
@@ -459,18 +461,35 @@ def is_dead(name: str, names: Container[str], dialect: Dialect, prefix: str = ''
     return projection != '' and tree in dialect.dead and f'{prefix}{tree}.tree1.conv1.weight' not in names
 
 
-def to_float32(name: str, value: Tensor, cast: Counter[str]) -> Tensor:
-    """Casts a floating-point tensor to float32 and counts the cast; CheckpointError for NaN and infinity."""
-    if not value.is_floating_point():
+def to_float32(name: str, value: Tensor, cast: Counter[str], *, is_counter: bool) -> Tensor:
+    """Casts a weight to float32 and counts the cast.
+
+    Args:
+        name: Name of the tensor in the file.
+        value: The tensor.
+        cast: Counts of casts, by original type.
+        is_counter: Whether it counts the batches of a norm; it may be an integer then, and stays one.
+
+    Raises:
+        CheckpointError: If it is no plain tensor of numbers, or some are NaN or infinite, or too large for float32.
+    """
+    value = torch.detach(value)  # a new tensor: attributes that a pickle gave to this one can hide its methods
+    is_number = value.dtype in FLOATS or (is_counter and value.dtype in INTEGERS)
+    if not is_number or value.layout != torch.strided or value.is_meta:
+        raise CheckpointError(
+            f'{name} can be no weight: it is of {value.dtype} and {value.layout} on {value.device}; '
+            'save plain floating-point tensors'
+        )
+    if value.dtype in INTEGERS:
         return value
-    if not torch.isfinite(value).all():
+    weight = value.float()
+    if not torch.isfinite(weight).all():
         raise CheckpointError(
             f'{name} holds values that are NaN or infinite; this training failed, take an earlier file'
         )
-    if value.dtype == torch.float32:
-        return value
-    cast[str(value.dtype).removeprefix('torch.')] += 1
-    return value.float()
+    if value.dtype != torch.float32:
+        cast[str(value.dtype).removeprefix('torch.')] += 1
+    return weight
 
 
 def convolves_all_splits(state: Mapping[str, Tensor]) -> bool:
