@@ -253,6 +253,7 @@ def test_create_model_pretrained_file_without_res2net_raises_and_is_deleted(serv
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_create_model_pretrained_full_size_download_is_adapted_as_timm_does(
     server: Server, tmp_path: Path, images: Tensor
 ) -> None:
