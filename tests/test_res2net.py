@@ -426,6 +426,7 @@ def test_grad_checkpointing_keeps_exact_gradients_and_norm_statistics(
 @every_kind
 def test_grad_checkpointing_halves_saved_activations(name: str, images: Tensor) -> None:
     model = timm.create_model(name, **shallow(name)).train()
+    size = 32 if name.startswith('res2next29') else 64  # for CIFAR, without a stride in the stem
     parameters = {p.data_ptr() for p in model.parameters()}
     saved: dict[bool, int] = {}
     for enable in (False, True):
@@ -438,7 +439,7 @@ def test_grad_checkpointing_halves_saved_activations(name: str, images: Tensor) 
 
         model.set_grad_checkpointing(enable)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            model(images)
+            model(images[..., :size, :size])
         saved[enable] = sum(tensors.values())
     assert saved[True] < saved[False] / 2
 

@@ -45,6 +45,7 @@ def test_cifar_scale_1_has_parameter_count_of_resnext() -> None:
     assert count(scale=1, base_width=64, cardinality=8, norms=False) == 34_461_476
 
 
+@torch.inference_mode()
 def test_cifar_scale_1_equals_bottlenecks_of_timm() -> None:
     torch.manual_seed(0)
     model = randomise(Res2NetCifar(scale=1, base_width=64, cardinality=8)).eval()
