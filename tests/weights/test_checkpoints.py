@@ -439,6 +439,15 @@ def test_load_checkpoint_equation_1_port_loads_with_explicit_first_block(names: 
 NARROW: dict[str, Any] = dict(channels=(32, 32, 32, 32))
 
 
+def assert_refused_and_unchanged(model: nn.Module, file: Path, message: str) -> str:
+    """Loads a file that has to be refused, leaving the model as it was; returns the error's whole message."""
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=message) as error:
+        load_checkpoint(model, file)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    return str(error.value)
+
+
 @pytest.mark.parametrize(
     ('make', 'message'),
     [
@@ -457,13 +466,9 @@ def test_load_checkpoint_mismatch_lists_problems_suggests_model_changes_nothing(
     make: Any, message: str, tmp_path: Path, build: Any
 ) -> None:
     file = save_checkpoint(timm.create_model('res2net50_26w_4s', **NARROW).state_dict(), tmp_path)
-    model = make()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(CheckpointError, match=message) as error:
-        load_checkpoint(model, file)
-    assert "It fits timm.create_model('res2net50_26w_4s', channels=(32, 32, 32, 32))" in str(error.value)
-    assert str(file) in str(error.value)
-    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    error = assert_refused_and_unchanged(make(), file, message)
+    assert "It fits timm.create_model('res2net50_26w_4s', channels=(32, 32, 32, 32))" in error
+    assert str(file) in error
 
 
 @pytest.mark.parametrize(
@@ -486,11 +491,7 @@ def test_load_checkpoint_mismatch_lists_problems_suggests_model_changes_nothing(
     ],
 )
 def test_load_checkpoint_bad_tensors_are_refused_and_change_nothing(change: Any, message: str, tmp_path: Path) -> None:
-    model = tiny()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    with pytest.raises(CheckpointError, match=message):
-        load_checkpoint(model, save_checkpoint(change(model.state_dict()), tmp_path))
-    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert_refused_and_unchanged(tiny(), save_checkpoint(change(tiny().state_dict()), tmp_path), message)
 
 
 def hiding_nan(tensor: Tensor) -> Tensor:
@@ -520,13 +521,9 @@ def hiding_nan(tensor: Tensor) -> Tensor:
 def test_load_checkpoint_tensor_that_can_be_no_weight_is_refused_and_changes_nothing(
     change: Callable[[Tensor], Tensor], message: str, tmp_path: Path
 ) -> None:
-    model = tiny()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     state = tiny().state_dict()
     file = save_checkpoint({**state, 'fc.weight': change(state['fc.weight'])}, tmp_path)
-    with pytest.raises(CheckpointError, match=f'fc.weight .*{message}'):
-        load_checkpoint(model, file)
-    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+    assert_refused_and_unchanged(tiny(), file, f'fc.weight .*{message}')
 
 
 def test_load_checkpoint_two_tensors_with_one_target_name_are_refused(tmp_path: Path) -> None:
