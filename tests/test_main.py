@@ -185,9 +185,8 @@ def test_convert_prints_detected_model_and_written_files(
         f'  sha256 {sha256(file)}',
         '',
         'dialect      paddleclas: PaddleClas, .pdparams',
-        'first block  paddle: certain',
+        "computes     first_block='paddle'",
         "model        timm.create_model('res2net50_vd_26w_4s', base_width=2): certain, all tensors fit",
-        'dropped      0',
         'filled in    87: conv1.1.num_batches_tracked, conv1.4.num_batches_tracked, bn1.num_batches_tracked, ...',
         'cast         0',
         '',
@@ -211,12 +210,13 @@ def test_convert_dry_run_writes_nothing(run: Run, tmp_path: Path, monkeypatch: P
     )
     done = run('convert', 'x.pth', '--dry-run', '--first-block', 'mmdet')
     lines = done.out.splitlines()
-    assert lines[4] == 'first block  mmdet: certain'
+    assert lines[4] == "computes     first_block='mmdet'"
+    assert lines[5].startswith('assumed      style, strides, dilations, ')
     assert lines[8].startswith('cast         ')
     assert lines[8].endswith('of float16 to float32')
     assert lines[-1] == 'nothing was written'
     done = run('convert', 'x.pth', '--dry-run')
-    assert 'official: not certain, but usual for such a file; --first-block overrides it' in done.out
+    assert 'assumed      first_block, style, strides, dilations, ' in done.out
     assert [path.name for path in tmp_path.iterdir()] == ['x.pth']
 
 

@@ -11,9 +11,9 @@ from .hub.push import push
 from .res2net import register, unregister
 from .version import __version__
 from .vision.explain import class_activation_map, receptive_field
-from .weights.checkpoints import load_checkpoint, load_model
 from .weights.convert import export_checkpoint
 from .weights.errors import CheckpointError
+from .weights.loading import load_checkpoint, load_model
 
 __all__ = [
     'CheckpointError',

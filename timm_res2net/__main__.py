@@ -22,20 +22,20 @@ from .hub.catalogue import catalogue
 from .hub.client import problems_on_hub
 from .hub.pull import download_model
 from .hub.push import push
-from .models.block import FIRST_BLOCKS, STYLES, Function
 from .models.classifier import model_name, registered_cfg
+from .models.function import FIRST_BLOCKS, STYLES, Function
 from .models.variants import ARCHS, WEIGHTS
 from .recipes.arguments import positive
 from .vision.explain import explain
 from .vision.figures import plot_bench, plot_explanation, plot_growth, plot_pyramid
 from .vision.images import bundled_digits, find_images, read_image
 from .vision.predict import UnknownModelError, feature_pyramid, predict, pretrained_model
-from .weights.checkpoints import format_create_model, load_model
 from .weights.convert import Conversion, convert, export_checkpoint
 from .weights.dialects import DIALECTS, EXPORTS
 from .weights.errors import first_line
 from .weights.files import atomic_write, atomic_write_text, sha256
 from .weights.folder import CONFIG_FILE, WEIGHTS_FILE
+from .weights.loading import format_create_model, load_model
 
 # What add_subparsers returns; argparse has no public name for it.
 Commands: TypeAlias = 'argparse._SubParsersAction[argparse.ArgumentParser]'
@@ -249,10 +249,7 @@ def add_convert(commands: Commands) -> None:
     command.add_argument('--model', metavar='NAME', help='the model that it fits (default: found out)')
     command.add_argument('--out', metavar='DIR', help='what to write (default: named after FILE, in this folder)')
     command.add_argument('--dialect', choices=DIALECTS, help='whose names it has (default: recognised)')
-    command.add_argument(
-        '--first-block', choices=FIRST_BLOCKS, help='what its first blocks compute (default: found out)'
-    )
-    command.add_argument('--style', choices=STYLES, help='where its strides are (default: found out)')
+    add_function(command)
     command.add_argument('--prefix', help='what precedes the names, in a file with several networks')
     command.add_argument('--to', choices=EXPORTS, help='write a file for this code instead of a folder for timm')
     command.add_argument('--dry-run', action='store_true', help='write nothing')
@@ -260,11 +257,36 @@ def add_convert(commands: Commands) -> None:
     command.set_defaults(run=run_convert)
 
 
+def add_function(command: argparse.ArgumentParser) -> None:
+    """Adds the arguments that say what a file's network computes."""
+    found = '(default: found out)'
+    command.add_argument('--first-block', choices=FIRST_BLOCKS, help=f'what its first blocks compute {found}')
+    command.add_argument('--style', choices=STYLES, help=f'where its strides are {found}')
+    command.add_argument('--strides', type=int, nargs=4, metavar='N', help=f'stride of each stage {found}')
+    command.add_argument(
+        '--dilations',
+        type=dilation,
+        nargs=4,
+        metavar='N',
+        help='dilation of each stage, or of its blocks as in 4,8,16',
+    )
+    command.add_argument('--stem-ceil-mode', action='store_true', default=None, help='its max-pool rounds sizes up')
+
+
+def dilation(text: str) -> int | tuple[int, ...]:
+    """Reads the dilation of a stage, or those of its blocks."""
+    each = tuple(int(number) for number in text.split(','))
+    return each if len(each) > 1 else each[0]
+
+
+def stated_function(args: argparse.Namespace) -> dict[str, Any]:
+    """What the arguments of `add_function` say of a file's network."""
+    return {name: value for name in vars(Function()) if (value := getattr(args, name, None)) is not None}
+
+
 def run_convert(args: argparse.Namespace) -> int:
     """Converts a file of weights to a folder for timm, or to a file for other code."""
-    options = dict(
-        model=args.model, dialect=args.dialect, first_block=args.first_block, style=args.style, prefix=args.prefix
-    )
+    options = dict(model=args.model, dialect=args.dialect, prefix=args.prefix, **stated_function(args))
     done = convert(args.file, args.out, dry_run=args.dry_run or args.to is not None, **options)
     show_conversion(done)
     if args.dry_run:
@@ -294,17 +316,18 @@ def summarize_names(names: Sequence[str]) -> str:
 def show_conversion(done: Conversion) -> None:
     """Prints what a file was recognised as, how sure that is, and what became of its tensors."""
     checkpoint, record = done.checkpoint, done.config['timm_res2net']
-    translation = checkpoint.translation
+    translation, function = checkpoint.translation, checkpoint.function or Function()
     under = f', under {translation.prefix}' if translation.prefix else ''
-    sure = 'certain' if checkpoint.certain else 'not certain, but usual for such a file; --first-block overrides it'
     print(f'{checkpoint.file}\n  sha256 {record["converted_from"]["sha256"]}\n')
     print(f'dialect      {translation.dialect}{under}: {DIALECTS[translation.dialect].whose}')
-    function = checkpoint.function or Function()
-    print(f'first block  {function.first_block}: {sure}')
-    if function.style != Function.style:
-        print(f'style        {function.style}')
+    shown = [name for name in vars(function) if name in ('first_block', *function.differing_fields(Function()))]
+    print(f'computes     {function.as_keywords(shown)}')
+    if checkpoint.assumed:
+        print(f'assumed      {", ".join(checkpoint.assumed)}: the usual, the file does not tell')
     print(f'model        {format_create_model(done.name, done.args)}: certain, all tensors fit')
-    print(f'dropped      {summarize_names(translation.dropped)}')
+    for reason in sorted(set(translation.dropped.values())):
+        names = [name for name, why in translation.dropped.items() if why == reason]
+        print(f'dropped      {reason}: {summarize_names(names)}')
     print(f'filled in    {summarize_names(translation.filled)}')
     print(f'cast         {", ".join(f"{count} of {kind} to float32" for kind, count in translation.cast.items()) or 0}')
     if 'sha256' in record:

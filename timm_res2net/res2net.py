@@ -25,14 +25,17 @@ from timm.models import (
 from timm.models import _registry as timm_registry
 from torch import nn
 
-from .models.block import Function
+from .models.function import Function
 from .models.recompute import FeatureDict, FeatureList
+from .models.resnet import Res2Net
 from .models.variants import ARCHS, WEIGHTS, Arch, default_cfg
-from .weights.checkpoints import Checkpoint, adapt_state_dict, read_checkpoint, require_same_function
+from .weights.checkpoints import Checkpoint, read_checkpoint
 from .weights.download import download
+from .weights.loading import adapt_state_dict, require_same_function
 
 __all__ = ['register', 'unregister']  # register_model adds the models
 
+GEOMETRY = 'style', 'strides', 'dilations', 'dilate_first', 'deformable', 'stem_ceil_mode'  # of Res2Net only
 FEATURE_CLASSES = {'list': FeatureList, 'dict': FeatureDict}
 
 with_weights = {name.split('.')[0] for name in WEIGHTS}
@@ -81,6 +84,8 @@ def normalise_arguments(name: str, kwargs: dict[str, Any], block_args: dict[str,
     if twice := sorted(kwargs.keys() & block_args.keys()):
         raise TypeError(f'{name} got {", ".join(twice)} both by keyword and in block_args; give it once')
     kwargs = {**kwargs, **block_args}
+    if ARCHS[name].trunk is not Res2Net and (given := [key for key in GEOMETRY if key in kwargs]):
+        raise ValueError(f'{name} has no {given[0]}: its {ARCHS[name].trunk.__name__} has one geometry only')
     if kwargs.get('output_stride', 32) is None:  # what transformers passes for the default
         del kwargs['output_stride']
     if kwargs.get('features_only'):
@@ -107,11 +112,7 @@ def require_function_of_weights(arch: Arch, cfg: PretrainedCfg, kwargs: dict[str
     if overlay.keys() & {'url', 'file', 'hf_hub_id', 'state_dict'}:
         return  # other weights than the published ones; their own check follows when they are read
     saved = kwargs.get('pretrained_model_args') or {}
-    names = vars(Function())
-    of_weights, wanted = (
-        Function(**{key: value for key, value in {**arch.args, **args}.items() if key in names})
-        for args in (saved, kwargs)
-    )
+    of_weights, wanted = (Function.from_arguments({**arch.args, **args}) for args in (saved, kwargs))
     if fields := of_weights.differing_fields(wanted):
         raise ValueError(
             f'weights {cfg.tag or ""} of {cfg.architecture} are of a network with {of_weights.as_keywords(fields)} and '
@@ -139,9 +140,8 @@ def read_weights(cfg: PretrainedCfg, cache_dir: str | Path | None) -> Checkpoint
 def loaded_trunk(trunk: type[nn.Module], cfg: PretrainedCfg, checkpoint: Checkpoint, **kwargs: Any) -> nn.Module:
     """Makes a trunk and loads a checkpoint; timm adapts the classifier and the number of image channels."""
     model: Any = trunk(**kwargs)
-    names = checkpoint.translation
-    if checkpoint.certain or names.dialect != 'official' or names.prefix:  # timm's names alone don't imply a function
-        require_same_function(model, checkpoint.function, checkpoint.file)
+    # Who gives the file of a lone network and the model knows both; of a larger network the usual is assumed.
+    require_same_function(model, checkpoint, ignore=() if checkpoint.translation.is_part else checkpoint.assumed)
     source = {**cfg.to_dict(), 'state_dict': dict(checkpoint.state), 'custom_load': False}
     load_pretrained(model, source, num_classes=model.num_classes, in_chans=model.in_chans)
     return model

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from support import randomise
 from torch import Tensor, nn
 
-from timm_res2net.models.block import FIRST_BLOCKS, Bottle2neck
+from timm_res2net.models.block import Bottle2neck
+from timm_res2net.models.function import FIRST_BLOCKS
 from timm_res2net.models.pool import DilatedAvgPool2d
 from timm_res2net.models.recompute import Stage
 

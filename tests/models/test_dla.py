@@ -10,8 +10,8 @@ from support import randomise
 from torch import Tensor, nn
 
 from timm_res2net import load_checkpoint
-from timm_res2net.models.block import FIRST_BLOCKS
 from timm_res2net.models.dla import DlaBottle2neck, DlaRoot, Res2NetDla
+from timm_res2net.models.function import FIRST_BLOCKS
 
 SMALL: dict[str, Any] = dict(levels=(1, 1, 1, 2, 3, 1), channels=(8, 8, 32, 32, 64, 64))
 
@@ -118,7 +118,7 @@ def test_dla_projections_of_leaves_are_loaded(levels: tuple[int, ...], tmp_path:
     model = randomise(timm.create_model('dla60_res2net', **options))
     save_file(model.state_dict(), tmp_path / 'a.safetensors')
     loaded = timm.create_model('dla60_res2net', **options)
-    assert load_checkpoint(loaded, tmp_path / 'a.safetensors').translation.dropped == ()
+    assert load_checkpoint(loaded, tmp_path / 'a.safetensors').translation.dropped == {}
     torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
     overlay = dict(state_dict=model.state_dict(), num_classes=3)
     loaded = timm.create_model('dla60_res2net', pretrained=True, pretrained_cfg_overlay=overlay, **options)

@@ -8,7 +8,7 @@ from support import randomise
 from timm.models.resnet import drop_blocks
 from torch import Tensor, nn
 
-from timm_res2net.models.block import FIRST_BLOCKS
+from timm_res2net.models.function import FIRST_BLOCKS
 from timm_res2net.models.resnet import Res2Net
 from timm_res2net.models.trunk import drop_block_layers
 

@@ -21,11 +21,12 @@ from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from timm_res2net import CheckpointError, export_checkpoint, load_checkpoint
-from timm_res2net.models.block import functions
-from timm_res2net.weights.checkpoints import load_model, read_checkpoint
+from timm_res2net.models.block import function_of
+from timm_res2net.weights.checkpoints import read_checkpoint
 from timm_res2net.weights.convert import convert
 from timm_res2net.weights.files import sha256
 from timm_res2net.weights.folder import write_folder
+from timm_res2net.weights.loading import load_model
 from timm_res2net.weights.readers import read
 
 References = Callable[[str], Path]
@@ -265,7 +266,7 @@ def test_load_checkpoint_detectron2_detector_computes_its_equations(size: int, t
     model = tiny('mmdet', style='caffe', num_classes=0)
     nn.init.zeros_(model.conv1[0].weight)
     checkpoint = load_checkpoint(model, tmp_path / 'detector.pkl')
-    assert checkpoint.translation.dropped == ('model.proposal_generator.weight',)
+    assert list(checkpoint.translation.dropped) == ['model.proposal_generator.weight']
     x = torch.randn(1, 3, size, size)
     ours = model.forward_intermediates(x, indices=[1, 2, 3, 4], intermediates_only=True)
     torch.testing.assert_close(ours, detectron_features(weights, x), rtol=1e-4, atol=1e-4)
@@ -276,7 +277,7 @@ def test_read_checkpoint_detectron2_backbone_is_official_but_uncertain(tmp_path:
     (tmp_path / 'r2.pkl').write_bytes(pickle.dumps(weights))
     checkpoint = read_checkpoint(tmp_path / 'r2.pkl')
     assert (checkpoint.translation.dialect, checkpoint.function.first_block) == ('detectron2', 'official')
-    assert not checkpoint.certain
+    assert {'first_block', 'style'} <= set(checkpoint.assumed)
 
 
 # Official files, and those of projects that build on them
@@ -322,7 +323,7 @@ def test_load_checkpoint_reports_dropped_filled_and_cast_tensors(tmp_path: Path)
     file = save_checkpoint({**state, 'head.weight': torch.ones(2)}, tmp_path)
     translation = load_checkpoint(tiny(), file).translation
     norms = sum(isinstance(module, nn.BatchNorm2d) for module in tiny().modules())
-    assert translation.dropped == ('head.weight',)
+    assert translation.dropped == {'head.weight': 'beside the network'}
     assert len(translation.filled) == norms
     assert translation.cast == {'float16': len(state)}
     assert {t.dtype for name, t in translation.state.items() if 'batches' not in name} == {torch.float32}
@@ -384,11 +385,12 @@ def test_read_checkpoint_takes_first_block_from_record_of_timm_train_script(tmp_
     args = Namespace(model_kwargs={'first_block': 'mmdet'})
     recorded = {'epoch': 1, 'arch': 'test_res2net', 'state_dict': state, 'args': args}
     file = save_checkpoint(recorded, tmp_path)
-    assert (read_checkpoint(file).function.first_block, read_checkpoint(file).certain) == ('mmdet', True)
+    assert (read_checkpoint(file).function.first_block, read_checkpoint(file).assumed) == ('mmdet', ())
     file = save_checkpoint({**recorded, 'arch': 'res2net50_vd_26w_4s', 'args': Namespace()}, tmp_path)
     assert read_checkpoint(file).function.first_block == 'paddle'
     file = save_checkpoint({**recorded, 'arch': 'resnet50'}, tmp_path)
-    assert (read_checkpoint(file).function.first_block, read_checkpoint(file).certain) == ('official', False)
+    assert read_checkpoint(file).function.first_block == 'official'
+    assert 'first_block' in read_checkpoint(file).assumed
 
 
 def test_read_checkpoint_bare_mmdet_backbone_defaults_to_official(references: References, tmp_path: Path) -> None:
@@ -593,7 +595,7 @@ def test_convert_writes_folder_that_timm_loads(references: References, tmp_path:
     assert sorted(path.name for path in done.folder.iterdir()) == ['config.json', 'model.safetensors']
     assert [path.name for path in done.folder.parent.iterdir()] == ['folder']
     again = read_checkpoint(done.folder / 'model.safetensors')
-    assert (again.function.first_block, again.certain) == ('mmdet', True)
+    assert (again.function.first_block, again.assumed) == ('mmdet', ())
     with pytest.raises(ValueError, match="are of a network with first_block='mmdet'"):
         timm.create_model(f'local-dir:{done.folder}', pretrained=True, first_block='official')
 
@@ -640,6 +642,8 @@ def test_convert_model_argument_must_fit_file(tmp_path: Path, build: Any) -> Non
 
 # Exporting
 
+MIXED: dict[str, Any] = dict(first_block='mmdet', num_classes=0)
+
 
 @pytest.mark.parametrize(
     ('file', 'dialect'),
@@ -669,16 +673,40 @@ def test_export_checkpoint_has_names_and_values_of_original_file(
         ('res2net50_vd_26w_4s', {}, 'mmpretrain', "computes first_block='official' and the model first_block='paddle'"),
         ('res2net50_vd_26w_4s', dict(avg_down=False), 'paddleclas', 'has no place for layer1.0.downsample.0.weight'),
         ('res2next50', {}, 'mmpretrain', 'no Res2NeXt'),
-        ('test_res2net', dict(act_layer='silu'), 'official', 'the activation of layer1.0 is SiLU'),
-        ('test_res2net', dict(output_stride=16), 'official', r'layer4\.\d\.convs\.0 is dilated'),
+        (
+            'test_res2net',
+            dict(act_layer='silu'),
+            'official',
+            "computes act_layer='relu' and the model act_layer='silu'",
+        ),
+        ('test_res2net', dict(output_stride=16), 'official', r'layer4\.\d\.convs\.0 of the model is dilated'),
         ('test_res2net', dict(global_pool='max'), 'official', "its global_pool is 'max'"),
-        ('test_res2net', dict(stem_ceil_mode=True), 'official', 'maxpool rounds sizes up'),
+        ('test_res2net', dict(stem_ceil_mode=True), 'official', 'the model stem_ceil_mode=True'),
         ('test_res2net', dict(style='caffe'), 'official', "computes style='pytorch' and the model style='caffe'"),
-        ('test_res2net', dict(deformable=(None, None, None, 'v2')), 'official', 'layer4.0.convs.0 is deformable'),
-        ('test_res2net', dict(norm_layer=partial(nn.BatchNorm2d, eps=1e-3)), 'official', 'eps of conv1.1 is 0.001'),
+        (
+            'test_res2net',
+            dict(deformable=(None, None, None, 'v2')),
+            'official',
+            r"the model deformable=\(None, None, None, 'v2'\)",
+        ),
+        (
+            'test_res2net',
+            dict(norm_layer=partial(nn.BatchNorm2d, eps=1e-3)),
+            'official',
+            'computes norm_eps=1e-05 and the model norm_eps=0.001',
+        ),
         ('seres2net50_26w_4s', {}, 'official', 'without attention'),
         ('dla60_res2net', {}, 'official', 'ResNet-hosted'),
-        ('res2net50d', {}, 'mmdet', 'choose from official, mmpretrain, paddleclas'),
+        ('res2net50d', {}, 'mindcv', 'choose from official, mmpretrain, mmdet, paddleclas'),
+        ('test_res2net', {}, 'mmdet', 'make the model with num_classes=0'),
+        (
+            'test_res2net',
+            dict(num_classes=0),
+            'mmdet',
+            "computes first_block='mmdet' and the model first_block='official'",
+        ),
+        ('test_res2net', dict(MIXED, deformable=(None, None, 'v1', 'v2')), 'mmdet', 'one kind of deformable'),
+        ('test_res2net', dict(MIXED, dilations=(1, 1, 1, (2, 4))), 'mmdet', 'one dilation in all blocks'),
     ],
 )
 def test_export_checkpoint_unsupported_model_raises_and_writes_nothing(
@@ -709,8 +737,10 @@ def test_load_checkpoint_ignores_batch_counters_that_the_model_lacks(tmp_path: P
 
 def test_load_checkpoint_twice_read_checkpoint_with_options_raises_type_error(tmp_path: Path) -> None:
     checkpoint = read_checkpoint(save_checkpoint(tiny().state_dict(), tmp_path))
-    with pytest.raises(TypeError, match='was read already: give first_block to read_checkpoint'):
-        load_checkpoint(tiny(), checkpoint, first_block='nonsense')
+    with pytest.raises(TypeError, match='was read already: give dialect and prefix to read_checkpoint'):
+        load_checkpoint(tiny(), checkpoint, dialect='official')
+    with pytest.raises(TypeError, match='frist_block is no argument here'):
+        load_checkpoint(tiny(), checkpoint, frist_block='mmdet')
 
 
 @pytest.mark.parametrize(
@@ -729,21 +759,19 @@ def test_load_model_saved_weights_give_function_and_outputs_back(
     for name, parameter in model.named_parameters():
         if 'conv_offset' in name:
             nn.init.normal_(parameter, std=0.3)
-    (function,) = functions(model)
+    function = function_of(model)
     config: dict[str, Any] = {'timm_res2net': {}}
     write_folder(tmp_path / 'net', model.state_dict(), config, function)
     loaded = load_model(tmp_path / 'net' / 'model.safetensors').eval()
-    assert functions(loaded) == {function}
+    assert function_of(loaded) == function
     torch.testing.assert_close(loaded(images), model(images), rtol=0, atol=0)
 
 
 def test_load_checkpoint_deformable_tensors_for_a_plain_model_are_refused(tmp_path: Path) -> None:
     file = save_checkpoint(tiny(deformable=(None, None, None, 'v2')).state_dict(), tmp_path)
-    with pytest.raises(
-        CheckpointError, match=r'unknown to the model \(first: layer4\.0\.convs\.0\.conv_offset'
-    ) as error:
-        load_checkpoint(tiny(), file)
-    assert "deformable=(None, None, None, 'v2')" in str(error.value)
+    error = assert_refused_and_unchanged(tiny(), file, r'is of a network with deformable=\(None, None, None, .v2.\)')
+    assert "Make the model with deformable=(None, None, None, 'v2')" in error
+    assert 'load it with' not in error  # the tensors tell
 
 
 @pytest.mark.parametrize(

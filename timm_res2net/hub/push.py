@@ -16,7 +16,7 @@ from timm.models import PretrainedCfg, get_model_args
 from timm.utils import unwrap_model
 from torch import nn
 
-from ..models.block import functions
+from ..models.block import function_of
 from ..models.classifier import Classifier, as_classifier, model_name
 from ..models.variants import ARCHS
 from ..weights.download import retrying
@@ -149,7 +149,7 @@ def write_model(model: Classifier, folder: Path, labels: Sequence[str] | None, f
         for key, tensor in model.state_dict().items()
     }
     try:
-        write_folder(folder, state, config, next(iter(functions(model)), None))
+        write_folder(folder, state, config, function_of(model))
     except TypeError as error:
         raise ValueError(
             f'{name} was made with an argument that no configuration can hold: {first_line(error)}'

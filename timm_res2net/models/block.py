@@ -8,73 +8,25 @@ scales at once. Paper: `Res2Net: A New Multi-scale Backbone Architecture` - http
 
 import copy
 import inspect
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from timm.layers import create_attn, get_norm_layer
 from torch import Tensor, nn
 
 from .fold import fold_norm, fold_norms, merge_convs, require_eval_mode
+from .function import FIRST_BLOCKS, Function, Splits, activation_name
 from .pool import DilatedAvgPool2d
 
-__all__ = ['FIRST_BLOCKS', 'STYLES', 'Bottle2neck', 'Function', 'Layer', 'functions', 'norm_factory']
+__all__ = ['Bottle2neck', 'Layer', 'function_of', 'norm_factory', 'set_function']
 
 Layer = Callable[..., nn.Module]
 
 
-class Splits(NamedTuple):
-    """What a block does with its splits."""
-
-    cascade: bool  # add each split to the output of the one before it
-    last: Literal['kept', 'pooled', 'convolved']
-
-
-@dataclass(frozen=True)
-class FirstBlock:
-    """What the first block of a stage computes, by the stage's nominal stride: its stride before any dilation."""
-
-    stride_1: Splits
-    stride_2: Splits
-    count_include_pad: bool = True  # of the pool
-
-    def splits(self, nominal_stride: int) -> Splits:
-        return self.stride_1 if nominal_stride == 1 else self.stride_2
-
-
-# Three code bases that share all tensor names disagree on the first block of a stage: a file from one of them loads
-# strictly into another and computes something else. The authors (and timm, mmpretrain, mindcv) have no cascade and
-# pool the last split in every stage; Paddle and mmdet decide by the stride. The authors' networks for CIFAR have a
-# grouped convolution instead of the cascade, `scale` convolutions side by side. Going by the nominal stride keeps the
-# function when a stage is dilated instead of strided (`output_stride`).
-# fmt: off
-FIRST_BLOCKS = {
-    'official': FirstBlock(Splits(False, 'pooled'),    Splits(False, 'pooled')),
-    'paddle':   FirstBlock(Splits(True,  'kept'),      Splits(False, 'pooled'), count_include_pad=False),
-    'mmdet':    FirstBlock(Splits(False, 'kept'),      Splits(False, 'pooled')),
-    'group':    FirstBlock(Splits(False, 'convolved'), Splits(False, 'convolved')),
-}
-# fmt: on
 LATER_BLOCK = Splits(cascade=True, last='kept')
-STYLES = 'pytorch', 'caffe'  # where a block's stride is: in the 3x3 convolutions, or in the first 1x1 convolution
-
-
-@dataclass(frozen=True)
-class Function:
-    """What blocks compute beyond the names and shapes of their tensors. Fields are keywords of `create_model`."""
-
-    first_block: str = 'official'  # a key of FIRST_BLOCKS
-    style: str = 'pytorch'  # one of STYLES
-
-    def differing_fields(self, other: 'Function') -> list[str]:
-        """Names of the fields in which two functions differ."""
-        return [name for name, value in vars(self).items() if value != getattr(other, name)]
-
-    def as_keywords(self, names: Iterable[str]) -> str:
-        """Some fields, as in a call."""
-        return ', '.join(f'{name}={getattr(self, name)!r}' for name in names)
 
 
 class Bottle2neck(nn.Module):
@@ -145,7 +97,7 @@ class Bottle2neck(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        require_supported(first_block, style, scale, cardinality, reduce_first, aa_layer)
+        require_supported(scale, cardinality, reduce_first, aa_layer)
         width = int(planes * base_width / 64) * cardinality
         if width < 1:
             raise ValueError(f'base_width={base_width} leaves no channel in a split of a block with {planes} planes')
@@ -154,9 +106,10 @@ class Bottle2neck(nn.Module):
         if first is None:
             first = downsample is not None
         stride_1x1, stride_3x3 = (stride, 1) if style == 'caffe' else (1, stride)
-        function = FIRST_BLOCKS[first_block]
+        function = Function(first_block, style)
+        first_splits = FIRST_BLOCKS[first_block]
         nominal_stride = 1 if style == 'caffe' else stride * dilation // first_dilation
-        splits = function.splits(nominal_stride) if first else LATER_BLOCK
+        splits = first_splits.splits(nominal_stride) if first else LATER_BLOCK
         num_convs = scale if splits.last == 'convolved' else max(1, scale - 1)
         dd: dict[str, Any] = {'device': device, 'dtype': dtype}
         conv1x1: Layer = partial(nn.Conv2d, kernel_size=1, bias=False, **dd)
@@ -165,7 +118,6 @@ class Bottle2neck(nn.Module):
         )
 
         self.scale = scale
-        self.function = Function(first_block, style)
         self.cascade = splits.cascade
         self.conv1 = conv1x1(inplanes, width * scale, stride=stride_1x1)
         self.bn1 = norm_layer(width * scale, **dd)
@@ -177,9 +129,9 @@ class Bottle2neck(nn.Module):
         if splits.last == 'pooled' and dilate_pool and first_dilation > 1:
             if stride_3x3 > 1:
                 raise ValueError('a pool with a stride can not be dilated; leave dilate_pool out')
-            self.pool = DilatedAvgPool2d(first_dilation, function.count_include_pad)
+            self.pool = DilatedAvgPool2d(first_dilation, first_splits.count_include_pad)
         elif splits.last == 'pooled':
-            self.pool = nn.AvgPool2d(3, stride_3x3, padding=1, count_include_pad=function.count_include_pad)
+            self.pool = nn.AvgPool2d(3, stride_3x3, padding=1, count_include_pad=first_splits.count_include_pad)
         self.drop_block = nn.Identity() if drop_block is None else drop_block()
         self.conv3 = conv1x1(width * scale, outplanes)
         self.bn3 = norm_layer(outplanes, **dd)
@@ -187,6 +139,13 @@ class Bottle2neck(nn.Module):
         self.downsample = downsample
         self.drop_path = drop_path
         self.act3 = act_layer(inplace=True) if last_act else nn.Identity()
+        self.function = replace(
+            function
+            if scale > 1
+            else replace(function, first_block=Function.first_block),  # without splits, all the same
+            act_layer=activation_name(act_layer),
+            norm_eps=getattr(self.bn1, 'eps', Function.norm_eps),
+        )
 
     def zero_init_last(self) -> None:
         """Sets the last norm's weight to zero, so that the block starts training as an identity."""
@@ -253,14 +212,8 @@ class Bottle2neck(nn.Module):
         return self.act3(y)
 
 
-def require_supported(
-    first_block: str, style: str, scale: int, cardinality: int, reduce_first: int, aa_layer: Layer | None
-) -> None:
+def require_supported(scale: int, cardinality: int, reduce_first: int, aa_layer: Layer | None) -> None:
     """Raises a ValueError that names the argument of a block that is not supported."""
-    if first_block not in FIRST_BLOCKS:
-        raise ValueError(f'first_block={first_block!r} is not known; choose from {", ".join(FIRST_BLOCKS)}')
-    if style not in STYLES:
-        raise ValueError(f'style={style!r} is not known; choose from {", ".join(STYLES)}')
     if scale < 1 or cardinality < 1:
         raise ValueError(f'scale={scale} and cardinality={cardinality} must be at least 1')
     if reduce_first != 1:
@@ -277,10 +230,17 @@ def make_attention(attn_layer: str | Layer | None, channels: int, **dd: object) 
         raise ValueError(f"attn_layer={attn_layer!r} is no attention layer of timm; 'se' or 'eca' are") from error
 
 
-def norm_factory(norm_layer: str | Layer) -> Layer:
-    """Returns a norm class, given itself or its name in timm, that takes device and dtype (torchvision's doesn't)."""
+def norm_factory(norm_layer: str | Layer, eps: float | None = None) -> Layer:
+    """Returns a norm class that takes device and dtype, which torchvision's doesn't.
+
+    Args:
+        norm_layer: The class or its name in timm.
+        eps: Added to variances, the class's own default if None.
+    """
     layer = get_norm_layer(norm_layer)
     parameters = inspect.signature(layer).parameters
+    if eps is not None:
+        layer = partial(layer, eps=eps)
     if 'device' in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
         return layer
 
@@ -295,6 +255,13 @@ def norm_factory(norm_layer: str | Layer) -> Layer:
     return on_device
 
 
-def functions(model: nn.Module) -> set[Function]:
-    """What a model's blocks compute; empty without splits, where it makes no difference."""
-    return {block.function for block in model.modules() if isinstance(block, Bottle2neck) and block.scale > 1}
+def set_function(model: nn.Module, **fields: Any) -> None:
+    """Records in a network's blocks what the network computes, where they can't know by themselves."""
+    for block in model.modules():
+        if isinstance(block, Bottle2neck):
+            block.function = replace(block.function, **fields)
+
+
+def function_of(model: nn.Module) -> Function | None:
+    """What the network in a model computes, None if there is none of this package."""
+    return next((block.function for block in model.modules() if isinstance(block, Bottle2neck)), None)

@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from .block import Bottle2neck, Layer, norm_factory
+from .block import Bottle2neck, Layer
 from .recompute import recompute
 from .trunk import FeatureInfo, Layers, Trunk, TrunkOptions, drop_block_layers
 
@@ -224,7 +224,7 @@ class Res2NetDla(Trunk):
         ]
 
         project = partial(opts.conv, kernel_size=1)
-        root = partial(DlaRoot, shortcut=shortcut_root, act_layer=opts.act, norm_layer=norm_factory(opts.norm_layer))
+        root = partial(DlaRoot, shortcut=shortcut_root, act_layer=opts.act, norm_layer=opts.norm)
         reduction, dilation = 2, 1
         trees = []
         for i, drop_block in zip(range(2, 6), drop_block_layers(opts.drop_block_rate)):

@@ -9,8 +9,9 @@ from timm.layers import AvgPool2dSame, DropPath, calculate_drop_path_rates, get_
 from timm.models.resnet import ResNet
 from torch import nn
 
-from .block import Bottle2neck, Layer, norm_factory
-from .deformable import VERSIONS, DeformableConv2d
+from .block import Bottle2neck, Layer, norm_factory, set_function
+from .deformable import DeformableConv2d
+from .function import Function
 from .pool import DilatedAvgPool2d
 from .recompute import Stage, set_grad_checkpointing
 from .trunk import drop_block_layers
@@ -46,7 +47,9 @@ class Res2Net(ResNet):
             what they compute in the undilated network. timm leaves the pools as they are, so with `output_stride=8`
             its features are some percent off; that is the default here, for equality with timm. Attention that pools
             over the whole image differs on a denser grid in any case.
+        act_layer: Activation class or its name in timm.
         norm_layer: Norm class or its name in timm; also one that takes no device and dtype, as torchvision's.
+        norm_eps: Added to the variances of norms, the norm class's own default if None.
         **kwargs: Other arguments of timm's `ResNet`.
 
     Raises:
@@ -65,30 +68,36 @@ class Res2Net(ResNet):
         cardinality: int = 1,
         first_block: str = 'official',
         style: str = 'pytorch',
-        deformable: Sequence[str | None] = (None, None, None, None),
-        strides: Sequence[int] | None = None,
-        dilations: Sequence[int | Sequence[int]] | None = None,
+        deformable: Sequence[str | None] = Function.deformable,
+        strides: Sequence[int] = Function.strides,
+        dilations: Sequence[int | Sequence[int]] = Function.dilations,
         dilate_first: bool = True,
         stem_ceil_mode: bool = False,
         attn_layer: str | Layer | None = None,
         output_stride: int = 32,
         dilate_pool: bool = False,
+        act_layer: str | Layer = 'relu',
         norm_layer: str | Layer = 'batchnorm2d',
+        norm_eps: float | None = None,
         **kwargs: Any,
     ) -> None:
         if output_stride not in (8, 16, 32):
             raise ValueError(f'output_stride={output_stride} is not possible; choose 8, 16 or 32')
-        explicit = strides is not None or dilations is not None
-        if explicit and (output_stride != 32 or dilate_pool):
+        geometry: dict[str, Any] = dict(
+            strides=strides,
+            dilations=dilations,
+            dilate_first=dilate_first,
+            deformable=deformable,
+            stem_ceil_mode=stem_ceil_mode,
+        )
+        function = Function(first_block, style, **geometry)
+        usual = function.strides == Function.strides and function.dilations == Function.dilations
+        if not usual and (output_stride != 32 or dilate_pool):
             raise ValueError('strides and dilations say all of the geometry; leave output_stride and dilate_pool out')
-        if not explicit and not dilate_first:
-            raise ValueError('dilate_first=False has no effect without dilations')
-        strides, dilations = strides or (1, 2, 2, 2), dilations or (1, 1, 1, 1)
-        if not len(strides) == len(dilations) == len(deformable) == 4:
-            raise ValueError('strides, dilations and deformable must have an entry for each of 4 stages')
-        for depth, dilation in zip(layers, dilations):
-            if not isinstance(dilation, int) and len(dilation) != depth:
+        for depth, dilation in zip(layers, function.dilations):
+            if isinstance(dilation, tuple) and len(dilation) != depth:
                 raise ValueError(f'dilations has {len(dilation)} entries for a stage of {depth} blocks: {dilations}')
+        norm_layer = norm_factory(norm_layer, norm_eps)
         block_args: dict[str, Any] = dict(scale=scale, first_block=first_block, style=style, attn_layer=attn_layer)
         super().__init__(
             Bottle2neck,  # type: ignore[arg-type]  # timm's annotation allows only its own blocks
@@ -96,22 +105,24 @@ class Res2Net(ResNet):
             base_width=base_width,  # type: ignore[arg-type]  # an int in the annotation; timm multiplies by it
             cardinality=cardinality,
             output_stride=output_stride,
-            norm_layer=norm_factory(norm_layer),
+            act_layer=act_layer,
+            norm_layer=norm_layer,
             block_args=dict(block_args, dilate_pool=dilate_pool),
             **kwargs,
         )
-        if explicit:
+        if not usual:
             block = partial(
                 Bottle2neck,
                 cardinality=cardinality,
                 base_width=base_width,
-                norm_layer=norm_factory(norm_layer),
+                act_layer=get_act_layer(act_layer),
+                norm_layer=norm_layer,
                 **block_args,
             )
             keywords = replace_stages.__kwdefaults__ or {}
             of_stages = {key: value for key, value in kwargs.items() if key in keywords}
-            replace_stages(self, block, layers, strides, dilations, dilate_first, **of_stages)
-        for i, version in enumerate(deformable):
+            replace_stages(self, block, layers, function, **of_stages)
+        for i, version in enumerate(function.deformable):
             blocks = self.get_submodule(f'layer{i + 1}').children()
             setattr(self, f'layer{i + 1}', Stage(*(make_deformable(each, version) for each in blocks)))
         if dilate_pool:
@@ -120,6 +131,7 @@ class Res2Net(ResNet):
             if not isinstance(self.maxpool, nn.MaxPool2d):
                 raise ValueError('stem_ceil_mode is for a stem with a plain max-pool')
             self.maxpool.ceil_mode = True
+        set_function(self, **{name: getattr(function, name) for name in geometry})
 
     @torch.jit.ignore
     def init_weights(self, zero_init_last: bool = True) -> None:
@@ -148,13 +160,10 @@ def replace_stages(
     model: Res2Net,
     block: partial[Bottle2neck],
     layers: Sequence[int],
-    strides: Sequence[int],
-    dilations: Sequence[int | Sequence[int]],
-    dilate_first: bool,
+    function: Function,
     *,
     channels: Sequence[int] = (64, 128, 256, 512),
     avg_down: bool = False,
-    act_layer: str | Layer = nn.ReLU,
     drop_path_rate: float = 0.0,
     drop_block_rate: float = 0.0,
     zero_init_last: bool = True,
@@ -163,31 +172,29 @@ def replace_stages(
 ) -> None:
     """Replaces the stages that timm made by stages with other strides and dilations, which timm has no arguments for.
 
-    Arguments are those of `Res2Net`. A shortcut at stride 1 has no average pool.
+    Arguments are those of `Res2Net`; strides and dilations are the function's. A shortcut at stride 1 has no pool.
     """
     dd: dict[str, Any] = dict(device=device, dtype=dtype)
-    make = partial(block, act_layer=get_act_layer(act_layer), **dd)
     rates: list[float] = calculate_drop_path_rates(drop_path_rate, sum(layers))  # type: ignore[assignment]
     rate_of_next = iter(rates)
     (inplanes,) = (conv.in_channels for conv in [model.get_submodule('layer1.0.conv1')] if isinstance(conv, nn.Conv2d))
     reduction, dilation_before = 4, 1
     for i, (depth, planes, drop_block) in enumerate(zip(layers, channels, drop_block_layers(drop_block_rate))):
-        stride, dilation, outplanes = strides[i], dilations[i], planes * Bottle2neck.expansion
-        of_blocks = [dilation] * depth if isinstance(dilation, int) else dilation
+        stride, dilation, outplanes = function.strides[i], function.dilations[i], planes * Bottle2neck.expansion
+        of_blocks = dilation if isinstance(dilation, tuple) else (dilation,) * depth
         conv = nn.Conv2d(inplanes, outplanes, 1, 1 if avg_down else stride, bias=False, **dd)
         shortcut = nn.Sequential(conv, block.keywords['norm_layer'](outplanes, **dd))
         if avg_down:
             pool = nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False)
             shortcut.insert(0, pool if stride > 1 else nn.Identity())
-        of_first = dict(
-            stride=stride, downsample=shortcut, first_dilation=of_blocks[0] if dilate_first else dilation_before
-        )
+        first_dilation = of_blocks[0] if function.dilate_first else dilation_before
+        of_first = dict(stride=stride, downsample=shortcut, first_dilation=first_dilation)
         blocks = []
         for b, dilation_of_block in enumerate(of_blocks):
             rate = next(rate_of_next)
             drop_path = DropPath(rate) if rate > 0 else None
             options: dict[str, Any] = dict(dilation=dilation_of_block, drop_block=drop_block, drop_path=drop_path)
-            blocks.append(make(inplanes, planes, **options, **(of_first if b == 0 else {})))
+            blocks.append(block(inplanes, planes, **options, **(of_first if b == 0 else {}), **dd))
             inplanes = outplanes
         setattr(model, f'layer{i + 1}', nn.Sequential(*blocks))
         reduction, dilation_before = reduction * stride, of_blocks[-1]
@@ -196,15 +203,9 @@ def replace_stages(
 
 
 def make_deformable(block: nn.Module, version: str | None) -> nn.Module:
-    """Replaces the 3x3 convolutions of a block by deformable ones with the same weights, for None by none.
-
-    Raises:
-        ValueError: For a version that is not known.
-    """
+    """Replaces the 3x3 convolutions of a block by deformable ones with the same weights, for None by none."""
     if version is None:
         return block
-    if version not in VERSIONS:
-        raise ValueError(f'deformable={version!r} is not known; choose from None, {", ".join(VERSIONS)}')
     assert isinstance(block, Bottle2neck)
     for i, conv in enumerate(block.convs):
         assert isinstance(conv, nn.Conv2d)

@@ -54,6 +54,7 @@ class TrunkOptions:
         global_pool: Kind of pooling: 'avg', 'max', 'avgmax', 'catavgmax', '' for none.
         act_layer: Activation class or its name in timm.
         norm_layer: Norm class or its name in timm.
+        norm_eps: Added to the variances of norms, the norm class's own default if None.
         drop_rate: Dropout probability before the classifier.
         drop_path_rate: Stochastic depth probability of the last block, growing linearly from 0 at the first.
         drop_block_rate: DropBlock probability in the last two stages.
@@ -72,6 +73,7 @@ class TrunkOptions:
     global_pool: str = 'avg'
     act_layer: str | Layer = 'relu'
     norm_layer: str | Layer = 'batchnorm2d'
+    norm_eps: float | None = None
     drop_rate: float = 0.0
     drop_path_rate: float = 0.0
     drop_block_rate: float = 0.0
@@ -90,9 +92,14 @@ class TrunkOptions:
         return get_act_layer(self.act_layer)
 
     @property
+    def norm(self) -> Layer:
+        """Makes a norm."""
+        return norm_factory(self.norm_layer, self.norm_eps)
+
+    @property
     def conv(self) -> Layers:
         """Makes a convolution and its norm, see `conv_norm_act`."""
-        return partial(conv_norm_act, norm_layer=norm_factory(self.norm_layer), **self.factory)
+        return partial(conv_norm_act, norm_layer=self.norm, **self.factory)
 
     def block(self, block_cls: type[Bottle2neck] = Bottle2neck, **kwargs: Any) -> Callable[..., Bottle2neck]:
         """Makes a function that builds blocks; what remains to be given are channels, stride and place."""
@@ -104,7 +111,7 @@ class TrunkOptions:
             first_block=self.first_block,
             attn_layer=self.attn_layer,
             act_layer=self.act,
-            norm_layer=norm_factory(self.norm_layer),
+            norm_layer=self.norm,
             **self.factory,
             **kwargs,
         )

@@ -13,8 +13,8 @@ from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, res
 from torch import Tensor, nn
 
 from ..models.classifier import as_classifier, registered_cfg
-from ..weights.checkpoints import load_model
 from ..weights.errors import first_line
+from ..weights.loading import load_model
 from .images import preprocess, read_image
 
 __all__ = ['Prediction', 'UnknownModelError', 'class_names', 'feature_pyramid', 'predict', 'pretrained_model']

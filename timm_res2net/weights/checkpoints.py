@@ -1,49 +1,20 @@
-"""From a file of weights to a model, whatever code base wrote the file."""
+"""What a file of weights holds: a network's tensors under timm's names, and what the network computes."""
 
-import inspect
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-import timm
-import torch
-from timm.models import adapt_input_conv
-from timm.models.resnet import ResNet
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..models.block import FIRST_BLOCKS, STYLES, Bottle2neck, Function, functions
-from ..models.classifier import model_name, registered_cfg
 from ..models.deformable import VERSIONS
-from ..models.resnet import Res2Net
+from ..models.function import Function
 from ..models.variants import ARCHS
-from .dialects import DIALECTS, Translation, find_network, is_dead, translate
+from .dialects import DIALECTS, Translation, translate
 from .errors import CheckpointError
 from .files import PathLike
 from .readers import Contents, read
 
-__all__ = [
-    'Checkpoint',
-    'adapt_state_dict',
-    'find_architecture',
-    'format_create_model',
-    'load_checkpoint',
-    'load_model',
-    'read_checkpoint',
-    'require_same_function',
-]
-
-_logger = logging.getLogger(__name__)
-
-# Arguments of a ResNet-hosted network that can be found from its tensors' shapes, and their defaults.
-SIGNATURE = {**inspect.signature(ResNet).parameters, **inspect.signature(Res2Net).parameters}
-DEFAULTS: dict[str, Any] = {
-    key: SIGNATURE[key].default
-    for key in (
-        *('layers', 'base_width', 'scale', 'cardinality', 'stem_type', 'stem_width', 'avg_down', 'attn_layer'),
-        *('channels', 'first_block', 'style', 'deformable'),
-    )
-}
+__all__ = ['Checkpoint', 'read_checkpoint', 'recognise']
 
 
 @dataclass(frozen=True)
@@ -52,8 +23,8 @@ class Checkpoint:
 
     file: str
     translation: Translation
-    function: Function | None  # None if that is not known
-    certain: bool  # the file says so, or its names and shapes imply it; if False it is only the usual one
+    function: Function | None  # None if no model here computes what such files are for
+    assumed: tuple[str, ...]  # fields of `function` that nothing in the file tells, so they are the usual ones
 
     @property
     def state(self) -> dict[str, Tensor]:
@@ -65,308 +36,97 @@ class Checkpoint:
         """Classes, 0 without a classifier."""
         return len(self.state.get('fc.weight', ()))
 
+    def stating(self, **fields: Any) -> 'Checkpoint':
+        """The same with some fields of the function, which are then not assumed.
+
+        Raises:
+            ValueError: For a value that is not possible.
+            TypeError: For a field that a function doesn't have.
+        """
+        if unknown := [name for name in fields if name not in vars(Function())]:
+            raise TypeError(f'{unknown[0]} is no argument here; a function has {", ".join(vars(Function()))}')
+        if not fields:
+            return self
+        function = replace(self.function or Function(), **fields)
+        return replace(self, function=function, assumed=tuple(name for name in self.assumed if name not in fields))
+
 
 def read_checkpoint(
-    file: PathLike,
-    *,
-    dialect: str | None = None,
-    first_block: str | None = None,
-    style: str | None = None,
-    prefix: str | None = None,
+    file: PathLike, *, dialect: str | None = None, prefix: str | None = None, **function: Any
 ) -> Checkpoint:
     """Reads a Res2Net's weights from a file of any known code base.
 
     Args:
         file: .safetensors, .pth, .pdparams, .pkl, .ckpt of MindSpore or .tar of Paddle; detected by content.
         dialect: Whose tensor names the file has, a key of `DIALECTS`. Detected if None.
-        first_block: What its network's first blocks compute, a key of `FIRST_BLOCKS`. If None, the file says so (those
-            of this package and timm's training checkpoints do), or its dialect decides.
-        style: Where the stride of its network's stages is, one of `STYLES`. Found as `first_block` is if None.
         prefix: Before the network's names, for a file with several networks. Detected if None.
+        **function: What its network computes, fields of `Function`, for what the file can't tell: `first_block`,
+            `style`, `strides`, `dilations` and others. What is left out the file says (those of this package and timm's
+            training checkpoints do), or its names decide.
 
     Raises:
         CheckpointError: If the file can't be read, or holds no Res2Net.
-        ValueError: For a `dialect`, `first_block` or `style` that is not known.
+        ValueError: For an argument that is not possible.
+        TypeError: For an argument that is no field of `Function`.
     """
-    if first_block not in (None, *FIRST_BLOCKS):
-        raise ValueError(f'first_block={first_block!r} is not known; choose from {", ".join(FIRST_BLOCKS)}')
-    if style not in (None, *STYLES):
-        raise ValueError(f'style={style!r} is not known; choose from {", ".join(STYLES)}')
-    contents = read(file)
+    return recognise(read(file), str(file), dialect, prefix).stating(**function)
+
+
+def recognise(contents: Contents, file: str, dialect: str | None = None, prefix: str | None = None) -> Checkpoint:
+    """Finds the network in the contents of a file, and what it computes, see `read_checkpoint`."""
     try:
         translation = translate(contents.nested, dialect, prefix)
-    except CheckpointError as error:
-        raise CheckpointError(f'{file} can not be used: {error}') from error
-    given = {'first_block': first_block, 'style': style}
-    stated = recorded_function(contents) | {key: value for key, value in given.items() if value is not None}
-    function = translation.function
-    if stated:
-        function = replace(function or Function(), **stated)
-    return Checkpoint(str(file), translation, function, 'first_block' in stated or translation.certain)
+        recorded = recorded_function(contents)
+        if recorded is not None:
+            return Checkpoint(file, translation, recorded, ())
+        function, assumed = function_of_names(translation)
+        if function is not None:
+            function = replace(function, deformable=deformable_stages(translation.state))
+    except ValueError as error:  # of a dialect that is not known, too
+        kind = CheckpointError if isinstance(error, CheckpointError) else ValueError
+        raise kind(f'{file} can not be used: {error}') from error
+    return Checkpoint(file, translation, function, assumed)
 
 
-def recorded_function(contents: Contents) -> dict[str, str]:
-    """Fields of `Function` that a file states, in its metadata or in the arguments of timm's train script."""
-    fields = {name: contents.metadata[name] for name in vars(Function()) if name in contents.metadata}
+def function_of_names(translation: Translation) -> tuple[Function | None, tuple[str, ...]]:
+    """What a network computes, going by its tensors' names, and the fields of that which they don't tell."""
+    dialect = DIALECTS[translation.dialect]
+    function, unsaid = dialect.function, dialect.unsaid
+    if dialect.in_detector and translation.is_part:
+        function, unsaid = dialect.in_detector, tuple(name for name in unsaid if name not in ('first_block', 'style'))
+    if convolves_all_splits(translation.state):
+        return Function('group'), tuple(name for name in unsaid if name != 'first_block')
+    return function, unsaid
+
+
+def recorded_function(contents: Contents) -> Function | None:
+    """What a file states of its network, in its metadata or in the arguments of timm's train script.
+
+    Raises:
+        CheckpointError: If it states what is not possible.
+    """
     arch = ARCHS.get(str(contents.nested.get('arch')).partition('.')[0])
-    if fields or arch is None:
-        return fields
-    given = getattr(contents.nested.get('args'), 'model_kwargs', None)
-    arguments = {**arch.args, **given} if isinstance(given, dict) else arch.args
-    return {name: arguments.get(name, default) for name, default in vars(Function()).items()}
-
-
-def load_checkpoint(
-    model: nn.Module,
-    file: PathLike | Checkpoint,
-    *,
-    dialect: str | None = None,
-    first_block: str | None = None,
-    style: str | None = None,
-    prefix: str | None = None,
-) -> Checkpoint:
-    """Loads a file of weights into a model that computes what the weights were trained for.
-
-    Every tensor of the model must be in the file. What the file has beyond is dropped where it belongs to a part that
-    the model lacks: a classifier, or the last stages of a feature extractor.
-
-    Args:
-        model: A model of this package, also within `features_only`, `torch.compile` or DistributedDataParallel.
-        file: A file, or the checkpoint that `read_checkpoint` returned.
-        dialect: See `read_checkpoint`. None for a checkpoint.
-        first_block: See `read_checkpoint`. None for a checkpoint.
-        style: See `read_checkpoint`. None for a checkpoint.
-        prefix: See `read_checkpoint`. None for a checkpoint.
-
-    Returns:
-        The checkpoint, with what was dropped, filled in and cast.
-
-    Raises:
-        CheckpointError: If the file can't be read, doesn't fit, or is of a network that computes something else. The
-            model is not changed.
-        TypeError: If the model holds no Res2Net, or an argument is given that a checkpoint leaves without effect.
-    """
-    if not any(isinstance(module, Bottle2neck) for module in model.modules()):
-        raise TypeError(
-            f'a {type(model).__name__} has no Res2Net block to load weights into; if it was made of a model, load that'
-        )
-    checkpoint = read_once(file, dialect=dialect, first_block=first_block, style=style, prefix=prefix)
     try:
-        require_same_function(model, checkpoint.function, checkpoint.file)
-    except CheckpointError as error:
-        raise CheckpointError(f'{error}. {suggest_model(checkpoint)}') from None
-    wanted = model.state_dict()
-    if any(tensor.is_meta for tensor in wanted.values()):
-        raise ValueError('the model is on the meta device and has no room for weights; move it by to_empty first')
-    _, wrapper, _ = find_network(wanted, 'official')  # 'body.' or 'module.', if something wraps the network
-    parts = {name.removeprefix(wrapper).partition('.')[0] for name in wanted}
-    state = {wrapper + name: tensor for name, tensor in checkpoint.state.items() if name.partition('.')[0] in parts}
-    if problems := describe_mismatch(wanted, state):
-        raise CheckpointError(
-            f'{checkpoint.file} does not fit {model_name(model)}: {problems}. {suggest_model(checkpoint)}'
-        )
-    model.load_state_dict({name: state[name] for name in wanted})
-    return checkpoint
+        if 'first_block' in contents.metadata:
+            return Function.from_text(contents.metadata)
+        if arch is not None:
+            given = getattr(contents.nested.get('args'), 'model_kwargs', None)
+            return Function.from_arguments({**arch.args, **given} if isinstance(given, dict) else arch.args)
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f'what it states of its network is not possible: {error}') from error
+    return None
 
 
-def read_once(file: PathLike | Checkpoint, **options: str | None) -> Checkpoint:
-    """Reads a file with `read_checkpoint`, or returns a checkpoint that was read already."""
-    if not isinstance(file, Checkpoint):
-        return read_checkpoint(file, **options)
-    if given := [name for name, value in options.items() if value is not None]:
-        raise TypeError(f'{file.file} was read already: give {" and ".join(given)} to read_checkpoint')
-    return file
+def convolves_all_splits(state: Mapping[str, Tensor]) -> bool:
+    """Whether the first block has as many convolutions as splits, as only `first_block='group'` has."""
+    whole, split = (state.get(f'layer1.0.{name}.weight') for name in ('conv1', 'convs.0'))
+    if whole is None or split is None or len(whole) == len(split):
+        return False
+    return f'layer1.0.convs.{len(whole) // len(split) - 1}.weight' in state
 
 
-def load_model(
-    file: PathLike | Checkpoint,
-    name: str | None = None,
-    *,
-    dialect: str | None = None,
-    first_block: str | None = None,
-    style: str | None = None,
-    prefix: str | None = None,
-    **kwargs: Any,
-) -> nn.Module:
-    """Makes the model that a file of weights fits, with the weights.
-
-    Other image channels and classes are adapted as timm does: the first convolution's weights are summed or repeated,
-    and a classifier for other classes is a new one.
-
-    Args:
-        file: A file, or the checkpoint that `read_checkpoint` returned.
-        name: Name of the model. If None, model and arguments are found from the file.
-        dialect: See `read_checkpoint`. None for a checkpoint.
-        first_block: See `read_checkpoint`. None for a checkpoint.
-        style: See `read_checkpoint`. None for a checkpoint.
-        prefix: See `read_checkpoint`. None for a checkpoint.
-        **kwargs: For `timm.create_model`, such as `features_only`, `in_chans` and `num_classes`.
-
-    Returns:
-        The model in training mode, as `timm.create_model` returns it.
-
-    Raises:
-        CheckpointError: If the file can't be read, or fits no model, or not the named one.
-    """
-    checkpoint = read_once(file, dialect=dialect, first_block=first_block, style=style, prefix=prefix)
-    if name is None:
-        name, found = find_architecture(checkpoint)
-        in_chans = found.get('in_chans', 3)
-    else:
-        found = {key: value for key, value in (('first_block', first_block), ('style', style)) if value is not None}
-        in_chans = kwargs.get('in_chans', 3)
-    kwargs = {'num_classes': checkpoint.num_classes, **found, **kwargs}
-    model = timm.create_model(name, **kwargs)
-    _logger.info('%s is loaded into %s', checkpoint.file, format_create_model(name, kwargs))
-    state = dict(checkpoint.state)
-    if kwargs['num_classes'] != checkpoint.num_classes:
-        state = {key: tensor for key, tensor in state.items() if not key.startswith('fc.')}
-        state |= {key: tensor for key, tensor in model.state_dict().items() if key.startswith('fc.')}
-    if kwargs.get('in_chans', 3) != in_chans:
-        first_conv = f'{registered_cfg(name).first_conv}.weight'
-        state[first_conv] = adapt_input_conv(kwargs['in_chans'], state[first_conv], base_chans=in_chans)
-    load_checkpoint(model, replace(checkpoint, translation=replace(checkpoint.translation, state=state)))
-    return model
-
-
-def adapt_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Renames weights that timm has read to timm's names, if they have others. timm's `pretrained_filter_fn`.
-
-    Raises:
-        CheckpointError: If they are of a network that computes something else than the model.
-    """
-    dialect, prefix, _ = find_network(state_dict)
-    if dialect == 'official' and not prefix:  # timm's names, but for the modules that the authors' DLA never runs
-        return {key: tensor for key, tensor in state_dict.items() if not is_dead(key, state_dict, DIALECTS[dialect])}
-    translation = translate(state_dict)
-    require_same_function(model, translation.function, 'the file')
-    return translation.state
-
-
-def require_same_function(model: nn.Module, function: Function | None, file: str) -> None:
-    """Raises a CheckpointError if a model computes something else than the network that a file's weights are of."""
-    computed = functions(model)
-    if not computed or function in computed:
-        return
-    ours = computed.pop()
-    if function is None:
-        raise CheckpointError(
-            f'{file} has the names of ports that follow equation (1) of the paper. The known ones compute something '
-            'that no model here does: 4uiiurz1 strides the first convolution, dl19940602 takes the maximum where '
-            f'others average. If yours computes what the model does, load it with {ours.as_keywords(["first_block"])}'
-        )
-    fields = ours.differing_fields(function)
-    theirs = function.as_keywords(fields)
-    raise CheckpointError(
-        f'{file} is of a network with {theirs}, the model has {ours.as_keywords(fields)}: the weights would load and '
-        f'compute something else. Make the model with {theirs}, or, if you know the file to be of such a network as '
-        f'the model is, load it with {ours.as_keywords(fields)}'
-    )
-
-
-def describe_mismatch(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
-    """Describes how two sets of tensors differ, '' if they don't; a batch counter too many is no difference."""
-    missing = [name for name in wanted if name not in given]
-    unexpected = [name for name in given if name not in wanted and not name.endswith('num_batches_tracked')]
-    shapes = [name for name in wanted if name in given and given[name].shape != wanted[name].shape]
-    problems = []
-    if missing:
-        problems.append(f"{len(missing)} of the model's tensors are not in it (first: {missing[0]})")
-    if unexpected:
-        problems.append(f'{len(unexpected)} in it are unknown to the model (first: {unexpected[0]})')
-    if shapes:
-        name = shapes[0]
-        sizes = f'{tuple(given[name].shape)} for {tuple(wanted[name].shape)}'
-        problems.append(f'{len(shapes)} have another shape (first: {name}, {sizes})')
-    return ', '.join(problems)
-
-
-def suggest_model(checkpoint: Checkpoint) -> str:
-    """Says which model a checkpoint fits."""
-    try:
-        name, args = find_architecture(checkpoint)
-    except CheckpointError:
-        return 'No model of this package is like it'
-    args = {**args, **({} if checkpoint.num_classes == 1000 else {'num_classes': checkpoint.num_classes})}
-    return f'It fits {format_create_model(name, args)}'
-
-
-def format_create_model(name: str, args: Mapping[str, object]) -> str:
-    """The call of `timm.create_model`, as Python code."""
-    return f'timm.create_model({", ".join([repr(name), *(f"{key}={value!r}" for key, value in args.items())])})'
-
-
-def find_architecture(checkpoint: Checkpoint, name: str | None = None) -> tuple[str, dict[str, Any]]:
-    """Finds the registered model that a checkpoint fits.
-
-    Args:
-        checkpoint: The checkpoint.
-        name: The only model to consider.
-
-    Returns:
-        Its name, and its arguments beyond those of its row in `ARCHS`.
-
-    Raises:
-        CheckpointError: If there is none.
-    """
-    state, function = checkpoint.state, checkpoint.function or Function()
-    on_resnet = {'layer1.0.conv1.weight', 'layer4.0.conv1.weight'} <= state.keys()
-    only = '' if name is None else f', or not those of {name}'
-    refusal = CheckpointError(f'its tensors are those of no model of this package{only}')
-    try:
-        found = resnet_arguments(state) if on_resnet else {}
-    except LookupError:  # some are missing
-        raise refusal from None
-    found.update({name: getattr(function, name) for name in function.differing_fields(Function())})
-    candidates = []
-    for each, arch in ARCHS.items():
-        if name not in (None, each) or (arch.trunk is Res2Net) != on_resnet:
-            continue
-        args = {key: found.get(key, DEFAULTS[key]) for key in DEFAULTS if found.get(key) != arch.args.get(key)}
-        first_conv = state.get(f'{arch.cfg.get("first_conv", "conv1")}.weight')
-        if first_conv is not None and first_conv.shape[1] != 3:
-            args['in_chans'] = first_conv.shape[1]
-        candidates.append((each, args if on_resnet else {key: args[key] for key in args.keys() & {'in_chans'}}))
-    candidates.sort(key=lambda candidate: len(candidate[1]))
-    if on_resnet:  # with its arguments, any row makes the same network: take the one that needs the fewest
-        candidates = candidates[:1]
-    for each, args in candidates:
-        model = timm.create_model(each, device='meta', num_classes=checkpoint.num_classes, **args)
-        if not describe_mismatch(model.state_dict(), state):
-            same = not functions(model) or function in functions(model)
-            return each, args if same else {**args, 'first_block': function.first_block}
-    raise refusal
-
-
-def resnet_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Finds a ResNet-hosted network's arguments, where they are not the defaults, from the shapes of its tensors."""
-    layers: tuple[int, ...] = ()
-    while f'layer{len(layers) + 1}.0.conv1.weight' in state:
-        stage = f'layer{len(layers) + 1}'
-        layers += (sum(name.startswith(f'{stage}.') and name.endswith('.conv1.weight') for name in state),)
-    planes = tuple(len(state[f'layer{stage + 1}.0.conv3.weight']) // 4 for stage in range(len(layers)))
-    block = f'layer{len(layers)}.0'
-    width, width_of_group = state[f'{block}.convs.0.weight'].shape[:2]
-    base_width = width_of_group * 64 / planes[-1]
-    found: dict[str, Any] = dict(
-        layers=layers,
-        base_width=int(base_width) if base_width == int(base_width) else base_width,
-        scale=len(state[f'{block}.conv1.weight']) // width,
-    )
-    if width != width_of_group:
-        found['cardinality'] = width // width_of_group
-    if 'conv1.0.weight' in state:
-        found.update(stem_type='deep', stem_width=len(state['conv1.0.weight']))
-    if state.get('layer2.0.downsample.1.weight', torch.empty(0)).ndim == 4:
-        found['avg_down'] = True
-    if planes != DEFAULTS['channels']:
-        found['channels'] = planes
-    offsets = [state.get(f'layer{stage + 1}.0.convs.0.conv_offset.weight') for stage in range(len(layers))]
+def deformable_stages(state: Mapping[str, Tensor]) -> tuple[str | None, ...]:
+    """The kind of deformable convolution of each stage, by the channels of what makes the offsets."""
     versions = {channels: version for version, channels in VERSIONS.items()}
-    if any(offset is not None for offset in offsets):
-        found['deformable'] = tuple(None if offset is None else versions[len(offset)] for offset in offsets)
-    if f'{block}.se.fc1.weight' in state:
-        found['attn_layer'] = 'se'
-    elif f'{block}.se.conv.weight' in state:
-        found['attn_layer'] = 'eca'
-    return found
+    offsets = [state.get(f'layer{stage}.0.convs.0.conv_offset.weight', ()) for stage in (1, 2, 3, 4)]
+    return tuple(versions.get(len(each)) for each in offsets)

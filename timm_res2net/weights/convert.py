@@ -10,15 +10,16 @@ import timm
 import torch
 from torch import nn
 
-from ..models.block import Bottle2neck, functions
+from ..models.block import function_of
 from ..models.classifier import as_classifier, registered_cfg
-from ..models.deformable import DeformableConv2d
+from ..models.function import Function
 from ..models.variants import ARCHS, WEIGHTS, default_cfg
-from .checkpoints import Checkpoint, find_architecture, read_checkpoint, require_same_function
+from .checkpoints import Checkpoint, read_checkpoint
 from .dialects import DIALECTS, export
 from .errors import CheckpointError
 from .files import PathLike, atomic_write, sha256
 from .folder import make_config, require_no_model, write_folder
+from .loading import find_architecture, require_same_function
 
 __all__ = ['Conversion', 'convert', 'export_checkpoint']
 
@@ -40,10 +41,9 @@ def convert(
     *,
     model: str | None = None,
     dialect: str | None = None,
-    first_block: str | None = None,
-    style: str | None = None,
     prefix: str | None = None,
     dry_run: bool = False,
+    **function: Any,
 ) -> Conversion:
     """Converts a file of weights to a folder: `timm.create_model('local-dir:OUT', pretrained=True)` loads it.
 
@@ -52,10 +52,9 @@ def convert(
         out: The folder, in which there must not be a model yet. Named after the file, in the current folder, if None.
         model: Name of the model. If None, the model that the file fits.
         dialect: See `read_checkpoint`.
-        first_block: See `read_checkpoint`.
-        style: See `read_checkpoint`.
         prefix: See `read_checkpoint`.
         dry_run: Write nothing.
+        **function: See `read_checkpoint`.
 
     Raises:
         CheckpointError: If the file can't be read, fits no model, or is of a network whose function is not known.
@@ -67,13 +66,13 @@ def convert(
     folder = Path(out) if out is not None else Path(Path(file).name.split('.')[0])
     if not dry_run:
         require_no_model(folder)
-    checkpoint = read_checkpoint(file, dialect=dialect, first_block=first_block, style=style, prefix=prefix)
+    checkpoint = read_checkpoint(file, dialect=dialect, prefix=prefix, **function)
     try:
         name, args = find_architecture(checkpoint, model)
     except CheckpointError as error:
         raise CheckpointError(f'{file} can not be converted: {error}') from error
     network = as_classifier(timm.create_model(name, device='meta', num_classes=checkpoint.num_classes, **args))
-    require_same_function(network, checkpoint.function, checkpoint.file)
+    require_same_function(network, checkpoint)
     origin = dict(file=Path(file).name, sha256=sha256(file), dialect=checkpoint.translation.dialect)
     tags = [key for key in WEIGHTS if key.split('.')[0] == name and not args]
     published = [key for key in tags if Path(WEIGHTS[key].cfg.get('url', '')).name == origin['file']]
@@ -91,7 +90,8 @@ def export_checkpoint(model: nn.Module, file: PathLike, dialect: str) -> None:
     Args:
         model: A ResNet-hosted model of this package.
         file: File to write, `.pdparams` for PaddleClas, `.pth` for the others. The write is atomic.
-        dialect: 'official' (the authors' code), 'mmpretrain' or 'paddleclas'.
+        dialect: 'official' (the authors' code), 'mmpretrain', 'mmdet' or 'paddleclas'. A backbone of mmdet may be
+            strided, dilated and deformable, its configuration has to say how.
 
     Raises:
         ValueError: If that code base has no such network, or computes something else with it.
@@ -106,30 +106,25 @@ def export_checkpoint(model: nn.Module, file: PathLike, dialect: str) -> None:
     if dialect == 'paddleclas':
         pickle.dump({name: tensor.numpy() for name, tensor in exported.items()}, data, protocol=4)
     else:
-        torch.save({'state_dict': exported} if dialect == 'mmpretrain' else exported, data)
+        torch.save({'state_dict': exported} if DIALECTS[dialect].prefix else exported, data)
     atomic_write(file, lambda path: Path(path).write_bytes(data.getbuffer()))
 
 
 def export_obstacles(model: nn.Module, dialect: str) -> list[str]:
     """What a model computes differently from the networks of another code base that its weights would load into."""
+    names = DIALECTS[dialect]
+    theirs, ours = names.in_detector or names.function, function_of(model)
+    assert theirs is not None  # as of all that can be exported to
+    assert ours is not None  # or `export` would have found no Res2Net
     reasons = []
-    theirs, ours = DIALECTS[dialect].function, functions(model)
-    if theirs is not None and ours and theirs not in ours:
-        function = ours.pop()
-        fields = theirs.differing_fields(function)
-        reasons.append(f'that computes {theirs.as_keywords(fields)} and the model {function.as_keywords(fields)}')
-    for name, module in model.named_modules():
-        if isinstance(module, Bottle2neck) and not isinstance(module.act1, nn.ReLU):
-            reasons.append(f'the activation of {name} is {type(module.act1).__name__}')
-        elif isinstance(module, nn.Conv2d) and module.dilation != (1, 1):
-            reasons.append(f'{name} is dilated')
-        elif isinstance(module, DeformableConv2d):
-            reasons.append(f'{name} is deformable')
-        elif isinstance(module, nn.BatchNorm2d) and module.eps != 1e-5:
-            reasons.append(f'eps of {name} is {module.eps:g}')
-        elif isinstance(module, nn.MaxPool2d) and module.ceil_mode:
-            reasons.append(f'{name} rounds sizes up')
-        if reasons:
-            break
+    if fields := [name for name in theirs.differing_fields(ours) if name not in names.options]:
+        reasons.append(f'that computes {theirs.as_keywords(fields)} and the model {ours.as_keywords(fields)}')
+    if len({*ours.deformable} - {None}) > 1:
+        reasons.append('that has one kind of deformable convolution in all stages')
+    if any(isinstance(dilation, tuple) for dilation in ours.dilations):
+        reasons.append('that has one dilation in all blocks of a stage')
+    if ours.dilations == Function.dilations:
+        dilated = [name for name, conv in model.named_modules() if getattr(conv, 'dilation', 1) not in (1, (1, 1))]
+        reasons += [f'{name} of the model is dilated' for name in dilated[:1]]  # by output_stride
     pool = getattr(getattr(model, 'global_pool', None), 'pool_type', 'avg')
     return reasons if pool in ('', 'avg') else [*reasons, f'its global_pool is {pool!r}']

@@ -1,7 +1,8 @@
 """Rename tables for other people's files: from their tensor names to timm's, and back.
 
 Files of different code bases can hold tensors of the same shapes for networks that compute different things. So each
-dialect says, beside the names, what its networks compute (a `Function`).
+dialect says, beside the names, what its networks compute (a `Function`), and what of that other codes with these names
+do in another way.
 """
 
 import re
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..models.block import Function
+from ..models.function import Function
 from .errors import CheckpointError
 
 __all__ = [
@@ -150,6 +151,7 @@ PORT_BLOCKS = (
 
 
 OFFICIAL = Function()
+DILATION = ('strides', 'dilations', 'dilate_first')
 
 
 @dataclass(frozen=True)
@@ -164,10 +166,11 @@ class Dialect:
     shift: dict[str, int] = field(default_factory=dict)  # to add to their numbers to get ours
     function: Function | None = OFFICIAL  # what their networks compute; None if no model here does
     in_detector: Function | None = None  # the same, for a network that is a part of a larger one
-    certain: bool = True  # no other code uses these names for another function
+    unsaid: tuple[str, ...] = ()  # fields of `function` that may differ; `in_detector` tells the first block and style
     dead: tuple[str, ...] = ()  # projections of trees that the network never runs, unless the tree is a leaf
     transposed: bool = False  # the classifier is (in, out)
     raw_split_first: bool = False  # equation (1) of the paper counts splits from the one that is not convolved
+    options: tuple[str, ...] = ()  # fields of `function` that their configurations can choose
     prefix: str = ''  # before the network's names in their files
 
 
@@ -214,6 +217,7 @@ DIALECTS = {
         ('layer1.0.convs.0.weight',),
         (('../head.fc.weight', ()), ('stem.0.conv.weight', MMPRETRAIN_DEEP_STEM)),
         (('../head.fc.', 'fc.'),),
+        unsaid=('style', *DILATION),
         prefix='backbone.',
     ),
     'mmdet': Dialect(
@@ -221,7 +225,9 @@ DIALECTS = {
         ('layer1.0.convs.0.weight',),
         (('stem.7.weight', MMDET_STEM),),
         in_detector=Function('mmdet'),
-        certain=False,
+        unsaid=('first_block', *DILATION),
+        options=('strides', 'dilations', 'deformable'),
+        prefix='backbone.',
     ),
     'detectron2': Dialect(
         "the authors' detectron2 and CenterNet2, .pkl: detectors are mmdet's in caffe's style, backbones the authors'",
@@ -230,13 +236,13 @@ DIALECTS = {
         DETECTRON_BLOCKS,
         shift={'s': -1},
         in_detector=Function('mmdet', 'caffe'),
-        certain=False,
+        unsaid=('first_block', 'style', *DILATION),
     ),
     'official': Dialect(
         "the authors' code, timm, Jittor, this package and all that build on them (PraNet, ...)",
         ('layer1.0.convs.0.weight', 'layer1.big.0.convs.0.weight', 'level2.tree1.convs.0.weight'),
         (('conv1.weight', ()), ('conv1.0.weight', ()), ('base_layer.0.weight', ())),
-        certain=False,
+        unsaid=('first_block', 'style', *DILATION, 'stem_ceil_mode', 'act_layer', 'norm_eps'),
         dead=('level3', 'level4', 'level4.tree1'),
     ),
     'equation-1': Dialect(
@@ -248,7 +254,12 @@ DIALECTS = {
         raw_split_first=True,
     ),
 }
-EXPORTS = ('official', 'mmpretrain', 'paddleclas')
+EXPORTS = ('official', 'mmpretrain', 'mmdet', 'paddleclas')
+# The modules that networks of this package consist of.
+PARTS = {
+    *('conv1', 'bn1', 'layer1', 'layer2', 'layer3', 'layer4', 'fc', 'base_layer', 'bl_init'),
+    *(f'level{i}' for i in range(6)),
+}
 # Prefixes that don't mean that the network is a part of a larger one.
 WRAPPERS = {'state_dict', 'state_dict_ema', 'model', 'model_ema', 'model_state', 'ema', 'module', '_orig_mod', 'net'}
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
@@ -262,11 +273,14 @@ class Translation:
     state: dict[str, Tensor]
     dialect: str
     prefix: str  # before the network's names in the file
-    function: Function | None  # what the network computes; None if that is not known
-    certain: bool  # names and shapes imply `function`; if False it is only the usual one
-    dropped: tuple[str, ...]  # names in the file
+    dropped: dict[str, str]  # names in the file, and why
     filled: tuple[str, ...]  # names in `state`
     cast: dict[str, int]  # how many tensors were cast to float32, by their data type
+
+    @property
+    def is_part(self) -> bool:
+        """Whether the network is a part of a larger one."""
+        return bool(set(self.prefix.split('.')[:-1]) - WRAPPERS)
 
 
 @cache
@@ -407,31 +421,35 @@ def translate(nested: Mapping[str, Any], dialect: str | None = None, prefix: str
     names = DIALECTS[key]
     parent = full_name(prefix, '../')
     state: dict[str, Tensor] = {}
-    dropped: list[str] = []
+    dropped: dict[str, str] = {}
     cast: Counter[str] = Counter()
     for full, value in tensors.items():
         inside = full.startswith(prefix)
         outside = '../' + full.removeprefix(parent) if prefix and full.startswith(parent) else '../'
         ours = rename(full[len(prefix) :] if inside else outside, rows, names.tensors, names.shift)
-        if ours is None or (inside and is_dead(ours, tensors, names, prefix)):
-            dropped.append(full)
-            continue
-        if ours in state:
+        if ours is None or (inside and ours.partition('.')[0] not in PARTS):
+            if inside and is_of_block(full[len(prefix) :], rows):
+                raise CheckpointError(f'{full} is of a block, and no tensor that a block of this package has')
+            dropped[full] = 'beside the network'
+        elif inside and is_dead(ours, tensors, names, prefix):
+            dropped[full] = 'of a module that never runs'
+        elif ours in state:
             raise CheckpointError(f'{full} becomes {ours}, which is there already')
-        state[ours] = to_float32(full, value, cast, is_counter=ours.endswith('.num_batches_tracked'))
+        else:
+            state[ours] = to_float32(full, value, cast, is_counter=ours.endswith('.num_batches_tracked'))
     if names.transposed and 'fc.weight' in state:
         state['fc.weight'] = state['fc.weight'].transpose(0, -1).contiguous()
     if names.raw_split_first:
         state = move_raw_split_last(state)
     absent = {name: tensor for name, tensor in zeros_beside(state).items() if name not in state}
     state.update(absent)
-    part_of_more = set(prefix.split('.')[:-1]) - WRAPPERS
-    function, certain = names.function, names.certain
-    if names.in_detector and part_of_more:
-        function = names.in_detector
-    if convolves_all_splits(state):
-        function, certain = Function('group'), True
-    return Translation(state, key, prefix, function, certain, tuple(dropped), tuple(absent), dict(cast))
+    return Translation(state, key, prefix, dropped, tuple(absent), dict(cast))
+
+
+def is_of_block(name: str, rows: Rows) -> bool:
+    """Whether rows rename the beginning of a block's names to which a name belongs."""
+    starts = {source[: match.end()] for source, _ in rows if (match := re.search(r'\{(i|letter)\}', source))}
+    return any(compile_template(start).match(name) for start in starts)
 
 
 def zeros_beside(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -492,14 +510,6 @@ def to_float32(name: str, value: Tensor, cast: Counter[str], *, is_counter: bool
     return weight
 
 
-def convolves_all_splits(state: Mapping[str, Tensor]) -> bool:
-    """Whether the first block has as many convolutions as splits, as only `first_block='group'` has."""
-    whole, split = (state.get(f'layer1.0.{name}.weight') for name in ('conv1', 'convs.0'))
-    if whole is None or split is None or len(whole) == len(split):
-        return False
-    return f'layer1.0.convs.{len(whole) // len(split) - 1}.weight' in state
-
-
 def move_raw_split_last(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Reorders channels from equation (1), whose first split is not convolved, to the published code, whose last is."""
     moved = dict(state)
@@ -521,7 +531,7 @@ def export(state: Mapping[str, Tensor], dialect: str) -> dict[str, Tensor]:
 
     Args:
         state: A ResNet-hosted model's, under timm's names.
-        dialect: 'official', 'mmpretrain' or 'paddleclas'.
+        dialect: One of `EXPORTS`.
 
     Raises:
         ValueError: For another dialect, or for a network that this code base does not have.
@@ -535,7 +545,9 @@ def export(state: Mapping[str, Tensor], dialect: str) -> dict[str, Tensor]:
         raise ValueError(f'{dialect} has no Res2NeXt: its convolutions have no groups')
     names = DIALECTS[dialect]
     deep = 'conv1.0.weight' in state
-    rows = tuple((ours, theirs) for theirs, ours in names.stems[deep][1] + names.rows)
+    if dialect == 'mmdet' and ('fc.weight' in state or not deep):
+        raise ValueError('mmdet has backbones only, with a deep stem: make the model with num_classes=0')
+    rows = tuple((ours, theirs) for theirs, ours in names.stems[-1 if deep else 0][1] + names.rows)
     tensors = {ours: theirs for theirs, ours in names.tensors.items()}
     shift = {key: -value for key, value in names.shift.items()}
     blocks = sum(re.fullmatch(r'layer3\.\d+\.conv1\.weight', name) is not None for name in state)

@@ -11,8 +11,8 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..models.block import Function
 from ..models.classifier import Classifier
+from ..models.function import Function
 from ..version import __version__
 from .errors import first_line
 from .files import sha256
@@ -68,8 +68,7 @@ def write_folder(folder: Path, state: dict[str, Tensor], config: dict[str, Any],
     """
     metadata = {'format': 'pt'}
     if function is not None:
-        metadata['first_block'] = function.first_block
-        metadata.update({'style': function.style} if function.style != Function.style else {})
+        metadata.update(function.as_text())
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix='.', dir=folder.parent, ignore_cleanup_errors=True) as temporary:

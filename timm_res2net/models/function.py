@@ -1,0 +1,167 @@
+"""What a network computes beyond the names and shapes of its tensors.
+
+A file of weights loads strictly into any network with the same names and shapes. Whether it computes there what it was
+trained to compute depends on all that is said here.
+"""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from timm.layers import get_act_layer
+from torch import nn
+
+from .deformable import VERSIONS
+
+__all__ = ['FIRST_BLOCKS', 'STYLES', 'Function', 'Splits', 'activation_name']
+
+
+class Splits(NamedTuple):
+    """What a block does with its splits."""
+
+    cascade: bool  # add each split to the output of the one before it
+    last: Literal['kept', 'pooled', 'convolved']
+
+
+@dataclass(frozen=True)
+class FirstBlock:
+    """What the first block of a stage computes, by the stage's nominal stride: its stride before any dilation."""
+
+    stride_1: Splits
+    stride_2: Splits
+    count_include_pad: bool = True  # of the pool
+
+    def splits(self, nominal_stride: int) -> Splits:
+        return self.stride_1 if nominal_stride == 1 else self.stride_2
+
+
+# Three code bases that share all tensor names disagree on the first block of a stage: a file from one of them loads
+# strictly into another and computes something else. The authors (and timm, mmpretrain, mindcv) have no cascade and
+# pool the last split in every stage; Paddle and mmdet decide by the stride. The authors' networks for CIFAR have a
+# grouped convolution instead of the cascade, `scale` convolutions side by side. Going by the nominal stride keeps the
+# function when a stage is dilated instead of strided (`output_stride`).
+# fmt: off
+FIRST_BLOCKS = {
+    'official': FirstBlock(Splits(False, 'pooled'),    Splits(False, 'pooled')),
+    'paddle':   FirstBlock(Splits(True,  'kept'),      Splits(False, 'pooled'), count_include_pad=False),
+    'mmdet':    FirstBlock(Splits(False, 'kept'),      Splits(False, 'pooled')),
+    'group':    FirstBlock(Splits(False, 'convolved'), Splits(False, 'convolved')),
+}
+# fmt: on
+STYLES = 'pytorch', 'caffe'  # where a block's stride is: in the 3x3 convolutions, or in the first 1x1 convolution
+
+Dilation = int | tuple[int, ...]  # of all blocks of a stage, or of each (multi-grid)
+
+
+@dataclass(frozen=True)
+class Function:
+    """What a network computes. All fields are keywords of `timm.create_model`; `Res2Net` explains them.
+
+    The geometry is that of training: `output_stride`, which makes a dense network of a trained one, is not part of it.
+    Other trunks than ResNet have one geometry only, and the defaults here.
+
+    Raises:
+        ValueError: For a value that is not possible.
+    """
+
+    first_block: str = 'official'
+    style: str = 'pytorch'
+    strides: tuple[int, ...] = (1, 2, 2, 2)
+    dilations: tuple[Dilation, ...] = (1, 1, 1, 1)
+    dilate_first: bool = True
+    deformable: tuple[str | None, ...] = (None, None, None, None)
+    stem_ceil_mode: bool = False
+    act_layer: str = 'relu'  # timm's name of it
+    norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        for name in ('strides', 'dilations', 'deformable'):  # lists in JSON
+            object.__setattr__(self, name, as_tuple(getattr(self, name)))
+        dilations = tuple(
+            each[0] if isinstance(each, tuple) and len(set(each)) == 1 else each for each in self.dilations
+        )
+        object.__setattr__(self, 'dilations', dilations)
+        require_one_of('first_block', self.first_block, FIRST_BLOCKS)
+        require_one_of('style', self.style, STYLES)
+        for version in self.deformable:
+            require_one_of('deformable', version, (None, *VERSIONS))
+        for name in ('strides', 'dilations', 'deformable'):
+            if len(getattr(self, name)) != 4:
+                raise ValueError(f'{name}={getattr(self, name)} must have an entry for each of 4 stages')
+        numbers = [*self.strides, *(each for dilation in self.dilations for each in as_sequence(dilation))]
+        if not all(type(number) is int and number > 0 for number in numbers):
+            raise ValueError(f'strides={self.strides} and dilations={self.dilations} must be positive integers')
+        if not self.dilate_first and self.dilations == Function.dilations:
+            raise ValueError('dilate_first=False has no effect without dilations')
+        if not isinstance(self.act_layer, str):
+            raise ValueError(f'act_layer={self.act_layer!r} must be the name of an activation')
+        if not (isinstance(self.norm_eps, int | float) and 0 <= self.norm_eps < 1):
+            raise ValueError(f'norm_eps={self.norm_eps!r} must be a number from 0 to 1')
+
+    def differing_fields(self, other: 'Function') -> list[str]:
+        """Names of the fields in which two functions differ."""
+        return [name for name, value in vars(self).items() if value != getattr(other, name)]
+
+    def as_keywords(self, names: Iterable[str]) -> str:
+        """Some fields, as in a call."""
+        return ', '.join(f'{name}={getattr(self, name)!r}' for name in names)
+
+    def as_text(self) -> dict[str, str]:
+        """`first_block` and all that is not the default, as the metadata of a file: words as they are, else JSON."""
+        names = {'first_block', *self.differing_fields(Function())}
+        values = {name: getattr(self, name) for name in vars(self) if name in names}
+        return {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
+
+    @staticmethod
+    def from_text(text: Mapping[str, str]) -> 'Function':
+        """The function that the metadata of a file states, see `as_text`.
+
+        Raises:
+            ValueError: For a value that is no JSON, or not possible.
+        """
+        usual = vars(Function())
+        stated = {name: text[name] for name in usual if name in text}
+        values: dict[str, Any] = {
+            name: value if isinstance(usual[name], str) else json.loads(value) for name, value in stated.items()
+        }
+        return Function(**values)
+
+    @staticmethod
+    def from_arguments(args: Mapping[str, Any]) -> 'Function':
+        """The function of the model that `timm.create_model` makes with some arguments, which may be others, too.
+
+        Raises:
+            ValueError: For a value that is not possible.
+        """
+        stated = {name: args[name] for name in vars(Function()) if args.get(name) is not None}
+        if 'act_layer' in stated:
+            try:
+                stated['act_layer'] = activation_name(get_act_layer(stated['act_layer']))
+            except KeyError as error:
+                raise ValueError(f'act_layer={stated["act_layer"]!r} is no activation of timm') from error
+        return Function(**stated)
+
+
+def as_tuple(value: Any) -> Any:
+    """A sequence, and all sequences in it, as tuples."""
+    return tuple(as_tuple(each) for each in value) if isinstance(value, list | tuple) else value
+
+
+def as_sequence(value: Any) -> tuple[Any, ...]:
+    """A tuple as it is, and anything else in one."""
+    return value if isinstance(value, tuple) else (value,)
+
+
+def require_one_of(name: str, value: object, choices: Iterable[object]) -> None:
+    """Raises a ValueError for a value that is none of the choices."""
+    choices = list(choices)
+    if value not in choices:
+        raise ValueError(f'{name}={value!r} is not known; choose from {", ".join(map(str, choices))}')
+
+
+def activation_name(layer: Callable[..., nn.Module]) -> str:
+    """timm's name of an activation class: its words in lower case, joined by '_'."""
+    name = getattr(layer, 'func', layer).__name__  # of a partial, the class
+    return re.sub(r'(?<=[a-z]{2})(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z]{2})', '_', name).lower()
