@@ -1,0 +1,106 @@
+"""Makes vecroad.tar.xz with the dilated backbone of VecRoad, whose stem lacks its last norm.
+
+    python -m venv VENV && VENV/bin/pip install torch numpy
+    git -C FOLDER clone https://github.com/tansor/VecRoad
+    VENV/bin/python tests/data/make_vecroad.py FOLDER
+
+The archive holds vecroad.npz with an image of an even and of an odd size and the four feature maps that their code
+computes for them, and vecroad.pth, a checkpoint as their train.py writes it, without the optimizer, and with one tensor
+of another part. (Their infer.py reads the same without `module.`.) wide.npz holds an image of 8x264 and the last map,
+as the smaller images don't show all dilations. The network has 50 layers, is thin, and repeats most of its values, so
+that the archive is small.
+
+All that computes is theirs, of commit ffcb47e5: their Res2Net, of which only the width is changed, run by the `forward`
+of their `RPNet`. The weights that it downloads are left out.
+
+What the network computes; a network of this package with `first_block='mmdet'`, `strides=(1, 2, 1, 1)`,
+`dilations=(1, 1, 2, (4, 8, 16))` and a last norm of the stem that does nothing reproduces every map to 1e-6. Its last
+map of the odd and the wide image is off by more than 0.1 with another first block or other dilations:
+
+- Names are not those of their Res2Net: `stage_1.0` is its `conv1`, `stage_2` to `stage_5` are `layer1` to `layer4`, and
+  in the same module are the tensors of all other parts.
+- `bn1` is not there. A ReLU follows the last convolution of the stem, `stage_1.0.6`, at once.
+- A stage's dilation is that of all its 3x3, in the first block too, and the padding equals it. The last stage has a
+  multi-grid: the dilations of its three blocks are 4 times 1, 2, 4.
+- First blocks are not cascaded. They keep the last split at stride 1, that is in all stages but the second, where they
+  average it over 3x3 with stride 2, zeros of the padding counted.
+- The shortcut is AvgPool2d(s, s, ceil_mode=True, count_include_pad=False), which at stride 1 does nothing, then a 1x1:
+  `downsample.1` and `.2` in all stages.
+- All norms add 1e-5 to the variance.
+"""
+
+import contextlib
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from make_dilated import randomise, unpack
+from reference import pack, save_reference
+from torch import nn
+
+
+def rpnet(folder: Path) -> Any:
+    """Builds VecRoad's network on a thin backbone, where its own code downloads the weights of the usual one."""
+    sys.path.insert(0, str(folder / 'VecRoad'))
+    from model import model, res2net
+
+    def thin(pretrained: bool) -> nn.Module:
+        return res2net.Res2Net(res2net.Bottle2neck, [3, 4, 6, 3], baseWidth=2, scale=4)
+
+    model.res2net50_v1b_26w_4s = thin
+    return model.RPNet()
+
+
+def stage_maps(net: Any, images: np.ndarray) -> list[np.ndarray]:
+    """Runs the network as it is and takes what its four stages return.
+
+    Only images whose sides are multiples of 8 get through all of it; with others it fails after the stages, where it
+    concatenates their maps.
+    """
+    maps: list[np.ndarray] = []
+    stages = (net.stage_2, net.stage_3, net.stage_4, net.stage_5)
+    hooks = [stage.register_forward_hook(lambda *call: maps.append(call[-1].numpy().copy())) for stage in stages]
+    fails = any(side % 8 for side in images.shape[2:])
+    with contextlib.suppress(RuntimeError) if fails else contextlib.nullcontext():
+        net(torch.from_numpy(images), None, test=True)
+    for hook in hooks:
+        hook.remove()
+    assert len(maps) == 4
+    return maps
+
+
+def repeat_vectors(model: nn.Module) -> None:
+    """Repeats the values of norms after 100 channels, to save room; filters do after 64, so no channels are equal."""
+    for tensor in model.state_dict().values():
+        if tensor.ndim == 1:
+            tensor.copy_(torch.from_numpy(np.resize(tensor[:100].numpy(), tensor.shape)))
+
+
+def main(folder: Path) -> None:
+    net = rpnet(folder).eval()
+    rng = np.random.default_rng(10)  # other geometries show more in its maps than in those of most seeds
+    wide = (rng.integers(0, 256, (1, 3, 8, 264)) / 128 - 1).astype('float32')
+    # The stages by the names that a Res2Net has elsewhere, which tell what tensors can have the same values.
+    stages = {f'layer{i}': net.get_submodule(f'stage_{i + 1}') for i in (1, 2, 3, 4)}
+    with tempfile.TemporaryDirectory() as temporary, torch.no_grad():
+        backbone = nn.ModuleDict({'conv1': net.stage_1[0], **stages})
+        randomise(backbone, {}, rng)
+        repeat_vectors(backbone)
+        state = {f'module.{name}': tensor for name, tensor in net.state_dict().items() if name.startswith('stage_')}
+        state['module.next_step_final.weight'] = torch.ones_like(net.next_step_final.weight)
+        torch.save({'outer_it': 29, 'path_it': 2047, 'state_dict': state}, Path(temporary, 'vecroad.pth'))
+
+        def run(images: np.ndarray) -> list[np.ndarray]:
+            return stage_maps(net, images)
+
+        save_reference(run, Path(temporary, 'vecroad'), np.random.default_rng(0))
+        unpack(Path(temporary, 'vecroad.npz'))
+        np.savez(Path(temporary, 'wide.npz'), images=wide, vecroad=run(wide)[3][:, ::8])
+        pack(temporary, 'vecroad.tar.xz')
+
+
+if __name__ == '__main__':
+    main(Path(sys.argv[1]))
