@@ -144,6 +144,10 @@ DETECTRON_BLOCKS = (
     ('stem.conv1.norm.', 'bn1.'),
     ('stem.', ''),
 )
+VECROAD_STAGES = (
+    ('stage_1.0.{j}.', 'conv1.{j}.'),
+    ('stage_{s}.', 'layer{s}.'),
+)
 PORT_BLOCKS = (
     ('layer{s}.{i}.conv2.{k}.', 'layer{s}.{i}.convs.{k}.'),
     ('layer{s}.{i}.bn2.{k}.', 'layer{s}.{i}.bns.{k}.'),
@@ -167,6 +171,7 @@ class Dialect:
     function: Function | None = OFFICIAL  # what their networks compute; None if no model here does
     in_detector: Function | None = None  # the same, for a network that is a part of a larger one
     unsaid: tuple[str, ...] = ()  # fields of `function` that may differ; `in_detector` tells the first block and style
+    stem_norm: bool = True  # a norm follows the last convolution of the stem
     dead: tuple[str, ...] = ()  # projections of trees that the network never runs, unless the tree is a leaf
     transposed: bool = False  # the classifier is (in, out)
     raw_split_first: bool = False  # equation (1) of the paper counts splits from the one that is not convolved
@@ -238,6 +243,22 @@ DIALECTS = {
         in_detector=Function('mmdet', 'caffe'),
         unsaid=('first_block', 'style', *DILATION),
     ),
+    'maskrcnn-benchmark': Dialect(
+        "the authors' maskrcnn-benchmark, .pth",
+        ('layer1.0.convs.0.weight',),
+        (('stem.conv1.weight', ()),),
+        (('stem.', ''),),
+        function=Function(style='caffe', norm_eps=0.0),
+    ),
+    'vecroad': Dialect(
+        'VecRoad, .pth',
+        ('stage_2.0.convs.0.weight',),
+        (('stage_1.0.0.weight', ()),),
+        VECROAD_STAGES,
+        shift={'s': -1},
+        function=Function('mmdet', strides=(1, 2, 1, 1), dilations=(1, 1, 2, (4, 8, 16))),
+        stem_norm=False,
+    ),
     'official': Dialect(
         "the authors' code, timm, Jittor, this package and all that build on them (PraNet, ...)",
         ('layer1.0.convs.0.weight', 'layer1.big.0.convs.0.weight', 'level2.tree1.convs.0.weight'),
@@ -261,7 +282,8 @@ PARTS = {
     *(f'level{i}' for i in range(6)),
 }
 # Prefixes that don't mean that the network is a part of a larger one.
-WRAPPERS = {'state_dict', 'state_dict_ema', 'model', 'model_ema', 'model_state', 'ema', 'module', '_orig_mod', 'net'}
+AVERAGED = {'state_dict_ema', 'model_ema', 'ema_state_dict', 'ema', 'ema_model'}
+WRAPPERS = {'state_dict', 'model', 'model_state', 'module', '_orig_mod', 'net', *AVERAGED}
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int64, torch.int32)
 
@@ -359,10 +381,10 @@ def find_network(
     for key in DIALECTS if dialect is None else [dialect]:
         matches = find_prefixes(names, DIALECTS[key])
         if prefix is not None:
-            matches = {each: rows for each, rows in matches.items() if f'.{each}'.endswith(f'.{prefix}')}
-        averaged = [each for each in matches if each.startswith(('state_dict_ema.', 'model_ema.'))]
-        if len(averaged) == 1:  # timm's checkpoints hold both; like timm, prefer the averaged weights
-            matches = {averaged[0]: matches[averaged[0]]}
+            matches = {each: rows for each, rows in matches.items() if strip_wrappers(each) == prefix} or {
+                each: rows for each, rows in matches.items() if prefix and f'.{each}'.endswith(f'.{prefix}')
+            }
+        matches = without_twins(matches, names)
         if len(matches) > 1:
             several = ', '.join(map(repr, matches))
             raise CheckpointError(f'there are several Res2Nets in it, under {several}; say which one by prefix=')
@@ -375,6 +397,31 @@ def find_network(
         hint = '. It has the names of a plain ResNet, without splits'
     first = ', '.join(list(names)[:3]) or 'none'
     raise CheckpointError(f'there is no Res2Net{wanted}{under} among its {len(names)} tensors (first: {first}){hint}')
+
+
+def strip_wrappers(prefix: str) -> str:
+    """A prefix without what only wraps the network that it names."""
+    while prefix.partition('.')[0] in WRAPPERS:
+        prefix = prefix.partition('.')[2]
+    return prefix
+
+
+def without_twins(matches: dict[str, Rows], names: Mapping[str, Any]) -> dict[str, Rows]:
+    """Leaves out networks that are there twice: averaged weights are preferred, as in timm, and the shorter prefix."""
+    averaged = {strip_wrappers(each) for each in matches if each.partition('.')[0] in AVERAGED}
+    kept: dict[str, Rows] = {}
+    for each in sorted(matches, key=len):
+        is_raw = strip_wrappers(each) in averaged and each.partition('.')[0] not in AVERAGED
+        if not is_raw and not any(is_same_network(names, each, other) for other in kept):
+            kept[each] = matches[each]
+    return kept
+
+
+def is_same_network(names: Mapping[str, Any], prefix: str, other: str) -> bool:
+    """Whether all tensors under a prefix are those under another one: one network that has two names."""
+    inside = {name: value for name, value in names.items() if name.startswith(prefix)}
+    twins = ((value, names.get(other + name[len(prefix) :])) for name, value in inside.items())
+    return all(isinstance(twin, Tensor) and twin.data_ptr() == value.data_ptr() for value, twin in twins)
 
 
 def find_prefixes(names: Mapping[str, Any], dialect: Dialect) -> dict[str, Rows]:
@@ -441,9 +488,18 @@ def translate(nested: Mapping[str, Any], dialect: str | None = None, prefix: str
         state['fc.weight'] = state['fc.weight'].transpose(0, -1).contiguous()
     if names.raw_split_first:
         state = move_raw_split_last(state)
+    if not names.stem_norm:
+        state |= identity_norm('bn1', len(state['conv1.6.weight']))
     absent = {name: tensor for name, tensor in zeros_beside(state).items() if name not in state}
     state.update(absent)
     return Translation(state, key, prefix, dropped, tuple(absent), dict(cast))
+
+
+def identity_norm(name: str, channels: int) -> dict[str, Tensor]:
+    """The tensors of a norm that does nothing."""
+    zero, one = torch.zeros(channels), torch.ones(channels)
+    tensors = dict(weight=one, bias=zero, running_mean=zero, running_var=one - Function.norm_eps)
+    return {f'{name}.{part}': tensor.clone() for part, tensor in tensors.items()}
 
 
 def is_of_block(name: str, rows: Rows) -> bool:
