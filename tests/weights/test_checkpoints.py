@@ -506,7 +506,10 @@ def test_load_checkpoint_mismatch_lists_problems_suggests_model_changes_nothing(
         ),
         (lambda state: {**state, 'layer1.0.bn1.bias': torch.full((12,), float('inf'))}, 'NaN or infinite'),
         (lambda state: {**state, 'layer1.0.extra.weight': torch.ones(1)}, '1 in it are unknown to the model'),
-        (lambda state: {**state, **{f'depth.{name}': tensor for name, tensor in state.items()}}, "under '', 'depth.'"),
+        (
+            lambda state: {**state, **{f'depth.{name}': tensor.clone() for name, tensor in state.items()}},
+            "under '', 'depth.'",
+        ),
         (lambda state: {name.replace('convs.0', 'conv2'): tensor for name, tensor in state.items()}, 'plain ResNet'),
         (
             lambda state: {**state, 'layer1.1.conv2.0.weight': torch.ones(1), 'layer1.0.conv2.0.weight': torch.ones(1)},

@@ -25,7 +25,8 @@ from safetensors.torch import save_file
 from support import tiny
 from torch import Tensor
 
-from timm_res2net import CheckpointError, load_checkpoint
+from timm_res2net import CheckpointError, fuse, load_checkpoint
+from timm_res2net.weights.checkpoints import read_checkpoint
 from timm_res2net.weights.dialects import export, translate
 from timm_res2net.weights.readers import read
 
@@ -286,6 +287,31 @@ def test_read_drops_history_buffer_of_mmengine(tmp_path: Path, monkeypatch: pyte
 
 
 # Decompression bombs, false sizes and invalid files
+
+
+@pytest.mark.filterwarnings('ignore:.*jit')
+@pytest.mark.parametrize(
+    ('save', 'message'),
+    [
+        (lambda model, file: torch.jit.script(model).save(file), r'torch\.jit\.load\(FILE\)\.state_dict\(\) has its'),
+        (
+            lambda model, file: torch.export.save(torch.export.export(model, (torch.zeros(1, 3, 32, 32),)), file),
+            r'torch\.export\.load\(FILE\)\.state_dict has its weights',
+        ),
+        (lambda model, file: np.savez(file, **model.state_dict()), 'numpy arrays: torch.save a dict'),
+        (torch.save, r'wants timm_res2net\.models\.resnet\.Res2Net.*weights_only=False\)\.state_dict\(\)'),
+        (lambda model, file: torch.save(fuse(model).state_dict(), file), 'of a fused model.*before `fuse`'),
+    ],
+    ids=['TorchScript', 'torch.export', 'numpy', 'whole model', 'fused'],
+)
+def test_read_checkpoint_of_a_program_or_whole_model_says_what_it_is_and_how_to_get_weights(
+    save: Any, message: str, tmp_path: Path
+) -> None:
+    save(tiny(), f'{tmp_path}/model.pt2')
+    (file,) = tmp_path.iterdir()
+    with pytest.raises(CheckpointError, match=message) as error:
+        read_checkpoint(file)
+    assert 'damaged' not in str(error.value)
 
 
 def test_read_zip_bomb_raises(tmp_path: Path) -> None:

@@ -76,6 +76,7 @@ def recognise(contents: Contents, file: str, dialect: str | None = None, prefix:
     """Finds the network in the contents of a file, and what it computes, see `read_checkpoint`."""
     try:
         translation = translate(contents.nested, dialect, prefix)
+        require_unfused(translation.state)
         recorded = recorded_function(contents)
         if recorded is not None:
             return Checkpoint(file, translation, recorded, ())
@@ -115,6 +116,13 @@ def recorded_function(contents: Contents) -> Function | None:
     except (TypeError, ValueError) as error:
         raise CheckpointError(f'what it states of its network is not possible: {error}') from error
     return None
+
+
+def require_unfused(state: Mapping[str, Tensor]) -> None:
+    """Raises a CheckpointError for weights of a model that `fuse` made: biases of convolutions, and no norms."""
+    modules = {name.rpartition('.')[0] for name in state if name.endswith('.conv3.bias')}
+    if any(f'{module.removesuffix("conv3")}bn3.weight' not in state for module in modules):
+        raise CheckpointError('it is of a fused model, whose norms are in its convolutions; save weights before `fuse`')
 
 
 def convolves_all_splits(state: Mapping[str, Tensor]) -> bool:

@@ -16,7 +16,6 @@ from ..models.function import Function
 from ..models.variants import ARCHS, WEIGHTS, default_cfg
 from .checkpoints import Checkpoint, read_checkpoint
 from .dialects import DIALECTS, export
-from .errors import CheckpointError
 from .files import PathLike, atomic_write, sha256
 from .folder import make_config, require_no_model, write_folder
 from .loading import find_architecture, require_same_function
@@ -67,10 +66,7 @@ def convert(
     if not dry_run:
         require_no_model(folder)
     checkpoint = read_checkpoint(file, dialect=dialect, prefix=prefix, **function)
-    try:
-        name, args = find_architecture(checkpoint, model)
-    except CheckpointError as error:
-        raise CheckpointError(f'{file} can not be converted: {error}') from error
+    name, args = find_architecture(checkpoint, model)
     network = as_classifier(timm.create_model(name, device='meta', num_classes=checkpoint.num_classes, **args))
     require_same_function(network, checkpoint)
     origin = dict(file=Path(file).name, sha256=sha256(file), dialect=checkpoint.translation.dialect)

@@ -251,7 +251,7 @@ def find_architecture(checkpoint: Checkpoint, name: str | None = None) -> tuple[
     state, function = checkpoint.state, checkpoint.function or Function()
     on_resnet = {'layer1.0.conv1.weight', 'layer4.0.conv1.weight'} <= state.keys()
     only = '' if name is None else f', or not those of {name}'
-    refusal = CheckpointError(f'its tensors are those of no model of this package{only}')
+    refusal = CheckpointError(f'{checkpoint.file} has tensors that are those of no model of this package{only}')
     try:
         found = resnet_arguments(state) if on_resnet else {}
     except LookupError:  # some are missing
@@ -278,7 +278,7 @@ def find_architecture(checkpoint: Checkpoint, name: str | None = None) -> tuple[
         try:
             timm.create_model(each, **options, **args)
         except ValueError as error:
-            raise CheckpointError(f'its network is one that no model here is: {error}') from error
+            raise CheckpointError(f'{checkpoint.file} is of a network that no model here is: {error}') from error
         return each, args
     raise refusal
 

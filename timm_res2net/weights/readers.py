@@ -148,11 +148,11 @@ IGNORED_GLOBALS = [
 def read_torch(path: str) -> Contents:
     """Reads a file of `torch.save`: tensors, plain containers and training options, nothing else."""
     size = os.path.getsize(path)
-    if zipfile.is_zipfile(path):
+    with open(path, 'rb') as file:
+        is_zip = file.read(2) == b'PK'
+    if is_zip:
         with zipfile.ZipFile(path) as archive:
-            claimed = sum(info.file_size for info in archive.infolist())
-        if claimed > MAX_EXPANSION * size:
-            raise CheckpointError(f'its {size:,} bytes unpack to {claimed:,}, which no file of weights does')
+            require_weights(archive, size)
     try:
         with torch.serialization.safe_globals([argparse.Namespace, *((Ignored, name) for name in IGNORED_GLOBALS)]):
             found = torch.load(path, map_location='cpu', weights_only=True)
@@ -160,15 +160,42 @@ def read_torch(path: str) -> Contents:
         wanted = re.search(r'(?:GLOBAL|function|class|instances of type) ([\w.]+)', str(error))
         if wanted is None:
             raise
+        weights = "torch.load(FILE, weights_only=False)['state_dict']"
+        if is_module(wanted[1]):
+            weights = 'torch.load(FILE, weights_only=False).state_dict()'
         raise CheckpointError(
             f'it wants {wanted[1]}, and a file of weights needs only tensors. If you trust it, save it again without: '
-            "torch.save({'state_dict': torch.load(FILE, weights_only=False)['state_dict']}, NEW_FILE)"
+            f"torch.save({{'state_dict': {weights}}}, NEW_FILE)"
         ) from error
     nested = to_dicts(found)
     claimed = sum(leaf.numel() * leaf.element_size() for leaf in leaves(nested) if isinstance(leaf, Tensor))
     if claimed > MAX_EXPANSION * size:
         raise CheckpointError(f'its {size:,} bytes claim to be tensors of {claimed:,}')
     return Contents(nested)
+
+
+# Archives that begin as those of `torch.save` do, by the end of the name of a file that each has.
+OTHER_ARCHIVES = {
+    '/constants.pkl': 'TorchScript, a program: torch.jit.load(FILE).state_dict() has its weights',
+    '/models/model.json': 'torch.export, a program: torch.export.load(FILE).state_dict has its weights',
+    '.npy': 'numpy arrays: torch.save a dict of tensors of them',
+}
+
+
+def require_weights(archive: zipfile.ZipFile, size: int) -> None:
+    """Raises a CheckpointError for an archive of something else, or that unpacks to far more than its size."""
+    for info in archive.infolist():
+        for end, kind in OTHER_ARCHIVES.items():
+            if info.filename.endswith(end):
+                raise CheckpointError(f'it is an archive of {kind}')
+    claimed = sum(info.file_size for info in archive.infolist())
+    if claimed > MAX_EXPANSION * size:
+        raise CheckpointError(f'its {size:,} bytes unpack to {claimed:,}, which no file of weights does')
+
+
+def is_module(name: str) -> bool:
+    """Whether a class that a pickle wants looks like a module's, so that the file holds a whole model."""
+    return name.startswith('torch.nn.modules.') or '.models.' in name
 
 
 def leaves(nested: dict[str, Any]) -> Iterator[Any]:
