@@ -56,7 +56,6 @@ import pickle
 import re
 import sys
 import tempfile
-import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,15 +63,9 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from reference import bare, pack, random_value, save_reference
+from reference import bare, pack, random_value, save_reference, stub
 from torch import nn
 from torchvision.ops import deform_conv2d
-
-
-def stub(name: str, **names: Any) -> None:
-    """Puts a module of the given names where an import looks for it."""
-    sys.modules[name] = types.ModuleType(name)
-    vars(sys.modules[name]).update(names)
 
 
 def detectron2_builders(folder: Path) -> tuple[Callable[..., nn.Module], Callable[..., nn.Module]]:

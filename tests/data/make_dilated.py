@@ -61,20 +61,13 @@ import importlib.util
 import re
 import sys
 import tempfile
-import types
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from reference import bare, pack, random_value, save_reference
+from reference import bare, pack, random_value, save_reference, stub
 from torch import nn
-
-
-def stub(name: str, **names: Any) -> None:
-    """Puts a module of the given names where an import looks for it."""
-    sys.modules[name] = types.ModuleType(name)
-    vars(sys.modules[name]).update(names)
 
 
 def file_module(path: Path) -> Any:

@@ -2,13 +2,16 @@
 
     python -m venv VENV && VENV/bin/pip install paddlepaddle requests tqdm pyyaml typeguard
     VENV/bin/pip install --no-deps paddleclas paddledet
-    VENV/bin/python tests/data/make_paddle.py
+    git -C FOLDER clone -b release/0.5 https://github.com/PaddlePaddle/PaddleDetection
+    VENV/bin/python tests/data/make_paddle.py FOLDER
 
 The archive holds, for each of three classifiers, NAME.pdparams as Paddle saves it today, NAME.tar with a file for each
 variable as it did before version 2, and NAME.npz with images and the logits that Paddle computes for them; and for
-PaddleDetection's backbone of variant d, plain and deformable, the same with feature maps instead of logits, without the
-old form. The networks are thin and their weights sparse and rounded, so that the archive is small; statistics of the
-norms are random. The deformable network has the other one's values, and besides them only what makes its offsets.
+PaddleDetection's backbone of variant d, plain and deformable, NAME.pdparams and NAME.npz with feature maps; the old
+form is of a network of its own there, `detection_dcn_static`. The networks are thin and their weights sparse and
+rounded, so that the archive is small; statistics of the norms are random. All of PaddleDetection's share their values.
+
+What stands in: functions of Paddle 3 for those of the same names in paddle.fluid, which the code of release/0.5 calls.
 
 What PaddleDetection's deformable network (`dcn_v2_stages=[1, 2, 3]`, counted from 0) computes; plain equations of this,
 with torchvision's deform_conv2d, reproduce every map to 1e-6:
@@ -20,11 +23,21 @@ with torchvision's deform_conv2d, reproduce every map to 1e-6:
 - `branch2b.k.conv_offset`, a 3x3 with bias, of the same stride and padding of 1, gets what the 3x3 itself gets, after
   the sum. Of its 27 channels 2t and 2t + 1 are y and x for tap t, row by row; the sigmoid of the last nine is the mask.
 - The 3x3 itself keeps its name, `branch2b.k.conv.weight`. It has padding and dilation of 1, and no bias.
+
+The code for static graphs, before version 2 (`dcn_v2_stages: [3, 4, 5]`, the stem is 1), computes the same but for
+the shortcuts: of a stride of 2, they are AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False), then a 1x1. By its
+configuration this is the function of mask_rcnn_res2net50_vd_26w_4s_fpn_dcnv2_1x.tar, the only deformable Res2Net that
+PaddleDetection published; the file itself was not seen. There the offsets are made by
+`res3a_branch2b_1_conv_offset.w_0` and `.b_0`; the 3x3 is `res3a_branch2b_1_weights`.
 """
 
+import copy
 import os
+import re
+import sys
 import tarfile
 import tempfile
+import types
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +45,10 @@ os.environ['FLAGS_enable_pir_api'] = '0'  # noqa: SIM112 - whose programs can't 
 
 import numpy as np
 import paddle
-from reference import bare, pack, random_value, save_reference
+import paddle.nn.functional as F
+from paddle.base.layer_helper import LayerHelper
+from paddle.static import nn as static_nn
+from reference import bare, pack, random_value, save_reference, stub
 
 
 def networks() -> tuple[Any, Any, Any]:
@@ -46,6 +62,65 @@ def networks() -> tuple[Any, Any, Any]:
     from ppdet.modeling.backbones.res2net import Res2Net as DetectorRes2Net
 
     return Res2Net, Res2Net_vd, DetectorRes2Net
+
+
+def static_detector(folder: Path) -> Any:
+    """Imports the backbone of detectors from before version 2."""
+
+    def sigmoid(x: Any) -> Any:  # Paddle 3's own doesn't take variables of such programs
+        helper = LayerHelper('sigmoid')
+        y = helper.create_variable_for_type_inference(x.dtype)
+        helper.append_op(type='sigmoid', inputs={'X': x}, outputs={'Out': y})
+        return y
+
+    def pool2d(
+        input: Any, pool_size: int, pool_type: str, pool_stride: int, pool_padding: int, ceil_mode: bool = False
+    ) -> Any:
+        pool = dict(avg=F.avg_pool2d, max=F.max_pool2d)[pool_type]
+        return pool(input, pool_size, pool_stride, pool_padding, ceil_mode=ceil_mode)
+
+    fluid = stub(
+        'paddle.fluid',
+        ParamAttr=paddle.ParamAttr,
+        framework=types.SimpleNamespace(
+            _get_var=lambda name: paddle.static.default_main_program().global_block().var(name)
+        ),
+        layers=types.SimpleNamespace(
+            batch_norm=static_nn.batch_norm,
+            concat=paddle.concat,
+            conv2d=static_nn.conv2d,
+            deformable_conv=static_nn.common.deformable_conv,
+            elementwise_add=lambda x, y, act, name: getattr(F, act)(x + y),
+            pool2d=pool2d,
+            sigmoid=sigmoid,
+            split=lambda input, num_or_sections, dim: paddle.split(input, num_or_sections, dim),
+        ),
+    )
+    paddle.fluid = fluid
+    constant = paddle.nn.initializer.Constant
+    stub('paddle.fluid.framework', Variable=paddle.static.Variable)
+    stub('paddle.fluid.initializer', Constant=constant, ConstantInitializer=constant)
+    stub('paddle.fluid.param_attr', ParamAttr=paddle.ParamAttr)
+    stub('paddle.fluid.regularizer', L2Decay=paddle.regularizer.L2Decay)
+
+    for name in [name for name in sys.modules if name.split('.')[0] == 'ppdet']:  # a newer one
+        del sys.modules[name]
+    sys.path.insert(0, str(folder / 'PaddleDetection'))
+    for name in ('', '.core', '.modeling', '.modeling.backbones'):
+        bare(f'ppdet{name}')
+    from ppdet.modeling.backbones.res2net import Res2Net
+
+    return Res2Net
+
+
+def static_name(name: str) -> str:
+    """What PaddleDetection called a variable before version 2."""
+    layer, part, tensor = name.rsplit('.', 2)
+    layer = re.sub(r'^res(\d)\.blocks\.(\d)\.', lambda match: f'res{match[1]}{"abcdef"[int(match[2])]}_', layer)
+    layer = re.sub(r'\.(\d)$', lambda match: f'_{int(match[1]) + 1}', layer.removeprefix('res1.'))
+    if part == 'norm':
+        return f'bn{layer[3:]}_' + dict(weight='scale', bias='offset').get(tensor, tensor[1:])
+    return layer + ('_weights' if part == 'conv' else f'_conv_offset.{tensor[0]}_0')
 
 
 def fill(
@@ -70,12 +145,12 @@ def fill(
     return values
 
 
-def save_static(make: Any, values: dict[str, np.ndarray], path: Path) -> None:
-    """Saves one file for each variable of a network."""
+def save_static(make: Any, values: dict[str, np.ndarray], path: Path, rng: np.random.Generator | None = None) -> None:
+    """Saves one file for each variable of a network, and, with images drawn from `rng`, the maps that it computes."""
     paddle.enable_static()
     program = paddle.static.Program()
     with paddle.static.program_guard(program, paddle.static.Program()):
-        make()(paddle.static.data('image', [1, 3, 64, 64]))
+        outputs = make()(paddle.static.data('image', [None, 3, None, None]))
     variables = [variable for variable in program.list_vars() if variable.name in values]
     for variable in variables:
         tensor = paddle.static.global_scope().var(variable.name).get_tensor()
@@ -85,10 +160,13 @@ def save_static(make: Any, values: dict[str, np.ndarray], path: Path) -> None:
         paddle.static.save_vars(executor, folder, main_program=program, vars=variables)
         with tarfile.open(f'{path}.tar', 'w') as archive:
             archive.add(folder, path.name)
+    if rng:
+        maps = list(outputs.values())
+        save_reference(lambda x: executor.run(program, feed={'image': x}, fetch_list=maps), path, rng)
     paddle.disable_static()
 
 
-def main() -> None:
+def main(code: Path) -> None:
     plain, vd, detector = networks()
     made = {
         'res2net50': lambda: plain(layers=50, scales=4, width=2, class_num=5),
@@ -110,11 +188,19 @@ def main() -> None:
             rng = np.random.default_rng(seed)
             net = detector(dcn_v2_stages=stages, **args)
             fill(net, Path(folder, name), rng, drawn)
+            same_images = copy.deepcopy(rng)
             save_reference(
                 lambda x, net=net: [y.numpy() for y in net({'image': paddle.to_tensor(x)})], Path(folder, name), rng
             )
+        static = static_detector(code)
+        save_static(
+            lambda: static(depth=50, width=2, scales=4, variant='d', dcn_v2_stages=[3, 4, 5]),
+            {static_name(name): value for name, value in drawn.items()},
+            Path(folder, 'detection_dcn_static'),
+            same_images,
+        )
         pack(folder, 'paddle.tar.xz')
 
 
 if __name__ == '__main__':
-    main()
+    main(Path(sys.argv[1]))

@@ -21,6 +21,14 @@ def bare(name: str) -> types.ModuleType:
     return module
 
 
+def stub(name: str, **names: Any) -> types.ModuleType:
+    """Puts a module of the given names where an import looks for it."""
+    module = types.ModuleType(name)
+    vars(module).update(names)
+    sys.modules[name] = module
+    return module
+
+
 def random_value(shape: tuple[int, ...], positive: bool, rng: np.random.Generator) -> np.ndarray:
     """A random tensor: of each filter four weights are not zero; a vector is full, and positive where it must be."""
     if len(shape) == 1:
