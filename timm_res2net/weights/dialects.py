@@ -64,6 +64,7 @@ PADDLE_DEEP_STEM = (
 ARCHIVE_BLOCKS = (
     ('res{s}{letter}_branch2a_', 'layer{s}.{i}.conv1.'),
     ('bn{s}{letter}_branch2a_', 'layer{s}.{i}.bn1.'),
+    ('res{s}{letter}_branch2b_{k}_conv_offset.', 'layer{s}.{i}.convs.{k}.conv_offset.'),  # of PaddleDetection
     ('res{s}{letter}_branch2b_{k}_', 'layer{s}.{i}.convs.{k}.'),
     ('bn{s}{letter}_branch2b_{k}_', 'layer{s}.{i}.bns.{k}.'),
     ('res{s}{letter}_branch2c_', 'layer{s}.{i}.conv3.'),
@@ -91,6 +92,7 @@ DETECTION_BLOCKS = (
     ('res{s}.blocks.{i}.branch2a.norm.', 'layer{s}.{i}.bn1.'),
     ('res{s}.blocks.{i}.branch2b.{k}.conv.', 'layer{s}.{i}.convs.{k}.'),
     ('res{s}.blocks.{i}.branch2b.{k}.norm.', 'layer{s}.{i}.bns.{k}.'),
+    ('res{s}.blocks.{i}.branch2b.{k}.conv_offset.', 'layer{s}.{i}.convs.{k}.conv_offset.'),
     ('res{s}.blocks.{i}.branch2c.conv.', 'layer{s}.{i}.conv3.'),
     ('res{s}.blocks.{i}.branch2c.norm.', 'layer{s}.{i}.bn3.'),
     ('res{s}.blocks.{i}.branch1.conv.conv.', 'layer{s}.{i}.downsample.1.'),  # with an average pool before it
@@ -192,11 +194,19 @@ DIALECTS = {
         transposed=True,
     ),
     'paddle-archive': Dialect(
-        'PaddleClas before Paddle 2, .tar',
+        'PaddleClas and PaddleDetection before Paddle 2, .tar',
         ('res2a_branch2a_weights',),
         (('conv1_weights', ARCHIVE_STEM), ('conv1_1_weights', ARCHIVE_DEEP_STEM)),
         ARCHIVE_BLOCKS,
-        tensors=dict(weights='weight', scale='weight', offset='bias', mean='running_mean', variance='running_var'),
+        tensors=dict(
+            weights='weight',
+            w_0='weight',
+            scale='weight',
+            offset='bias',
+            b_0='bias',
+            mean='running_mean',
+            variance='running_var',
+        ),
         shift={'s': -1, 'k': -1},
         function=Function('paddle'),
         transposed=True,
