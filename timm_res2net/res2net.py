@@ -25,6 +25,7 @@ from timm.models import (
 from timm.models import _registry as timm_registry
 from torch import nn
 
+from .models.block import function_of
 from .models.function import Function
 from .models.recompute import FeatureDict, FeatureList
 from .models.resnet import Res2Net
@@ -140,8 +141,10 @@ def read_weights(cfg: PretrainedCfg, cache_dir: str | Path | None) -> Checkpoint
 def loaded_trunk(trunk: type[nn.Module], cfg: PretrainedCfg, checkpoint: Checkpoint, **kwargs: Any) -> nn.Module:
     """Makes a trunk and loads a checkpoint; timm adapts the classifier and the number of image channels."""
     model: Any = trunk(**kwargs)
-    # Who gives the file of a lone network and the model knows both; of a larger network the usual is assumed.
-    require_same_function(model, checkpoint, ignore=() if checkpoint.translation.is_part else checkpoint.assumed)
+    function = function_of(model)
+    if function and not checkpoint.translation.is_part:  # who gives the file of a lone network knows what it computes
+        checkpoint = checkpoint.stating(**{name: getattr(function, name) for name in checkpoint.assumed})
+    require_same_function(model, checkpoint)
     source = {**cfg.to_dict(), 'state_dict': dict(checkpoint.state), 'custom_load': False}
     load_pretrained(model, source, num_classes=model.num_classes, in_chans=model.in_chans)
     return model

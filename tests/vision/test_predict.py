@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from timm.data import create_transform, resolve_model_data_config
 
 from timm_res2net import CheckpointError
+from timm_res2net.models.block import function_of
 from timm_res2net.models.variants import WEIGHTS
 from timm_res2net.recipes.digits import split
 from timm_res2net.vision.figures import plot_pyramid
@@ -208,11 +209,16 @@ def test_pretrained_model_file_without_weights_raises_one_line(tmp_path: Path) -
     assert '\n' not in str(error.value)
 
 
-def test_pretrained_model_weights_of_another_function_are_refused(tmp_path: Path) -> None:
+def test_pretrained_model_computes_the_function_that_the_file_states_and_else_its_own(tmp_path: Path) -> None:
     file = str(tmp_path / 'other.safetensors')
-    save_file(timm.create_model('test_res2net').state_dict(), file, {'first_block': 'paddle'})
-    with pytest.raises(CheckpointError, match="the model has first_block='official'"):
-        pretrained_model('test_res2net', file)
+    state = timm.create_model('test_res2net').state_dict()
+    save_file(state, file, {'first_block': 'paddle'})
+    assert function_of(pretrained_model('test_res2net', file)).first_block == 'paddle'
+    save_file(state, file)
+    vd = timm.create_model('res2net50_vd_26w_4s', layers=(1, 1, 1, 1), channels=(8, 8, 8, 8))
+    save_file(vd.state_dict(), file)
+    with pytest.raises(CheckpointError, match="does not tell whether its network has first_block='official'"):
+        pretrained_model('res2net50_vd_26w_4s', file, layers=(1, 1, 1, 1), channels=(8, 8, 8, 8))
 
 
 def test_class_names_of_imagenet_are_words() -> None:

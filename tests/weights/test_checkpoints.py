@@ -15,13 +15,16 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from safetensors.torch import save_file
-from support import TINY, slow_but, tiny
+from support import TINY, TRUNKS, randomise, slow_but, small, tiny
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
 from timm_res2net import CheckpointError, export_checkpoint, load_checkpoint
 from timm_res2net.models.block import function_of
+from timm_res2net.models.function import FIRST_BLOCKS, STYLES
 from timm_res2net.models.variants import ARCHS
 from timm_res2net.weights.checkpoints import read_checkpoint
 from timm_res2net.weights.convert import convert
@@ -827,28 +830,54 @@ def test_load_checkpoint_twice_read_checkpoint_with_options_raises_type_error(tm
         load_checkpoint(tiny(), checkpoint, frist_block='mmdet')
 
 
-@pytest.mark.parametrize(
-    'arguments',
-    [
-        dict(style='caffe'),
-        dict(first_block='mmdet', style='caffe', deformable=(None, None, 'v1', 'v2')),
-        dict(first_block='paddle', deformable=('v2',) * 4),
-    ],
-    ids=str,
+STAGES = st.tuples(st.just(1), *[st.sampled_from([1, 2])] * 3)
+DILATIONS = st.tuples(st.sampled_from([1, 2]), st.sampled_from([1, 2, (1, 3)]), *[st.sampled_from([1, 2, 4])] * 2)
+FIELDS: dict[str, Any] = dict(
+    first_block=st.sampled_from(list(FIRST_BLOCKS)),
+    act_layer=st.sampled_from(['relu', 'silu', 'leaky_relu', 'hard_swish']),
+    norm_eps=st.sampled_from([0.0, 1e-5, 1e-3]),
 )
-def test_load_model_saved_weights_give_function_and_outputs_back(
-    arguments: dict[str, Any], tmp_path: Path, images: Tensor
+RESNET_FIELDS: dict[str, Any] = dict(
+    FIELDS,
+    style=st.sampled_from(STYLES),
+    strides=STAGES,
+    dilations=DILATIONS,
+    deformable=st.tuples(*[st.sampled_from([None, 'v1', 'v2'])] * 4),
+    stem_ceil_mode=st.booleans(),
+    avg_down=st.booleans(),
+    stem_type=st.sampled_from(['', 'deep']),
+)
+
+
+@st.composite
+def arguments_of_function(draw: Any) -> tuple[str, dict[str, Any]]:
+    """A small model, and what it computes."""
+    name = draw(st.sampled_from(['test_res2net', 'test_res2net', 'test_res2net', *TRUNKS]))
+    fields = draw(st.fixed_dictionaries({}, optional=RESNET_FIELDS if name == 'test_res2net' else FIELDS))
+    if any(dilation != 1 for dilation in fields.get('dilations', ())):
+        fields['dilate_first'] = draw(st.booleans())
+    return name, {**(TINY if name == 'test_res2net' else small(name)), **fields}
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(case=arguments_of_function())
+def test_load_model_of_saved_weights_gives_any_function_and_its_outputs_back(
+    case: tuple[str, dict[str, Any]], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
-    model = tiny(**arguments)
-    for name, parameter in model.named_parameters():
-        if 'conv_offset' in name:
+    name, arguments = case
+    torch.manual_seed(0)
+    model = randomise(timm.create_model(name, num_classes=4, **arguments)).eval()
+    for each, parameter in model.named_parameters():
+        if 'conv_offset' in each:
             nn.init.normal_(parameter, std=0.3)
-    function = function_of(model)
-    config: dict[str, Any] = {'timm_res2net': {}}
-    write_folder(tmp_path / 'net', model.state_dict(), config, function)
-    loaded = load_model(tmp_path / 'net' / 'model.safetensors').eval()
-    assert function_of(loaded) == function
-    torch.testing.assert_close(loaded(images), model(images), rtol=0, atol=0)
+    folder = tmp_path_factory.mktemp('saved') / 'net'
+    write_folder(folder, model.state_dict(), {'timm_res2net': {}}, function_of(model))
+    sizes = {} if name == 'test_res2net' else dict(name=name, **small(name))  # other trunks are found at full size
+    loaded = load_model(folder / 'model.safetensors', **sizes).eval()
+    assert function_of(loaded) == function_of(model)
+    x = torch.randn(1, 3, 33, 33)
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded(x), model(x), rtol=0, atol=0)
 
 
 def test_load_checkpoint_deformable_tensors_for_a_plain_model_are_refused(tmp_path: Path) -> None:

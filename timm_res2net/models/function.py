@@ -77,19 +77,15 @@ class Function:
     norm_eps: float = 1e-5
 
     def __post_init__(self) -> None:
-        for name in ('strides', 'dilations', 'deformable'):  # lists in JSON
-            object.__setattr__(self, name, as_tuple(getattr(self, name)))
-        dilations = tuple(
-            each[0] if isinstance(each, tuple) and len(set(each)) == 1 else each for each in self.dilations
-        )
-        object.__setattr__(self, 'dilations', dilations)
+        for name in ('strides', 'dilations', 'deformable'):
+            stages = as_tuple(getattr(self, name))  # of the lists in JSON
+            if not isinstance(stages, tuple) or len(stages) != 4:
+                raise ValueError(f'{name}={stages} must have an entry for each of 4 stages')
+            object.__setattr__(self, name, tuple(each[0] if is_constant(each) else each for each in stages))
         require_one_of('first_block', self.first_block, FIRST_BLOCKS)
         require_one_of('style', self.style, STYLES)
         for version in self.deformable:
             require_one_of('deformable', version, (None, *VERSIONS))
-        for name in ('strides', 'dilations', 'deformable'):
-            if len(getattr(self, name)) != 4:
-                raise ValueError(f'{name}={getattr(self, name)} must have an entry for each of 4 stages')
         numbers = [*self.strides, *(each for dilation in self.dilations for each in as_sequence(dilation))]
         if not all(type(number) is int and number > 0 for number in numbers):
             raise ValueError(f'strides={self.strides} and dilations={self.dilations} must be positive integers')
@@ -149,6 +145,11 @@ def as_tuple(value: Any) -> Any:
     return tuple(as_tuple(each) for each in value) if isinstance(value, list | tuple) else value
 
 
+def is_constant(value: Any) -> bool:
+    """Whether a value is a tuple of one value, once or more often."""
+    return isinstance(value, tuple) and len(value) > 0 and value.count(value[0]) == len(value)
+
+
 def as_sequence(value: Any) -> tuple[Any, ...]:
     """A tuple as it is, and anything else in one."""
     return value if isinstance(value, tuple) else (value,)
@@ -163,5 +164,5 @@ def require_one_of(name: str, value: object, choices: Iterable[object]) -> None:
 
 def activation_name(layer: Callable[..., nn.Module]) -> str:
     """timm's name of an activation class: its words in lower case, joined by '_'."""
-    name = getattr(layer, 'func', layer).__name__  # of a partial, the class
+    name = getattr(layer, 'func', layer).__name__.removesuffix('Me')  # of a partial, and timm's memory-efficient ones
     return re.sub(r'(?<=[a-z]{2})(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z]{2})', '_', name).lower()

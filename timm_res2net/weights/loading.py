@@ -2,7 +2,7 @@
 
 import inspect
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -134,13 +134,15 @@ def load_model(
     Raises:
         CheckpointError: If the file can't be read, or fits no model, or not the named one.
     """
-    stated = {key: value for key, value in kwargs.items() if key in vars(Function())}
-    checkpoint = read_once(file, dialect, prefix).stating(**stated)
+    given = Function.from_arguments(kwargs)
+    checkpoint = read_once(file, dialect, prefix).stating(
+        **{key: getattr(given, key) for key in vars(given) if key in kwargs}
+    )
     if name is None:
         name, found = find_architecture(checkpoint)
         in_chans = found.get('in_chans', 3)
     else:
-        found, in_chans = {}, kwargs.get('in_chans', 3)
+        found, in_chans = told_arguments(checkpoint, name), kwargs.get('in_chans', 3)
     kwargs = {'num_classes': checkpoint.num_classes, **found, **kwargs}
     model = timm.create_model(name, **kwargs)
     _logger.info('%s is loaded into %s', checkpoint.file, format_create_model(name, kwargs))
@@ -153,6 +155,15 @@ def load_model(
         state[first_conv] = adapt_input_conv(kwargs['in_chans'], state[first_conv], base_chans=in_chans)
     load_checkpoint(model, replace(checkpoint, translation=replace(checkpoint.translation, state=state)))
     return model
+
+
+def told_arguments(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
+    """The arguments that a named model needs to compute what a file tells, without what is only assumed."""
+    arch = ARCHS.get(name.partition('.')[0])
+    if arch is None or checkpoint.function is None:
+        return {}
+    arguments = differing_arguments(checkpoint.function, Function.from_arguments(arch.args))
+    return {key: value for key, value in arguments.items() if key not in checkpoint.assumed}
 
 
 def adapt_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -169,14 +180,8 @@ def adapt_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> dict[st
     return checkpoint.state
 
 
-def require_same_function(model: nn.Module, checkpoint: Checkpoint, *, ignore: Collection[str] = ()) -> None:
-    """Raises a CheckpointError if a model computes something else than the network that weights are of.
-
-    Args:
-        model: The model.
-        checkpoint: The weights.
-        ignore: Fields of the function in which they may differ.
-    """
+def require_same_function(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Raises a CheckpointError if a model computes something else than the network that weights are of."""
     ours, theirs, file = function_of(model), checkpoint.function, checkpoint.file
     if ours is None:
         return
@@ -186,7 +191,7 @@ def require_same_function(model: nn.Module, checkpoint: Checkpoint, *, ignore: C
             'that no model here does: 4uiiurz1 strides the first convolution, dl19940602 takes the maximum where '
             f'others average. If yours computes what the model does, load it with {ours.as_keywords(["first_block"])}'
         )
-    fields = [name for name in ours.differing_fields(theirs) if name not in ignore]
+    fields = ours.differing_fields(theirs)
     if not fields:
         return
     told = theirs.as_keywords(name for name in fields if name not in checkpoint.assumed)
