@@ -36,6 +36,7 @@ from timm_res2net.weights.readers import read
 
 References = Callable[[str], Path]
 
+THIN: dict[str, Any] = dict(layers=(1, 2, 1, 1), channels=(16, 32, 64, 128))
 # Files written by the frameworks themselves: the file, its model, and the arguments besides the number of classes.
 PADDLE_DCN: dict[str, Any] = dict(base_width=2, deformable=(None, 'v2', 'v2', 'v2'))
 WRITTEN: list[tuple[str, str, dict[str, Any]]] = [
@@ -53,6 +54,8 @@ WRITTEN: list[tuple[str, str, dict[str, Any]]] = [
     ('openmmlab/mmpretrain.pth', 'res2net50_26w_4s', dict(base_width=2)),
     ('openmmlab/mmpretrain_deep_stem.pth', 'res2net50d', dict(base_width=2)),
     ('openmmlab/mmdet.pth', 'res2net50d', dict(base_width=2, first_block='mmdet')),
+    ('holocron/plain.pth', 'res2net50_26w_4s', dict(THIN, base_width=16)),
+    ('holocron/deep_stem.pth', 'res2net50d', dict(THIN, base_width=20, scale=3)),
 ]
 
 

@@ -156,6 +156,39 @@ PORT_BLOCKS = (
 )
 
 
+def holocron_stages(first: int) -> Rows:
+    """Rows for Holocron's blocks; its features are counted from the stem on, the first stage is number `first`."""
+    parts = {
+        'conv.0.': 'conv1.',
+        'conv.1.': 'bn1.',
+        'conv.3.conv.{k}.0.': 'convs.{k}.',
+        'conv.3.conv.{k}.1.': 'bns.{k}.',
+        'conv.4.': 'conv3.',
+        'conv.5.': 'bn3.',
+        'downsample.': 'downsample.',
+    }
+    return tuple(
+        (f'features.{first + stage}.{{i}}.{theirs}', f'layer{stage + 1}.{{i}}.{ours}')
+        for stage in range(4)
+        for theirs, ours in parts.items()
+    )
+
+
+HOLOCRON_STEM = (
+    ('features.0.', 'conv1.'),
+    ('features.1.', 'bn1.'),
+    *holocron_stages(4),
+)
+HOLOCRON_DEEP_STEM = (
+    ('features.0.', 'conv1.0.'),
+    ('features.1.', 'conv1.1.'),
+    ('features.3.', 'conv1.3.'),
+    ('features.4.', 'conv1.4.'),
+    ('features.6.', 'conv1.6.'),
+    ('features.7.', 'bn1.'),
+    *holocron_stages(10),
+)
+
 OFFICIAL = Function()
 DILATION = ('strides', 'dilations', 'dilate_first')
 
@@ -243,6 +276,15 @@ DIALECTS = {
         unsaid=('first_block', *DILATION),
         options=('strides', 'dilations', 'deformable'),
         prefix='backbone.',
+    ),
+    'holocron': Dialect(
+        'Holocron, .pth',
+        ('features.0.weight',),
+        (
+            ('features.4.0.conv.3.conv.0.0.weight', HOLOCRON_STEM),
+            ('features.10.0.conv.3.conv.0.0.weight', HOLOCRON_DEEP_STEM),
+        ),
+        (('head.', 'fc.'),),
     ),
     'detectron2': Dialect(
         "the authors' detectron2 and CenterNet2, .pkl: detectors are mmdet's in caffe's style, backbones the authors'",

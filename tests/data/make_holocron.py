@@ -1,0 +1,45 @@
+"""Makes holocron.tar.xz with Holocron's own network code.
+
+    python -m venv VENV && VENV/bin/pip install pylocron
+    VENV/bin/python tests/data/make_holocron.py
+
+The archive holds, for a network like the published one and for one with deep stem and average pool in the shortcuts,
+NAME.pth, and NAME.npz with images and the logits that Holocron computes for them. The networks are thin and shallow and
+their weights sparse and rounded, so that the archive is small; statistics of the norms are random.
+"""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from holocron.models.classification.res2net import _res2net
+from reference import pack, random_value, save_reference
+from torch import nn
+
+PLANES = [16, 32, 64, 128]
+
+
+def main() -> None:
+    deep = dict(deep_stem=True, avg_downsample=True)
+    made = {
+        'plain': _res2net(None, False, [1, 2, 1, 1], PLANES, 16, 4, num_classes=5),
+        'deep_stem': _res2net(None, False, [1, 2, 1, 1], PLANES, 20, 3, num_classes=5, **deep),
+    }
+    with tempfile.TemporaryDirectory() as folder, torch.no_grad():
+        for seed, (name, model) in enumerate(made.items()):
+            rng = np.random.default_rng(seed)
+            norms = {id(norm.weight) for norm in model.modules() if isinstance(norm, nn.BatchNorm2d)}
+            for key, tensor in model.state_dict(keep_vars=True).items():
+                if tensor.is_floating_point():
+                    positive = key.endswith('running_var') or id(tensor) in norms
+                    tensor.copy_(torch.from_numpy(random_value(tuple(tensor.shape), positive, rng)))
+            torch.save(model.state_dict(), Path(folder, f'{name}.pth'))
+            save_reference(
+                lambda x, model=model: model.eval()(torch.from_numpy(x)).numpy(), Path(folder, name), rng
+            )
+        pack(folder, 'holocron.tar.xz')
+
+
+if __name__ == '__main__':
+    main()
