@@ -35,9 +35,7 @@ def main() -> None:
                     positive = key.endswith('running_var') or id(tensor) in norms
                     tensor.copy_(torch.from_numpy(random_value(tuple(tensor.shape), positive, rng)))
             torch.save(model.state_dict(), Path(folder, f'{name}.pth'))
-            save_reference(
-                lambda x, model=model: model.eval()(torch.from_numpy(x)).numpy(), Path(folder, name), rng
-            )
+            save_reference(lambda x, model=model: model.eval()(torch.from_numpy(x)).numpy(), Path(folder, name), rng)
         pack(folder, 'holocron.tar.xz')
 
 

@@ -54,6 +54,9 @@ WRITTEN: list[tuple[str, str, dict[str, Any]]] = [
     ('openmmlab/mmpretrain.pth', 'res2net50_26w_4s', dict(base_width=2)),
     ('openmmlab/mmpretrain_deep_stem.pth', 'res2net50d', dict(base_width=2)),
     ('openmmlab/mmdet.pth', 'res2net50d', dict(base_width=2, first_block='mmdet')),
+    ('oneflow/legacy.zip', 'res2net50_26w_4s', dict(layers=(1, 2, 1, 1), base_width=2)),
+    ('oneflow/folder.zip', 'res2net50_26w_4s', dict(layers=(1, 2, 1, 1), base_width=2)),
+    ('oneflow/single.pkl', 'res2net50_26w_4s', dict(layers=(1, 2, 1, 1), base_width=2)),
     ('holocron/plain.pth', 'res2net50_26w_4s', dict(THIN, base_width=16)),
     ('holocron/deep_stem.pth', 'res2net50d', dict(THIN, base_width=20, scale=3)),
 ]

@@ -13,6 +13,7 @@ import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,29 @@ def paddle_pickle(state: dict[str, Tensor], pairs: bool = False, protocol: int =
     return pickle.dumps({**arrays, 'StructuredToParameterName@@': {'conv1.weight': 'conv1_weights'}}, protocol=protocol)
 
 
+def pickled(text: str) -> bytes:
+    return b'X' + struct.pack('<I', len(text)) + text.encode()
+
+
+def oneflow(state: dict[str, Tensor], legacy: bool = False) -> bytes:
+    """A zipped folder of OneFlow, as of 0.6 to 0.9 or before."""
+    buffer = io.BytesIO()
+    variables = b''
+    with zipfile.ZipFile(buffer, 'w') as archive:
+        for i, (name, tensor) in enumerate(state.items()):
+            folder = name if legacy else f'tensor_{i}'
+            sizes = ''.join(f'  dim: {size}\n' for size in tensor.shape)
+            dtype = 'kInt64' if tensor.dtype == torch.int64 else 'kFloat'
+            archive.writestr(f'net/{folder}/meta', f'shape {{\n{sizes}}}\ndata_type: {dtype}\n')
+            archive.writestr(f'net/{folder}/out', tensor.numpy().tobytes())
+            variables += pickled(name) + b'coneflow.nn\nParameter\n)\x81}' + pickled('path') + pickled(folder) + b'sb'
+        if legacy:
+            archive.writestr('net/snapshot_done', '')
+        else:
+            archive.writestr('net/pickled_data', b'\x80\x04}' + pickled('data') + b'}(' + variables + b'us.')
+    return buffer.getvalue()
+
+
 FORMATS: dict[str, Callable[[dict[str, Tensor]], bytes]] = {
     'safetensors': safetensors_file,
     'torch': torch_file,
@@ -136,6 +160,8 @@ FORMATS: dict[str, Callable[[dict[str, Tensor]], bytes]] = {
     ),
     'mindspore': mindspore,
     'paddle archive': paddle_archive,
+    'oneflow': oneflow,
+    'oneflow before 0.6': partial(oneflow, legacy=True),
 }
 every_format = pytest.mark.parametrize('kind', FORMATS)
 
@@ -312,6 +338,40 @@ def test_read_checkpoint_of_a_program_or_whole_model_says_what_it_is_and_how_to_
     with pytest.raises(CheckpointError, match=message) as error:
         read_checkpoint(file)
     assert 'damaged' not in str(error.value)
+
+
+def test_read_oneflow_pickle_without_its_folders_says_what_to_give(tmp_path: Path) -> None:
+    with zipfile.ZipFile(io.BytesIO(WRITTEN['oneflow'])) as archive:
+        (tmp_path / 'pickled_data').write_bytes(archive.read('net/pickled_data'))
+    with pytest.raises(CheckpointError, match='Pack the folder that it is in'):
+        read(tmp_path / 'pickled_data')
+
+
+@pytest.mark.parametrize(
+    ('meta', 'message'),
+    [
+        ('shape {\n  dim: 100000000000\n}\ndata_type: kFloat\n', r'4 bytes for a tensor of shape \[100000000000\]'),
+        ('shape {\n  dim: -1\n}\ndata_type: kFloat\n', 'w/meta is not the type and shape'),
+        ('shape {\n  dim: 1\n}\ndata_type: kOFRecord\n', 'kOFRecord, which are no weights'),
+    ],
+)
+def test_read_oneflow_false_shape_or_type_raises(meta: str, message: str, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / 'bad.zip', 'w') as archive:
+        archive.writestr('net/snapshot_done', '')
+        archive.writestr('net/w/meta', meta)
+        archive.writestr('net/w/out', bytes(4))
+    with pytest.raises(CheckpointError, match=message):
+        read(tmp_path / 'bad.zip')
+
+
+def test_read_oneflow_folder_outside_the_archive_is_not_read(tmp_path: Path) -> None:
+    (tmp_path / 'out').write_bytes(bytes(4))
+    (tmp_path / 'meta').write_text('shape {\n  dim: 1\n}\ndata_type: kFloat\n')
+    variable = b'coneflow\nTensor\n)\x81}' + pickled('path') + pickled(str(tmp_path)) + b'sb'
+    with zipfile.ZipFile(tmp_path / 'bad.zip', 'w') as archive:
+        archive.writestr('pickled_data', b'\x80\x04}' + pickled('data') + b'}' + pickled('w') + variable + b'ss.')
+    with pytest.raises(CheckpointError, match='There is no item named'):
+        read(tmp_path / 'bad.zip')
 
 
 def test_read_zip_bomb_raises(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
 """Reads tensors from untrusted files without running any code that they contain.
 
 The format is detected by a file's first bytes, not by its name: safetensors, torch's archives (today's and those
-before 1.6), pickles of numpy arrays (Paddle's .pdparams, detectron2's and Jittor's .pkl), Paddle's archives of one file
-for each variable, and MindSpore's .ckpt. Memory stays within a small multiple of the file's size.
+before 1.6), pickles of numpy arrays (Paddle's .pdparams, detectron2's and Jittor's .pkl, OneFlow's files), Paddle's
+archives of one file for each variable, zipped folders of OneFlow, and MindSpore's .ckpt. Memory stays within a small
+multiple of the file's size.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -78,7 +80,9 @@ def detect_format(head: bytes, path: PathLike) -> tuple[str, Callable[[str], Con
     """Returns a file's format and the function that reads it, by its first bytes."""
     if head[8:9] == b'{':
         return 'safetensors', read_safetensors
-    if head.startswith((b'PK\x03\x04', b'\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19')):
+    if head.startswith(b'PK\x03\x04'):
+        return 'an archive of torch or OneFlow', read_zip
+    if head.startswith(b'\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19'):
         return 'an archive of torch', read_torch
     if head.startswith(b'\x80'):
         return 'a pickle', read_pickle
@@ -90,7 +94,7 @@ def detect_format(head: bytes, path: PathLike) -> tuple[str, Callable[[str], Con
         raise CheckpointError(f"{path} is an HDF5 file, as Keras writes; the Res2Nets for Keras are timm's, take those")
     raise CheckpointError(
         f'{path} is no file of weights that can be read: it begins with {head[:8]!r}. '
-        'Give safetensors, .pth, .pdparams, .pkl, .ckpt of MindSpore, or .tar of Paddle'
+        'Give safetensors, .pth, .pdparams, .pkl, .ckpt of MindSpore, .tar of Paddle, or .zip of OneFlow'
     )
 
 
@@ -122,11 +126,22 @@ def read_safetensors(path: str) -> Contents:
         return Contents({name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {})  # noqa: SIM118
 
 
+def read_zip(path: str) -> Contents:
+    """Reads a file of `torch.save`, or a zipped folder of OneFlow."""
+    with zipfile.ZipFile(path) as archive:
+        require_weights(archive, os.path.getsize(path))
+        for name in archive.namelist():
+            folder, _, last = name.rpartition('/')
+            if last in ('pickled_data', 'snapshot_done'):
+                return read_oneflow(archive, f'{folder}/' if folder else '')
+    return read_torch(path)
+
+
 # torch
 
 
 class Ignored:
-    """Stands in for the training statistics that mmengine saves beside the weights."""
+    """Stands in for what files hold beside the weights: mmengine's training statistics, OneFlow's types."""
 
     def __init__(self, *args: Any) -> None: ...
 
@@ -148,11 +163,6 @@ IGNORED_GLOBALS = [
 def read_torch(path: str) -> Contents:
     """Reads a file of `torch.save`: tensors, plain containers and training options, nothing else."""
     size = os.path.getsize(path)
-    with open(path, 'rb') as file:
-        is_zip = file.read(2) == b'PK'
-    if is_zip:
-        with zipfile.ZipFile(path) as archive:
-            require_weights(archive, size)
     try:
         with torch.serialization.safe_globals([argparse.Namespace, *((Ignored, name) for name in IGNORED_GLOBALS)]):
             found = torch.load(path, map_location='cpu', weights_only=True)
@@ -238,6 +248,18 @@ class Array:
         self.value = value.permute(*reversed(range(value.ndim))) if fortran else value
 
 
+class Variable:
+    """Stands in for a tensor of OneFlow, that holds an array or the name of the folder with its bytes."""
+
+    array: Array | None = None
+    folder: str | None = None
+
+    def __setstate__(self, state: Any) -> None:
+        array, folder = state.get('data'), state.get('path')
+        self.array = array if isinstance(array, Array) else None
+        self.folder = folder if isinstance(folder, str) else None
+
+
 class ArrayUnpickler(pickle._Unpickler):
     """Builds arrays and plain containers, by an allowlist.
 
@@ -261,6 +283,9 @@ class ArrayUnpickler(pickle._Unpickler):
             'ndarray': 'ndarray',  # only an argument of _reconstruct
             'dtype': ArrayType,
             'collections.OrderedDict': self.ordered_dict,
+            'oneflow.Tensor': Variable,
+            'oneflow.nn.Parameter': Variable,
+            'oneflow._oneflow_internal.dtype': Ignored,
             '_codecs.encode': self.encode,
             'builtins.tuple': self.tuple,
             '__builtin__.tuple': self.tuple,
@@ -272,10 +297,12 @@ class ArrayUnpickler(pickle._Unpickler):
         return found
 
     def load_build(self) -> None:
-        """Sets the state of a stand-in, and of nothing else."""
+        """Sets the state of a stand-in, and of nothing else; attributes of a dict of tensors are left out."""
         state = self.stack.pop()
         target = self.stack[-1]
-        if not isinstance(target, Array | ArrayType):
+        if isinstance(target, dict):
+            return
+        if not isinstance(target, Array | ArrayType | Variable | Ignored):
             raise CheckpointError(
                 f'it wants to change a {type(target).__name__}, and a file of weights needs only arrays'
             )
@@ -321,17 +348,28 @@ class ArrayUnpickler(pickle._Unpickler):
 def read_pickle(path: str) -> Contents:
     """Reads a pickle of numpy arrays."""
     data = Path(path).read_bytes()
-    return Contents(to_dicts(ArrayUnpickler(io.BytesIO(data), len(data)).load()))
+    found = to_dicts(ArrayUnpickler(io.BytesIO(data), len(data)).load())
+    if any(isinstance(leaf, Variable) for leaf in leaves(found)):
+        raise CheckpointError(
+            "it names OneFlow's tensors, which are in folders beside it. Pack the folder that it is in, and give that: "
+            'python -m zipfile -c FILE.zip FOLDER'
+        )
+    return Contents(found['data'] if '__oneflow__' in found and isinstance(found.get('data'), dict) else found)
 
 
 def to_dicts(value: Any, depth: int = 4) -> dict[str, Any]:
-    """Copies nested dicts with strings for keys, and makes tensors of arrays and of Paddle's pairs (name, array)."""
+    """Copies nested dicts with strings for keys, and makes tensors of arrays and what holds them.
+
+    These are Paddle's pairs (name, array) and OneFlow's variables.
+    """
     if not isinstance(value, dict):
         raise CheckpointError(f'it holds a {type(value).__name__} where names with tensors are expected')
     found: dict[str, Any] = {}
     for name, item in value.items():
         if isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], Array):
             item = item[1]
+        elif isinstance(item, Variable):
+            item = item.array or item
         if isinstance(item, dict) and depth:
             item = to_dicts(item, depth - 1)
         found[str(name)] = item.value if isinstance(item, Array) else item
@@ -429,3 +467,43 @@ def read_paddle_archive(path: str) -> Contents:
     if not tensors:
         raise CheckpointError('there is nothing in it')
     return Contents(tensors)
+
+
+# OneFlow
+
+
+def read_oneflow(archive: zipfile.ZipFile, folder: str) -> Contents:
+    """Reads a zipped folder that OneFlow saved before 1.0, as flowvision publishes it.
+
+    It has a folder for each tensor, with its bytes in `out`, and type and shape as text in `meta`. Since OneFlow 0.6
+    the folders are numbered and a pickle has the names of the tensors; before, the folders are named like the tensors.
+
+    Args:
+        archive: An archive whose members are not larger than the reader allows.
+        folder: The folder in it, with '/' at its end.
+    """
+    types = {
+        **{'kFloat': 'f4', 'kFloat16': 'f2', 'kBFloat16': 'bf16', 'kDouble': 'f8', 'kBool': 'b1', 'kUInt8': 'u1'},
+        **{'kInt8': 'i1', 'kInt16': 'i2', 'kInt32': 'i4', 'kInt64': 'i8'},
+    }
+
+    @cache  # a pickle can name one folder many times
+    def load(name: str) -> Tensor:
+        meta = archive.read(f'{folder}{name}/meta').decode()
+        found = re.fullmatch(r'shape \{\s*((?:dim: [0-9]{1,18}\s+)*)\}\s*data_type: (\w+)\s*', meta)
+        if found is None:
+            raise CheckpointError(f'it is damaged: {name}/meta is not the type and shape of a tensor')
+        raw, (sizes, dtype) = archive.read(f'{folder}{name}/out'), found.groups()
+        return tensor(raw, types.get(dtype, dtype), re.findall('[0-9]+', sizes))
+
+    def load_variables(nested: dict[str, Any]) -> dict[str, Any]:
+        loaded = {name: load(item.folder) if isinstance(item, Variable) else item for name, item in nested.items()}
+        return {name: load_variables(item) if isinstance(item, dict) else item for name, item in loaded.items()}
+
+    names = archive.namelist()
+    if f'{folder}pickled_data' not in names:
+        folders = [name.removeprefix(folder).removesuffix('/meta') for name in names if name.startswith(folder)]
+        return Contents({name: load(name) for name in folders if f'{folder}{name}/meta' in names})
+    data = archive.read(f'{folder}pickled_data')
+    found = to_dicts(ArrayUnpickler(io.BytesIO(data), len(data)).load())
+    return Contents(load_variables(found['data']))
