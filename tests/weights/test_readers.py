@@ -49,7 +49,14 @@ def field(number: int, value: bytes | int) -> bytes:
     return varint(number << 3 | 2) + varint(len(value)) + value
 
 
-def mindspore(state: dict[str, Tensor]) -> bytes:
+def mindspore_value(name: str, tensor: Tensor) -> bytes:
+    sizes = b''.join(field(1, size) for size in tensor.shape)
+    content = sizes + field(2, b'Float32') + field(3, tensor.numpy().tobytes())
+    return field(1, field(1, name.encode()) + field(2, content))
+
+
+def mindspore(state: dict[str, Tensor], own_names: bool = True) -> bytes:
+    """As MindCV writes it, or with the authors' names of modules."""
     names = {'weight': 'weight', 'bias': 'beta', 'running_mean': 'moving_mean', 'running_var': 'moving_variance'}
     data = b''
     for name, tensor in state.items():
@@ -58,12 +65,11 @@ def mindspore(state: dict[str, Tensor]) -> bytes:
         if part == 'num_batches_tracked':
             continue
         part = 'gamma' if norm and part == 'weight' else names[part] if norm else part
-        module = module.replace('layer1.0.downsample.1', 'layer1.0.down_sample.0')
-        module = module.replace('layer1.0.downsample.2', 'layer1.0.down_sample.1')
-        module = module.replace('downsample', 'down_sample').replace('fc', 'classifier')
-        sizes = b''.join(field(1, size) for size in tensor.shape)
-        content = sizes + field(2, b'Float32') + field(3, tensor.numpy().tobytes())
-        data += field(1, field(1, f'{module}.{part}'.encode()) + field(2, content))
+        if own_names:
+            module = module.replace('layer1.0.downsample.1', 'layer1.0.down_sample.0')
+            module = module.replace('layer1.0.downsample.2', 'layer1.0.down_sample.1')
+            module = module.replace('downsample', 'down_sample').replace('fc', 'classifier')
+        data += mindspore_value(f'{module}.{part}', tensor)
     return data
 
 
@@ -338,6 +344,30 @@ def test_read_checkpoint_of_a_program_or_whole_model_says_what_it_is_and_how_to_
     with pytest.raises(CheckpointError, match=message) as error:
         read_checkpoint(file)
     assert 'damaged' not in str(error.value)
+
+
+# What else there is in a file of MindSpore
+
+
+def test_load_checkpoint_mindspore_leaves_out_what_an_optimizer_saves(tmp_path: Path) -> None:
+    (tmp_path / 'net.ckpt').write_bytes(WRITTEN['mindspore'])
+    weights = {name: tensor for name, tensor in read(tmp_path / 'net.ckpt').nested.items() if '.moving_' not in name}
+    twins = [mindspore_value(f'{part}.{name}', weights[name]) for part in ('moment1', 'moment2') for name in weights]
+    extra = b''.join(twins) + mindspore_value('learning_rate', torch.ones(4))
+    (tmp_path / 'training.ckpt').write_bytes(WRITTEN['mindspore'] + extra)
+    model = tiny('official')
+    checkpoint = load_checkpoint(model, tmp_path / 'training.ckpt')
+    torch.testing.assert_close(model.state_dict(), SMALL, rtol=0, atol=0)
+    assert len(checkpoint.translation.dropped) == 2 * len(weights) + 1
+
+
+def test_load_checkpoint_mindspore_port_of_another_padding_is_refused(tmp_path: Path) -> None:
+    (tmp_path / 'net.ckpt').write_bytes(mindspore(SMALL, own_names=False))
+    with pytest.raises(CheckpointError, match=r"pad strided .* at the end only\. If yours .* first_block='official'"):
+        load_checkpoint(tiny('official'), tmp_path / 'net.ckpt')
+    model = tiny('official')
+    load_checkpoint(model, tmp_path / 'net.ckpt', first_block='official')
+    torch.testing.assert_close(model.state_dict(), SMALL, rtol=0, atol=0)
 
 
 def test_read_oneflow_pickle_without_its_folders_says_what_to_give(tmp_path: Path) -> None:

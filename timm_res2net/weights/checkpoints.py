@@ -57,7 +57,8 @@ def read_checkpoint(
     """Reads a Res2Net's weights from a file of any known code base.
 
     Args:
-        file: .safetensors, .pth, .pdparams, .pkl, .ckpt of MindSpore or .tar of Paddle; detected by content.
+        file: .safetensors, .pth, .pdparams, .pkl, .ckpt of MindSpore, .tar of Paddle or .zip of OneFlow; detected by
+            content.
         dialect: Whose tensor names the file has, a key of `DIALECTS`. Detected if None.
         prefix: Before the network's names, for a file with several networks. Detected if None.
         **function: What its network computes, fields of `Function`, for what the file can't tell: `first_block`,

@@ -112,6 +112,7 @@ DETECTION_DEEP_STEM = (
     ('res1.conv1_3.conv.', 'conv1.6.'),
     ('res1.conv1_3.norm.', 'bn1.'),
 )
+MINDSPORE_TENSORS = dict(gamma='weight', beta='bias', moving_mean='running_mean', moving_variance='running_var')
 MINDCV_SHORTCUT = (('layer{s}.{i}.down_sample.{j}.', 'layer{s}.{i}.downsample.{j}.'),)
 MINDCV_DEEP_SHORTCUT = (  # where the stride is 1, MindCV counts from 0, timm keeps a place for the pool
     ('layer1.0.down_sample.0.', 'layer1.0.downsample.1.'),
@@ -205,6 +206,7 @@ class Dialect:
     shift: dict[str, int] = field(default_factory=dict)  # to add to their numbers to get ours
     function: Function | None = OFFICIAL  # what their networks compute; None if no model here does
     in_detector: Function | None = None  # the same, for a network that is a part of a larger one
+    unknown: str = ''  # why no model here does: what is said of a file
     unsaid: tuple[str, ...] = ()  # fields of `function` that may differ; `in_detector` tells the first block and style
     stem_norm: bool = True  # a norm follows the last convolution of the stem
     dead: tuple[str, ...] = ()  # projections of trees that the network never runs, unless the tree is a leaf
@@ -255,10 +257,19 @@ DIALECTS = {
     ),
     'mindcv': Dialect(
         'MindCV, .ckpt of MindSpore',
-        ('layer1.0.bn1.gamma',),
+        ('layer1.0.down_sample.1.moving_mean',),  # an optimizer has twins of all weights, but not of statistics
         (('conv1.weight', MINDCV_SHORTCUT), ('conv1.0.weight', MINDCV_DEEP_SHORTCUT)),
         (('classifier.', 'fc.'),),
-        tensors=dict(gamma='weight', beta='bias', moving_mean='running_mean', moving_variance='running_var'),
+        tensors=MINDSPORE_TENSORS,
+    ),
+    'mindspore': Dialect(
+        "ports to MindSpore, .ckpt: CFANet's, MindSpore's own before MindCV",
+        ('layer1.0.bn1.moving_mean',),
+        (('conv1.weight', ()), ('conv1.0.weight', ()), ('conv1_0.weight', ())),
+        tensors=MINDSPORE_TENSORS,
+        function=None,
+        unknown="has the names of ports to MindSpore as CFANet's. The known ones compute something that no model here "
+        'does: they pad strided convolutions and pools at the end only',
     ),
     'mmpretrain': Dialect(
         'mmpretrain (mmcls), .pth',
@@ -324,6 +335,9 @@ DIALECTS = {
         (('conv1.weight', ()), ('conv1.0.weight', ())),
         PORT_BLOCKS,
         function=None,
+        unknown='has the names of ports that follow equation (1) of the paper. The known ones compute something '
+        'that no model here does: 4uiiurz1 strides the first convolution, dl19940602 takes the maximum where '
+        'others average',
         raw_split_first=True,
     ),
 }
@@ -524,12 +538,13 @@ def translate(nested: Mapping[str, Any], dialect: str | None = None, prefix: str
     cast: Counter[str] = Counter()
     for full, value in tensors.items():
         inside = full.startswith(prefix)
+        is_twin = inside and prefix + full[len(prefix) :].partition('.')[2] in tensors  # an optimizer's
         outside = '../' + full.removeprefix(parent) if prefix and full.startswith(parent) else '../'
         ours = rename(full[len(prefix) :] if inside else outside, rows, names.tensors, names.shift)
         if ours is None or (inside and ours.partition('.')[0] not in PARTS):
             if inside and is_of_block(full[len(prefix) :], rows):
                 raise CheckpointError(f'{full} is of a block, and no tensor that a block of this package has')
-            dropped[full] = 'beside the network'
+            dropped[full] = "an optimizer's twin" if is_twin else 'beside the network'
         elif inside and is_dead(ours, tensors, names, prefix):
             dropped[full] = 'of a module that never runs'
         elif ours in state:

@@ -186,11 +186,8 @@ def require_same_function(model: nn.Module, checkpoint: Checkpoint) -> None:
     if ours is None:
         return
     if theirs is None:
-        raise CheckpointError(
-            f'{file} has the names of ports that follow equation (1) of the paper. The known ones compute something '
-            'that no model here does: 4uiiurz1 strides the first convolution, dl19940602 takes the maximum where '
-            f'others average. If yours computes what the model does, load it with {ours.as_keywords(["first_block"])}'
-        )
+        unknown, given = DIALECTS[checkpoint.translation.dialect].unknown, ours.as_keywords(['first_block'])
+        raise CheckpointError(f'{file} {unknown}. If yours computes what the model does, load it with {given}')
     fields = ours.differing_fields(theirs)
     if not fields:
         return
