@@ -49,9 +49,13 @@ def field(number: int, value: bytes | int) -> bytes:
     return varint(number << 3 | 2) + varint(len(value)) + value
 
 
-def mindspore_value(name: str, tensor: Tensor) -> bytes:
-    sizes = b''.join(field(1, size) for size in tensor.shape)
-    content = sizes + field(2, b'Float32') + field(3, tensor.numpy().tobytes())
+def mindspore_value(name: str, value: Tensor | str) -> bytes:
+    if isinstance(value, str):
+        content = field(2, b'str') + field(3, value.encode('utf-32-le'))
+    else:
+        dtype = b'Bool' if value.dtype == torch.bool else b'Float32'
+        sizes = b''.join(field(1, size) for size in value.shape)
+        content = sizes + field(2, dtype) + field(3, value.numpy().tobytes())
     return field(1, field(1, name.encode()) + field(2, content))
 
 
@@ -353,12 +357,17 @@ def test_load_checkpoint_mindspore_leaves_out_what_an_optimizer_saves(tmp_path: 
     (tmp_path / 'net.ckpt').write_bytes(WRITTEN['mindspore'])
     weights = {name: tensor for name, tensor in read(tmp_path / 'net.ckpt').nested.items() if '.moving_' not in name}
     twins = [mindspore_value(f'{part}.{name}', weights[name]) for part in ('moment1', 'moment2') for name in weights]
-    extra = b''.join(twins) + mindspore_value('learning_rate', torch.ones(4))
-    (tmp_path / 'training.ckpt').write_bytes(WRITTEN['mindspore'] + extra)
+    appended: dict[str, Tensor | str] = {
+        'learning_rate': torch.ones(4),
+        'is_best': torch.tensor(True),
+        'recipe': 'a name',
+    }
+    extra = [mindspore_value(name, value) for name, value in appended.items()]
+    (tmp_path / 'training.ckpt').write_bytes(WRITTEN['mindspore'] + b''.join(twins + extra))
     model = tiny('official')
     checkpoint = load_checkpoint(model, tmp_path / 'training.ckpt')
     torch.testing.assert_close(model.state_dict(), SMALL, rtol=0, atol=0)
-    assert len(checkpoint.translation.dropped) == 2 * len(weights) + 1
+    assert len(checkpoint.translation.dropped) == 2 * len(weights) + 2  # a text is no tensor
 
 
 def test_load_checkpoint_mindspore_port_of_another_padding_is_refused(tmp_path: Path) -> None:

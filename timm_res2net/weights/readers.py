@@ -416,7 +416,10 @@ def fields(data: memoryview) -> Iterator[tuple[int, Any]]:
 
 def read_mindspore(path: str) -> Contents:
     """Reads MindSpore's checkpoint: Checkpoint {1: Value {1: name, 2: Tensor {1: sizes, 2: type, 3: bytes}}}."""
-    types = {'Float32': 'f4', 'Float16': 'f2', 'Float64': 'f8', 'BFloat16': 'bf16', 'Int32': 'i4', 'Int64': 'i8'}
+    types = {
+        **{'Float32': 'f4', 'Float16': 'f2', 'Float64': 'f8', 'BFloat16': 'bf16', 'Bool': 'b1', 'UInt8': 'u1'},
+        **{'Int8': 'i1', 'Int16': 'i2', 'Int32': 'i4', 'Int64': 'i8'},
+    }
     data = memoryview(Path(path).read_bytes())
     if bytes(data[-17:-10]) == b'crc_num':  # a check sum that some versions append
         data = data[:-17]
@@ -435,7 +438,8 @@ def read_mindspore(path: str) -> Contents:
                     raw = item
         if not name or name in tensors:
             raise CheckpointError(f'it is damaged: the name {name!r} is empty or there twice')
-        tensors[name] = tensor(raw, types.get(dtype, dtype), sizes)
+        if dtype != 'str':  # a text that a training script appended
+            tensors[name] = tensor(raw, types.get(dtype, dtype), sizes)
     return Contents(tensors)
 
 
