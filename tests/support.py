@@ -7,6 +7,7 @@ from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -104,3 +105,20 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
     """Runs a script, or a module after '-m', in two processes."""
     command = [sys.executable, '-m', 'torch.distributed.run', '--standalone', '--nproc-per-node', '2', *arguments]
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def assert_computes(model: nn.Module, reference: Path, tolerance: float = 1e-5) -> None:
+    """Compares a model with what a framework computed, to a relative tolerance, on an even and an odd size."""
+    with np.load(reference) as file:
+        arrays = dict(file)
+    for size in (64, 65):
+        x = torch.from_numpy(arrays[f'images{size}'])
+        with torch.inference_mode():
+            if f'logits{size}' in arrays:
+                pairs = [(model(x), arrays[f'logits{size}'])]
+            else:
+                features = model.forward_intermediates(x[:1], indices=[1, 2, 3, 4], intermediates_only=True)
+                pairs = [(feature[:, ::8], arrays[f'map{size}_{i}']) for i, feature in enumerate(features)]
+        for ours, theirs in pairs:
+            theirs = torch.from_numpy(theirs)
+            torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * theirs.abs().max().item())

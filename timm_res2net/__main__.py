@@ -320,6 +320,8 @@ def show_conversion(done: Conversion) -> None:
     under = f', under {translation.prefix}' if translation.prefix else ''
     print(f'{checkpoint.file}\n  sha256 {record["converted_from"]["sha256"]}\n')
     print(f'dialect      {translation.dialect}{under}: {DIALECTS[translation.dialect].whose}')
+    if checkpoint.project:
+        print(f'part of      {checkpoint.project}')
     shown = [name for name in vars(function) if name in ('first_block', *function.differing_fields(Function()))]
     print(f'computes     {function.as_keywords(shown)}')
     if checkpoint.assumed:

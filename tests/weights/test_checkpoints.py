@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
-from support import TINY, TRUNKS, randomise, slow_but, small, tiny
+from support import TINY, TRUNKS, assert_computes, randomise, slow_but, small, tiny
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
@@ -67,23 +67,6 @@ def reference_file(references: References, name: str) -> Path:
     return references(framework) / file
 
 
-def assert_computes(model: nn.Module, reference: Path, tolerance: float = 1e-5) -> None:
-    """Compares a model with what a framework computed, to a relative tolerance, on an even and an odd size."""
-    with np.load(reference) as file:
-        arrays = dict(file)
-    for size in (64, 65):
-        x = torch.from_numpy(arrays[f'images{size}'])
-        with torch.inference_mode():
-            if f'logits{size}' in arrays:
-                pairs = [(model(x), arrays[f'logits{size}'])]
-            else:
-                features = model.forward_intermediates(x[:1], indices=[1, 2, 3, 4], intermediates_only=True)
-                pairs = [(feature[:, ::8], arrays[f'map{size}_{i}']) for i, feature in enumerate(features)]
-        for ours, theirs in pairs:
-            theirs = torch.from_numpy(theirs)
-            torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * theirs.abs().max().item())
-
-
 @pytest.mark.parametrize(('file', 'name', 'args'), WRITTEN, ids=[file for file, *_ in WRITTEN])
 def test_load_checkpoint_computes_outputs_of_original_framework(
     file: str, name: str, args: dict[str, Any], references: References
@@ -117,50 +100,40 @@ def test_load_checkpoint_of_another_function_is_refused_and_forced_load_is_wrong
         assert_computes(model, path.with_suffix('.npz'), tolerance=0.01)
 
 
-# Detectors, strided in the 1x1 convolution or deformable: the file, its model, arguments, and options to read it.
+# Detectors, strided in the 1x1 convolution or deformable: the file, its model, and arguments.
 CAFFE: dict[str, Any] = dict(first_block='mmdet', style='caffe', base_width=2)
-DETECTORS: list[tuple[str, str, dict[str, Any], dict[str, str]]] = [
-    ('deformable/detectron2.pkl', 'res2net50d', CAFFE, {}),
-    ('deformable/centernet2.pth', 'res2net50d', CAFFE, {}),
-    ('deformable/centernet2_dcn.pth', 'res2net50d', dict(CAFFE, deformable=(None, None, 'v2', 'v2')), {}),
+DETECTORS: list[tuple[str, str, dict[str, Any]]] = [
+    ('deformable/detectron2.pkl', 'res2net50d', CAFFE),
+    ('deformable/centernet2.pth', 'res2net50d', CAFFE),
+    ('deformable/centernet2_dcn.pth', 'res2net50d', dict(CAFFE, deformable=(None, None, 'v2', 'v2'))),
     (
         'deformable/mmdet_dcnv2.pth',
         'res2net50d',
         dict(first_block='mmdet', base_width=2, deformable=(None, 'v2', 'v2', 'v2')),
-        {},
     ),
     (
         'deformable/universenet_dcn.pth',
         'res2net50d',
         dict(first_block='mmdet', base_width=2, deformable=(None, None, None, 'v1')),
-        {},
     ),
-    ('maskrcnn/maskrcnn.pth', 'res2net50_26w_4s', dict(base_width=2, style='caffe', norm_eps=0.0), {}),
+    ('maskrcnn/maskrcnn.pth', 'res2net50_26w_4s', dict(base_width=2, style='caffe', norm_eps=0.0)),
     (
         'vecroad/vecroad.pth',
         'res2net50d',
         dict(base_width=2, first_block='mmdet', strides=(1, 2, 1, 1), dilations=(1, 1, 2, (4, 8, 16))),
-        {},
-    ),
-    # The authors' names: nothing in the file tells whose code it is of.
-    (
-        'deformable/universenet_plain.pth',
-        'res2net50_26w_4s',
-        dict(first_block='mmdet', base_width=2),
-        dict(first_block='mmdet'),
     ),
 ]
 
 
-@pytest.mark.parametrize(('file', 'name', 'args', 'options'), DETECTORS, ids=[file for file, *_ in DETECTORS])
+@pytest.mark.parametrize(('file', 'name', 'args'), DETECTORS, ids=[file for file, *_ in DETECTORS])
 def test_load_model_detector_computes_what_its_own_code_computes(
-    file: str, name: str, args: dict[str, Any], options: dict[str, str], references: References
+    file: str, name: str, args: dict[str, Any], references: References
 ) -> None:
     path = reference_file(references, file)
-    done = convert(path, dry_run=True, **options)
+    done = convert(path, dry_run=True)
     assert (done.name, done.args) == (name, args)
     assert len(done.checkpoint.translation.dropped) == 1  # the tensor of another part
-    assert_computes(load_model(path, **options).eval(), path.with_suffix('.npz'))
+    assert_computes(load_model(path).eval(), path.with_suffix('.npz'))
 
 
 @pytest.mark.parametrize(

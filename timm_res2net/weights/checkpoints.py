@@ -9,9 +9,10 @@ from torch import Tensor
 from ..models.deformable import VERSIONS
 from ..models.function import Function
 from ..models.variants import ARCHS
-from .dialects import DIALECTS, Translation, translate
+from .dialects import DIALECTS, Translation, flatten, translate
 from .errors import CheckpointError
 from .files import PathLike
+from .projects import find_project
 from .readers import Contents, read
 
 __all__ = ['Checkpoint', 'read_checkpoint', 'recognise']
@@ -24,7 +25,9 @@ class Checkpoint:
     file: str
     translation: Translation
     function: Function | None  # None if no model here computes what such files are for
-    assumed: tuple[str, ...]  # fields of `function` that nothing in the file tells, so they are the usual ones
+    assumed: tuple[str, ...] = ()  # fields of `function` that nothing in the file tells, so they are the usual ones
+    project: str | None = None  # the larger network that it is a part of, if that is known
+    unknown: str = ''  # why `function` is None
 
     @property
     def state(self) -> dict[str, Tensor]:
@@ -80,14 +83,20 @@ def recognise(contents: Contents, file: str, dialect: str | None = None, prefix:
         require_unfused(translation.state)
         recorded = recorded_function(contents)
         if recorded is not None:
-            return Checkpoint(file, translation, recorded, ())
+            return Checkpoint(file, translation, recorded)
+        tensors = flatten(contents.nested)
+        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         function, assumed = function_of_names(translation)
+        unknown = DIALECTS[translation.dialect].unknown
+        project = find_project(translation.prefix, shapes) if translation.dialect == 'official' else None
+        if project is not None:
+            function, assumed, unknown = project.function, (), project.unknown
         if function is not None:
             function = replace(function, deformable=deformable_stages(translation.state))
     except ValueError as error:  # of a dialect that is not known, too
         kind = CheckpointError if isinstance(error, CheckpointError) else ValueError
         raise kind(f'{file} can not be used: {error}') from error
-    return Checkpoint(file, translation, function, assumed)
+    return Checkpoint(file, translation, function, assumed, project.whose if project else None, unknown)
 
 
 def function_of_names(translation: Translation) -> tuple[Function | None, tuple[str, ...]]:

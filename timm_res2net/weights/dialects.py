@@ -25,6 +25,7 @@ __all__ = [
     'Translation',
     'export',
     'find_network',
+    'flatten',
     'is_dead',
     'translate',
 ]

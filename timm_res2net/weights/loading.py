@@ -186,10 +186,20 @@ def require_same_function(model: nn.Module, checkpoint: Checkpoint) -> None:
     if ours is None:
         return
     if theirs is None:
-        unknown, given = DIALECTS[checkpoint.translation.dialect].unknown, ours.as_keywords(['first_block'])
-        raise CheckpointError(f'{file} {unknown}. If yours computes what the model does, load it with {given}')
+        given = ours.as_keywords(['first_block'])
+        raise CheckpointError(
+            f'{file} {checkpoint.unknown}. If yours computes what the model does, load it with {given}'
+        )
     fields = ours.differing_fields(theirs)
     if not fields:
+        if checkpoint.translation.is_part and checkpoint.assumed == DIALECTS['official'].unsaid:
+            usual = theirs.as_keywords(['first_block', 'strides', 'dilations', 'stem_ceil_mode'])
+            _logger.warning(
+                "%s has the authors' tensor names in a larger network that is not known. They tell nothing of strides "
+                'and dilations; the usual network is assumed: %s. If its code does otherwise, say so by these keywords',
+                file,
+                usual,
+            )
         return
     told = theirs.as_keywords(name for name in fields if name not in checkpoint.assumed)
     assumed = theirs.as_keywords(name for name in fields if name in checkpoint.assumed)
