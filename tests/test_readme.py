@@ -15,7 +15,10 @@ import timm_res2net
 from timm_res2net.__main__ import parser
 from timm_res2net.models.biglittle import Res2NetBigLittle
 from timm_res2net.models.cifar import Res2NetCifar
+from timm_res2net.models.function import Function
 from timm_res2net.models.variants import ARCHS, ASSETS, WEIGHTS
+from timm_res2net.weights.checkpoints import read_checkpoint
+from timm_res2net.weights.projects import PROJECTS
 
 PACKAGE = ROOT / 'timm_res2net'
 PYPROJECT = (ROOT / 'pyproject.toml').read_text()
@@ -166,17 +169,32 @@ def test_readme_dilated_example_loads_backbone_at_stated_strides(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     state = timm.create_model('test_res2net', num_classes=0).state_dict()
-    torch.save({f'resnet.{name}': tensor for name, tensor in state.items()}, 'UACANet-L.pth')
-    backbone = run('weights', 'UACANet')['backbone']
+    torch.save({f'resnet.{name}': tensor for name, tensor in state.items()}, 'deeplab.pth')
+    backbone = run('weights', 'deeplab')['backbone']
     assert [info['reduction'] for info in backbone.feature_info] == [2, 4, 8, 16, 16]
     assert backbone.layer4[0].convs[0].dilation == (2, 2)
     torch.testing.assert_close(dict(backbone.state_dict()), dict(state), rtol=0, atol=0)
 
 
-@pytest.mark.parametrize('arguments', re.findall(r'^\| [^|]*\| `(\w+=.*)` \|$', TEXTS['weights'], re.MULTILINE))
-def test_readme_arguments_of_dilated_files_make_models(arguments: str) -> None:
-    with torch.device('meta'):
-        timm.create_model('res2net50d', **eval(f'dict({arguments})'))
+CHECKED = re.findall(r'^\|.*\| (the usual|`.*=.*`) \| `(.*/.*)` \|$', TEXTS['weights'], re.MULTILINE)
+
+
+@pytest.mark.parametrize(('arguments', 'file'), CHECKED)
+def test_readme_of_weights_says_what_each_checked_file_computes(arguments: str, file: str, references: Any) -> None:
+    archive, name = file.split('/')
+    stated = {} if arguments == 'the usual' else eval(f'dict({arguments.strip("`")})')
+    assert read_checkpoint(references(archive) / name).function == Function(**stated)
+    assert name in (ROOT / 'tests' / 'weights' / 'test_checkpoints.py').read_text()  # which compares the features
+
+
+def test_readme_of_weights_lists_all_known_networks() -> None:
+    assert len(CHECKED) == 17
+    for project in PROJECTS:
+        if project.function not in (None, Function(), Function('mmdet')):
+            arguments = project.function.as_keywords(project.function.differing_fields(Function()))
+            assert f'| {project.whose} | `{arguments}` |' in TEXTS['weights']
+        elif project.function != Function('mmdet'):
+            assert project.whose in TEXTS['weights'].replace('\n', ' ')
 
 
 def test_readme_export_checkpoint_example_loads_back_to_same_tensors(
