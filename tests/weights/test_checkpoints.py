@@ -592,6 +592,22 @@ def test_load_checkpoint_one_network_under_two_names_is_one_network(tmp_path: Pa
     torch.testing.assert_close(model.fc.weight, state['fc.weight'])
 
 
+def test_read_checkpoint_unknown_tensor_of_a_block_is_an_error(references: References, tmp_path: Path) -> None:
+    weights = read(reference_file(references, 'paddle/detection_d.pdparams')).nested
+    extra = {'res3.blocks.1.branch2b.0.gate.weight': torch.ones(2), 'neck.gate.weight': torch.ones(2)}
+    with pytest.raises(CheckpointError, match=r'blocks\.1\.branch2b\.0\.gate\.weight is of a block, and no tensor'):
+        read_checkpoint(save_checkpoint({**weights, **extra}, tmp_path))
+    del extra['res3.blocks.1.branch2b.0.gate.weight']
+    dropped = read_checkpoint(save_checkpoint({**weights, **extra}, tmp_path)).translation.dropped
+    assert dropped['neck.gate.weight'] == 'beside the network'
+
+
+def test_load_model_logs_what_is_assumed(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level('INFO'):
+        load_model(save_checkpoint(tiny().state_dict(), tmp_path), first_block='official')
+    assert 'assumed, as nothing in it tells: style, strides, dilations, ' in caplog.text
+
+
 def test_convert_network_at_top_level_of_a_larger_one_drops_and_names_the_rest(tmp_path: Path) -> None:
     extra = {'deconv_layers.0.weight': torch.ones(2), 'final_layer.bias': torch.ones(2)}
     done = convert(save_checkpoint(tiny(num_classes=0).state_dict() | extra, tmp_path), dry_run=True)

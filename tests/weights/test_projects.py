@@ -47,6 +47,9 @@ def test_load_model_known_network_computes_what_its_own_code_computes(
     torch.save({**state, **marks(BY_NAME[whose], above)}, tmp_path / 'whole.pth')
     checkpoint = read_checkpoint(tmp_path / 'whole.pth')
     assert (checkpoint.project, checkpoint.assumed) == (whose, ())
+    usual = load_model(checkpoint, **vars(Function()))
+    with pytest.raises(CheckpointError, match=r'is of a network with .*: the weights would load and compute something'):
+        load_checkpoint(usual, checkpoint)
     assert_computes(load_model(checkpoint).eval(), references(archive) / f'{reference.split("/")[1]}.npz')
 
 

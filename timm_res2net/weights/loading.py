@@ -145,7 +145,8 @@ def load_model(
         found, in_chans = told_arguments(checkpoint, name), kwargs.get('in_chans', 3)
     kwargs = {'num_classes': checkpoint.num_classes, **found, **kwargs}
     model = timm.create_model(name, **kwargs)
-    _logger.info('%s is loaded into %s', checkpoint.file, format_create_model(name, kwargs))
+    assumed = f'; assumed, as nothing in it tells: {", ".join(checkpoint.assumed)}' if checkpoint.assumed else ''
+    _logger.info('%s is loaded into %s%s', checkpoint.file, format_create_model(name, kwargs), assumed)
     state = dict(checkpoint.state)
     if kwargs['num_classes'] != checkpoint.num_classes:
         state = {key: tensor for key, tensor in state.items() if not key.startswith('fc.')}
