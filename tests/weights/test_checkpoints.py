@@ -557,7 +557,7 @@ def test_load_checkpoint_prefix_selects_one_of_several_networks(tmp_path: Path) 
 
 @pytest.mark.parametrize('prefix', ['', 'ing.'])
 def test_load_checkpoint_prefix_is_the_whole_prefix_of_a_network(prefix: str, tmp_path: Path) -> None:
-    state = {}
+    state: dict[str, Tensor] = {}
     for factor, each in enumerate(('', 'ing.', 'learning.', 'ing.learn.', 'deep.ing.')):
         state |= {each + name: tensor * (factor + 1) for name, tensor in tiny().state_dict().items()}
     model = tiny()
