@@ -1,12 +1,15 @@
 """Networks around a Res2Net are told by their other tensors, and unknown ones are not taken for usual in silence."""
 
+import json
 import logging
+import lzma
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from support import assert_computes, tiny
+from support import ROOT, assert_computes, tiny
 from torch import Tensor
 
 from timm_res2net import CheckpointError, load_checkpoint
@@ -14,7 +17,7 @@ from timm_res2net.models.function import Function
 from timm_res2net.weights.checkpoints import read_checkpoint
 from timm_res2net.weights.convert import convert
 from timm_res2net.weights.loading import load_model
-from timm_res2net.weights.projects import PROJECTS, Project
+from timm_res2net.weights.projects import PROJECTS, Project, find_project
 from timm_res2net.weights.readers import read
 
 References = Callable[[str], Path]
@@ -51,6 +54,32 @@ def test_load_model_known_network_computes_what_its_own_code_computes(
     with pytest.raises(CheckpointError, match=r'is of a network with .*: the weights would load and compute something'):
         load_checkpoint(usual, checkpoint)
     assert_computes(load_model(checkpoint).eval(), references(archive) / f'{reference.split("/")[1]}.npz')
+
+
+# Tensors beside the Res2Net of networks that were made from their own code, and what each is told as.
+with lzma.open(ROOT / 'tests' / 'data' / 'projects.json.xz') as file:
+    NETWORKS: dict[str, Any] = json.load(file)
+TOLD_AS = {
+    'InSPyReNet-101': 'InSPyReNet',
+    'PoolNet': "the authors' PoolNet",
+    'joint PoolNet': "the authors' PoolNet",
+    'COVID PraNet': 'PraNet, Inf-Net for CT',
+    'COVID Inf-Net': 'PraNet, Inf-Net for CT',
+}
+UNKNOWN = 'FCA-Net', 'FEDER', 'MEGANet', 'VecRoad'  # with other names than the authors', or no Res2Net
+
+
+@pytest.mark.parametrize('name', NETWORKS)
+def test_find_project_tells_networks_by_all_their_tensors(name: str) -> None:
+    network = NETWORKS[name]
+    for above in ('', 'state_dict.', 'module.'):
+        shapes = {above + tensor: tuple(shape) for tensor, shape in network['tensors'].items()}
+        found = find_project(above + network['prefix'], shapes)
+        if name in UNKNOWN:
+            assert found is None
+        else:
+            assert found is not None
+            assert found.whose == TOLD_AS.get(name) or name in found.whose.split(', ')
 
 
 @pytest.mark.parametrize('project', PROJECTS, ids=lambda project: f'{project.whose} {project.mark}')
