@@ -55,6 +55,7 @@ PROJECTS = (
     Project('TSNUNet',              'backbone', MULTI_GRID, 'conv_fuse345.0.weight'),
     Project('DSRNet',               'resnet',   MULTI_GRID, 'CRM_7.conv_p1.weight'),
     Project('diffSOD',              'backbone_original', MULTI_GRID, 'original_rfb1.ff.0.weight'),
+    Project('diffSOD',              'backbone_x', MULTI_GRID, 'original_rfb1.ff.0.weight'),  # its other name
     Project('URN, PMM',             'backbone', STRIDE_8,   'decode_head.psp_modules.0.1.conv.weight'),
     Project("the authors' PoolNet", 'resnet',   POOLNET,    'ppms_pre.weight'),
     Project('CCLNet',               'resnet',   CCLNET,     'tokenmlp.token_mixer.0.weight'),
