@@ -3,6 +3,7 @@
 Importing this package registers its models: `timm.create_model('res2net50d')` then makes ours.
 """
 
+from .deploy.export import export
 from .deploy.fuse import fuse
 from .deploy.optimize import optimize
 from .hub.cards import card
@@ -20,6 +21,7 @@ __all__ = [
     '__version__',
     'card',
     'class_activation_map',
+    'export',
     'export_checkpoint',
     'fuse',
     'load_checkpoint',

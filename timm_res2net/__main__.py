@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Sequence
 from fnmatch import fnmatch
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -16,20 +17,22 @@ from huggingface_hub.errors import HfHubHTTPError
 from tqdm import tqdm
 
 from .deploy.bench import MODELS, OPPONENTS, Result, bench, environment, growth
+from .deploy.export import TOLERANCES, export
 from .deploy.optimize import DTYPES
 from .hub.cards import card, problems_of
 from .hub.catalogue import catalogue
 from .hub.client import problems_on_hub
 from .hub.pull import download_model
 from .hub.push import push
-from .models.classifier import model_name, registered_cfg
+from .models.classifier import class_names, model_name, registered_cfg
 from .models.function import FIRST_BLOCKS, STYLES, Function
 from .models.variants import ARCHS, WEIGHTS
 from .recipes.arguments import positive
 from .vision.explain import explain
-from .vision.figures import plot_bench, plot_explanation, plot_growth, plot_pyramid
+from .vision.figures import plot_bench, plot_confusion, plot_explanation, plot_growth, plot_pyramid
 from .vision.images import bundled_digits, find_images, read_image
 from .vision.predict import UnknownModelError, feature_pyramid, predict, pretrained_model
+from .vision.validate import labelled_images, validate
 from .weights.convert import Conversion, convert, export_checkpoint
 from .weights.dialects import DIALECTS, EXPORTS
 from .weights.errors import first_line
@@ -52,7 +55,7 @@ def parser() -> argparse.ArgumentParser:
     main = argparse.ArgumentParser(prog='timm-res2net', description='The Res2Net family for timm.')
     commands = main.add_subparsers(dest='command', required=True, metavar='COMMAND')
     for add in (
-        *(add_predict, add_list, add_features, add_explain, add_convert),
+        *(add_predict, add_validate, add_list, add_features, add_explain, add_convert, add_export),
         *(add_push, add_pull, add_bench, add_recipe, add_card),
     ):
         add(commands)
@@ -123,6 +126,53 @@ def run_predict(args: argparse.Namespace) -> int:
         print(json.dumps(dict(model=name, results=items, failed=errors), indent=2))
     for name, error in failed:
         print(f'timm-res2net: {name}: {error}', file=sys.stderr)
+    return 1 if failed else 0
+
+
+def add_validate(commands: Commands) -> None:
+    """Adds the arguments of `validate`."""
+    command = commands.add_parser(
+        'validate',
+        help='measure accuracy on a folder of images',
+        description='Measures top-1 and top-5 on images in a folder for each class, or listed in a file. With several '
+        'files of weights, such as a model and its export to 8 bits, their results stand side by side.',
+    )
+    command.add_argument('folder', metavar='FOLDER', help='a folder for each class, or all images')
+    command.add_argument('--model', metavar='NAME', help=f'default: {PHOTO}, or what each FILE fits')
+    command.add_argument('--weights', nargs='+', metavar='FILE', help='files of weights, or exported models')
+    command.add_argument('--labels', metavar='FILE', help='a line for each image: path, space, name or number of class')
+    command.add_argument('--confusion', metavar='PNG', help='draw which classes the last one takes for which')
+    command.add_argument('--compile', action='store_true', help='compile first, for thousands of images')
+    command.add_argument('--device', type=device, default='cpu', metavar='D', help='such as cuda (default: cpu)')
+    command.add_argument('--batch-size', type=positive, default=16, metavar='N', help='images at once (default: 16)')
+    command.add_argument('--json', action='store_true', help='machine-readable output')
+    command.set_defaults(run=run_validate)
+
+
+def run_validate(args: argparse.Namespace) -> int:
+    """Prints the accuracy of models on a folder; 1 if an image could not be read."""
+    default = None if args.weights else PHOTO
+    rows: list[Sequence[str]] = [('model', 'images', 'top-1', 'top-5')]
+    items, failed = [], []
+    for weights in args.weights or [None]:
+        model = pretrained_model(args.model or default, weights, args.device)
+        name = str(weights or args.model or default)
+        images = labelled_images(args.folder, class_names(model), args.labels)
+        bar = partial(tqdm, total=len(images), desc=name, unit='image', disable=None, leave=False)
+        found = validate(model, images, args.batch_size, args.compile, bar)
+        rows.append((name, str(found.images), f'{found.top1:.2f} %', f'{found.top5:.2f} %'))
+        items.append(dict(model=name, images=found.images, top1=found.top1, top5=found.top5))
+        failed += [failure for failure in found.failed if failure not in failed]
+    if args.json:
+        errors = [dict(file=file, error=error) for file, error in failed]
+        print(json.dumps(dict(results=items, failed=errors), indent=2))
+    else:
+        print_table(rows, left=(0,))
+    if args.confusion:
+        plot_confusion(found.confusion, class_names(model), f'{name}: {found.top1:.2f} % right', args.confusion)
+        print(f'\ndrawn to {args.confusion}', file=sys.stderr if args.json else sys.stdout)
+    for file, error in failed:
+        print(f'timm-res2net: {file}: {error}', file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -299,6 +349,56 @@ def run_convert(args: argparse.Namespace) -> int:
             raise ValueError(f'there is a {out} already; name another file by --out, or move it away')
         export_checkpoint(load_model(done.checkpoint, done.name, **done.args), out, args.to)
         print(f'\nwrote {out}\n  sha256 {sha256(out)}')
+    return 0
+
+
+def add_export(commands: Commands) -> None:
+    """Adds the arguments of `export`."""
+    command = commands.add_parser(
+        'export',
+        help='write a file that runs without this package',
+        description='Exports a model to ONNX (.onnx), OpenVINO (.xml and .bin) or torch (.pt2), loads the file by its '
+        'own runtime, and compares it with the model before it appears.',
+    )
+    command.add_argument('source', metavar='SOURCE', help='a name, a file of weights, or a folder that convert made')
+    command.add_argument('out', metavar='OUT', help='what to write; the suffix says the format')
+    command.add_argument('--model', metavar='NAME', help='the model that the file fits (default: found out)')
+    command.add_argument('--precision', choices=TOLERANCES, default='float32', help='default: float32')
+    command.add_argument('--images', metavar='FOLDER', help='images to calibrate int8 with, and to compare with')
+    command.add_argument('--batch', type=positive, metavar='N', help='the only batch size (default: any)')
+    command.add_argument('--size', type=positive, metavar='PX', help="height and width (default: the model's)")
+    command.add_argument('--features', action='store_true', help='export the feature maps instead of the classifier')
+    command.add_argument('--compile', action='store_true', help='compile .pt2 to machine code of this machine')
+    command.set_defaults(run=run_export)
+
+
+def run_export(args: argparse.Namespace) -> int:
+    """Exports a model, and prints how the file compares with it."""
+    options: dict[str, Any] = dict(features_only=True) if args.features else {}
+    if os.path.isdir(args.source):
+        refuse(args, f'{args.source} says which model it is', '--model')
+        model = timm.create_model(f'local-dir:{args.source}', pretrained=True, **options).eval()
+    elif os.path.isfile(args.source):
+        model = pretrained_model(args.model, args.source, **options)
+    else:
+        refuse(args, f'{args.source} is a name', '--model')
+        model = pretrained_model(args.source, **options)
+    done = export(
+        model,
+        args.out,
+        precision=args.precision,
+        images=args.images,
+        batch=args.batch,
+        size=args.size,
+        compile=args.compile,
+    )
+    print(f'wrote {done.file}, {done.bytes / 1e6:.2f} MB: {done.path}')
+    compared = f'{done.images} {"images" if args.images else "random images"}'
+    print(f'compared with the model on {compared}, by its own runtime:')
+    print(f'  largest difference {done.largest_difference:.2e} of the largest output')
+    print(f'  mean difference    {done.mean_difference:.2e} (root mean square, relative)')
+    if done.agreement is not None:
+        print(f'  likeliest class    the same for {done.agreement:.2%}')
     return 0
 
 
@@ -511,7 +611,8 @@ def show_results(results: Sequence[Result]) -> None:
         ratio = '-' if each.ratio is None else f'{each.ratio:.2f}'
         memory = '-' if each.peak_memory is None else f'{each.peak_memory / 1e6:.0f}'
         place = each.model, str(each.batch), str(each.size), each.way, each.dtype
-        rows.append((*place, *numbers, ratio, f'{each.share_of_peak:.0%}', str(each.operators or '-'), memory))
+        share = '-' if each.share_of_peak is None else f'{each.share_of_peak:.0%}'
+        rows.append((*place, *numbers, ratio, share, str(each.operators or '-'), memory))
     print_table(rows, left=(0, 3, 4))
 
 

@@ -27,7 +27,9 @@ from tqdm import tqdm
 from ..models.variants import ARCHS
 from ..res2net import timm_entrypoint
 from ..weights.errors import first_line
+from .export import export
 from .optimize import compile_by_openvino, optimize
+from .runtimes import load_exported
 
 __all__ = ['MODELS', 'OPPONENTS', 'Counter', 'Result', 'bench', 'environment', 'growth']
 
@@ -37,7 +39,12 @@ MODELS = 'res2net50_26w_4s', 'res2net50d', 'res2next50', 'dla60_res2net'
 OPPONENTS = 'timm', 'openvino', 'onnxruntime'
 TIMM = 'timm'  # as people run it: eager, float32, NCHW; ratios are to this
 OURS = 'timm_res2net'
-TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2}  # relative to the largest output
+TOLERANCES = {  # relative to the largest output
+    torch.float32: 1e-3,
+    torch.bfloat16: 5e-2,
+    torch.float16: 1e-2,
+    torch.int8: 5e-1,  # calibrated with random images
+}
 
 
 class Counter(TorchDispatchMode):
@@ -87,7 +94,7 @@ class Result:
     spread: float  # milliseconds between the quartiles
     images_per_second: float
     ratio: float | None  # to the throughput of timm's own, if timm has the model
-    share_of_peak: float  # of the machine's matrix products in this data type
+    share_of_peak: float | None  # of the machine's matrix products in this data type, if torch has fast ones
     operators: int | None  # of ATen, where PyTorch runs them one by one
     peak_memory: int | None  # bytes beyond weights and input, where they can be known
 
@@ -109,10 +116,15 @@ def ways_to_infer(own: bool, dtypes: Sequence[torch.dtype], against: Sequence[st
     ways.append(Way(f'{OURS}, as it is', torch.float32, ours_eager, eager=True))
     ways.append(Way(f'{OURS}, fused', torch.float32, ours_fused, eager=True))
     for dtype in dtypes:
-        ways.append(Way(f'{OURS}, optimized', dtype, ours_optimized))
+        if dtype != torch.int8:
+            ways.append(Way(f'{OURS}, optimized', dtype, ours_optimized))
         if 'openvino' in against:
             ways.append(Way(f'{OURS}, OpenVINO', dtype, ours_by_openvino, torch=False))
-            ways += [Way(f'{TIMM}, OpenVINO', dtype, timms_by_openvino, torch=False)] if own else []
+            ways.append(Way(f'{OURS}, exported .xml', dtype, ours_exported_xml, torch=False))
+            if own and dtype != torch.int8:
+                ways.append(Way(f'{TIMM}, OpenVINO', dtype, timms_by_openvino, torch=False))
+        if 'onnxruntime' in against and dtype in (torch.float32, torch.int8):
+            ways.append(Way(f'{OURS}, exported .onnx', dtype, ours_exported_onnx, torch=False))
     if 'onnxruntime' in against and own:
         ways.append(Way(f'{TIMM}, onnxruntime', torch.float32, timms_by_onnxruntime, torch=False))
     return ways
@@ -159,6 +171,16 @@ def ours_optimized(name: str, x: Tensor, dtype: torch.dtype) -> Run:
 
 def ours_by_openvino(name: str, x: Tensor, dtype: torch.dtype) -> Run:
     return partial(optimize(ours(name, x), x, dtype=dtype, backend='openvino'), x)
+
+
+def ours_exported(suffix: str, name: str, x: Tensor, dtype: torch.dtype) -> Run:
+    precision = str(dtype).removeprefix('torch.')
+    with TemporaryDirectory() as folder:
+        export(ours(name, x), f'{folder}/model{suffix}', precision=precision, images=x, size=x.shape[-1])
+        return partial(load_exported(f'{folder}/model{suffix}'), x)
+
+
+ours_exported_xml, ours_exported_onnx = partial(ours_exported, '.xml'), partial(ours_exported, '.onnx')
 
 
 def timms_by_openvino(name: str, x: Tensor, dtype: torch.dtype) -> Run:
@@ -310,10 +332,12 @@ def bench(
     device = torch.device(device)
     if unknown := sorted(set(models) - ARCHS.keys()):
         raise ValueError(f'not models of this package: {", ".join(unknown)}; `timm-res2net list` shows them')
+    if torch.int8 in dtypes and (train or not {'openvino', 'onnxruntime'} & set(against)):
+        raise ValueError('int8 is for inference by OpenVINO or onnxruntime: name them in against')
     if device.type != 'cpu' and set(against) - {'timm'}:
         raise ValueError(f'{" and ".join(set(against) - {"timm"})} can be measured on the CPU only')
     plans = [Plan(name, batch, size, train) for name in models for size in sizes for batch in batches]
-    peaks = {dtype: peak(dtype, device) for dtype in {torch.float32, *dtypes}}
+    peaks = {dtype: peak(dtype, device) for dtype in {torch.float32, *dtypes} - {torch.int8}}
     results = []
     with tqdm(total=len(plans) * rounds, unit='round', disable=None, leave=False) as bar:
         for plan in plans:
@@ -379,7 +403,7 @@ def summarize(
             spread=round(quartiles(measured) * 1e3, 2),
             images_per_second=round(plan.batch / seconds, 2),
             ratio=None if baseline is None else round(baseline / seconds, 3),
-            share_of_peak=round(plan.flops / peaks[way.dtype] / seconds, 3),
+            share_of_peak=round(plan.flops / peaks[way.dtype] / seconds, 3) if way.dtype in peaks else None,
             operators=worker.ask(operators) if way.eager else None,
             peak_memory=worker.ask(peak_memory) if way.torch else None,
         )

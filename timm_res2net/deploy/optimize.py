@@ -10,16 +10,14 @@ from torch import Tensor, nn
 
 from ..weights.errors import first_line
 from .fuse import fuse
+from .quantize import quantize_openvino
+from .runtimes import compile_openvino
 
 __all__ = ['DTYPES', 'compile_by_openvino', 'optimize']
 
 _logger = logging.getLogger(__name__)
 
-DTYPES = {  # by OpenVINO's name
-    torch.float32: 'f32',
-    torch.bfloat16: 'bf16',
-    torch.float16: 'f16',
-}
+DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.int8
 
 Outputs = Tensor | list[Tensor] | dict[str, Tensor]
 T = TypeVar('T', bound=Outputs)
@@ -41,8 +39,9 @@ def optimize(
 
     Args:
         model: A model of this package in evaluation mode. It is not changed.
-        example_input: Images (N, C, H, W) of the size that matters most, on the model's device.
-        dtype: Data type to compute in, such as `torch.bfloat16`; the model's if None.
+        example_input: Images (N, C, H, W) of the size that matters most, on the model's device. For `torch.int8` they
+            are also what the quantization is calibrated with: take some 300 real ones.
+        dtype: Data type to compute in, such as `torch.bfloat16`; the model's if None. `torch.int8` needs OpenVINO.
         compile: Compile it.
         backend: 'openvino' to run it by OpenVINO on the CPU. Its batch size is free, image height and width are those
             of `example_input`.
@@ -54,7 +53,7 @@ def optimize(
     Raises:
         ValueError: If the model can't be fused, the example is no batch of images, or the backend is not known.
         RuntimeError: If the model can't run the example.
-        ImportError: If OpenVINO is not installed.
+        ImportError: If OpenVINO, or NNCF for `torch.int8`, is not installed.
     """
     if example_input.dim() != 4 or not example_input.is_floating_point():
         given = f'{tuple(example_input.shape)} of {example_input.dtype}'
@@ -65,6 +64,8 @@ def optimize(
     dtype = dtype or next(fused.parameters()).dtype
     if dtype not in DTYPES:
         raise ValueError(f'dtype={dtype} is not possible; choose {", ".join(map(str, DTYPES))}')
+    if dtype == torch.int8 and backend != 'openvino':
+        raise ValueError("dtype=torch.int8 needs backend='openvino'")
     optimized: Optimized | OptimizedByOpenVino
     if backend == 'openvino':
         optimized = OptimizedByOpenVino(fused.float(), example_input.float(), dtype)
@@ -160,13 +161,9 @@ def compile_by_openvino(model: nn.Module, example_input: Tensor, dtype: torch.dt
         ) from error
     converted = openvino.convert_model(model, example_input=example_input)
     converted.reshape([-1, *example_input.shape[1:]])
-    hints = {
-        'INFERENCE_PRECISION_HINT': DTYPES[dtype],
-        'PERFORMANCE_HINT': 'LATENCY',
-        'INFERENCE_NUM_THREADS': torch.get_num_threads(),
-    }
-    compiled: Callable[..., Any] = openvino.Core().compile_model(converted, 'CPU', hints)
-    return compiled
+    if dtype == torch.int8:
+        converted = quantize_openvino(converted, example_input)
+    return compile_openvino(converted, str(dtype).removeprefix('torch.'))
 
 
 def compile_or_warn(optimized: Optimized, example_input: Tensor) -> None:

@@ -3,13 +3,14 @@
 from collections.abc import Callable
 from typing import Any, cast
 
+from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.layers import SelectAdaptivePool2d
 from timm.models import PretrainedCfg, get_pretrained_cfg
 from torch import Tensor, nn
 
 from .trunk import FeatureInfo
 
-__all__ = ['Classifier', 'as_classifier', 'model_name', 'registered_cfg']
+__all__ = ['Classifier', 'as_classifier', 'class_names', 'model_name', 'registered_cfg']
 
 
 class Classifier(nn.Module):
@@ -57,3 +58,16 @@ def registered_cfg(name: str) -> PretrainedCfg:
     cfg = get_pretrained_cfg(name)
     assert cfg is not None  # every model of the family, and of timm, has one
     return cfg
+
+
+def class_names(model: nn.Module) -> list[str]:
+    """Names of a model's classes: its own, ImageNet's if it has as many, else just numbers."""
+    net = cast(Classifier, model)
+    num_classes, names = net.num_classes, net.pretrained_cfg.get('label_names')
+    if names and len(names) == num_classes:
+        return list(names)
+    subset = infer_imagenet_subset(model)
+    if subset is None:
+        return [f'class {index}' for index in range(num_classes)]
+    info = ImageNetInfo(subset)
+    return [info.index_to_description(index) for index in range(num_classes)]

@@ -10,9 +10,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..models.block import Bottle2neck
-from ..models.classifier import as_classifier
+from ..models.classifier import as_classifier, class_names
 from .images import preprocess
-from .predict import Prediction, class_names
+from .predict import Prediction
 
 __all__ = ['Explanation', 'class_activation_map', 'explain', 'radius', 'receptive_field']
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
-__all__ = ['new_figure', 'plot_bench', 'plot_explanation', 'plot_growth', 'plot_pyramid', 'save']
+__all__ = ['new_figure', 'plot_bench', 'plot_confusion', 'plot_explanation', 'plot_growth', 'plot_pyramid', 'save']
 
 GROWTH = {
     'scale': 'splits, equally wide',
@@ -41,6 +41,40 @@ def save(figure: 'Figure', out: str) -> None:
         ValueError: If matplotlib doesn't know its suffix.
     """
     atomic_write(out, lambda path: figure.savefig(path, dpi=120))
+
+
+def plot_confusion(confusion: Tensor, names: Sequence[str], title: str, out: str) -> None:
+    """Draws which classes are taken for which.
+
+    Args:
+        confusion: (classes, classes), images of the first class that were taken for the second.
+        names: Of the classes; they are written at the axes if there are not more than forty.
+        title: Above the picture.
+        out: File to write.
+
+    Raises:
+        ImportError: If matplotlib is missing.
+        OSError: If the file can't be written.
+    """
+    count = len(names)
+    inches = 3.5 + 0.22 * min(count, 40)
+    figure = new_figure(inches + 0.8, inches)
+    panel = figure.subplots()
+    share = confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)  # of the images of a class
+    image = panel.imshow(share.numpy(), cmap='Blues', vmin=0, vmax=1, interpolation='nearest')
+    figure.colorbar(image, label='share of the class', shrink=0.8)
+    if count <= 40:
+        short = [name if len(name) <= 24 else f'{name[:23]}\N{HORIZONTAL ELLIPSIS}' for name in names]
+        panel.set_xticks(range(count), short, rotation=90)
+        panel.set_yticks(range(count), short)
+        for row, column in confusion.nonzero().tolist() if count <= 20 else ():
+            color = 'white' if share[row, column] > 0.5 else 'black'
+            number = int(confusion[row, column])
+            panel.text(column, row, str(number), ha='center', va='center', color=color, fontsize=8)
+    panel.set_xlabel('predicted')
+    panel.set_ylabel('truth')
+    panel.set_title(title)
+    save(figure, out)
 
 
 def plot_pyramid(shown: Tensor, features: Sequence[Tensor], strides: Sequence[int], out: str) -> None:

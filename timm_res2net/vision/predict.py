@@ -2,6 +2,7 @@
 
 import difflib
 import logging
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -9,19 +10,23 @@ from typing import Any, TypeVar
 import timm
 import torch
 from PIL import Image
-from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
+from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
-from ..models.classifier import as_classifier, registered_cfg
+from ..deploy.optimize import optimize
+from ..deploy.runtimes import SUFFIXES, load_exported
+from ..models.classifier import class_names, registered_cfg
 from ..weights.errors import first_line
 from ..weights.loading import load_model
 from .images import preprocess, read_image
 
-__all__ = ['Prediction', 'UnknownModelError', 'class_names', 'feature_pyramid', 'predict', 'pretrained_model']
+__all__ = ['Prediction', 'UnknownModelError', 'classify', 'feature_pyramid', 'predict', 'pretrained_model']
 
 _logger = logging.getLogger(__name__)
 
 ImageT = TypeVar('ImageT')
+HANDFUL = 16  # images for which fusing and starting processes takes longer than it saves
 
 
 class UnknownModelError(ValueError):
@@ -44,7 +49,7 @@ def pretrained_model(
 
     Args:
         name: A name that `timm.create_model` takes. None for the model that `weights` fit.
-        weights: A file for `timm_res2net.load_model`; the model gets its number of classes.
+        weights: A file for `timm_res2net.load_model`, whose number of classes the model gets; or an exported model.
         device: Where to put the model.
         **kwargs: For `timm.create_model`.
 
@@ -52,6 +57,10 @@ def pretrained_model(
         UnknownModelError: If there is no such model; the message names those most alike.
         ValueError: If the weights can't be loaded, with the reason in one line.
     """
+    if weights is not None and weights.endswith(SUFFIXES):
+        if name is not None or kwargs or str(device) != 'cpu':
+            raise ValueError(f'{weights} is an exported model, which runs as it is, on the CPU: give nothing else')
+        return load_exported(weights)
     if name is None:
         if weights is None:
             raise ValueError('give the name of a model, or a file of weights')
@@ -82,57 +91,85 @@ def pretrained_model(
         ) from error
 
 
-def class_names(model: nn.Module) -> list[str]:
-    """Names of a model's classes: its own, ImageNet's if it has as many, else just numbers."""
-    net = as_classifier(model)
-    num_classes, names = net.num_classes, net.pretrained_cfg.get('label_names')
-    if names and len(names) == num_classes:
-        return list(names)
-    subset = infer_imagenet_subset(model)
-    if subset is None:
-        return [f'class {index}' for index in range(num_classes)]
-    info = ImageNetInfo(subset)
-    return [info.index_to_description(index) for index in range(num_classes)]
-
-
-@torch.inference_mode()
 def predict(
     model: nn.Module,
     images: Sequence[ImageT],
     read: Callable[[ImageT], Image.Image] = read_image,  # type: ignore[assignment]
     topk: int = 5,
     batch_size: int = 16,
+    compile: bool = False,
 ) -> Iterator[list[Prediction] | ValueError]:
     """Classifies images, preprocessed as the model's own configuration says.
 
     Args:
-        model: A model with a `pretrained_cfg`, as timm makes it.
+        model: A model with a `pretrained_cfg`, as timm makes it, or an exported one.
         images: Files, or other arguments of `read`.
         read: Reads one of them as an RGB image.
         topk: Number of classes to return, of all that there are.
         batch_size: Number of images that are classified at once.
+        compile: Compile the model first, which pays for thousands of images.
 
     Yields:
         For each image, in order, its likeliest classes, or the error that prevented it.
     """
-    transform = create_transform(**resolve_model_data_config(model))
     labels = class_names(model)
-    device = next(model.parameters()).device
-    for start in range(0, len(images), batch_size):
-        inputs: list[Tensor] = []  # (C, H, W) each
-        errors: list[ValueError | None] = []
-        for image in images[start : start + batch_size]:
-            try:
-                inputs.append(transform(read(image)))
-                errors.append(None)
-            except ValueError as error:
-                errors.append(error)
+    for scores in classify(model, images, read, batch_size, compile):
+        if isinstance(scores, ValueError):
+            yield scores
+        else:
+            best = scores.topk(min(topk, len(labels)))  # values and indices
+            yield [Prediction(i, labels[i], value) for value, i in zip(best.values.tolist(), best.indices.tolist())]
+
+
+def classify(
+    model: nn.Module, images: Sequence[ImageT], read: Callable[[ImageT], Image.Image], batch_size: int, compile: bool
+) -> Iterator[Tensor | ValueError]:
+    """Computes the probabilities of classes, (classes,) for each image in order, or the error that prevented it.
+
+    For more than a handful of images the model is fused, and several processes read images.
+    """
+    config = resolve_model_data_config(model)
+    parameter = next(model.parameters(), None)  # an exported model has none
+    device = torch.device('cpu') if parameter is None else parameter.device
+    fixed = getattr(model, 'record', {'input': (None,)})['input'][0]  # the only batch size of an exported model
+    many = len(images) > HANDFUL
+    if parameter is not None and (many or compile):
+        example = torch.zeros(min(batch_size, len(images)), *config['input_size'], device=device, dtype=parameter.dtype)
+        try:
+            model = optimize(model, example, compile=compile)
+        except ValueError as error:  # timm's other models have nothing to fuse
+            _logger.debug('%s runs as it is: %s', type(model).__name__, error)
+    loader: DataLoader[Any] = DataLoader(
+        ReadImages(images, read, create_transform(**config)),
+        batch_size=fixed or batch_size,
+        num_workers=min(4, os.cpu_count() or 1) if many and read is read_image else 0,
+        collate_fn=list,
+    )
+    for batch in loader:
+        inputs = [image for image in batch if isinstance(image, Tensor)]  # (C, H, W) each
         if inputs:
-            probabilities = model(torch.stack(inputs).to(device)).float().softmax(dim=1)  # (N, classes)
-            best = probabilities.topk(min(topk, len(labels)))  # (N, topk) values and indices
-            rows = zip(best.values.tolist(), best.indices.tolist())
-        for failure in errors:
-            yield failure or [Prediction(index, labels[index], value) for value, index in zip(*next(rows))]
+            x = torch.stack(inputs + inputs[:1] * ((fixed or 0) - len(inputs)))
+            with torch.inference_mode():
+                probabilities = model(x.to(device)).float().softmax(dim=1).cpu()  # (N, classes)
+        rows = iter(probabilities) if inputs else iter(())
+        for image in batch:
+            yield next(rows) if isinstance(image, Tensor) else image
+
+
+class ReadImages(Dataset[Any]):
+    """Reads and preprocesses images; one that can't be read becomes its error."""
+
+    def __init__(self, images: Sequence[Any], read: Callable[[Any], Image.Image], transform: Callable[..., Tensor]):
+        self.images, self.read, self.transform = images, read, transform
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> Tensor | ValueError:
+        try:
+            return self.transform(self.read(self.images[index]))
+        except ValueError as error:
+            return ValueError(str(error))  # which can be sent to another process
 
 
 @torch.inference_mode()

@@ -1,0 +1,165 @@
+"""Runs exported files: ONNX by onnxruntime, OpenVINO's IR by OpenVINO, and torch's own programs."""
+
+import json
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models.function import Function
+from ..weights.errors import CheckpointError, first_line
+from ..weights.files import PathLike
+
+__all__ = ['METADATA', 'SUFFIXES', 'ExportedModel', 'load_exported', 'require_runtime']
+
+METADATA = 'timm_res2net'  # the key of our record in a file's own metadata
+SUFFIXES = '.onnx', '.xml', '.pt2'
+
+Run = Callable[[Tensor], list[Tensor]]
+
+
+class ExportedModel(nn.Module):
+    """A model in an exported file, which its own runtime runs on the CPU.
+
+    Attributes:
+        record: What the file says of itself: `architecture`, `function`, `precision`, `pretrained_cfg`, `outputs` and
+            more, see `timm_res2net.export`.
+        pretrained_cfg: timm's configuration, for `timm.data.resolve_model_data_config`.
+        num_classes: Classes, 0 if it returns features.
+    """
+
+    def __init__(self, run: Run, record: dict[str, Any]) -> None:
+        super().__init__()
+        self.run = run
+        self.record = record
+        self.pretrained_cfg: dict[str, Any] = record['pretrained_cfg']
+        self.num_classes: int = record['num_classes']
+        self.path = f'{record["format"]}, {record["precision"]}'
+
+    def forward(self, images: Tensor) -> Tensor | list[Tensor]:
+        """Runs the model, (N, C, H, W) to (N, num_classes), or to a list of features; float32.
+
+        Raises:
+            ValueError: For images of another shape than the model was exported for.
+        """
+        batch, *shape = self.record['input']
+        if list(images.shape[1:]) != shape or (batch is not None and len(images) != batch):
+            wanted = ', '.join(['N' if batch is None else str(batch), *map(str, shape)])
+            raise ValueError(f'images are {tuple(images.shape)}; this was exported for ({wanted})')
+        outputs = self.run(images.detach().float().contiguous())
+        return outputs if self.record['features'] else outputs[0]
+
+    def extra_repr(self) -> str:
+        return f'{self.record["architecture"]}: {self.path}'
+
+
+def load_exported(file: PathLike) -> ExportedModel:
+    """Loads a file that `timm_res2net.export` wrote. It is a program: load only what you trust.
+
+    Args:
+        file: .onnx, .xml with its .bin beside it, or .pt2.
+
+    Raises:
+        CheckpointError: If the file can't be read, or was not written by this package.
+        ImportError: If its runtime is not installed.
+        ValueError: For another suffix.
+    """
+    path = Path(file)
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f'{path} is of no known format; choose {", ".join(SUFFIXES)}')
+    if not path.is_file():
+        raise CheckpointError(f'{path} can not be opened: there is no such file')
+    require_runtime(path.suffix)
+    load = {'.onnx': load_onnx, '.xml': load_openvino, '.pt2': load_torch}[path.suffix]
+    try:
+        run, text = load(path)
+        record = json.loads(text) if text else None
+        if record is not None:
+            Function.from_text(record['function'])
+            return ExportedModel(run, record)
+    except Exception as error:  # whatever a runtime raises for a file that it can't read
+        raise CheckpointError(f'{path} can not be loaded: {first_line(error)}') from error
+    raise CheckpointError(f'{path} was not written by timm_res2net.export: it does not say how to preprocess images')
+
+
+def require_runtime(suffix: str) -> None:
+    """Raises an ImportError if what a format needs is not installed."""
+    try:
+        if suffix == '.onnx':
+            import onnx  # noqa: F401
+            import onnxruntime  # noqa: F401
+        elif suffix == '.xml':
+            import openvino  # noqa: F401
+    except ImportError as error:
+        raise ImportError(f'{suffix} files need it: {error}; pip install "timm_res2net[deploy]"') from error
+
+
+def load_onnx(path: Path) -> tuple[Run, str]:
+    """Loads an ONNX file; returns what runs it, and our record."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.log_severity_level = 3  # errors only
+    session = onnxruntime.InferenceSession(str(path), options, providers=['CPUExecutionProvider'])
+    name = session.get_inputs()[0].name
+
+    def run(images: Tensor) -> list[Tensor]:
+        return [torch.from_numpy(output) for output in session.run(None, {name: images.numpy()})]
+
+    return run, session.get_modelmeta().custom_metadata_map.get(METADATA, '')
+
+
+def load_openvino(path: Path) -> tuple[Run, str]:
+    """Loads OpenVINO's IR; returns what runs it, and our record."""
+    import openvino
+
+    model = openvino.Core().read_model(path)
+    text = model.get_rt_info(METADATA).astype(str) if model.has_rt_info(METADATA) else ''
+    precision = json.loads(text)['precision'] if text else 'float32'
+    compiled = compile_openvino(model, precision)
+
+    def run(images: Tensor) -> list[Tensor]:
+        results = compiled(images.numpy(), share_inputs=True)
+        return [torch.from_numpy(results[i].copy()) for i in range(len(results))]
+
+    return run, text
+
+
+def compile_openvino(model: Any, precision: str) -> Callable[..., Any]:
+    """Compiles an OpenVINO model for the CPU, with torch's number of threads, to compute in a precision."""
+    import openvino
+
+    hints = {
+        'INFERENCE_PRECISION_HINT': {'float16': 'f16', 'bfloat16': 'bf16'}.get(precision, 'f32'),
+        'PERFORMANCE_HINT': 'LATENCY',
+        'INFERENCE_NUM_THREADS': torch.get_num_threads(),
+    }
+    compiled: Callable[..., Any] = openvino.Core().compile_model(model, 'CPU', hints)
+    return compiled
+
+
+def load_torch(path: Path) -> tuple[Run, str]:
+    """Loads a program of torch.export or a package of AOTInductor; returns what runs it, and our record."""
+    with zipfile.ZipFile(path) as archive:
+        is_package = any(name.endswith('.so') for name in archive.namelist())
+    if is_package:
+        package = torch._inductor.aoti_load_package(str(path))
+        return with_list(package), package.get_metadata().get(METADATA, '')
+    extra = {METADATA: ''}
+    program = torch.export.load(path, extra_files=extra)
+    return with_list(program.module()), extra[METADATA]
+
+
+def with_list(call: Callable[[Tensor], Any]) -> Run:
+    """What calls a program of torch and returns its outputs as a list."""
+
+    @torch.no_grad()
+    def run(images: Tensor) -> list[Tensor]:
+        outputs = call(images)
+        return [outputs] if isinstance(outputs, Tensor) else list(outputs)
+
+    return run

@@ -1,0 +1,112 @@
+"""Measures how many images of a folder a model classifies rightly."""
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..models.classifier import class_names
+from ..weights.files import PathLike
+from .images import find_images, read_image
+from .predict import classify
+
+__all__ = ['Validation', 'labelled_images', 'validate']
+
+
+@dataclass(frozen=True)
+class Validation:
+    """How a model does on images whose classes are known."""
+
+    images: int  # that could be read
+    top1: float  # % whose likeliest class is right
+    top5: float  # % whose class is among the five likeliest
+    confusion: Tensor  # (classes, classes), images of the first class that were taken for the second
+    failed: list[tuple[str, str]]  # files that could not be read, with the reason
+
+
+def labelled_images(folder: PathLike, names: Sequence[str], labels: PathLike | None = None) -> list[tuple[Path, int]]:
+    """Finds images and their classes.
+
+    Args:
+        folder: A folder for each class, or all images together with a file of labels.
+        names: Names of a model's classes. Folders have these names, or are as many, in alphabetical order.
+        labels: A text file with a line for each image: path in the folder, space, name or number of the class.
+
+    Raises:
+        ValueError: If there is no image, or their classes are not those of the model.
+        OSError: If the labels can't be read.
+    """
+    root = Path(folder)
+    if not root.is_dir():
+        raise ValueError(f'{root} is no folder')
+    index = {name: i for i, name in enumerate(names)}
+    if labels is not None:
+        pairs = []
+        for number, line in enumerate(Path(labels).read_text(encoding='utf-8').splitlines(), 1):
+            if not line.strip():
+                continue
+            name, _, label = line.strip().partition(' ')
+            label = label.strip()
+            which = index.get(label, int(label) if label.isdecimal() else -1)
+            if not 0 <= which < len(names):
+                raise ValueError(f'line {number} of {labels} gives {name} the class {label!r}, which the model lacks')
+            pairs.append((root / name, which))
+        if not pairs:
+            raise ValueError(f'{labels} has no line with an image and its class')
+        return pairs
+    classes = sorted(each.name for each in os.scandir(root) if each.is_dir() and not each.name.startswith('.'))
+    if not classes:
+        raise ValueError(f'{root} has no folder for a class; give the classes of its images by a file of labels')
+    if not set(classes) <= index.keys():
+        if len(classes) != len(names):
+            strange = next(name for name in classes if name not in index)
+            raise ValueError(
+                f'{root} has {len(classes)} folders and the model {len(names)} classes, of which none is {strange}'
+            )
+        index = {name: i for i, name in enumerate(classes)}
+    pairs = [(file, index[name]) for name in classes for file in find_images([str(root / name)])[0]]
+    if not pairs:
+        raise ValueError(f'there is no image in {root}')
+    return pairs
+
+
+def validate(
+    model: nn.Module,
+    images: Sequence[tuple[Path, int]],
+    batch_size: int = 16,
+    compile: bool = False,
+    progress: Any = iter,
+) -> Validation:
+    """Classifies images, preprocessed as the model's own configuration says, and counts what is right.
+
+    Args:
+        model: A model as timm makes it in evaluation mode, or an exported one.
+        images: Files and their classes, see `labelled_images`.
+        batch_size: Number of images that are classified at once.
+        compile: Compile the model first.
+        progress: Wraps the iterator over images, to show a bar.
+
+    Raises:
+        ValueError: If no image can be read.
+    """
+    count = len(class_names(model))
+    confusion = torch.zeros(count, count, dtype=torch.long)
+    failed, right, among_five = [], 0, 0
+    files = [file for file, _ in images]
+    scores: Iterable[Tensor | ValueError] = progress(classify(model, files, read_image, batch_size, compile))
+    for (file, truth), found in zip(images, scores):
+        if isinstance(found, ValueError):
+            failed.append((str(file), str(found)))
+            continue
+        best = found.topk(min(5, count)).indices.tolist()
+        right += best[0] == truth
+        among_five += truth in best
+        confusion[truth, best[0]] += 1
+    done = len(images) - len(failed)
+    if not done:
+        raise ValueError(f'none of {len(images)} images could be read; the first one: {failed[0][1]}')
+    return Validation(done, 100 * right / done, 100 * among_five / done, confusion, failed)
