@@ -320,3 +320,57 @@ def test_predict_and_explain_weights_without_model_use_the_model_that_they_fit(
     assert re.search(r'\d+ of 60 are right', done.out)
     done = run('explain', '--weights', 'mine.pth', '--out', 'a.png')
     assert (done.status, Path('a.png').exists()) == (0, True)
+
+
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')  # timm leaves image files open
+def test_export_then_validate_and_predict_use_the_file(run: Run, tmp_path: Path, monkeypatch: Patch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for i, (image, label) in enumerate(bundled_digits()):
+        (tmp_path / 'digits' / label).mkdir(parents=True, exist_ok=True)
+        image.save(tmp_path / 'digits' / label / f'{i}.png')
+    done = run('export', 'test_res2net.digits', 'digits.pt2', '--images', 'digits')
+    assert (done.status, done.err) == (0, '')
+    size = (tmp_path / 'digits.pt2').stat().st_size
+    assert done.out.splitlines()[:2] == [
+        f'wrote digits.pt2, {size / 1e6:.2f} MB: fused, torch, float32',
+        'compared with the model on 60 images, by its own runtime:',
+    ]
+    assert done.out.splitlines()[-1] == '  likeliest class    the same for 100.00%'
+    done = run('validate', 'digits', '--weights', 'digits.pt2', '--confusion', 'c.png')
+    assert done.status == 0
+    assert done.out.splitlines() == [
+        'model       images     top-1     top-5',
+        'digits.pt2      60  100.00 %  100.00 %',
+        '',
+        'drawn to c.png',
+    ]
+    assert (tmp_path / 'c.png').stat().st_size > 5000
+    done = run('predict', 'digits/3', '--weights', 'digits.pt2', '--topk', '1', '--json')
+    found = json.loads(done.out)
+    assert [item['predictions'][0]['label'] for item in found['results']] == ['3'] * 6
+    assert found['model'] == 'test_res2net'
+    (tmp_path / 'digits' / '3' / 'broken.png').write_bytes(b'')
+    done = run('validate', 'digits', '--model', 'test_res2net.digits', '--json')
+    assert done.status == 1
+    assert json.loads(done.out)['results'] == [dict(model='test_res2net.digits', images=60, top1=100.0, top5=100.0)]
+    assert 'broken.png' in json.loads(done.out)['failed'][0]['file']
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (('export', 'test_res2net.digits', 'a.tflite'), 'a.tflite has no known suffix; choose .onnx, .xml, .pt2'),
+        (('export', 'test_res2net.digits', 'a.pt2', '--precision', 'int8'), "'int8' is not possible in .pt2"),
+        (('validate', 'nowhere', '--model', 'test_res2net.digits'), 'nowhere is no folder'),
+        (('predict', '--weights', 'a.pt2'), 'a.pt2 can not be opened: there is no such file'),
+    ],
+)
+def test_export_and_validate_wrong_calls_are_one_line(
+    arguments: tuple[str, ...], message: str, run: Run, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = run(*arguments)
+    assert (done.status, done.out) == (1, '')
+    assert message in done.err
+    assert done.err.count('\n') == 1
+    assert list(tmp_path.iterdir()) == []

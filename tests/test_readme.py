@@ -13,6 +13,7 @@ from support import ROOT
 
 import timm_res2net
 from timm_res2net.__main__ import parser
+from timm_res2net.deploy.export import OPSET, PRECISIONS
 from timm_res2net.models.biglittle import Res2NetBigLittle
 from timm_res2net.models.cifar import Res2NetCifar
 from timm_res2net.models.function import Function
@@ -96,7 +97,7 @@ def test_readme_top_level_lists_every_command() -> None:
 
 
 def test_readme_has_as_many_examples_as_are_tested() -> None:
-    tested = {'top': 2, 'hub_cards': 0, 'deploy': 1, 'hub': 1, 'models': 4, 'recipes': 0, 'weights': 4}
+    tested = {'top': 2, 'hub_cards': 0, 'deploy': 2, 'hub': 1, 'models': 4, 'recipes': 0, 'weights': 4}
     assert {name: len(examples) for name, examples in EXAMPLES.items()} == tested
 
 
@@ -220,6 +221,20 @@ def test_readme_optimize_example_prints_stated_path(
     made = run('deploy', 'print(fast.path)')
     assert f'print(fast.path)  # {capsys.readouterr().out}' in TEXTS['deploy']
     assert (made['logits'].shape, made['logits'].dtype) == ((8, 1000), torch.float32)
+
+
+def test_readme_export_example_computes_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    made = run('deploy', 'load_exported')
+    x = torch.randn(3, 3, 32, 32)
+    torch.testing.assert_close(made['exported'](x), made['model'](x).detach(), rtol=0, atol=1e-4)
+    assert (made['done'].agreement, (tmp_path / 'digits.pt2').exists()) == (1, True)
+
+
+def test_readme_of_deploy_table_of_formats_is_that_of_the_code() -> None:
+    for suffix, precisions in PRECISIONS.items():
+        assert re.search(rf'^\| `{re.escape(suffix)}`.* \| {", ".join(precisions)} \|$', TEXTS['deploy'], re.MULTILINE)
+    assert f'ONNX, opset {OPSET} ' in TEXTS['deploy']
 
 
 def strides(name: str) -> tuple[int, ...]:

@@ -159,6 +159,7 @@ def describe(
         features=features,
         num_classes=len(names),
         pretrained_cfg={
+            'architecture': model_name(model),
             **{key: cfg[key] for key in keys if cfg.get(key)},
             **config,
             'input_size': [channels, height, width],
