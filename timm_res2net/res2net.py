@@ -90,15 +90,14 @@ def normalise_arguments(name: str, kwargs: dict[str, Any], block_args: dict[str,
     if kwargs.get('output_stride', 32) is None:  # what transformers passes for the default
         del kwargs['output_stride']
     if kwargs.get('features_only'):
-        require_features(name, kwargs.get('out_indices'))
+        require_features(name, kwargs.get('out_indices'), ARCHS[name].features + kwargs.get('tap_layer2', False))
         feature_cls = kwargs.get('feature_cls', 'list')
         kwargs['feature_cls'] = FEATURE_CLASSES.get(feature_cls, feature_cls)
     return kwargs
 
 
-def require_features(name: str, out_indices: int | Sequence[int] | None) -> None:
-    """Raises a ValueError for features that a model doesn't have; an int means that many of the last ones."""
-    count = ARCHS[name].features
+def require_features(name: str, out_indices: int | Sequence[int] | None, count: int) -> None:
+    """Raises a ValueError for other features than a model's `count`; an int means that many of the last ones."""
     indices = range(-out_indices, 0) if isinstance(out_indices, int) else out_indices or ()
     if not all(-count <= index < count for index in indices):
         raise ValueError(

@@ -132,10 +132,15 @@ def test_fuse_model_around_backbone_keeps_output_and_leaves_no_norm(images: Tens
     assert count(fused, NORMS) == 0
 
 
-@pytest.mark.parametrize('make', [fuse, reparameterize_model])
-def test_fuse_model_in_training_mode_raises_value_error(make: Callable[[nn.Module], nn.Module]) -> None:
+def test_fuse_model_in_training_mode_raises_value_error() -> None:
     with pytest.raises(ValueError, match=r'training mode.*eval'):
-        make(tiny().train())
+        fuse(tiny().train())
+
+
+def test_reparameterize_model_in_training_mode_computes_what_the_model_does_in_evaluation(images: Tensor) -> None:
+    model = tiny()
+    fused = reparameterize_model(tiny().train()).eval()  # the order of timm's scripts, and of timmx
+    require_equal(fused, model, images)
 
 
 @pytest.mark.parametrize('make', [fuse, reparameterize_model])

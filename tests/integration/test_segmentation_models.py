@@ -46,6 +46,17 @@ def test_smp_encoder_equals_intermediates_and_model_trains(
     step(model.encoder, loss)
 
 
+@pytest.mark.parametrize('architecture', ['Unet', 'UnetPlusPlus', 'MAnet', 'Linknet', 'FPN', 'PSPNet', 'PAN', 'UPerNet'])
+def test_smp_takes_big_little_networks_whose_features_have_each_stride_once(architecture: str) -> None:
+    torch.manual_seed(0)
+    model = getattr(smp, architecture)('tu-blres2net50_26w_4s', encoder_weights=None, classes=2)
+    if architecture != 'PSPNet':  # which takes three stages only
+        assert model.encoder.out_channels == [3, 64, 64, 256, 1024, 2048]
+    x = torch.randn(2, 3, 128, 128)
+    loss = torch.nn.functional.cross_entropy(model(x), torch.randint(0, 2, (2, 128, 128)))
+    step(model.encoder, loss)
+
+
 def test_readme_smp_example_gives_mask() -> None:
     readme = (ROOT / 'timm_res2net' / 'models' / 'README.md').read_text()
     (example,) = (block for block in re.findall(r'```python\n(.*?)```', readme, re.DOTALL) if 'smp.Unet' in block)

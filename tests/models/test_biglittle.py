@@ -98,14 +98,30 @@ def test_biglittle_little_branch_depth_and_width_follow_alpha_and_beta() -> None
     assert model.bl_init.little[0].out_channels == 16
 
 
-def test_biglittle_has_two_features_of_stride_16_and_deeper_one_is_default() -> None:
+def test_biglittle_lists_each_stride_once_and_the_other_tap_of_stride_16_by_keyword() -> None:
     import timm
 
-    model = timm.create_model('blres2net50_26w_4s', device='meta')
+    for options in (dict(), dict(out_indices=range(5)), dict(out_indices=5)):  # as smp, transformers and others take them
+        features = timm.create_model('blres2net50_26w_4s', features_only=True, device='meta', **options)
+        assert features.feature_info.reduction() == [2, 4, 8, 16, 32]
+        assert features.feature_info.channels() == [64, 64, 256, 1024, 2048]
+    model = timm.create_model('blres2net50_26w_4s', tap_layer2=True, device='meta')
     assert [info['reduction'] for info in model.feature_info] == [2, 4, 8, 16, 16, 32]
-    features = timm.create_model('blres2net50_26w_4s', features_only=True, device='meta')
-    assert features.feature_info.reduction() == [2, 4, 8, 16, 32]
-    assert features.feature_info.channels() == [64, 64, 256, 1024, 2048]
+    both = dict(tap_layer2=True, features_only=True, out_indices=(3, 4, 5))
+    features = timm.create_model('blres2net50_26w_4s', device='meta', **both)
+    assert features.feature_info.channels() == [512, 1024, 2048]
+    with pytest.raises(ValueError, match='it has 5, 0 to 4'):
+        timm.create_model('blres2net50_26w_4s', device='meta', features_only=True, out_indices=(5,))
+
+
+def test_biglittle_runs_modules_in_the_order_of_registration(images: Tensor) -> None:
+    model = Res2NetBigLittle(**SMALL).eval()
+    ran: list[str] = []
+    for name, module in model.named_modules():
+        if name.endswith(('.big', '.little')):
+            module.register_forward_hook(lambda *call, name=name: ran.append(name))
+    model(images)
+    assert ran == [name for name, _ in model.named_modules() if name in ran]
 
 
 def test_biglittle_output_stride_16_equals_undilated_on_denser_grid(images: Tensor) -> None:

@@ -79,9 +79,9 @@ class BigLittleModule(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Runs both branches and the fusion, (N, in_chs, H, W) to (N, out_chs, H / stride, W / stride)."""
+        big = self.big(x)  # (N, out_chs, H / 2, W / 2); first, as it is registered first, which FullGrad relies on
         little = self.little_e(self.little(x))  # (N, out_chs, H, W)
-        big = F.interpolate(self.big(x), size=little.shape[2:])  # nearest neighbours of (N, out_chs, H / 2, W / 2)
-        return self.fusion(self.act(big + little))
+        return self.fusion(self.act(F.interpolate(big, size=little.shape[2:]) + little))  # nearest neighbours of big
 
 
 def stage(
@@ -131,6 +131,8 @@ class Res2NetBigLittle(Trunk):
         alpha: Factor by which little branches are thinner.
         beta: Factor by which little branches are shallower.
         output_stride: 16 or 32; for 16 the last stage is dilated. In the others big branches halve the resolution.
+        tap_layer2: List the features of `layer2` (stride 16, 512 channels), too. Those of `layer3` have the same
+            stride, and necks expect each stride once.
         **options: See `TrunkOptions`.
 
     Raises:
@@ -147,6 +149,7 @@ class Res2NetBigLittle(Trunk):
         alpha: int = 2,
         beta: int = 4,
         output_stride: int = 32,
+        tap_layer2: bool = False,
         **options: Any,
     ) -> None:
         opts = TrunkOptions(**options)
@@ -173,6 +176,7 @@ class Res2NetBigLittle(Trunk):
         self.feature_info = [
             FeatureInfo(num_chs=chs, reduction=reduction, module=name)
             for chs, (name, reduction) in zip(channels, reductions.items())
+            if tap_layer2 or name != 'layer2'
         ]
         self.add_head(2048, opts)
 

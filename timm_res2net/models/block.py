@@ -17,7 +17,7 @@ import torch
 from timm.layers import create_attn, get_norm_layer
 from torch import Tensor, nn
 
-from .fold import fold_norm, fold_norms, merge_convs, require_eval_mode
+from .fold import fold_norm, fold_norms, merge_convs
 from .function import FIRST_BLOCKS, Function, Splits, activation_name
 from .pool import DilatedAvgPool2d
 
@@ -158,12 +158,9 @@ class Bottle2neck(nn.Module):
         """Makes a block for inference that computes the same; `timm.models.reparameterize_model` calls this.
 
         Batch norms are folded into the convolutions before them. In a block without cascade the convolutions, and what
-        happens to the last split, become one grouped convolution where one can compute the same.
-
-        Raises:
-            ValueError: If the block is in training mode.
+        happens to the last split, become one grouped convolution where one can compute the same. A block in training
+        mode is folded, too, with the statistics that it would have after `eval()`: timm calls this before.
         """
-        require_eval_mode(self)
         block = copy.deepcopy(self)
         fold_norms(block)
         for i, (conv, norm) in enumerate(zip(block.convs, block.bns)):

@@ -48,7 +48,7 @@ def biglittle(params: int, gmacs: float, layers: Sequence[int], base_width: int,
     """Res2Net block in Big-Little Net: blocks of each stage, channels of a split for 64 planes, splits."""
     args = dict(layers=layers, base_width=base_width, scale=scale, **args)
     cfg = dict(paper_ids=('arXiv:1904.01169', 'arXiv:1807.03848'))
-    return Arch(params, gmacs, Res2NetBigLittle, args, 6, (0, 1, 2, 4, 5), cfg)  # of two with stride 16, the deeper
+    return Arch(params, gmacs, Res2NetBigLittle, args, 5, (0, 1, 2, 3, 4), cfg)
 
 
 def cifar(params: int, gmacs: float, cardinality: int, base_width: int, scale: int, **args: Any) -> Arch:
