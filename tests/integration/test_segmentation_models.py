@@ -46,7 +46,9 @@ def test_smp_encoder_equals_intermediates_and_model_trains(
     step(model.encoder, loss)
 
 
-@pytest.mark.parametrize('architecture', ['Unet', 'UnetPlusPlus', 'MAnet', 'Linknet', 'FPN', 'PSPNet', 'PAN', 'UPerNet'])
+@pytest.mark.parametrize(
+    'architecture', ['Unet', 'UnetPlusPlus', 'MAnet', 'Linknet', 'FPN', 'PSPNet', 'PAN', 'UPerNet']
+)
 def test_smp_takes_big_little_networks_whose_features_have_each_stride_once(architecture: str) -> None:
     torch.manual_seed(0)
     model = getattr(smp, architecture)('tu-blres2net50_26w_4s', encoder_weights=None, classes=2)

@@ -101,7 +101,11 @@ def test_biglittle_little_branch_depth_and_width_follow_alpha_and_beta() -> None
 def test_biglittle_lists_each_stride_once_and_the_other_tap_of_stride_16_by_keyword() -> None:
     import timm
 
-    for options in (dict(), dict(out_indices=range(5)), dict(out_indices=5)):  # as smp, transformers and others take them
+    for options in (
+        dict(),
+        dict(out_indices=range(5)),
+        dict(out_indices=5),
+    ):  # as smp, transformers and others take them
         features = timm.create_model('blres2net50_26w_4s', features_only=True, device='meta', **options)
         assert features.feature_info.reduction() == [2, 4, 8, 16, 32]
         assert features.feature_info.channels() == [64, 64, 256, 1024, 2048]
