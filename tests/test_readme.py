@@ -97,7 +97,7 @@ def test_readme_top_level_lists_every_command() -> None:
 
 
 def test_readme_has_as_many_examples_as_are_tested() -> None:
-    tested = {'top': 2, 'hub_cards': 0, 'deploy': 2, 'hub': 1, 'models': 4, 'recipes': 0, 'weights': 4}
+    tested = {'top': 2, 'hub_cards': 0, 'deploy': 2, 'hub': 1, 'models': 5, 'recipes': 0, 'weights': 4}
     assert {name: len(examples) for name, examples in EXAMPLES.items()} == tested
 
 
@@ -135,6 +135,17 @@ def test_readme_example_accuracies_equal_weights_table() -> None:
 def test_readme_fpn_example_gives_four_levels() -> None:
     made = run('models', 'ops import FeaturePyramidNetwork')
     assert [level.shape[-1] for level in made['levels'].values()] == [16, 8, 4, 2]
+
+
+def test_readme_transformers_example_loads_all_of_the_backbone() -> None:
+    made = run('models', 'DetrConfig', res2net50d='test_res2net')
+    loaded, pretrained = made['detector'].model.backbone.model, made['pretrained']
+    torch.nn.init.normal_(pretrained.layer4[0].bn3.running_mean)  # random weights have usual statistics
+    loaded.load_state_dict(pretrained.state_dict())
+    x = torch.randn(1, 3, 64, 64)
+    found, expected = loaded.eval()(x), pretrained.eval()(x)[1:]
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
 def test_readme_faster_rcnn_example_detects() -> None:

@@ -13,12 +13,13 @@ import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from support import KINDS, fitting, randomise, shallow, slow_but, small
+from support import KINDS, ROOT, fitting, randomise, shallow, slow_but, small
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import timm_res2net.res2net
+from timm_res2net.models import OLDEST_TIMM, require_timm
 from timm_res2net.models.biglittle import Res2NetBigLittle
 from timm_res2net.models.block import Bottle2neck
 from timm_res2net.models.cifar import Res2NetCifar
@@ -475,3 +476,18 @@ def test_embedded_weights_load_offline_and_adapt_to_one_image_channel() -> None:
     full = timm.create_model('test_res2net', pretrained=True)
     torch.testing.assert_close(model.conv1[0].weight, full.conv1[0].weight.sum(1, keepdim=True))
     torch.testing.assert_close(model.layer4.state_dict(), full.layer4.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ('version', 'refused'), [('1.0.29', True), ('0.9.16', True), ('1.0.31', False), ('1.1.0rc1', False)]
+)
+def test_import_with_an_older_timm_in_the_way_names_both_versions_and_the_place(
+    version: str, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(timm, '__version__', version)
+    if refused:
+        with pytest.raises(ImportError, match=rf'needs timm >= 1\.0\.31, found {version} at .*timm.__init__\.py'):
+            require_timm()
+    else:
+        require_timm()
+    assert f'"timm>={OLDEST_TIMM}"' in (ROOT / 'pyproject.toml').read_text()
