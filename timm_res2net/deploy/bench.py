@@ -120,7 +120,8 @@ def ways_to_infer(own: bool, dtypes: Sequence[torch.dtype], against: Sequence[st
             ways.append(Way(f'{OURS}, optimized', dtype, ours_optimized))
         if 'openvino' in against:
             ways.append(Way(f'{OURS}, OpenVINO', dtype, ours_by_openvino, torch=False))
-            ways.append(Way(f'{OURS}, exported .xml', dtype, ours_exported_xml, torch=False))
+            if dtype == torch.float32:
+                ways.append(Way(f'{OURS}, exported .xml', dtype, ours_exported_xml, torch=False))
             if own and dtype != torch.int8:
                 ways.append(Way(f'{TIMM}, OpenVINO', dtype, timms_by_openvino, torch=False))
         if 'onnxruntime' in against and dtype in (torch.float32, torch.int8):
