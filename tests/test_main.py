@@ -166,6 +166,64 @@ def test_features_prints_and_draws_the_pyramid(run: Run, photos: Path, tmp_path:
         assert image.width > 5 * image.height / 1.3
 
 
+@pytest.mark.parametrize('arguments', [['features', 'china.jpg', '--model', 'test_res2net'], ['explain']], ids=str)
+def test_picture_without_suffix_is_png(run: Run, arguments: list[str], photos: Path, monkeypatch: Patch) -> None:
+    monkeypatch.chdir(photos)
+    before = {path.name for path in photos.iterdir()}
+    assert run(*arguments, '--out', 'drawn').status == 0
+    assert Path('drawn').read_bytes().startswith(b'\x89PNG')
+    assert {path.name for path in photos.iterdir()} - before == {'drawn'}
+    Path('drawn').unlink()
+
+
+@pytest.mark.parametrize(
+    'arguments',
+    [
+        ('features', 'three.png', '--model', 'test_res2net', '--out'),
+        ('explain', '--out'),
+        ('recipe', 'digits', '--out'),
+        ('bench', '--json'),
+        ('bench', '--plot'),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize('name', ['pipe.png', ''])
+def test_out_that_is_no_regular_file_is_refused_before_work(
+    run: Run, arguments: tuple[str, ...], name: str, photos: Path, monkeypatch: Patch
+) -> None:
+    monkeypatch.chdir(photos)
+    monkeypatch.setattr('timm_res2net.__main__.pretrained_model', None)
+    monkeypatch.setattr('timm_res2net.__main__.bench', None)
+    if not Path('pipe.png').exists():
+        os.mkfifo('pipe.png')
+    done = run(*arguments, name)
+    assert (done.status, done.out, done.err.count('\n')) == (1, '', 1)
+    assert re.search(r'can not be written: it is (no regular file|a folder)', done.err)
+    assert Path('pipe.png').is_fifo()
+
+
+@pytest.mark.parametrize('name', ['file', '/proc/cards'])
+def test_card_all_into_what_can_be_no_folder_prints_one_line(
+    run: Run, name: str, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path('file').touch()
+    done = run('card', '--all', '--out', name)
+    assert (done.status, done.out, done.err.count('\n')) == (1, '', 1)
+    assert f'{name} is no folder and can not be made one' in done.err
+
+
+def test_convert_names_the_folder_after_the_whole_stem_and_gives_files_one_mode(
+    run: Run, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name, folder in (('x.digits.pth', 'x.digits'), ('last.pth.tar', 'last')):
+        torch.save(tiny().state_dict(), name)
+        assert run('convert', name).status == 0
+        modes = {(Path(folder) / file).stat().st_mode for file in ('model.safetensors', 'config.json')}
+        assert len(modes) == 1
+
+
 def test_features_without_matplotlib_prints_install_command(run: Run, photos: Path, monkeypatch: Patch) -> None:
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
     done = run('features', str(photos / 'china.jpg'), '--model', 'test_res2net', '--out', 'x.png')

@@ -29,14 +29,21 @@ from .models.function import FIRST_BLOCKS, STYLES, Function
 from .models.variants import ARCHS, WEIGHTS
 from .recipes.arguments import positive
 from .vision.explain import explain
-from .vision.figures import plot_bench, plot_confusion, plot_explanation, plot_growth, plot_pyramid
+from .vision.figures import (
+    plot_bench,
+    plot_confusion,
+    plot_explanation,
+    plot_growth,
+    plot_pyramid,
+    require_drawable,
+)
 from .vision.images import bundled_digits, find_images, read_image
 from .vision.predict import UnknownModelError, feature_pyramid, predict, pretrained_model
 from .vision.validate import labelled_images, validate
 from .weights.convert import Conversion, convert, export_checkpoint
 from .weights.dialects import DIALECTS, EXPORTS
 from .weights.errors import first_line
-from .weights.files import atomic_write, atomic_write_text, sha256
+from .weights.files import atomic_write, atomic_write_text, make_folder, require_writable, sha256
 from .weights.folder import CONFIG_FILE, WEIGHTS_FILE
 from .weights.loading import format_create_model, load_model
 
@@ -151,6 +158,8 @@ def add_validate(commands: Commands) -> None:
 
 def run_validate(args: argparse.Namespace) -> int:
     """Prints the accuracy of models on a folder; 1 if an image could not be read."""
+    if args.confusion is not None:
+        require_drawable(args.confusion)
     default = None if args.weights else PHOTO
     rows: list[Sequence[str]] = [('model', 'images', 'top-1', 'top-5')]
     items, failed = [], []
@@ -168,7 +177,7 @@ def run_validate(args: argparse.Namespace) -> int:
         print(json.dumps(dict(results=items, failed=errors), indent=2))
     else:
         print_table(rows, left=(0,))
-    if args.confusion:
+    if args.confusion is not None:
         plot_confusion(found.confusion, class_names(model), f'{name}: {found.top1:.2f} % right', args.confusion)
         print(f'\ndrawn to {args.confusion}', file=sys.stderr if args.json else sys.stdout)
     for file, error in failed:
@@ -238,6 +247,8 @@ def add_features(commands: Commands) -> None:
 
 def run_features(args: argparse.Namespace) -> int:
     """Prints the shapes of an image's feature maps and draws them."""
+    if args.out is not None:
+        require_drawable(args.out)
     image = read_image(args.image)
     model = pretrained_model(args.model, features_only=True)
     shown, features = feature_pyramid(model, image)
@@ -247,7 +258,7 @@ def run_features(args: argparse.Namespace) -> int:
     for module, stride, feature in zip(info.module_name(), info.reduction(), features):
         channels, height, width = feature.shape
         print(f'{module:8}  {stride:6}  {channels:8}  {width} x {height}')
-    if args.out:
+    if args.out is not None:
         plot_pyramid(shown, features, info.reduction(), args.out)
         print(f'\ndrawn to {args.out}')
     return 0
@@ -272,6 +283,7 @@ def add_explain(commands: Commands) -> None:
 
 def run_explain(args: argparse.Namespace) -> int:
     """Draws what a network looks at, and says what is in the picture."""
+    require_drawable(args.out)
     image = read_image(args.image) if args.image else bundled_digits()[EXAMPLE][0]
     name = args.model or (None if args.weights else PHOTO if args.image else EMBEDDED)
     model = pretrained_model(name, args.weights)
@@ -344,7 +356,7 @@ def run_convert(args: argparse.Namespace) -> int:
     elif args.to is None:
         print(f'\nwrote {done.folder}; load it by\n  {load_call(done.folder)}')
     else:
-        out = args.out or f'{done.folder}{".pdparams" if args.to == "paddleclas" else ".pth"}'
+        out = f'{done.folder}{".pdparams" if args.to == "paddleclas" else ".pth"}' if args.out is None else args.out
         if os.path.exists(out):
             raise ValueError(f'there is a {out} already; name another file by --out, or move it away')
         export_checkpoint(load_model(done.checkpoint, done.name, **done.args), out, args.to)
@@ -576,6 +588,10 @@ def add_bench(commands: Commands) -> None:
 
 def run_bench(args: argparse.Namespace) -> int:
     """Prints how fast models are, writes and draws it."""
+    if args.json is not None:
+        require_writable(args.json)
+    if args.plot is not None:
+        require_drawable(args.plot)
     if args.growth:
         refuse(
             args, '--growth says what it measures', '--models', '--batch', '--size', '--dtype', '--against', '--train'
@@ -592,11 +608,11 @@ def run_bench(args: argparse.Namespace) -> int:
     for part, results in parts.items():
         print(f'\n{part}')
         show_results(results)
-    if args.json:
+    if args.json is not None:
         document = dict(environment=about, **{part: [vars(each) for each in found] for part, found in parts.items()})
         atomic_write_text(args.json, json.dumps(document, indent=1) + '\n')
         print(f'\nwrote {args.json}')
-    if args.plot:
+    if args.plot is not None:
         plot_growth(parts, args.plot) if args.growth else plot_bench(results, args.plot)
         print(f'\ndrawn to {args.plot}')
     return 0
@@ -679,8 +695,8 @@ def run_card(args: argparse.Namespace) -> int:
     """Prints a card, writes all, or checks one."""
     if args.all:
         refuse(args, '--all writes the cards of all published weights', 'NAME', '--validate')
-        folder = args.out or 'hub_cards'
-        os.makedirs(folder, exist_ok=True)
+        folder = 'hub_cards' if args.out is None else args.out
+        make_folder(folder)
         for name in tqdm(WEIGHTS, unit='card', disable=None, leave=False):
             atomic_write_text(f'{folder}/{name}.md', card(name))
         atomic_write_text(f'{folder}/README.md', catalogue())

@@ -1,6 +1,7 @@
 """All pictures of the package; the one place that needs matplotlib."""
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -8,14 +9,23 @@ from torch import Tensor
 
 from ..deploy.bench import Result
 from ..models.variants import ARCHS, WEIGHTS
-from ..weights.files import atomic_write
+from ..weights.files import atomic_write, require_writable
 from .explain import Explanation, center_of_mass
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure, SubFigure
 
-__all__ = ['new_figure', 'plot_bench', 'plot_confusion', 'plot_explanation', 'plot_growth', 'plot_pyramid', 'save']
+__all__ = [
+    'new_figure',
+    'plot_bench',
+    'plot_confusion',
+    'plot_explanation',
+    'plot_growth',
+    'plot_pyramid',
+    'require_drawable',
+    'save',
+]
 
 GROWTH = {
     'scale': 'splits, equally wide',
@@ -34,13 +44,21 @@ def new_figure(width: float, height: float) -> 'Figure':
 
 
 def save(figure: 'Figure', out: str) -> None:
-    """Writes a figure to a file, atomically.
+    """Writes a figure to a file, atomically, in the format of its suffix, as PNG without one.
 
     Raises:
         OSError: If the file can't be written.
         ValueError: If matplotlib doesn't know its suffix.
     """
-    atomic_write(out, lambda path: figure.savefig(path, dpi=120))
+    atomic_write(out, lambda path: figure.savefig(path, dpi=120, format=Path(out).suffix[1:] or 'png'))
+
+
+def require_drawable(out: str) -> None:
+    """Raises the error that `save` would, before the work whose picture it is to be."""
+    figure = new_figure(1, 1)
+    if (suffix := Path(out).suffix[1:] or 'png').lower() not in figure.canvas.get_supported_filetypes():
+        raise ValueError(f'{out} can not be drawn: {suffix} is no format of pictures; name it .png, .pdf or .svg')
+    require_writable(out)
 
 
 def plot_confusion(confusion: Tensor, names: Sequence[str], title: str, out: str) -> None:

@@ -62,7 +62,7 @@ def convert(
     """
     if model is not None and model not in ARCHS:
         raise ValueError(f'{model} is no model of this package; `timm-res2net list` shows them')
-    folder = Path(out) if out is not None else Path(Path(file).name.split('.')[0])
+    folder = Path(out) if out is not None else Path(Path(file).stem.removesuffix('.pth'))  # x of x.pth.tar
     if not dry_run:
         require_no_model(folder)
     checkpoint = read_checkpoint(file, dialect=dialect, prefix=prefix, **function)

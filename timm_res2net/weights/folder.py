@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,8 +24,10 @@ WEIGHTS_FILE, CONFIG_FILE = 'model.safetensors', 'config.json'
 
 
 def require_no_model(folder: Path) -> None:
-    """Raises a ValueError if the folder holds a model already."""
-    present = [name for name in (WEIGHTS_FILE, CONFIG_FILE) if (folder / name).exists()]
+    """Raises a ValueError if the folder holds a model already, or is none."""
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise ValueError(f'{folder} is no folder; name another')
+    present = [name for name in (WEIGHTS_FILE, CONFIG_FILE) if os.path.lexists(folder / name)]
     if present:
         raise ValueError(f'{folder} has a {present[0]} already; name another folder, or move it away')
 
@@ -77,6 +80,7 @@ def write_folder(folder: Path, state: dict[str, Tensor], config: dict[str, Any],
             save_weights(state, complete / WEIGHTS_FILE, metadata)
             config['timm_res2net']['sha256'] = sha256(complete / WEIGHTS_FILE)
             (complete / CONFIG_FILE).write_text(json.dumps(config, indent=2) + '\n')
+            shutil.copymode(complete / CONFIG_FILE, complete / WEIGHTS_FILE)  # safetensors lets only the owner read
             if folder.exists():
                 for file in complete.iterdir():
                     os.replace(file, folder / file.name)
