@@ -21,6 +21,7 @@ from timm_res2net import card
 from timm_res2net.__main__ import main
 from timm_res2net.hub.catalogue import catalogue
 from timm_res2net.models.variants import ARCHS, WEIGHTS
+from timm_res2net.version import __version__
 from timm_res2net.vision.images import bundled_digits
 from timm_res2net.weights.dialects import DIALECTS
 from timm_res2net.weights.files import sha256
@@ -107,10 +108,24 @@ def test_predict_prints_files_with_their_labels(run: Run, photos: Path, monkeypa
         (('predict', '--topk', '0'), 2, '0 is not above zero'),
         (('predict', '--device', 'warp'), 2, 'warp can not be used here'),
         (('list', 'vgg*'), 1, 'no model of the family matches vgg'),
-        (('features', 'text.png', '--model', 'test_res2net'), 1, 'this is not an image'),
+        (('features', 'text.png', '--model', 'test_res2net'), 1, 'text.png: this is not an image'),
+        (('features', 'nofile', '--model', 'test_res2net'), 1, 'nofile: there is no such file'),
+        (('explain', 'nofile'), 1, 'nofile: there is no such file'),
+        (('predict', '--device', 'meta'), 2, 'meta can not be used here'),
+        (('predict', '', '--model', 'test_res2net'), 1, "'': this is no name of a file"),
+        (('predict', '--model', 'local-dir:.'), 1, 'weights of local-dir:. can not be had: Config file not found'),
+        (('push', '.', 'me/digits'), 1, 'weights of local-dir:. can not be had: Config file not found'),
+        (('explain', '--model', 'res2nt50_26w_4s'), 2, 'did you mean res2net50_26w_4s'),
+        (('features', 'china.jpg', '--model', 'res2nt50_26w_4s'), 2, 'did you mean res2net50_26w_4s'),
+        (('bench', '--models', 'res2nt50_26w_4s'), 2, 'did you mean res2net50_26w_4s'),
+        (('convert', 'text.png', '--model', 'res2nt50_26w_4s'), 2, 'did you mean res2net50_26w_4s'),
+        (('card', 'china.jpg', '--validate'), 1, 'china.jpg is no text in UTF-8'),
+        (('card', 'absent.jpg', '--validate'), 2, 'there is no file absent.jpg, and there are no published weights'),
+        (('card', 'res2net50d.in22k'), 2, 'there are res2net50d.in1k'),
+        (('card',), 2, 'name published weights'),
+        (('recipe', 'absent'), 2, 'there is no recipe absent; there are cifar100'),
         (('convert', 'text.png'), 1, 'text.png is no file of weights'),
         (('convert', 'text.png', '--dialect', 'caffe'), 2, 'invalid choice'),
-        ((), 2, 'COMMAND'),
         (('bench', '--growth', '--train', '--size', '64'), 2, '--size and --train would have no effect'),
         (('push', 'test_res2net.digits', 'me/digits', '--model', 'res2net50d'), 2, 'says which model it is'),
         (('recipe', '--out', 'a.yaml'), 2, 'name the recipe'),
@@ -128,6 +143,44 @@ def test_main_wrong_arguments_return_status_and_print_message(
     line = done.err.splitlines()[-1]
     assert message in line
     assert line.startswith('timm-res2net')
+
+
+def test_main_without_command_shows_help(run: Run) -> None:
+    done = run()
+    assert (done.status, done.err) == (0, '')
+    assert 'bring other people' in done.out
+
+
+def test_main_version_is_the_packages(run: Run) -> None:
+    assert run('--version').out == f'timm_res2net {__version__}\n'
+
+
+def test_main_interrupted_ends_in_one_line(run: Run, monkeypatch: Patch) -> None:
+    def interrupt(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr('timm_res2net.__main__.pretrained_model', interrupt)
+    assert run('predict') == Done(130, '', 'timm-res2net: interrupted\n')
+
+
+def test_predict_folder_names_what_it_skips_and_succeeds(run: Run, tmp_path: Path, monkeypatch: Patch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path('photos').mkdir()
+    bundled_digits()[20][0].save('photos/three.png')
+    for name in ('a.heic', 'b.svg', 'c.pdf', 'd.txt'):
+        Path('photos', name).touch()
+    Path('photos/lost.jpg').symlink_to('nowhere.jpg')
+    done = run('predict', 'photos', '--model', 'test_res2net')
+    assert done.status == 0
+    assert done.err.splitlines() == [
+        'timm-res2net: skipped, no image of a format that Pillow reads: '
+        '4: photos/a.heic, photos/b.svg, photos/c.pdf, ...',
+        'timm-res2net: skipped, a link to nothing: 1: photos/lost.jpg',
+    ]
+    skipped = json.loads(run('predict', 'photos', '--model', 'test_res2net', '--json').out)['skipped']
+    assert [each['file'] for each in skipped] == [
+        f'photos/{x}' for x in ('a.heic', 'b.svg', 'c.pdf', 'd.txt', 'lost.jpg')
+    ]
 
 
 def test_list_shows_every_architecture_and_its_weights(run: Run) -> None:
@@ -319,8 +372,6 @@ def test_push_and_pull_print_files_and_checksums(run: Run, hub: Hub, tmp_path: P
         (('push', 'absent.pth', 'user/net'), 'can not be opened'),
         (('push', 'test_res2net.digits', 'user/net', '--labels', 'absent.txt'), 'absent.txt can not be opened'),
         (('push', 'test_res2net.digits', 'user/net', '--license', 'made-up'), 'must be one of'),
-        (('card', 'res2net50d.in22k'), 'no published weights'),
-        (('card',), 'name published weights'),
     ],
 )
 def test_hub_command_failure_prints_one_line_without_token(
@@ -366,6 +417,23 @@ def test_list_into_closed_pipe_exits_without_error() -> None:
     assert process.stderr.read() == ''
     assert process.wait() == 0
     process.stderr.close()
+
+
+def test_main_with_closed_standard_output_prints_one_line(run: Run, monkeypatch: Patch) -> None:
+    monkeypatch.setattr(sys, 'stdout', None)
+    assert run('list') == Done(1, '', 'timm-res2net: standard output is closed\n')
+
+
+@pytest.mark.parametrize('arguments', [['list'], ['convert', '--list-dialects'], ['card', 'res2net50d.in1k']], ids=str)
+def test_main_with_full_disk_prints_one_line(run: Run, arguments: list[str], monkeypatch: Patch) -> None:
+    with open('/dev/full', 'w') as full:  # closing it would raise if something were left in it
+        monkeypatch.setattr(sys, 'stdout', full)
+        assert run(*arguments) == Done(1, '', 'timm-res2net: [Errno 28] No space left on device\n')
+
+
+def test_recipes_are_listed_with_descriptions_that_end(run: Run) -> None:
+    done = run('recipe')
+    assert [line[-1] for line in done.out.splitlines() if line.endswith((':', ','))] == []
 
 
 def test_predict_and_explain_weights_without_model_use_the_model_that_they_fit(

@@ -1,5 +1,6 @@
 """`timm_res2net.run` runs programs that don't import this package, with its models registered."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -41,6 +42,19 @@ def test_run_under_torchrun_registers_models_in_every_process(tmp_path: Path) ->
     script.write_text(f'import os, timm; os.write(1, ({line} + os.linesep).encode())')  # at one go: they share a pipe
     done = torchrun('-m', 'timm_res2net.run', str(script))
     assert sorted(done.stdout.splitlines()) == ['0 True', '1 True'], done.stderr
+
+
+@pytest.mark.parametrize('name', ['nomodule', 'nopackage.module', 'timm_res2net.weights', '', '.'])
+def test_run_module_that_is_none_exits_with_its_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, 'argv', ['run'])
+    monkeypatch.setattr(sys, 'path', [*sys.path])
+    with pytest.raises(SystemExit, match=re.escape(f'timm_res2net.run: there is no module {name} to run')):
+        main(['-m', name])
+
+
+def test_run_folder_without_main_exits_with_its_name(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=f'there is no {tmp_path}; name a script'):
+        main([str(tmp_path)])
 
 
 @pytest.mark.parametrize('arguments', [[], ['-m'], ['no_such_script.py']])

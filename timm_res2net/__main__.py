@@ -11,9 +11,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import timm
 import torch
 from huggingface_hub.errors import HfHubHTTPError
+from PIL import Image
 from tqdm import tqdm
 
 from .deploy.bench import MODELS, OPPONENTS, Result, bench, environment, growth
@@ -28,6 +28,7 @@ from .models.classifier import class_names, model_name, registered_cfg
 from .models.function import FIRST_BLOCKS, STYLES, Function
 from .models.variants import ARCHS, WEIGHTS
 from .recipes.arguments import positive
+from .version import __version__
 from .vision.explain import explain
 from .vision.figures import (
     plot_bench,
@@ -38,11 +39,11 @@ from .vision.figures import (
     require_drawable,
 )
 from .vision.images import bundled_digits, find_images, read_image
-from .vision.predict import UnknownModelError, feature_pyramid, predict, pretrained_model
+from .vision.predict import feature_pyramid, predict, pretrained_model
 from .vision.validate import labelled_images, validate
 from .weights.convert import Conversion, convert, export_checkpoint
 from .weights.dialects import DIALECTS, EXPORTS
-from .weights.errors import first_line
+from .weights.errors import UnknownModelError, first_line
 from .weights.files import atomic_write, atomic_write_text, make_folder, require_writable, sha256
 from .weights.folder import CONFIG_FILE, WEIGHTS_FILE
 from .weights.loading import format_create_model, load_model
@@ -60,7 +61,9 @@ EXAMPLE = 20  # of the bundled digits, a 3
 def parser() -> argparse.ArgumentParser:
     """Describes all commands."""
     main = argparse.ArgumentParser(prog='timm-res2net', description='The Res2Net family for timm.')
-    commands = main.add_subparsers(dest='command', required=True, metavar='COMMAND')
+    main.add_argument('--version', action='version', version=f'timm_res2net {__version__}')
+    main.set_defaults(run=show_help)
+    commands = main.add_subparsers(dest='command', metavar='COMMAND')
     for add in (
         *(add_predict, add_validate, add_list, add_features, add_explain, add_convert, add_export),
         *(add_push, add_pull, add_bench, add_recipe, add_card),
@@ -69,10 +72,16 @@ def parser() -> argparse.ArgumentParser:
     return main
 
 
+def show_help(args: argparse.Namespace) -> int:
+    """Shows what commands there are."""
+    parser().print_help()
+    return 0
+
+
 def device(text: str) -> torch.device:
     """An argument that is a device of this machine."""
     try:
-        torch.empty(0, device=text)
+        torch.empty(0, device=text).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         raise argparse.ArgumentTypeError(f'{text} can not be used here: {first_line(error)}') from None
     return torch.device(text)
@@ -115,7 +124,8 @@ def run_predict(args: argparse.Namespace) -> int:
         show_digits(name, rows, args.json)
         return 0
 
-    files, failed = find_images(args.images)
+    found_images = find_images(args.images)
+    files, failed, skipped = found_images.files, found_images.failed, found_images.skipped
     results = []
     bar = tqdm(predict(model, files, **options), total=len(files), unit='image', disable=None, leave=False)
     for file, found in zip(files, bar):
@@ -130,7 +140,11 @@ def run_predict(args: argparse.Namespace) -> int:
     if args.json:
         items = [dict(file=file, predictions=[vars(prediction) for prediction in found]) for file, found in results]
         errors = [dict(file=file, error=error) for file, error in failed]
-        print(json.dumps(dict(model=name, results=items, failed=errors), indent=2))
+        left_out = [dict(file=file, reason=reason) for file, reason in skipped]
+        print(json.dumps(dict(model=name, results=items, failed=errors, skipped=left_out), indent=2))
+    for reason in dict.fromkeys(reason for _, reason in skipped):
+        names = [file for file, why in skipped if why == reason]
+        print(f'timm-res2net: skipped, {reason}: {summarize_names(names)}', file=sys.stderr)
     for name, error in failed:
         print(f'timm-res2net: {name}: {error}', file=sys.stderr)
     return 1 if failed else 0
@@ -189,7 +203,7 @@ def show_digits(name: str, rows: list[tuple[str, Any]], as_json: bool) -> None:
     """Prints predictions of the bundled digits beside the truth."""
     if as_json:
         items = [dict(truth=truth, predictions=[vars(prediction) for prediction in found]) for truth, found in rows]
-        print(json.dumps(dict(model=name, results=items, failed=[]), indent=2))
+        print(json.dumps(dict(model=name, results=items, failed=[], skipped=[]), indent=2))
         return
     print(f'{name} on handwritten digits that it was not trained on\n')
     print('truth   predicted')
@@ -249,7 +263,7 @@ def run_features(args: argparse.Namespace) -> int:
     """Prints the shapes of an image's feature maps and draws them."""
     if args.out is not None:
         require_drawable(args.out)
-    image = read_image(args.image)
+    image = read_named_image(args.image)
     model = pretrained_model(args.model, features_only=True)
     shown, features = feature_pyramid(model, image)
     info: Any = model.feature_info
@@ -262,6 +276,14 @@ def run_features(args: argparse.Namespace) -> int:
         plot_pyramid(shown, features, info.reduction(), args.out)
         print(f'\ndrawn to {args.out}')
     return 0
+
+
+def read_named_image(path: str) -> Image.Image:
+    """Reads an image; the ValueError for one that can't be read names it."""
+    try:
+        return read_image(path)
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}') from error
 
 
 def add_explain(commands: Commands) -> None:
@@ -284,7 +306,7 @@ def add_explain(commands: Commands) -> None:
 def run_explain(args: argparse.Namespace) -> int:
     """Draws what a network looks at, and says what is in the picture."""
     require_drawable(args.out)
-    image = read_image(args.image) if args.image else bundled_digits()[EXAMPLE][0]
+    image = read_named_image(args.image) if args.image else bundled_digits()[EXAMPLE][0]
     name = args.model or (None if args.weights else PHOTO if args.image else EMBEDDED)
     model = pretrained_model(name, args.weights)
     arch = ARCHS.get(model_name(model))
@@ -389,7 +411,7 @@ def run_export(args: argparse.Namespace) -> int:
     options: dict[str, Any] = dict(features_only=True) if args.features else {}
     if os.path.isdir(args.source):
         refuse(args, f'{args.source} says which model it is', '--model')
-        model = timm.create_model(f'local-dir:{args.source}', pretrained=True, **options).eval()
+        model = pretrained_model(f'local-dir:{args.source}', **options)
     elif os.path.isfile(args.source):
         model = pretrained_model(args.model, args.source, **options)
     else:
@@ -492,7 +514,7 @@ def run_push(args: argparse.Namespace) -> int:
     if os.path.isdir(args.source) or args.source in WEIGHTS:
         refuse(args, f'{args.source} says which model it is', '--model')
     if os.path.isdir(args.source):
-        model = timm.create_model(f'local-dir:{args.source}', pretrained=True)
+        model = pretrained_model(f'local-dir:{args.source}')
     elif args.source in WEIGHTS:
         model = pretrained_model(args.source)
     else:
@@ -522,13 +544,19 @@ def run_push(args: argparse.Namespace) -> int:
     return 0
 
 
-def read_lines(path: str) -> list[str]:
-    """The lines of a text file that are not empty; ValueError if it can't be read."""
+def read_text(path: str) -> str:
+    """Reads a text file; ValueError if that is not possible."""
     try:
-        with open(path, encoding='utf-8') as file:
-            return [line.strip() for line in file if line.strip()]
+        return Path(path).read_text(encoding='utf-8')
     except OSError as error:
         raise ValueError(f'{path} can not be opened: {error.strerror}') from error
+    except UnicodeDecodeError:
+        raise ValueError(f'{path} is no text in UTF-8') from None
+
+
+def read_lines(path: str) -> list[str]:
+    """The lines of a text file that are not empty; ValueError if it can't be read."""
+    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
 
 
 def result(text: str) -> tuple[str, float]:
@@ -669,10 +697,10 @@ def run_recipe(args: argparse.Namespace) -> int:
     if args.name is None:
         refuse(args, 'name the recipe to write', '--out')
         for name, text in recipes.items():
-            print(f'{name:{max(map(len, recipes))}}  {text.splitlines()[0].removeprefix("# ")}')
+            print(f'{name:{max(map(len, recipes))}}  {text.splitlines()[0].removeprefix("# ").rstrip(":")}')
         return 0
     if args.name not in recipes:
-        raise ValueError(f'there is no recipe {args.name}; there are {", ".join(recipes)}')
+        parser().error(f'there is no recipe {args.name}; there are {", ".join(recipes)}')
     if args.out is None:
         print(recipes[args.name], end='')
         return 0
@@ -704,8 +732,13 @@ def run_card(args: argparse.Namespace) -> int:
         return 0
     refuse(args, 'cards are written by --all', '--out')
     if args.name is None:
-        raise ValueError('name published weights, or say --all; `timm-res2net list --pretrained` shows them')
-    text = Path(args.name).read_text() if os.path.isfile(args.name) else card(args.name)
+        parser().error('name published weights, or say --all; `timm-res2net list --pretrained` shows them')
+    try:
+        text = read_text(args.name) if os.path.isfile(args.name) else card(args.name)
+    except ValueError as error:
+        if os.path.isfile(args.name):
+            raise
+        raise UnknownModelError(f'there is no file {args.name}, and {error}') from error
     if not args.validate:
         print(text, end='')
         return 0
@@ -723,19 +756,33 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         0, or 1 if something failed, or 2 for a wrong call.
     """
-    args = parser().parse_args(argv)
+    if sys.stdout is None:
+        print('timm-res2net: standard output is closed', file=sys.stderr)
+        return 1
     try:
-        status = args.run(args)
-        sys.stdout.flush()  # here, where a reader that has gone is expected, and not at the interpreter's end
-        return status
+        try:
+            args = parser().parse_args(argv)
+            return args.run(args)
+        finally:
+            sys.stdout.flush()  # here, where a reader that has gone is expected, and not at the interpreter's end
     except BrokenPipeError:  # the reader has stopped reading, as in `timm-res2net list | head -3`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        discard_output()
         return 0
-    except (ValueError, TypeError, OSError, ImportError, HfHubHTTPError) as error:
+    except (ValueError, TypeError, OSError, ImportError, HfHubHTTPError, torch.OutOfMemoryError) as error:
+        try:
+            sys.stdout.flush()
+        except OSError:  # a full disk, which the interpreter would meet again at its end
+            discard_output()
         print(f'timm-res2net: {" ".join(str(error).split())}', file=sys.stderr)
         return 2 if isinstance(error, UnknownModelError) else 1
     except KeyboardInterrupt:
+        print('timm-res2net: interrupted', file=sys.stderr)
         return 130
+
+
+def discard_output() -> None:
+    """Leads standard output to nowhere, where it can't be written any more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == '__main__':

@@ -1,6 +1,7 @@
 """Images of every kind are read correctly or refused in one line; predictions and figures are correct."""
 
 import io
+import os
 import struct
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,8 @@ from timm_res2net.models.variants import WEIGHTS
 from timm_res2net.recipes.digits import split
 from timm_res2net.vision.figures import plot_pyramid
 from timm_res2net.vision.images import bundled_digits, find_images, preprocess, read_image
-from timm_res2net.vision.predict import UnknownModelError, feature_pyramid, predict, pretrained_model
+from timm_res2net.vision.predict import feature_pyramid, predict, pretrained_model
+from timm_res2net.weights.errors import UnknownModelError
 
 
 @pytest.fixture
@@ -167,9 +169,37 @@ def test_find_images_expands_folders_and_globs_and_lists_failures(tmp_path: Path
         (tmp_path / name).touch()
     (tmp_path / 'empty').mkdir()
     named = [f'{tmp_path}/{name}' for name in ('a.png', 'b', 'e/*.png', 'nothing*', 'empty', 'absent.png')]
-    files, failed = find_images(named)
-    assert [str(file.relative_to(tmp_path)) for file in files] == ['a.png', 'b/c.jpg', 'e/f.png', 'absent.png']
-    assert [Path(name).name for name, _ in failed] == ['nothing*', 'empty']
+    found = find_images(named)
+    assert [str(file.relative_to(tmp_path)) for file in found.files] == ['a.png', 'b/c.jpg', 'e/f.png', 'absent.png']
+    assert [Path(name).name for name, _ in found.failed] == ['nothing*', 'empty']
+    assert [Path(name).name for name, _ in found.skipped] == ['d.txt']
+
+
+def test_find_images_follows_linked_folders_once(tmp_path: Path) -> None:
+    (tmp_path / 'real').mkdir()
+    (tmp_path / 'real' / 'a.png').touch()
+    (tmp_path / 'photos').mkdir()
+    (tmp_path / 'photos' / 'linked').symlink_to(tmp_path / 'real')
+    (tmp_path / 'photos' / 'upwards').symlink_to(tmp_path / 'photos')
+    assert find_images([str(tmp_path / 'photos')]).files == [tmp_path / 'photos' / 'linked' / 'a.png']
+
+
+def test_find_images_in_unreadable_folder_keeps_those_beside_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / 'a.png').touch()
+    (tmp_path / 'closed').mkdir()
+    scandir = os.scandir
+
+    def refuse(path: str) -> Any:
+        if path.endswith('closed'):
+            raise PermissionError(13, 'Permission denied', path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, 'scandir', refuse)
+    found = find_images([str(tmp_path)])
+    assert found.files == [tmp_path / 'a.png']
+    assert found.failed == [(str(tmp_path / 'closed'), 'this folder can not be read: Permission denied')]
 
 
 @pytest.mark.parametrize(

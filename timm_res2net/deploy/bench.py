@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from ..models.variants import ARCHS
 from ..res2net import timm_entrypoint
-from ..weights.errors import first_line
+from ..weights.errors import UnknownModelError, first_line
 from .export import export
 from .optimize import compile_by_openvino, optimize
 from .runtimes import load_exported
@@ -328,11 +328,12 @@ def bench(
         rounds: Measurements of each.
 
     Raises:
-        ValueError: If a name is not known, a way to run a model fails, or two don't agree.
+        UnknownModelError: If there is no such model.
+        ValueError: If a way to run a model fails, or two don't agree.
     """
     device = torch.device(device)
     if unknown := sorted(set(models) - ARCHS.keys()):
-        raise ValueError(f'not models of this package: {", ".join(unknown)}; `timm-res2net list` shows them')
+        raise UnknownModelError.among(unknown[0], ARCHS)
     if torch.int8 in dtypes and (train or not {'openvino', 'onnxruntime'} & set(against)):
         raise ValueError('int8 is for inference by OpenVINO or onnxruntime: name them in against')
     if device.type != 'cpu' and set(against) - {'timm'}:

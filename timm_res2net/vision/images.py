@@ -3,6 +3,7 @@
 import glob
 import os
 from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -14,35 +15,73 @@ from torch import Tensor, nn
 from ..models.variants import ASSETS
 from ..weights.files import PathLike
 
-__all__ = ['bundled_digits', 'find_images', 'preprocess', 'read_image']
+__all__ = ['Found', 'bundled_digits', 'find_images', 'preprocess', 'read_image']
 
+RECOGNISED = {'BUFR', 'GRIB', 'HDF5', 'MPEG'}  # by Pillow, which has no decoder for them
 DIGIT_SIZE = 8  # pixels; digits.png has a row of held-out digits for each of the ten labels
 
 
-def find_images(patterns: Iterable[str]) -> tuple[list[Path], list[tuple[str, str]]]:
+@dataclass
+class Found:
+    """What `find_images` found."""
+
+    files: list[Path] = field(default_factory=list)
+    failed: list[tuple[str, str]] = field(default_factory=list)  # names and patterns without a file, and why
+    skipped: list[tuple[str, str]] = field(default_factory=list)  # files in folders, and why
+
+
+def find_images(patterns: Iterable[str]) -> Found:
     """Finds image files.
 
     Args:
-        patterns: Names of files, of folders (for all images below them), and globs.
-
-    Returns:
-        The files, and the patterns without any file, each with the reason.
+        patterns: Names of files, of folders (for all images below them, also behind links), and globs.
     """
-    files: list[Path] = []
-    failed: list[tuple[str, str]] = []
-    suffixes = set(Image.registered_extensions())
+    found = Found()
     for pattern in patterns:
-        path = Path(pattern)
-        if path.is_dir():
-            found = sorted(file for file in path.rglob('*') if file.suffix.lower() in suffixes and file.is_file())
-        elif not path.exists() and glob.has_magic(pattern):
-            found = sorted(Path(name) for name in glob.glob(pattern, recursive=True) if os.path.isfile(name))
+        if os.path.isdir(pattern):
+            before = len(found.files)
+            find_below(pattern, found)
+            if len(found.files) == before:
+                found.failed.append((pattern, 'there is no image in this folder'))
+        elif not os.path.lexists(pattern) and glob.has_magic(pattern):
+            names = sorted(name for name in glob.glob(pattern, recursive=True) if os.path.isfile(name))
+            found.files += map(Path, names)
+            found.failed += [] if names else [(pattern, 'matches no file')]
+        elif pattern:
+            found.files.append(Path(pattern))
         else:
-            found = [path]
-        if not found:
-            failed.append((pattern, 'there is no image in this folder' if path.is_dir() else 'matches no file'))
-        files += found
-    return files, failed
+            found.failed.append(("''", 'this is no name of a file'))
+    return found
+
+
+def find_below(folder: str, found: Found) -> None:
+    """Adds all images below a folder, in order."""
+
+    def fail(error: OSError) -> None:
+        found.failed.append((str(error.filename), f'this folder can not be read: {error.strerror}'))
+
+    suffixes = readable_suffixes()
+    seen: set[str] = set()  # a link may lead to a folder above it
+    for here, folders, names in os.walk(folder, followlinks=True, onerror=fail):
+        folders.sort()
+        if os.path.realpath(here) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(here))
+        for name in sorted(names):
+            file = Path(here, name)
+            if not os.path.isfile(file):
+                found.skipped.append((str(file), 'a link to nothing' if file.is_symlink() else 'no file'))
+            elif file.suffix.lower() not in suffixes:
+                found.skipped.append((str(file), 'no image of a format that Pillow reads'))
+            else:
+                found.files.append(file)
+
+
+def readable_suffixes() -> set[str]:
+    """Suffixes of the formats that Pillow reads, not only writes, as PDF, or recognises."""
+    Image.init()
+    return {suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN and kind not in RECOGNISED}
 
 
 def read_image(path: PathLike) -> Image.Image:

@@ -1,6 +1,5 @@
 """Classifies images, and loads the model for it."""
 
-import difflib
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
@@ -17,20 +16,16 @@ from torch.utils.data import DataLoader, Dataset
 from ..deploy.optimize import optimize
 from ..deploy.runtimes import SUFFIXES, load_exported
 from ..models.classifier import class_names, registered_cfg
-from ..weights.errors import first_line
+from ..weights.errors import UnknownModelError, first_line
 from ..weights.loading import load_model
 from .images import preprocess, read_image
 
-__all__ = ['Prediction', 'UnknownModelError', 'classify', 'feature_pyramid', 'predict', 'pretrained_model']
+__all__ = ['Prediction', 'classify', 'feature_pyramid', 'predict', 'pretrained_model']
 
 _logger = logging.getLogger(__name__)
 
 ImageT = TypeVar('ImageT')
 HANDFUL = 16  # images for which fusing and starting processes takes longer than it saves
-
-
-class UnknownModelError(ValueError):
-    """No model has this name."""
 
 
 @dataclass(frozen=True)
@@ -68,9 +63,7 @@ def pretrained_model(
     arch, _, tag = name.partition('.')
     hosted = ':' in name  # hf-hub:..., local-dir:...
     if not hosted and not timm.is_model(arch):
-        alike = difflib.get_close_matches(arch, timm.list_models())
-        hint = f'; did you mean {" or ".join(alike)}?' if alike else '; `timm-res2net list` shows the family'
-        raise UnknownModelError(f'there is no model {name}{hint}')
+        raise UnknownModelError.among(arch, timm.list_models())
     try:
         published = hosted or registered_cfg(name).has_weights
     except RuntimeError:
@@ -85,10 +78,13 @@ def pretrained_model(
         return timm.create_model(name, pretrained=True, **kwargs).to(device).eval()
     except Exception as error:  # a download fails in as many ways as libraries take part in it
         _logger.debug('no weights of %s', name, exc_info=True)
-        raise ValueError(
-            f'weights of {name} can not be had: {first_line(error)}. If you are offline, give a file with '
-            '--weights FILE, or take test_res2net.digits, which needs no network'
-        ) from error
+        problem = f'weights of {name} can not be had: {first_line(error)}'
+        if not name.startswith('local-dir:'):
+            problem += (
+                '. If you are offline, give a file with --weights FILE, or take test_res2net.digits, which needs '
+            )
+            problem += 'no network'
+        raise ValueError(problem) from error
 
 
 def predict(

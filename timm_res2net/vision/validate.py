@@ -68,7 +68,7 @@ def labelled_images(folder: PathLike, names: Sequence[str], labels: PathLike | N
                 f'{root} has {len(classes)} folders and the model {len(names)} classes, of which none is {strange}'
             )
         index = {name: i for i, name in enumerate(classes)}
-    pairs = [(file, index[name]) for name in classes for file in find_images([str(root / name)])[0]]
+    pairs = [(file, index[name]) for name in classes for file in find_images([str(root / name)]).files]
     if not pairs:
         raise ValueError(f'there is no image in {root}')
     return pairs

@@ -16,6 +16,7 @@ from ..models.function import Function
 from ..models.variants import ARCHS, WEIGHTS, default_cfg
 from .checkpoints import Checkpoint, read_checkpoint
 from .dialects import DIALECTS, export
+from .errors import UnknownModelError
 from .files import PathLike, atomic_write, sha256
 from .folder import make_config, require_no_model, write_folder
 from .loading import find_architecture, require_same_function
@@ -57,11 +58,12 @@ def convert(
 
     Raises:
         CheckpointError: If the file can't be read, fits no model, or is of a network whose function is not known.
-        ValueError: If the model is not known, or the folder has one already.
+        UnknownModelError: If there is no such model.
+        ValueError: If the folder has a model already.
         OSError: If the folder can't be written.
     """
     if model is not None and model not in ARCHS:
-        raise ValueError(f'{model} is no model of this package; `timm-res2net list` shows them')
+        raise UnknownModelError.among(model, ARCHS)
     folder = Path(out) if out is not None else Path(Path(file).stem.removesuffix('.pth'))  # x of x.pth.tar
     if not dry_run:
         require_no_model(folder)

@@ -1,10 +1,24 @@
-"""The error of a bad file, and how a message quotes another error."""
+"""Errors of a bad file and of an unknown model, and how a message quotes another error."""
 
-__all__ = ['CheckpointError', 'first_line']
+import difflib
+from collections.abc import Iterable
+
+__all__ = ['CheckpointError', 'UnknownModelError', 'first_line']
 
 
 class CheckpointError(ValueError):
     """A file of weights can't be read, or is not what the model needs."""
+
+
+class UnknownModelError(ValueError):
+    """No model has this name."""
+
+    @classmethod
+    def among(cls, name: str, known: Iterable[str]) -> 'UnknownModelError':
+        """The error that names the known models most like it."""
+        alike = difflib.get_close_matches(name, list(known))
+        hint = f'did you mean {" or ".join(alike)}?' if alike else '`timm-res2net list` shows the family'
+        return cls(f'there is no model {name}; {hint}')
 
 
 def first_line(error: BaseException) -> str:
