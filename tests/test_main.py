@@ -298,6 +298,9 @@ def test_convert_prints_detected_model_and_written_files(
         'dialect      paddleclas: PaddleClas, .pdparams',
         "computes     first_block='paddle'",
         "model        timm.create_model('res2net50_vd_26w_4s', base_width=2): certain, all tensors fit",
+        'images       224 x 224, bilinear, crop 0.875, mean 0.485, 0.456, 0.406, std 0.229, 0.224, 0.225: assumed, '
+        'the usual; the file does not tell',
+        'classes      5, without names',
         'filled in    87: conv1.1.num_batches_tracked, conv1.4.num_batches_tracked, bn1.num_batches_tracked, ...',
         'cast         0',
         '',
@@ -323,8 +326,8 @@ def test_convert_dry_run_writes_nothing(run: Run, tmp_path: Path, monkeypatch: P
     lines = done.out.splitlines()
     assert lines[4] == "computes     first_block='mmdet'"
     assert lines[5].startswith('assumed      style, strides, dilations, ')
-    assert lines[8].startswith('cast         ')
-    assert lines[8].endswith('of float16 to float32')
+    assert lines[10].startswith('cast         ')
+    assert lines[10].endswith('of float16 to float32')
     assert lines[-1] == 'nothing was written'
     done = run('convert', 'x.pth', '--dry-run')
     assert 'assumed      first_block, style, strides, dilations, ' in done.out

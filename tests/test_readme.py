@@ -97,7 +97,7 @@ def test_readme_top_level_lists_every_command() -> None:
 
 
 def test_readme_has_as_many_examples_as_are_tested() -> None:
-    tested = {'top': 2, 'hub_cards': 0, 'deploy': 2, 'hub': 1, 'models': 5, 'recipes': 0, 'weights': 4}
+    tested = {'top': 2, 'hub_cards': 0, 'deploy': 2, 'hub': 1, 'models': 5, 'recipes': 0, 'weights': 5}
     assert {name: len(examples) for name, examples in EXAMPLES.items()} == tested
 
 
@@ -186,6 +186,16 @@ def test_readme_dilated_example_loads_backbone_at_stated_strides(
     assert [info['reduction'] for info in backbone.feature_info] == [2, 4, 8, 16, 16]
     assert backbone.layer4[0].convs[0].dilation == (2, 2)
     torch.testing.assert_close(dict(backbone.state_dict()), dict(state), rtol=0, atol=0)
+
+
+def test_readme_example_for_other_classes_has_a_new_classifier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    state = timm.create_model('test_res2net', num_classes=3).state_dict()
+    torch.save({'state_dict': state}, 'last.pth.tar')
+    made = run('weights', 'num_classes=7')['model'].state_dict()
+    assert made['fc.weight'].shape[0] == 7
+    rest = [name for name in state if not name.startswith('fc.')]
+    torch.testing.assert_close([made[name] for name in rest], [state[name] for name in rest], rtol=0, atol=0)
 
 
 CHECKED = re.findall(r'^\|.*\| (the usual|`.*=.*`) \| `(.*/.*)` \|$', TEXTS['weights'], re.MULTILINE)

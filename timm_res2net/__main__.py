@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -24,7 +24,7 @@ from .hub.catalogue import catalogue
 from .hub.client import problems_on_hub
 from .hub.pull import download_model
 from .hub.push import push
-from .models.classifier import class_names, model_name, registered_cfg
+from .models.classifier import as_classifier, class_names, model_name, registered_cfg
 from .models.function import FIRST_BLOCKS, STYLES, Function
 from .models.variants import ARCHS, WEIGHTS
 from .recipes.arguments import positive
@@ -39,14 +39,16 @@ from .vision.figures import (
     require_drawable,
 )
 from .vision.images import bundled_digits, find_images, read_image
-from .vision.predict import feature_pyramid, predict, pretrained_model
+from .vision.predict import feature_pyramid, is_exported, name_classes, predict, pretrained_model
 from .vision.validate import labelled_images, validate
+from .weights.checkpoints import Checkpoint, read_checkpoint
 from .weights.convert import Conversion, convert, export_checkpoint
 from .weights.dialects import DIALECTS, EXPORTS
 from .weights.errors import UnknownModelError, first_line
-from .weights.files import atomic_write, atomic_write_text, make_folder, require_writable, sha256
+from .weights.files import atomic_write, atomic_write_text, make_folder, read_text, require_writable, sha256
 from .weights.folder import CONFIG_FILE, WEIGHTS_FILE
 from .weights.loading import format_create_model, load_model
+from .weights.training import read_labels
 
 # What add_subparsers returns; argparse has no public name for it.
 Commands: TypeAlias = 'argparse._SubParsersAction[argparse.ArgumentParser]'
@@ -103,6 +105,7 @@ def add_predict(commands: Commands) -> None:
         '--model', metavar='NAME', help=f'default: {PHOTO}, {EMBEDDED} for the bundled digits, or what FILE fits'
     )
     command.add_argument('--weights', metavar='FILE', help='a file of weights instead of published ones')
+    add_labels(command)
     command.add_argument('--topk', type=positive, default=5, metavar='K', help='classes to show (default: 5)')
     command.add_argument('--device', type=device, default='cpu', metavar='D', help='such as cuda (default: cpu)')
     command.add_argument('--batch-size', type=positive, default=16, metavar='N', help='images at once (default: 16)')
@@ -110,11 +113,25 @@ def add_predict(commands: Commands) -> None:
     command.set_defaults(run=run_predict)
 
 
+def add_labels(command: argparse.ArgumentParser) -> None:
+    """Adds the argument that names classes."""
+    command.add_argument(
+        '--labels', metavar='PATH', help='names of the classes: a text file, a line each, or the folder of the data'
+    )
+
+
 def run_predict(args: argparse.Namespace) -> int:
     """Classifies images; 1 if one of them could not be."""
     bundled = not args.images
     default = None if args.weights else EMBEDDED if bundled else PHOTO
-    model = pretrained_model(args.model or default, args.weights, args.device)
+    labels = read_labels(args.labels) if args.labels is not None else None
+    is_program = args.weights is not None and is_exported(args.weights)
+    checkpoint = None if args.weights is None or is_program else read_checkpoint(args.weights)
+    model = pretrained_model(args.model or default, checkpoint or args.weights, args.device)
+    if labels is not None:
+        name_classes(model, labels)
+    if checkpoint is not None:
+        print('\n'.join(describe_training(checkpoint, as_classifier(model).pretrained_cfg)), file=sys.stderr)
     name = args.model or default or model_name(model)
     options = dict(topk=args.topk, batch_size=args.batch_size)
     if bundled:
@@ -334,6 +351,7 @@ def add_convert(commands: Commands) -> None:
     command.add_argument('--out', metavar='DIR', help='what to write (default: named after FILE, in this folder)')
     command.add_argument('--dialect', choices=DIALECTS, help='whose names it has (default: recognised)')
     add_function(command)
+    add_labels(command)
     command.add_argument('--prefix', help='what precedes the names, in a file with several networks')
     command.add_argument('--to', choices=EXPORTS, help='write a file for this code instead of a folder for timm')
     command.add_argument('--dry-run', action='store_true', help='write nothing')
@@ -371,6 +389,7 @@ def stated_function(args: argparse.Namespace) -> dict[str, Any]:
 def run_convert(args: argparse.Namespace) -> int:
     """Converts a file of weights to a folder for timm, or to a file for other code."""
     options = dict(model=args.model, dialect=args.dialect, prefix=args.prefix, **stated_function(args))
+    options['labels'] = read_labels(args.labels) if args.labels is not None else None
     done = convert(args.file, args.out, dry_run=args.dry_run or args.to is not None, **options)
     show_conversion(done)
     if args.dry_run:
@@ -461,6 +480,7 @@ def show_conversion(done: Conversion) -> None:
     if checkpoint.assumed:
         print(f'assumed      {", ".join(checkpoint.assumed)}: the usual, the file does not tell')
     print(f'model        {format_create_model(done.name, done.args)}: certain, all tensors fit')
+    print('\n'.join(describe_training(checkpoint, {**done.config, **done.config['pretrained_cfg']})))
     for reason in sorted(set(translation.dropped.values())):
         names = [name for name, why in translation.dropped.items() if why == reason]
         print(f'dropped      {reason}: {summarize_names(names)}')
@@ -468,6 +488,19 @@ def show_conversion(done: Conversion) -> None:
     print(f'cast         {", ".join(f"{count} of {kind} to float32" for kind, count in translation.cast.items()) or 0}')
     if 'sha256' in record:
         print(f'\n{done.folder / WEIGHTS_FILE}\n  sha256 {record["sha256"]}')
+
+
+def describe_training(checkpoint: Checkpoint, cfg: Mapping[str, Any]) -> list[str]:
+    """Says how images are prepared and what classes are called, and whether the file tells or that is assumed."""
+    training = checkpoint.training
+    size = ' x '.join(map(str, cfg['input_size'][1:]))
+    mean, std = (', '.join(f'{value:g}' for value in cfg[key]) for key in ('mean', 'std'))
+    shown = f'{size}, {cfg["interpolation"]}, crop {cfg["crop_pct"]:g}, mean {mean}, std {std}'
+    told = 'as the file says' if training.images else 'assumed, the usual; the file does not tell'
+    names = cfg.get('label_names') or ()
+    source = f', named in {training.labels_from}' if training.labels == tuple(names) else ', named as given'
+    named = f'{source}: {", ".join(names[:3])}{", ..." if len(names) > 3 else ""}' if names else ', without names'
+    return [f'images       {shown}: {told}', f'classes      {checkpoint.num_classes}{named}']
 
 
 class ListDialects(argparse.Action):
@@ -498,7 +531,7 @@ def add_push(commands: Commands) -> None:
     command.add_argument('--license', metavar='ID', help='such as apache-2.0')
     command.add_argument('--license-link', metavar='URL', help='of a licence that the Hub does not know')
     command.add_argument('--base-model', metavar='USER/NAME', help='what it was fine-tuned from')
-    command.add_argument('--labels', metavar='FILE', help='names of the classes, a line each')
+    add_labels(command)
     command.add_argument('--recipe', metavar='TEXT', help='how it was trained')
     command.add_argument('--private', action='store_true', default=None, help='make the repository private')
     command.add_argument('--revision', metavar='BRANCH', help='made if it does not exist (default: main)')
@@ -513,6 +546,7 @@ def run_push(args: argparse.Namespace) -> int:
     """Uploads a model, or writes what would be uploaded."""
     if os.path.isdir(args.source) or args.source in WEIGHTS:
         refuse(args, f'{args.source} says which model it is', '--model')
+    done = None
     if os.path.isdir(args.source):
         model = pretrained_model(f'local-dir:{args.source}')
     elif args.source in WEIGHTS:
@@ -520,7 +554,7 @@ def run_push(args: argparse.Namespace) -> int:
     else:
         done = convert(args.source, dry_run=True, model=args.model)
         model = load_model(done.checkpoint, done.name, **done.args)
-    labels = read_lines(args.labels) if args.labels else None
+    labels = read_labels(args.labels) if args.labels is not None else None
     pushed = push(
         model,
         args.repo,
@@ -541,22 +575,10 @@ def run_push(args: argparse.Namespace) -> int:
     for name, digest in pushed.hashes.items():
         print(f'{digest}  {name}')
     print(f'\nwrote {pushed.folder}; nothing was sent' if pushed.folder else f'\n{pushed.url}')
+    if done is not None:
+        cfg = as_classifier(model).pretrained_cfg
+        print('\n'.join(describe_training(done.checkpoint, {**cfg, **({'label_names': labels} if labels else {})})))
     return 0
-
-
-def read_text(path: str) -> str:
-    """Reads a text file; ValueError if that is not possible."""
-    try:
-        return Path(path).read_text(encoding='utf-8')
-    except OSError as error:
-        raise ValueError(f'{path} can not be opened: {error.strerror}') from error
-    except UnicodeDecodeError:
-        raise ValueError(f'{path} is no text in UTF-8') from None
-
-
-def read_lines(path: str) -> list[str]:
-    """The lines of a text file that are not empty; ValueError if it can't be read."""
-    return [line.strip() for line in read_text(path).splitlines() if line.strip()]
 
 
 def result(text: str) -> tuple[str, float]:

@@ -247,4 +247,6 @@ def test_bench_command_wrong_argument_exits_with_its_value(
 
 def test_bench_command_unknown_model_prints_its_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(['bench', '--models', 'res2net50']) == 2
-    assert 'there is no model res2net50; did you mean res2next50 or res2net50d' in capsys.readouterr().err
+    assert (
+        'there is no model res2net50 in this package; did you mean res2next50 or res2net50d' in capsys.readouterr().err
+    )

@@ -712,7 +712,7 @@ def test_convert_model_argument_must_fit_file(tmp_path: Path, build: Any) -> Non
     )
     with pytest.raises(CheckpointError, match='those of no model of this package, or not those of dla60_res2net'):
         convert(file, dry_run=True, model='dla60_res2net')
-    with pytest.raises(ValueError, match='resnet50 is no model of this package'):
+    with pytest.raises(ValueError, match='there is no model resnet50 in this package; did you mean res2next50'):
         convert(file, dry_run=True, model='resnet50')
 
 

@@ -333,7 +333,7 @@ def bench(
     """
     device = torch.device(device)
     if unknown := sorted(set(models) - ARCHS.keys()):
-        raise UnknownModelError.among(unknown[0], ARCHS)
+        raise UnknownModelError.among(unknown[0], ARCHS, ' in this package')
     if torch.int8 in dtypes and (train or not {'openvino', 'onnxruntime'} & set(against)):
         raise ValueError('int8 is for inference by OpenVINO or onnxruntime: name them in against')
     if device.type != 'cpu' and set(against) - {'timm'}:

@@ -16,11 +16,14 @@ from torch.utils.data import DataLoader, Dataset
 from ..deploy.optimize import optimize
 from ..deploy.runtimes import SUFFIXES, load_exported
 from ..models.classifier import class_names, registered_cfg
+from ..weights.checkpoints import Checkpoint
+from ..weights.convert import require_as_many_labels
 from ..weights.errors import UnknownModelError, first_line
+from ..weights.files import PathLike
 from ..weights.loading import load_model
 from .images import preprocess, read_image
 
-__all__ = ['Prediction', 'classify', 'feature_pyramid', 'predict', 'pretrained_model']
+__all__ = ['Prediction', 'classify', 'feature_pyramid', 'is_exported', 'name_classes', 'predict', 'pretrained_model']
 
 _logger = logging.getLogger(__name__)
 
@@ -38,7 +41,7 @@ class Prediction:
 
 
 def pretrained_model(
-    name: str | None, weights: str | None = None, device: str | torch.device = 'cpu', **kwargs: Any
+    name: str | None, weights: PathLike | Checkpoint | None = None, device: str | torch.device = 'cpu', **kwargs: Any
 ) -> nn.Module:
     """Makes a model with its published weights, or with those of a file, in evaluation mode.
 
@@ -52,7 +55,7 @@ def pretrained_model(
         UnknownModelError: If there is no such model; the message names those most alike.
         ValueError: If the weights can't be loaded, with the reason in one line.
     """
-    if weights is not None and weights.endswith(SUFFIXES):
+    if weights is not None and not isinstance(weights, Checkpoint) and is_exported(weights):
         if name is not None or kwargs or str(device) != 'cpu':
             raise ValueError(f'{weights} is an exported model, which runs as it is, on the CPU: give nothing else')
         return load_exported(weights)
@@ -85,6 +88,18 @@ def pretrained_model(
             )
             problem += 'no network'
         raise ValueError(problem) from error
+
+
+def is_exported(file: PathLike) -> bool:
+    """Whether a file's name is that of an exported model, and not of weights."""
+    return os.fspath(file).endswith(SUFFIXES)
+
+
+def name_classes(model: nn.Module, labels: Sequence[str]) -> None:
+    """Gives names to the classes of a model, also of an exported one; ValueError if there are not as many."""
+    net: Any = model
+    require_as_many_labels(labels, net.num_classes)
+    net.pretrained_cfg['label_names'] = tuple(labels)
 
 
 def predict(

@@ -1,7 +1,7 @@
 """What a file of weights holds: a network's tensors under timm's names, and what the network computes."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from torch import Tensor
@@ -14,11 +14,12 @@ from .errors import CheckpointError
 from .files import PathLike
 from .projects import find_project
 from .readers import Contents, read
+from .training import Training, recorded_training
 
 __all__ = ['Checkpoint', 'read_checkpoint', 'recognise']
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Checkpoint:
     """A network's weights read from a file, under timm's names, and what the network computes."""
 
@@ -28,6 +29,12 @@ class Checkpoint:
     assumed: tuple[str, ...] = ()  # fields of `function` that nothing in the file tells, so they are the usual ones
     project: str | None = None  # the larger network that it is a part of, if that is known
     unknown: str = ''  # why `function` is None
+    training: Training = field(default_factory=Training)
+
+    def __repr__(self) -> str:
+        dialect, dropped = self.translation.dialect, len(self.translation.dropped)
+        left_out = f', {dropped} dropped' if dropped else ''
+        return f'Checkpoint({self.file!r}, {dialect}, {len(self.state)} tensors{left_out}, {self.num_classes} classes)'
 
     @property
     def state(self) -> dict[str, Tensor]:
@@ -73,7 +80,9 @@ def read_checkpoint(
         ValueError: For an argument that is not possible.
         TypeError: For an argument that is no field of `Function`.
     """
-    return recognise(read(file), str(file), dialect, prefix).stating(**function)
+    contents = read(file)
+    checkpoint = recognise(contents, str(file), dialect, prefix).stating(**function)
+    return replace(checkpoint, training=recorded_training(contents, file, checkpoint.num_classes))
 
 
 def recognise(contents: Contents, file: str, dialect: str | None = None, prefix: str | None = None) -> Checkpoint:

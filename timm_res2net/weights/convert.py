@@ -2,6 +2,7 @@
 
 import io
 import pickle
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from .files import PathLike, atomic_write, sha256
 from .folder import make_config, require_no_model, write_folder
 from .loading import find_architecture, require_same_function
 
-__all__ = ['Conversion', 'convert', 'export_checkpoint']
+__all__ = ['Conversion', 'convert', 'export_checkpoint', 'require_as_many_labels']
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,7 @@ def convert(
     model: str | None = None,
     dialect: str | None = None,
     prefix: str | None = None,
+    labels: Sequence[str] | None = None,
     dry_run: bool = False,
     **function: Any,
 ) -> Conversion:
@@ -53,17 +55,18 @@ def convert(
         model: Name of the model. If None, the model that the file fits.
         dialect: See `read_checkpoint`.
         prefix: See `read_checkpoint`.
+        labels: Names of the classes. Those that the file tells if None.
         dry_run: Write nothing.
         **function: See `read_checkpoint`.
 
     Raises:
         CheckpointError: If the file can't be read, fits no model, or is of a network whose function is not known.
         UnknownModelError: If there is no such model.
-        ValueError: If the folder has a model already.
+        ValueError: If the folder has a model already, or there are not as many labels as classes.
         OSError: If the folder can't be written.
     """
     if model is not None and model not in ARCHS:
-        raise UnknownModelError.among(model, ARCHS)
+        raise UnknownModelError.among(model, ARCHS, ' in this package')
     folder = Path(out) if out is not None else Path(Path(file).stem.removesuffix('.pth'))  # x of x.pth.tar
     if not dry_run:
         require_no_model(folder)
@@ -75,11 +78,21 @@ def convert(
     tags = [key for key in WEIGHTS if key.split('.')[0] == name and not args]
     published = [key for key in tags if Path(WEIGHTS[key].cfg.get('url', '')).name == origin['file']]
     cfg = registered_cfg(published[0]).to_dict(remove_source=True) if published else default_cfg(name)
-    config = make_config(network, name, args, cfg, converted_from=origin)
+    if labels is not None:
+        require_as_many_labels(labels, checkpoint.num_classes)
+    names = labels or checkpoint.training.labels
+    config = make_config(network, name, args, {**cfg, **checkpoint.training.images}, converted_from=origin)
+    config.update({'label_names': list(names)} if names else {})
     if not dry_run:
         state = {key: checkpoint.state[key].contiguous() for key in network.state_dict()}
         write_folder(folder, state, config, checkpoint.function)
     return Conversion(checkpoint, name, args, config, folder)
+
+
+def require_as_many_labels(labels: Sequence[str], num_classes: int) -> None:
+    """Raises a ValueError unless there is a name for each class."""
+    if len(labels) != num_classes:
+        raise ValueError(f'labels has {len(labels)} names for {num_classes} classes')
 
 
 def export_checkpoint(model: nn.Module, file: PathLike, dialect: str) -> None:

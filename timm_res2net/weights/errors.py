@@ -14,11 +14,11 @@ class UnknownModelError(ValueError):
     """No model has this name."""
 
     @classmethod
-    def among(cls, name: str, known: Iterable[str]) -> 'UnknownModelError':
-        """The error that names the known models most like it."""
+    def among(cls, name: str, known: Iterable[str], where: str = '') -> 'UnknownModelError':
+        """The error that names the known models most like it; `where` says where it is not."""
         alike = difflib.get_close_matches(name, list(known))
         hint = f'did you mean {" or ".join(alike)}?' if alike else '`timm-res2net list` shows the family'
-        return cls(f'there is no model {name}; {hint}')
+        return cls(f'there is no model {name}{where}; {hint}')
 
 
 def first_line(error: BaseException) -> str:

@@ -9,7 +9,15 @@ from pathlib import Path
 
 from .errors import first_line
 
-__all__ = ['atomic_write', 'atomic_write_text', 'make_folder', 'require_writable', 'sha256', 'temporary_sibling']
+__all__ = [
+    'atomic_write',
+    'atomic_write_text',
+    'make_folder',
+    'read_text',
+    'require_writable',
+    'sha256',
+    'temporary_sibling',
+]
 
 PathLike = str | os.PathLike[str]
 
@@ -21,6 +29,16 @@ def sha256(path: PathLike) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def read_text(path: PathLike) -> str:
+    """Reads a text file; ValueError if that is not possible."""
+    try:
+        return Path(path).read_text(encoding='utf-8')
+    except OSError as error:
+        raise ValueError(f'{path} can not be opened: {error.strerror}') from error
+    except UnicodeDecodeError:
+        raise ValueError(f'{path} is no text in UTF-8') from None
 
 
 @contextmanager

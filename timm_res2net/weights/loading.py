@@ -118,7 +118,8 @@ def load_model(
     """Makes the model that a file of weights fits, with the weights.
 
     Other image channels and classes are adapted as timm does: the first convolution's weights are summed or repeated,
-    and a classifier for other classes is a new one.
+    and a classifier for other classes is a new one. What the file tells of its images and classes, as those of timm's
+    train script do, is in the model's `pretrained_cfg`.
 
     Args:
         file: A file, or the checkpoint that `read_checkpoint` returned.
@@ -144,9 +145,13 @@ def load_model(
     else:
         found, in_chans = told_arguments(checkpoint, name), kwargs.get('in_chans', 3)
     kwargs = {'num_classes': checkpoint.num_classes, **found, **kwargs}
-    model = timm.create_model(name, **kwargs)
+    overlay = {**checkpoint.training.cfg, **kwargs.pop('pretrained_cfg_overlay', {})}
+    if kwargs['num_classes'] != checkpoint.num_classes:
+        overlay.pop('label_names', None)
+    model = timm.create_model(name, pretrained_cfg_overlay=overlay, **kwargs)
     assumed = f'; assumed, as nothing in it tells: {", ".join(checkpoint.assumed)}' if checkpoint.assumed else ''
-    _logger.info('%s is loaded into %s%s', checkpoint.file, format_create_model(name, kwargs), assumed)
+    images = f'; images: {checkpoint.training.images or "as is usual for the model, nothing in it tells"}'
+    _logger.info('%s is loaded into %s%s%s', checkpoint.file, format_create_model(name, kwargs), assumed, images)
     state = dict(checkpoint.state)
     if kwargs['num_classes'] != checkpoint.num_classes:
         state = {key: tensor for key, tensor in state.items() if not key.startswith('fc.')}

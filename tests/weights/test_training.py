@@ -1,0 +1,175 @@
+"""How images are prepared and what classes are called survives from a training to whatever is made of its file."""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+from support import TINY, tiny
+from timm.data import resolve_data_config, resolve_model_data_config
+
+from timm_res2net import load_model
+from timm_res2net.__main__ import main
+from timm_res2net.models.classifier import class_names
+from timm_res2net.weights.checkpoints import read_checkpoint
+from timm_res2net.weights.convert import convert
+from timm_res2net.weights.training import read_labels
+
+STATED: dict[str, Any] = dict(img_size=48, interpolation='nearest', mean=[0.1, 0.2, 0.3], std=[0.4], crop_pct=0.9)
+IMAGES: dict[str, Any] = dict(
+    input_size=(3, 48, 48),
+    interpolation='nearest',
+    mean=(0.1, 0.2, 0.3),
+    std=(0.4, 0.4, 0.4),
+    crop_pct=0.9,
+    crop_mode='center',
+)
+CLASSES = ['class1', 'class2', 'class10', 'other']  # in timm's order, which is not that of the alphabet
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A folder of data with four classes, and a folder that is none."""
+    for name in CLASSES:
+        folder = tmp_path / 'data' / 'train' / name
+        folder.mkdir(parents=True)
+        Image.new('RGB', (8, 8)).save(folder / 'a.png')
+    (tmp_path / 'data' / 'train' / 'empty').mkdir()
+    return tmp_path / 'data'
+
+
+def saved(folder: Path, arch: str = 'test_res2net', **args: Any) -> str:
+    """Saves the tiny network as timm's train script does."""
+    recorded = dict(arch=arch, state_dict=tiny().state_dict(), args=Namespace(model_kwargs=TINY, **args), version=2)
+    torch.save(recorded, folder / 'last.pth.tar')
+    return str(folder / 'last.pth.tar')
+
+
+def test_load_model_prepares_images_as_the_train_script_did(tmp_path: Path) -> None:
+    file = saved(tmp_path, **STATED)
+    for options in ({}, dict(name='test_res2net', **TINY), dict(features_only=True)):
+        config = resolve_model_data_config(load_model(file, **options))
+        assert config == IMAGES
+
+
+def test_train_script_arguments_that_say_nothing_mean_the_models_usual(tmp_path: Path) -> None:
+    unsaid = dict(img_size=None, input_size=None, mean=None, std=None, interpolation='', crop_pct=None)
+    usual = resolve_data_config({}, pretrained_cfg=timm.get_pretrained_cfg('test_res2net').to_dict())
+    assert read_checkpoint(saved(tmp_path, **unsaid)).training.images == usual
+    assert usual['input_size'] == (3, 32, 32)
+
+
+def test_train_script_with_an_unknown_model_tells_only_what_it_states(tmp_path: Path) -> None:
+    file = saved(tmp_path, arch='hf-hub:somebody/net', img_size=48, crop_pct=0.9)
+    assert read_checkpoint(file).training.images == dict(input_size=(3, 48, 48), crop_pct=0.9)
+
+
+@pytest.mark.parametrize(
+    'wrong',
+    [
+        *(dict(img_size=-3), dict(img_size='48'), dict(mean=['a']), dict(mean=[1, 2]), dict(std=[0])),
+        *(dict(crop_pct='x'), dict(interpolation='warp'), dict(input_size=[1, 2])),
+    ],
+    ids=str,
+)
+def test_impossible_arguments_are_left_out_with_a_warning(
+    wrong: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert read_checkpoint(saved(tmp_path, **{**STATED, **wrong})).training.images == {}
+    assert 'states of its images is not used' in caplog.text
+
+
+def test_load_model_names_classes_after_the_data_folder_but_not_other_classes(tmp_path: Path, data: Path) -> None:
+    file = saved(tmp_path, data_dir=str(data), dataset='')
+    assert class_names(load_model(file)) == CLASSES
+    assert class_names(load_model(file, num_classes=2)) == ['class 0', 'class 1']
+
+
+def test_class_map_names_classes_and_only_a_text_file_does(tmp_path: Path, data: Path) -> None:
+    (data / 'map.txt').write_text('d\nc\nb\na\n')
+    (data / 'credentials').write_text('d\nc\nb\na\n')
+    assert class_names(load_model(saved(tmp_path, data_dir=str(data), class_map='map.txt'))) == list('dcba')
+    assert read_checkpoint(saved(tmp_path, data_dir=str(data), class_map='credentials')).training.labels == ()
+
+
+@pytest.mark.parametrize(
+    'args', [dict(data_dir='absent'), dict(data_dir='.', dataset='torch/cifar10'), dict()], ids=str
+)
+def test_without_folder_of_as_many_classes_there_are_no_names(args: dict[str, Any], tmp_path: Path) -> None:
+    assert read_checkpoint(saved(tmp_path, **args)).training.labels == ()
+
+
+def test_convert_keeps_preparation_and_names_also_for_a_file_of_its_folder(tmp_path: Path, data: Path) -> None:
+    convert(saved(tmp_path, data_dir=str(data), **STATED), tmp_path / 'net')
+    for model in (
+        timm.create_model(f'local-dir:{tmp_path}/net', pretrained=True),
+        load_model(tmp_path / 'net' / 'model.safetensors'),
+    ):
+        assert json.dumps(resolve_model_data_config(model)) == json.dumps(IMAGES)  # JSON has no tuples
+        assert class_names(model) == CLASSES
+
+
+def test_configuration_beside_weights_that_is_none_is_left_out_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_file(tiny().state_dict(), tmp_path / 'model.safetensors')
+    for text in ('{', '[]', '{"pretrained_cfg": {"mean": "x"}}'):
+        (tmp_path / 'config.json').write_text(text)
+        assert read_checkpoint(tmp_path / 'model.safetensors').training.images == {}
+    assert caplog.text.count('config.json is not used') == 3
+
+
+def test_push_keeps_preparation_and_names(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = saved(tmp_path, data_dir=str(data), **STATED)
+    assert main(['push', file, 'user/net', '--dry-run', str(tmp_path / 'folder')]) == 0
+    printed = capsys.readouterr().out
+    assert 'images       48 x 48, nearest, crop 0.9, mean 0.1, 0.2, 0.3, std 0.4, 0.4, 0.4: as the file says' in printed
+    assert f'classes      4, named in {data}: class1, class2, class10, ...' in printed
+    config = json.loads((tmp_path / 'folder' / 'config.json').read_text())
+    assert config['label_names'] == CLASSES
+    assert config['pretrained_cfg']['mean'] == [0.1, 0.2, 0.3]
+    assert 'pretrained_cfg_overlay' not in config.get('model_args', {})
+
+
+def test_predict_weights_prepares_images_as_stated_and_says_so(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = str(data / 'train' / 'other' / 'a.png')
+    (tmp_path / 'names.txt').write_text('a\nb\nc\nd\n')
+    for labels, names in ((str(data), CLASSES), (str(tmp_path / 'names.txt'), list('abcd'))):
+        file = saved(tmp_path, **STATED)
+        assert main(['predict', image, '--weights', file, '--labels', labels, '--json']) == 0
+        out, err = capsys.readouterr()
+        assert sorted(each['label'] for each in json.loads(out)['results'][0]['predictions']) == sorted(names)
+        assert '48 x 48, nearest, crop 0.9' in err
+        assert 'named as given' in err
+    torch.save(tiny().state_dict(), tmp_path / 'plain.pth')
+    assert main(['predict', image, '--weights', str(tmp_path / 'plain.pth')]) == 0
+    assert 'assumed, the usual; the file does not tell' in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('command', ['convert', 'predict --weights'])
+def test_labels_for_other_classes_are_refused(
+    command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path('names.txt').write_text('a\nb\n')
+    assert main([*command.split(), saved(tmp_path), '--labels', 'names.txt']) == 1
+    assert 'labels has 2 names for 4 classes' in capsys.readouterr().err
+
+
+def test_read_labels_of_absent_file_raises_with_its_name() -> None:
+    with pytest.raises(ValueError, match=r'absent\.txt can not be opened'):
+        read_labels('absent.txt')
+
+
+def test_checkpoint_is_shown_in_one_line(tmp_path: Path) -> None:
+    checkpoint = read_checkpoint(saved(tmp_path))
+    assert repr(checkpoint) == (
+        f"Checkpoint('{tmp_path}/last.pth.tar', official, {len(tiny().state_dict())} tensors, 4 classes)"
+    )

@@ -1,0 +1,138 @@
+"""What a file of weights tells of its training: how images are prepared, and the names of the classes."""
+
+import json
+import logging
+import os
+from argparse import Namespace
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from timm.data import create_transform, get_img_extensions, resolve_data_config
+from timm.utils import natural_key
+
+from ..models.classifier import registered_cfg
+from ..models.variants import ARCHS
+from .errors import first_line
+from .files import PathLike, read_text
+from .folder import CONFIG_FILE, WEIGHTS_FILE
+from .readers import Contents
+
+__all__ = ['Training', 'read_labels', 'recorded_training']
+
+_logger = logging.getLogger(__name__)
+
+IMAGES = 'input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode'
+
+
+@dataclass(frozen=True)
+class Training:
+    """How images are prepared and what classes are called; empty where that is not known."""
+
+    images: Mapping[str, Any] = field(default_factory=dict)  # some of `IMAGES`, as in timm's configuration of weights
+    labels: tuple[str, ...] = ()
+    labels_from: str = ''
+
+    @property
+    def cfg(self) -> dict[str, Any]:
+        """The fields for timm's configuration of the weights."""
+        return {**self.images, **({'label_names': self.labels} if self.labels else {})}
+
+
+def recorded_training(contents: Contents, file: PathLike, num_classes: int) -> Training:
+    """What timm's train script recorded in a file, or else the configuration in the same folder.
+
+    The train script names the data folder; class names are those of its folders, if it is on this machine.
+    """
+    args = contents.nested.get('args')
+    if isinstance(args, Namespace):
+        labels, source = labels_of_data(vars(args), num_classes)
+        return Training(images_of_training(contents.nested.get('arch'), vars(args), str(file)), labels, source)
+    config_file = Path(file).with_name(CONFIG_FILE)
+    if Path(file).name != WEIGHTS_FILE or not config_file.is_file():
+        return Training()
+    try:
+        config = json.loads(read_text(config_file))
+        images = checked_images(resolve_data_config(pretrained_cfg=config['pretrained_cfg']))
+        names = config.get('label_names') or ()
+        labels = tuple(map(str, names)) if isinstance(names, list) and len(names) == num_classes else ()
+    except Exception as error:  # whatever an unknown configuration makes timm raise
+        _logger.warning('%s is not used: %s', config_file, first_line(error))
+        return Training()
+    return Training(images, labels, str(config_file) if labels else '')
+
+
+def images_of_training(arch: object, args: Mapping[str, Any], file: str) -> dict[str, Any]:
+    """How timm's train script prepared images to validate: as its arguments say, else as is usual for the model."""
+    name = str(arch)
+    known = name.partition('.')[0] in ARCHS
+    try:
+        cfg: dict[str, Any] = registered_cfg(name).to_dict() if known else {}
+    except RuntimeError:  # a tag that is gone
+        cfg = registered_cfg(name.partition('.')[0]).to_dict()
+    stated = {key for key in IMAGES if args.get(key)} | ({'input_size'} if args.get('img_size') else set())
+    if not known and not stated:
+        return {}
+    try:
+        images = checked_images(resolve_data_config(dict(args), pretrained_cfg=cfg))
+    except Exception as error:  # whatever arguments of another script make timm raise
+        _logger.warning('what %s states of its images is not used: %s', file, first_line(error))
+        return {}
+    return {key: value for key, value in images.items() if known or key in stated}
+
+
+def checked_images(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The values with their types, after timm has made a transform of them; an error for what is not possible."""
+    images: dict[str, Any] = dict(
+        input_size=tuple(int(size) for size in config['input_size']),
+        interpolation=str(config['interpolation']),
+        mean=tuple(float(value) for value in config['mean']),
+        std=tuple(float(value) for value in config['std']),
+        crop_pct=float(config['crop_pct']),
+        crop_mode=str(config['crop_mode']),
+    )
+    channels, height, width = images['input_size']
+    if min(channels, height, width) < 1 or images['crop_pct'] <= 0 or min(images['std']) <= 0:
+        raise ValueError(f'{images} are no settings of images')
+    create_transform(**images)
+    return images
+
+
+def labels_of_data(args: Mapping[str, Any], num_classes: int) -> tuple[tuple[str, ...], str]:
+    """Names of the classes, from the data that the arguments of timm's train script name, and where they are from."""
+    folder, class_map = args.get('data_dir') or args.get('data'), args.get('class_map')
+    if args.get('dataset') or not isinstance(folder, str):  # a dataset of another kind than a folder of images
+        return (), ''
+    sources = [folder]
+    if isinstance(class_map, str) and class_map:
+        paths = (path for path in (class_map, os.path.join(folder, class_map)) if os.path.isfile(path))
+        sources = [path for path in paths if path.endswith('.txt')][:1]  # no other file of whoever reads this
+    for source in sources:
+        try:
+            labels = read_labels(source)
+        except ValueError as error:
+            _logger.info('the classes have no names: %s', error)
+        else:
+            if len(labels) == num_classes:
+                return tuple(labels), source
+            _logger.info('%s has %d classes and the weights have %d', source, len(labels), num_classes)
+    return (), ''
+
+
+def read_labels(path: str) -> list[str]:
+    """Reads names of classes from a text file, a line each, or a folder of data, a folder each in timm's order.
+
+    Raises:
+        ValueError: If it can't be read.
+    """
+    if not os.path.isdir(path):
+        return [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    root = next((Path(path, part) for part in ('train', 'training') if Path(path, part).is_dir()), Path(path))
+    suffixes = set(get_img_extensions())
+    try:
+        folders = [each for each in root.iterdir() if each.is_dir()]
+        names = [each.name for each in folders if any(file.suffix.lower() in suffixes for file in each.iterdir())]
+    except OSError as error:
+        raise ValueError(f'{path} can not be read: {error.strerror}') from error
+    return sorted(names, key=natural_key)
