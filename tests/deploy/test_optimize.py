@@ -1,5 +1,6 @@
 """Fused and optimized models compute the same, with less, and can't be trained."""
 
+import copy
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ import pytest
 import timm
 import torch
 from support import TRUNKS, fitting, randomise, slow_but, small, tiny
+from timm.data import resolve_model_data_config
 from timm.layers import BatchNormAct2d
 from timm.models import reparameterize_model
 from torch import Tensor, nn
@@ -275,6 +277,7 @@ def test_optimize_without_compiler_skips_compilation_and_logs_reason(
     ('arguments', 'named'),
     [
         (dict(example_input=torch.zeros(3, 32, 32)), r'example_input is \(3, 32, 32\)'),
+        (dict(example_input=torch.zeros(0, 3, 32, 32)), r'example_input is \(0, 3, 32, 32\)'),
         (dict(example_input=torch.zeros(1, 3, 32, 32, dtype=torch.uint8)), 'floating-point'),
         (dict(backend='tensorrt'), "backend='tensorrt'"),
         (dict(dtype=torch.int8), 'torch.int8'),
@@ -289,9 +292,77 @@ def test_optimize_wrong_argument_raises_value_error(arguments: dict[str, Any], n
 def test_optimize_example_of_wrong_channels_raises_error_of_model_without_log(
     images: Tensor, log: list[tuple[str, str]]
 ) -> None:
-    with pytest.raises(RuntimeError, match='to have 3 channels, but got 4 channels'):
+    with pytest.raises(ValueError, match=r'can not run example_input, \(1, 4, 32, 32\): .*got 4 channels'):
         optimize(tiny(), torch.zeros(1, 4, 32, 32))
     assert log == []  # nothing about a compiler
+
+
+def without_nan(model: nn.Module, example_input: Tensor, dtype: torch.dtype) -> Callable[..., Any]:
+    """Stands in for OpenVINO, with its treatment of NaN and of an empty batch."""
+
+    def run(images: Any, share_inputs: bool) -> dict[int, Any]:
+        with torch.no_grad():
+            outputs = model(torch.from_numpy(images).nan_to_num() if len(images) else example_input[:1])
+        return dict(enumerate(output.numpy() for output in ([outputs] if isinstance(outputs, Tensor) else outputs)))
+
+    return run
+
+
+def compiled_without_nan(model: nn.Module, **settings: Any) -> Callable[[Tensor], Any]:
+    """Stands in for torch.compile, with its treatment of NaN."""
+    return lambda images: model(images.nan_to_num())
+
+
+@pytest.fixture(params=['torch', 'openvino'])
+def fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, images: Tensor) -> Callable[[nn.Module], Any]:
+    """Optimizes by a stand-in of a compiler."""
+    monkeypatch.setattr('timm_res2net.deploy.optimize.compile_by_openvino', without_nan)
+    monkeypatch.setattr(torch, 'compile', compiled_without_nan)
+    backend = None if request.param == 'torch' else request.param
+    return lambda model: optimize(model, images, backend=backend)
+
+
+@pytest.mark.parametrize('dtype', [torch.uint8, torch.bool, torch.int64], ids=str)
+def test_optimized_model_refuses_images_of_integers(
+    fast: Callable[[nn.Module], Any], dtype: torch.dtype, images: Tensor
+) -> None:
+    with pytest.raises(ValueError, match=f'images are of {dtype}; give floating-point'):
+        fast(tiny())(images.to(dtype))
+
+
+@pytest.mark.parametrize('value', [torch.nan, torch.inf])
+@pytest.mark.parametrize('features_only', [False, True])
+def test_optimized_model_passes_on_what_is_not_finite(
+    fast: Callable[[nn.Module], Any], features_only: bool, value: float, images: Tensor
+) -> None:
+    model = fast(tiny(features_only=features_only))
+    expected, bad = model(images), images.clone()
+    bad[1, 0, 3, 3] = value
+    for output, wanted in zip(*([y] if isinstance(y, Tensor) else y for y in (model(bad), expected)), strict=True):
+        assert output[1].isnan().all()
+        torch.testing.assert_close(output[0], wanted[0])
+
+
+def test_optimized_model_returns_nothing_for_no_image(fast: Callable[[nn.Module], Any], images: Tensor) -> None:
+    assert fast(tiny())(images[:0]).shape == (0, 4)
+
+
+def test_optimized_model_keeps_how_images_are_prepared(fast: Callable[[nn.Module], Any]) -> None:
+    model = tiny(pretrained_cfg_overlay=dict(input_size=(3, 64, 64), mean=(0.1, 0.2, 0.3)))
+    assert resolve_model_data_config(fast(model)) == resolve_model_data_config(model)
+    assert fast(model).num_classes == 4
+
+
+@pytest.mark.parametrize('make', ['fuse', 'optimize'])
+def test_refused_train_leaves_no_module_in_training_mode(
+    make: str, fast: Callable[[nn.Module], Any], images: Tensor
+) -> None:
+    model: Any = (fuse if make == 'fuse' else fast)(tiny(drop_rate=0.5))
+    for each in (model, copy.deepcopy(model) if make == 'fuse' else model):
+        with pytest.raises(ValueError, match='train the model that it was made from'):
+            each.train()
+        assert not any(module.training for module in each.modules())
+    require_equal(model, model, images, tolerance=0)
 
 
 def test_optimize_without_openvino_raises_import_error(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,7 @@
 """Fuses a model for inference: folds all of its batch norms into convolutions."""
 
+from functools import partial
+
 from timm.models import FeatureDictNet, FeatureHookNet, reparameterize_model
 from timm.models.resnet import ResNet
 from torch import nn
@@ -43,4 +45,13 @@ def fuse(model: nn.Module) -> nn.Module:
     for module in fused.modules():
         if isinstance(module, SEQUENTIAL):
             fold_norms(module)
+    # Before any module's mode is set, which `nn.Module.train` does from the outside in.
+    fused.train = partial(refuse_training, fused)  # type: ignore[method-assign]
     return fused
+
+
+def refuse_training(model: nn.Module, mode: bool = True) -> nn.Module:
+    """The `train` of a fused model."""
+    if mode:
+        raise ValueError('a fused model has no norms left to train with; train the model that it was made from')
+    return type(model).train(model, False)

@@ -48,16 +48,17 @@ def optimize(
 
     Returns:
         A module that is called like the model, without gradients, and returns the same in the data type of its input:
-        a tensor, or a list or dict of features. Its `path` says what was done.
+        a tensor, or a list or dict of features. Of an image with a value that is not finite all outputs are NaN. Its
+        `path` says what was done, and `pretrained_cfg` is the model's.
 
     Raises:
-        ValueError: If the model can't be fused, the example is no batch of images, or the backend is not known.
-        RuntimeError: If the model can't run the example.
+        ValueError: If the model can't be fused, the example is no batch of images or none that the model can run, or
+            the backend is not known.
         ImportError: If OpenVINO, or NNCF for `torch.int8`, is not installed.
     """
-    if example_input.dim() != 4 or not example_input.is_floating_point():
-        given = f'{tuple(example_input.shape)} of {example_input.dtype}'
-        raise ValueError(f'example_input is {given}; give a batch of images, (N, C, H, W), as floating-point numbers')
+    if example_input.dim() != 4 or not example_input.numel():
+        raise ValueError(f'example_input is {tuple(example_input.shape)}; give a batch of images, (N, C, H, W)')
+    require_floating_point(example_input)
     if backend not in (None, 'openvino'):
         raise ValueError(f"backend={backend!r} is not known; choose 'openvino', or None for torch.compile")
     fused = fuse(model)
@@ -68,22 +69,59 @@ def optimize(
         raise ValueError("dtype=torch.int8 needs backend='openvino'")
     optimized: Optimized | OptimizedByOpenVino
     if backend == 'openvino':
-        optimized = OptimizedByOpenVino(fused.float(), example_input.float(), dtype)
+        outputs = run_example(fused.float(), example_input.float())
+        optimized = OptimizedByOpenVino(fused, example_input.float(), outputs, dtype)
     else:
         optimized = Optimized(fused.to(dtype).to(memory_format=torch.channels_last), dtype)
-        optimized(example_input)  # an example that the model can't run is no fault of the compiler
+        run_example(optimized, example_input)  # one that the model can't run is no fault of the compiler
         if compile:
             compile_or_warn(optimized, example_input)
+    for name in ('pretrained_cfg', 'default_cfg', 'num_classes', 'feature_info'):
+        if hasattr(model, name):
+            setattr(optimized, name, getattr(model, name))
     _logger.info('%s: %s', type(model).__name__, optimized.path)
     return optimized.eval()
 
 
-class Optimized(nn.Module):
-    """A model that torch runs, as `optimize` returns it.
+def require_floating_point(images: Tensor) -> None:
+    """Raises a ValueError for images of integers: outputs, which get their data type, would wrap around."""
+    if not images.is_floating_point():
+        raise ValueError(f'images are of {images.dtype}; give floating-point numbers, as the transform of timm does')
+
+
+def run_example(model: nn.Module, example_input: Tensor) -> Outputs:
+    """Runs a model on an example; ValueError if it can't."""
+    try:
+        with torch.no_grad():
+            return model(example_input)
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        shape = tuple(example_input.shape)
+        raise ValueError(f'the model can not run example_input, {shape}: {first_line(error)}') from error
+
+
+class ForInference(nn.Module):
+    """A model that can only be run.
 
     Attributes:
         path: What was done to the model, such as 'fused, channels last, bfloat16, compiled'.
     """
+
+    path: str
+
+    def train(self, mode: bool = True) -> 'ForInference':
+        """Raises a ValueError for training mode, before any module's mode is set."""
+        if mode:
+            raise ValueError('an optimized model is for inference only; train the model that it was made from')
+        return super().train(False)
+
+    def extra_repr(self) -> str:
+        return self.path
+
+
+class Optimized(ForInference):
+    """A model that torch runs, as `optimize` returns it."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
@@ -94,10 +132,11 @@ class Optimized(nn.Module):
 
     def forward(self, x: Tensor) -> Outputs:
         """Runs the model on (N, C, H, W); outputs have the data type of `x`, and no gradient."""
+        require_floating_point(x)
         # torch.compile compiles once more for tensors that were made in inference mode.
         with torch.inference_mode(False), torch.no_grad(), self.context():
             images = x.to(self.dtype, memory_format=torch.channels_last)
-            return cast_outputs(self.model(images.clone() if images.is_inference() else images), x.dtype)
+            return finish(self.model(images.clone() if images.is_inference() else images), x)
 
     def compile_now(self, example_input: Tensor, **options: Any) -> None:
         """Compiles the model, which takes a first call; an error changes nothing."""
@@ -110,21 +149,12 @@ class Optimized(nn.Module):
             raise
         self.path += ', compiled'
 
-    def extra_repr(self) -> str:
-        return self.path
 
+class OptimizedByOpenVino(ForInference):
+    """A model that OpenVINO runs, as `optimize` returns it."""
 
-class OptimizedByOpenVino(nn.Module):
-    """A model that OpenVINO runs, as `optimize` returns it.
-
-    Attributes:
-        path: What was done to the model, such as 'fused, float32, OpenVINO'.
-    """
-
-    def __init__(self, model: nn.Module, example_input: Tensor, dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, example_input: Tensor, outputs: Outputs, dtype: torch.dtype) -> None:
         super().__init__()
-        with torch.no_grad():
-            outputs = model(example_input)
         self.shape = example_input.shape[1:]
         self.names = list(outputs) if isinstance(outputs, dict) else None
         self.single = isinstance(outputs, Tensor)
@@ -137,14 +167,13 @@ class OptimizedByOpenVino(nn.Module):
             raise ValueError(
                 f'images are {tuple(x.shape)}; this was optimized for (N, {", ".join(map(str, self.shape))})'
             )
-        results = self.run(x.detach().float().contiguous().numpy(), share_inputs=True)
-        outputs = [torch.from_numpy(results[i]).to(x.dtype) for i in range(len(results))]
-        if self.single:
-            return outputs[0]
-        return outputs if self.names is None else dict(zip(self.names, outputs))
-
-    def extra_repr(self) -> str:
-        return self.path
+        require_floating_point(x)
+        images = x if len(x) else x.new_zeros(1, *self.shape)  # it returns a row for no image
+        results = self.run(images.detach().float().contiguous().numpy(), share_inputs=True)
+        outputs: Any = [torch.from_numpy(results[i])[: len(x)] for i in range(len(results))]
+        if self.names is not None:
+            outputs = dict(zip(self.names, outputs))
+        return finish(outputs[0] if self.single else outputs, x)
 
 
 def compile_by_openvino(model: nn.Module, example_input: Tensor, dtype: torch.dtype) -> Callable[..., Any]:
@@ -197,10 +226,14 @@ def frozen_weights() -> AbstractContextManager[Any]:
     return config.patch(freezing=True)
 
 
-def cast_outputs(outputs: T, dtype: torch.dtype) -> T:
-    """Casts a model's outputs to a data type: a tensor, a list or a dict."""
+def finish(outputs: T, images: Tensor) -> T:
+    """Casts outputs, a tensor, list or dict, to the data type of the images, and passes on what is not finite.
+
+    A compiler's and OpenVINO's maximum of NaN and 0 is 0, so that a damaged image would get the score of another.
+    """
     if isinstance(outputs, dict):
-        return {name: output.to(dtype) for name, output in outputs.items()}  # type: ignore[return-value]
-    if isinstance(outputs, Tensor):
-        return outputs.to(dtype)  # type: ignore[return-value]
-    return [output.to(dtype) for output in outputs]  # type: ignore[return-value]
+        return {name: finish(output, images) for name, output in outputs.items()}  # type: ignore[return-value]
+    if not isinstance(outputs, Tensor):
+        return [finish(output, images) for output in outputs]  # type: ignore[return-value]
+    finite = images.isfinite().flatten(1).all(dim=1).reshape(-1, *[1] * (outputs.dim() - 1))
+    return outputs.to(images.dtype).where(finite, torch.nan)  # type: ignore[return-value]
