@@ -19,10 +19,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from support import TINY, TRUNKS, assert_computes, randomise, slow_but, small, tiny
+from timm.models import reparameterize_model
 from torch import Tensor, nn
 from torchvision.ops import FrozenBatchNorm2d
 
-from timm_res2net import CheckpointError, export_checkpoint, load_checkpoint
+from timm_res2net import CheckpointError, export_checkpoint, fuse, load_checkpoint
 from timm_res2net.models.block import function_of
 from timm_res2net.models.function import FIRST_BLOCKS, STYLES
 from timm_res2net.models.variants import ARCHS
@@ -802,6 +803,20 @@ def test_export_checkpoint_unsupported_model_raises_and_writes_nothing(
 def test_export_checkpoint_official_equals_state_dict(tmp_path: Path) -> None:
     export_checkpoint(tiny(), tmp_path / 'out.pth', 'official')
     torch.testing.assert_close(torch.load(tmp_path / 'out.pth'), tiny().state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('name', ['blres2net50_26w_4s', 'blresnet50'])
+def test_export_checkpoint_refuses_a_big_little_network(name: str, build: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r'official has no place for layer1\.big\.0\.conv1\.weight'):
+        export_checkpoint(build(name), tmp_path / 'out.pth', 'official')
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize('make', [fuse, reparameterize_model])
+def test_export_checkpoint_refuses_a_fused_model(make: Any, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match='export the model that it was made from'):
+        export_checkpoint(make(tiny()), tmp_path / 'out.pth', 'official')
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_train_script_model_kwargs_override_the_row_of_the_model(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from .pool import DilatedAvgPool2d
 
-__all__ = ['fold_norm', 'fold_norms', 'merge_convs', 'require_eval_mode']
+__all__ = ['FoldedNorm', 'fold_norm', 'fold_norms', 'merge_convs', 'require_eval_mode']
 
 
 def require_eval_mode(module: nn.Module) -> None:

@@ -2,6 +2,7 @@
 
 import io
 import pickle
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import nn
 
 from ..models.block import function_of
 from ..models.classifier import as_classifier, registered_cfg
+from ..models.fold import FoldedNorm
 from ..models.function import Function
 from ..models.variants import ARCHS, WEIGHTS, default_cfg
 from .checkpoints import Checkpoint, read_checkpoint
@@ -108,6 +110,7 @@ def export_checkpoint(model: nn.Module, file: PathLike, dialect: str) -> None:
         ValueError: If that code base has no such network, or computes something else with it.
         OSError: If the file can't be written.
     """
+    require_plain_resnet(model, dialect)
     exported = export({name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}, dialect)
     if reasons := export_obstacles(model, dialect):
         raise ValueError(
@@ -119,6 +122,14 @@ def export_checkpoint(model: nn.Module, file: PathLike, dialect: str) -> None:
     else:
         torch.save({'state_dict': exported} if DIALECTS[dialect].prefix else exported, data)
     atomic_write(file, lambda path: Path(path).write_bytes(data.getbuffer()))
+
+
+def require_plain_resnet(model: nn.Module, dialect: str) -> None:
+    """Raises a ValueError for a fused model, and for one with branches that networks of other code bases don't have."""
+    if any(isinstance(module, FoldedNorm) for module in model.modules()):
+        raise ValueError('a fused model has no norms left to export; export the model that it was made from')
+    if branches := [name for name in model.state_dict() if re.match(r'layer\d\.(?!\d+\.)', name)]:
+        raise ValueError(f'{dialect} has no place for {branches[0]}: its stages have one branch')
 
 
 def export_obstacles(model: nn.Module, dialect: str) -> list[str]:
