@@ -1,19 +1,37 @@
 """Counters are exact, compared models compute the same, and ours never does more work than timm's."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-from support import shallow, tiny
+import torch.nn.functional as F
+from support import shallow, slow_but, tiny
 from torch import Tensor, nn
 
 import timm_res2net.deploy.bench
 from timm_res2net import fuse
 from timm_res2net.__main__ import main
-from timm_res2net.deploy.bench import Counter, Plan, Result, Run, Way, bench, ours_eager, storages_of
+from timm_res2net.deploy.bench import (
+    Counter,
+    Plan,
+    Result,
+    Run,
+    Way,
+    bench,
+    fastest,
+    interrupts_held_back,
+    ours_eager,
+    peak,
+    storages_of,
+)
 from timm_res2net.models.variants import ARCHS
 from timm_res2net.res2net import timm_entrypoint
 from timm_res2net.vision.figures import plot_bench
@@ -117,15 +135,12 @@ class InlineWorker:
 
     def __init__(self, way: Way, plan: Plan, device: torch.device) -> None:
         self.way, self.device = way, device
-        self.connection = self.process = self
         self.train = plan.train
         with torch.set_grad_enabled(self.train):
             x = torch.ones(plan.batch, 3, plan.size, plan.size)
             self.run = way.make(plan.model, x, way.dtype)
 
-    def close(self) -> None: ...
-
-    def join(self) -> None: ...
+    def end(self) -> None: ...
 
     def ask(self, question: Any = None) -> Any:
         with torch.set_grad_enabled(self.train):
@@ -213,6 +228,30 @@ def test_bench_way_that_fails_in_its_process_raises_value_error(monkeypatch: pyt
     problem = r"timm_res2net, fused in torch\.float32 can not be measured: 'no such thing'"
     with pytest.raises(ValueError, match=problem):
         bench(['test_res2net'], batches=(1,), sizes=(32,), dtypes=(), rounds=1)
+
+
+@pytest.mark.parametrize('dtype', slow_but([torch.float16], [torch.float32, torch.bfloat16, torch.float16]), ids=str)
+def test_peak_is_found_in_seconds_and_no_convolution_is_beyond_it(dtype: torch.dtype) -> None:
+    start, device = time.perf_counter(), torch.device('cpu')
+    found = peak(dtype, device)
+    assert time.perf_counter() - start < 20  # a matrix product of 2048 in float16 alone takes longer on some machines
+    x = torch.randn(4, 256, 28, 28).to(dtype, memory_format=torch.channels_last)
+    weight = torch.randn(256, 256, 3, 3).to(dtype, memory_format=torch.channels_last)
+    seconds = fastest(partial(F.conv2d, x, weight, padding=1), device)
+    assert 2 * x.numel() * 256 * 9 / seconds < 3 * found  # with other load on the machine
+
+
+def test_bench_training_against_others_raises_value_error() -> None:
+    with pytest.raises(ValueError, match='openvino can not train'):
+        bench(['test_res2net'], against=('timm', 'openvino'), train=True)
+
+
+def test_process_started_with_interrupts_held_back_ignores_them() -> None:
+    with interrupts_held_back():
+        command = [sys.executable, '-c', 'import os, signal; os.kill(os.getpid(), signal.SIGINT); print("goes on")']
+        done = subprocess.run(command, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ('goes on\n', '')
+    assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, ())
 
 
 def test_bench_growth_varies_scale_batch_and_size(

@@ -5,9 +5,11 @@ import multiprocessing
 import os
 import platform
 import random
+import signal
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -94,7 +96,7 @@ class Result:
     spread: float  # milliseconds between the quartiles
     images_per_second: float
     ratio: float | None  # to the throughput of timm's own, if timm has the model
-    share_of_peak: float | None  # of the machine's matrix products in this data type, if torch has fast ones
+    share_of_peak: float | None  # of the machine's matrix products or convolutions in this data type, if torch has any
     operators: int | None  # of ATen, where PyTorch runs them one by one
     peak_memory: int | None  # bytes beyond weights and input, where they can be known
 
@@ -261,7 +263,8 @@ class Worker:
         self.way = way
         self.connection, theirs = context.Pipe()
         self.process = context.Process(target=work, args=(theirs, way, plan, device), daemon=True)
-        self.process.start()
+        with interrupts_held_back():  # which the process inherits: Ctrl-C is answered by this one alone
+            self.process.start()
         theirs.close()  # so that the connection ends with the process
 
     def ask(self, question: Callable[[Run, torch.device], Any] | None = None) -> Any:
@@ -281,6 +284,26 @@ class Worker:
                 f'{self.way.name} in {self.way.dtype} can not be measured: {first_line(answer)}'
             ) from answer
         return answer
+
+    def end(self) -> None:
+        """Ends the process, also while it is busy."""
+        self.connection.close()
+        self.process.join(timeout=1)
+        self.process.terminate()
+        self.process.join()
+
+
+@contextmanager
+def interrupts_held_back() -> Iterator[None]:
+    """Context in which Ctrl-C waits, for this thread and for processes that it starts, where a system can do that."""
+    if not hasattr(signal, 'pthread_sigmask'):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def work(connection: Any, way: Way, plan: Plan, device: torch.device) -> None:
@@ -332,35 +355,42 @@ def bench(
         ValueError: If a way to run a model fails, or two don't agree.
     """
     device = torch.device(device)
+    others = sorted(set(against) - {TIMM})
+    if train and others:
+        raise ValueError(f'{" and ".join(others)} can not train; leave it out')
     if unknown := sorted(set(models) - ARCHS.keys()):
         raise UnknownModelError.among(unknown[0], ARCHS, ' in this package')
     if torch.int8 in dtypes and (train or not {'openvino', 'onnxruntime'} & set(against)):
         raise ValueError('int8 is for inference by OpenVINO or onnxruntime: name them in against')
-    if device.type != 'cpu' and set(against) - {'timm'}:
-        raise ValueError(f'{" and ".join(set(against) - {"timm"})} can be measured on the CPU only')
+    if device.type != 'cpu' and others:
+        raise ValueError(f'{" and ".join(others)} can be measured on the CPU only')
     plans = [Plan(name, batch, size, train) for name in models for size in sizes for batch in batches]
-    peaks = {dtype: peak(dtype, device) for dtype in {torch.float32, *dtypes} - {torch.int8}}
     results = []
     with tqdm(total=len(plans) * rounds, unit='round', disable=None, leave=False) as bar:
+        peaks = {}
+        for dtype in dict.fromkeys([torch.float32, *(each for each in dtypes if each != torch.int8)]):
+            bar.set_description(f'peak of {str(dtype).removeprefix("torch.")}')
+            peaks[dtype] = peak(dtype, device)
         for plan in plans:
-            bar.set_description(f'{plan.model}, {plan.batch} x {plan.size} px')
             own = timm_entrypoint(plan.model) is not None
             ways = ways_to_train(own, dtypes) if train else ways_to_infer(own, dtypes, against)
             workers = [Worker(way, plan, device) for way in ways]
             try:
-                require_agreement(plan.model, workers)
+                require_agreement(plan.model, workers, bar)
+                bar.set_description(f'{plan.model}, {plan.batch} x {plan.size} px')
                 results += summarize(plan, workers, take_turns(workers, rounds, bar), peaks)
             finally:
                 for worker in workers:
-                    worker.connection.close()
-                for worker in workers:
-                    worker.process.join()
+                    worker.end()
     return results
 
 
-def require_agreement(name: str, workers: Sequence[Any]) -> None:
+def require_agreement(name: str, workers: Sequence[Any], bar: Any) -> None:
     """Raises a ValueError if the outputs of two ways to run a model differ."""
-    outputs = [torch.from_numpy(np.asarray(worker.ask(), np.float32)) for worker in workers]
+    outputs = []
+    for worker in workers:
+        bar.set_description(f'{name}: waiting for {worker.way.name}')
+        outputs.append(torch.from_numpy(np.asarray(worker.ask(), np.float32)))
     for worker, output in zip(workers, outputs):
         difference = ((output - outputs[0]).abs().max() / outputs[0].abs().max()).item()
         if not difference < TOLERANCES[worker.way.dtype]:
@@ -441,11 +471,31 @@ def quartiles(values: Sequence[float]) -> float:
     return high - low
 
 
-def peak(dtype: torch.dtype, device: torch.device, n: int = 2048) -> float:
-    """Floating-point operations per second of the fastest of ten matrix products."""
-    a = torch.randn(n, n, device=device).to(dtype)
-    times = [timed(lambda: a @ a, device) for _ in range(11)]
-    return 2 * n**3 / min(times[1:])
+def peak(dtype: torch.dtype, device: torch.device) -> float:
+    """Floating-point operations per second of the fastest matrix product or 3x3 convolution, found within seconds.
+
+    Both, as in float16 a CPU's matrix products can be a thirtieth as fast as its convolutions.
+    """
+    best = 0.0
+    for n in (256, 512, 1024, 2048):
+        a = torch.randn(n, n, device=device).to(dtype)
+        seconds = fastest(partial(torch.matmul, a, a), device)
+        best = max(best, 2 * n**3 / seconds)
+        if seconds > 0.05:
+            break
+    x = torch.randn(8, 256, 28, 28, device=device).to(dtype, memory_format=torch.channels_last)
+    weight = torch.randn(256, 256, 3, 3, device=device).to(dtype, memory_format=torch.channels_last)
+    seconds = fastest(partial(F.conv2d, x, weight, padding=1), device)
+    return max(best, 2 * x.numel() * weight[:, 0].numel() / seconds)
+
+
+def fastest(run: Run, device: torch.device) -> float:
+    """Seconds of the fastest of ten calls after a first one, or of those that fit in a third of a second."""
+    run()
+    times, start = [timed(run, device)], time.perf_counter()
+    while len(times) < 10 and time.perf_counter() - start < 0.3:
+        times.append(timed(run, device))
+    return min(times)
 
 
 def flops_of(name: str, size: int) -> int:
