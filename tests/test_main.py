@@ -204,6 +204,21 @@ def test_list_selects_by_pattern_and_weights(run: Run) -> None:
     assert rows[3] == ''
 
 
+def test_list_chooses_for_a_budget(run: Run) -> None:
+    names = [row.split()[0] for row in run('list', '--max-params', '20.9', '--sort', 'top1').out.splitlines()[1:3]]
+    assert names == ['dla60_res2next.in1k', 'dla60_res2net.in1k']  # 78.49 and 78.48 %, digits come after
+    found = json.loads(run('list', '--max-params', '20.9', '--json').out)
+    assert {each['name'] for each in found} >= {*names, 'res2net50_18w_4s', 'test_res2net.digits'}
+    assert all(each['params'] <= 20.9e6 for each in found)
+    for key in ('params', 'gmacs'):
+        values = [each[key] for each in json.loads(run('list', '--sort', key, '--json').out)]
+        assert len(values) > len(ARCHS)
+        assert values == sorted(values)
+    done = run('list', '*101*', '--max-params', '1')
+    assert (done.status, done.err.count('*101* with at most 1 M parameters')) == (1, 1)
+    assert 'is not above zero' in run('list', '--max-params', '0').err
+
+
 def test_features_prints_and_draws_the_pyramid(run: Run, photos: Path, tmp_path: Path) -> None:
     out = tmp_path / 'pyramid.png'
     done = run('features', str(photos / 'china.jpg'), '--model', 'test_res2net', '--out', str(out))

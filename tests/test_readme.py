@@ -1,6 +1,7 @@
 """Every example in a README runs, every number in it equals the package's, and every relative link works."""
 
 import importlib.util
+import inspect
 import json
 import re
 from pathlib import Path
@@ -97,7 +98,16 @@ def test_readme_top_level_lists_every_command() -> None:
 
 
 def test_readme_has_as_many_examples_as_are_tested() -> None:
-    tested = {'top': 2, 'hub_cards': 0, 'deploy': 2, 'hub': 1, 'models': 5, 'recipes': 0, 'weights': 5}
+    tested = {
+        'top': 2,
+        'hub_cards': 0,
+        'deploy': 2,
+        'hub': 1,
+        'models': 5,
+        'recipes': 0,
+        'timm_res2net': 0,
+        'weights': 5,
+    }
     assert {name: len(examples) for name, examples in EXAMPLES.items()} == tested
 
 
@@ -148,9 +158,11 @@ def test_readme_transformers_example_loads_all_of_the_backbone() -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
-def test_readme_faster_rcnn_example_detects() -> None:
-    made = run('models', 'FasterRCNN', **{'num_classes=91': 'num_classes=91, min_size=64'})
+@pytest.mark.parametrize(('name', 'first'), [('res2net50_26w_4s', 'layer1'), ('dla60_res2net', 'level2')])
+def test_readme_faster_rcnn_example_detects(name: str, first: str) -> None:
+    made = run('models', 'FasterRCNN', **{'num_classes=91': 'num_classes=91, min_size=64', 'res2net50_26w_4s': name})
     assert made['found'][0].keys() == {'boxes', 'labels', 'scores'}
+    assert next(iter(made['layers'])) == first
 
 
 def test_readme_example_of_geometries_builds_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,6 +268,23 @@ def test_readme_of_deploy_table_of_formats_is_that_of_the_code() -> None:
     for suffix, precisions in PRECISIONS.items():
         assert re.search(rf'^\| `{re.escape(suffix)}`.* \| {", ".join(precisions)} \|$', TEXTS['deploy'], re.MULTILINE)
     assert f'ONNX, opset {OPSET} ' in TEXTS['deploy']
+
+
+def api_row(name: str) -> str:
+    """A row of the table of public names: how it is called, and the first line of its docstring."""
+    value = getattr(timm_res2net, name)
+    if not callable(value):
+        return f'| `{name}` | The version of the package. |'
+    call = name
+    if not isinstance(value, type):
+        parameters = [each.replace(annotation=each.empty) for each in inspect.signature(value).parameters.values()]
+        call += str(inspect.Signature(parameters))
+    return f'| `{call}` | {(inspect.getdoc(value) or "").splitlines()[0]} |'
+
+
+def test_readme_of_package_lists_every_public_name_with_its_signature_and_docstring() -> None:
+    rows = [line for line in TEXTS['timm_res2net'].splitlines() if line.startswith('| `')]
+    assert rows == [api_row(name) for name in timm_res2net.__all__]
 
 
 def strides(name: str) -> tuple[int, ...]:
