@@ -125,6 +125,7 @@ def test_predict_prints_files_with_their_labels(run: Run, photos: Path, monkeypa
         (('card',), 2, 'name published weights'),
         (('recipe', 'absent'), 2, 'there is no recipe absent; there are cifar100'),
         (('convert', 'text.png'), 1, 'text.png is no file of weights'),
+        (('convert', '.'), 1, '. can not be opened: Is a directory'),
         (('convert', 'text.png', '--dialect', 'caffe'), 2, 'invalid choice'),
         (('bench', '--growth', '--train', '--size', '64'), 2, '--size and --train would have no effect'),
         (('bench', '--train', '--against', 'openvino'), 2, '--against would have no effect'),

@@ -48,7 +48,7 @@ from .weights.errors import UnknownModelError, first_line
 from .weights.files import atomic_write, atomic_write_text, make_folder, read_text, require_writable, sha256
 from .weights.folder import CONFIG_FILE, WEIGHTS_FILE
 from .weights.loading import format_create_model, load_model
-from .weights.training import read_labels
+from .weights.recorded import read_labels
 
 # What add_subparsers returns; argparse has no public name for it.
 Commands: TypeAlias = 'argparse._SubParsersAction[argparse.ArgumentParser]'

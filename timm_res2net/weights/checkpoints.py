@@ -14,7 +14,7 @@ from .errors import CheckpointError
 from .files import PathLike
 from .projects import find_project
 from .readers import Contents, read
-from .training import Training, recorded_training
+from .recorded import Training, recorded_training
 
 __all__ = ['Checkpoint', 'read_checkpoint', 'recognise']
 

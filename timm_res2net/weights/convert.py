@@ -70,9 +70,9 @@ def convert(
     if model is not None and model not in ARCHS:
         raise UnknownModelError.among(model, ARCHS, ' in this package')
     folder = Path(out) if out is not None else Path(Path(file).stem.removesuffix('.pth'))  # x of x.pth.tar
+    checkpoint = read_checkpoint(file, dialect=dialect, prefix=prefix, **function)
     if not dry_run:
         require_no_model(folder)
-    checkpoint = read_checkpoint(file, dialect=dialect, prefix=prefix, **function)
     name, args = find_architecture(checkpoint, model)
     network = as_classifier(timm.create_model(name, device='meta', num_classes=checkpoint.num_classes, **args))
     require_same_function(network, checkpoint)

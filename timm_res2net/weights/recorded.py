@@ -54,6 +54,8 @@ def recorded_training(contents: Contents, file: PathLike, num_classes: int) -> T
         return Training()
     try:
         config = json.loads(read_text(config_file))
+        if 'pretrained_cfg' not in config:  # of other code
+            return Training()
         images = checked_images(resolve_data_config(pretrained_cfg=config['pretrained_cfg']))
         names = config.get('label_names') or ()
         labels = tuple(map(str, names)) if isinstance(names, list) and len(names) == num_classes else ()
