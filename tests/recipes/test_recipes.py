@@ -72,5 +72,6 @@ def test_recipe_command_lists_prints_and_writes_recipes(tmp_path: Path, capsys: 
         assert main(['recipe', recipe.stem, '--out', str(tmp_path / 'a.yaml')]) == 0
         assert (tmp_path / 'a.yaml').read_text() == recipe.read_text()
         capsys.readouterr()
-    assert main(['recipe', 'imagnet']) == 1
+    with pytest.raises(SystemExit, match='2'):
+        main(['recipe', 'imagnet'])
     assert 'there is no recipe imagnet; there are cifar100, digits, imagenet' in capsys.readouterr().err
