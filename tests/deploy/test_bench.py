@@ -274,7 +274,7 @@ def test_bench_growth_varies_scale_batch_and_size(
 
 
 @pytest.mark.parametrize(
-    ('arguments', 'named'), [('--against timm,tensorrt', 'tensorrt'), ('--dtype int8', 'int8'), ('--batch 0', '0')]
+    ('arguments', 'named'), [('--against timm,tensorrt', 'tensorrt'), ('--dtype int4', 'int4'), ('--batch 0', '0')]
 )
 def test_bench_command_wrong_argument_exits_with_its_value(
     arguments: str, named: str, capsys: pytest.CaptureFixture[str]
