@@ -308,16 +308,22 @@ def without_nan(model: nn.Module, example_input: Tensor, dtype: torch.dtype) -> 
     return run
 
 
-def compiled_without_nan(model: nn.Module, **settings: Any) -> Callable[[Tensor], Any]:
+class CompiledWithoutNan(nn.Module):
     """Stands in for torch.compile, with its treatment of NaN."""
-    return lambda images: model(images.nan_to_num())
+
+    def __init__(self, model: nn.Module, **settings: Any) -> None:
+        super().__init__()
+        self.compiled = model
+
+    def forward(self, images: Tensor) -> Any:
+        return self.compiled(images.nan_to_num())
 
 
 @pytest.fixture(params=['torch', 'openvino'])
 def fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, images: Tensor) -> Callable[[nn.Module], Any]:
     """Optimizes by a stand-in of a compiler."""
     monkeypatch.setattr('timm_res2net.deploy.optimize.compile_by_openvino', without_nan)
-    monkeypatch.setattr(torch, 'compile', compiled_without_nan)
+    monkeypatch.setattr(torch, 'compile', CompiledWithoutNan)
     backend = None if request.param == 'torch' else request.param
     return lambda model: optimize(model, images, backend=backend)
 
