@@ -13,13 +13,14 @@ from safetensors.torch import save_file
 from support import TINY, tiny
 from timm.data import resolve_data_config, resolve_model_data_config
 
-from timm_res2net import load_model
+from timm_res2net import CheckpointError, load_checkpoint, load_model
 from timm_res2net.__main__ import main
 from timm_res2net.models.classifier import class_names
 from timm_res2net.weights.checkpoints import read_checkpoint
 from timm_res2net.weights.convert import convert
 from timm_res2net.weights.recorded import read_labels
 
+VD = 'res2net50_vd_26w_4s'
 STATED: dict[str, Any] = dict(img_size=48, interpolation='nearest', mean=[0.1, 0.2, 0.3], std=[0.4], crop_pct=0.9)
 IMAGES: dict[str, Any] = dict(
     input_size=(3, 48, 48),
@@ -173,3 +174,26 @@ def test_checkpoint_is_shown_in_one_line(tmp_path: Path) -> None:
     assert repr(checkpoint) == (
         f"Checkpoint('{tmp_path}/last.pth.tar', official, {len(tiny().state_dict())} tensors, 4 classes)"
     )
+
+
+@pytest.mark.parametrize('key', ['model_name', 'backbone'])
+def test_read_checkpoint_takes_the_model_from_hyper_parameters_of_lightning(key: str, tmp_path: Path) -> None:
+    state = {f'model.{name}': tensor for name, tensor in tiny('paddle').state_dict().items()}
+    saved = {'state_dict': state, 'pytorch-lightning_version': '2.5', 'hyper_parameters': {'lr': 0.1, key: VD}}
+    torch.save(saved, tmp_path / 'last.ckpt')
+    checkpoint = load_checkpoint(tiny('paddle'), tmp_path / 'last.ckpt')
+    assert (checkpoint.function.first_block, checkpoint.assumed) == ('paddle', ())
+    saved['hyper_parameters']['teacher'] = 'res2net50d'  # which of both is it?
+    torch.save(saved, tmp_path / 'last.ckpt')
+    with pytest.raises(CheckpointError, match=r"does not tell whether its network has first_block='official'"):
+        load_checkpoint(tiny('paddle'), tmp_path / 'last.ckpt')
+
+
+def test_read_checkpoint_takes_the_model_from_the_configuration_of_transformers_beside(tmp_path: Path) -> None:
+    state = {f'timm_model.{name}': tensor for name, tensor in tiny('paddle').state_dict().items()}
+    save_file(state, tmp_path / 'model.safetensors', {'format': 'pt'})
+    (tmp_path / 'config.json').write_text(json.dumps({'architecture': VD, 'model_args': {'norm_eps': 1e-3}}))
+    function = read_checkpoint(tmp_path / 'model.safetensors').function
+    assert (function.first_block, function.norm_eps) == ('paddle', 1e-3)
+    (tmp_path / 'config.json').write_text('[' * 100_000)
+    assert read_checkpoint(tmp_path / 'model.safetensors').function.first_block == 'official'

@@ -1,6 +1,6 @@
 """What a file of weights holds: a network's tensors under timm's names, and what the network computes."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from .errors import CheckpointError
 from .files import PathLike
 from .projects import find_project
 from .readers import Contents, read
-from .recorded import Training, recorded_training
+from .recorded import Training, config_beside, recorded_training
 
 __all__ = ['Checkpoint', 'read_checkpoint', 'recognise']
 
@@ -80,17 +80,31 @@ def read_checkpoint(
         ValueError: For an argument that is not possible.
         TypeError: For an argument that is no field of `Function`.
     """
-    contents = read(file)
-    checkpoint = recognise(contents, str(file), dialect, prefix).stating(**function)
-    return replace(checkpoint, training=recorded_training(contents, file, checkpoint.num_classes))
+    contents, config = read(file), config_beside(file)
+    checkpoint = recognise(contents, str(file), dialect, prefix, config).stating(**function)
+    return replace(checkpoint, training=recorded_training(contents, file, checkpoint.num_classes, config))
 
 
-def recognise(contents: Contents, file: str, dialect: str | None = None, prefix: str | None = None) -> Checkpoint:
-    """Finds the network in the contents of a file, and what it computes, see `read_checkpoint`."""
+def recognise(
+    contents: Contents,
+    file: str,
+    dialect: str | None = None,
+    prefix: str | None = None,
+    config: Mapping[str, Any] | None = None,
+) -> Checkpoint:
+    """Finds the network in the contents of a file, and what it computes, see `read_checkpoint`.
+
+    Args:
+        contents: Of the file.
+        file: Its name, for messages.
+        dialect: See `read_checkpoint`.
+        prefix: See `read_checkpoint`.
+        config: The `config.json` beside it.
+    """
     try:
         translation = translate(contents.nested, dialect, prefix)
         require_unfused(translation.state)
-        recorded = recorded_function(contents)
+        recorded = recorded_function(contents, config or {})
         if recorded is not None:
             return Checkpoint(file, translation, recorded)
         tensors = flatten(contents.nested)
@@ -119,22 +133,33 @@ def function_of_names(translation: Translation) -> tuple[Function | None, tuple[
     return function, unsaid
 
 
-def recorded_function(contents: Contents) -> Function | None:
-    """What a file states of its network, in its metadata or in the arguments of timm's train script.
+def recorded_function(contents: Contents, config: Mapping[str, Any]) -> Function | None:
+    """What is stated of a file's network: in its metadata, its training script's arguments, or the file beside it.
 
     Raises:
         CheckpointError: If it states what is not possible.
     """
-    arch = ARCHS.get(str(contents.nested.get('arch')).partition('.')[0])
     try:
         if 'first_block' in contents.metadata:
             return Function.from_text(contents.metadata)
-        if arch is not None:
-            given = getattr(contents.nested.get('args'), 'model_kwargs', None)
-            return Function.from_arguments({**arch.args, **given} if isinstance(given, dict) else arch.args)
+        for name, arguments in stated_models(contents, config):
+            arch = ARCHS.get(str(name).partition('.')[0])
+            if arch is not None:
+                return Function.from_arguments({**arch.args, **arguments} if isinstance(arguments, dict) else arch.args)
     except (TypeError, ValueError) as error:
         raise CheckpointError(f'what it states of its network is not possible: {error}') from error
     return None
+
+
+def stated_models(contents: Contents, config: Mapping[str, Any]) -> Iterator[tuple[object, object]]:
+    """Names of models that may be a file's, with arguments: of timm's train script, transformers and Lightning."""
+    yield contents.nested.get('arch'), getattr(contents.nested.get('args'), 'model_kwargs', None)
+    yield config.get('architecture'), config.get('model_args')
+    parameters = contents.nested.get('hyper_parameters')
+    if isinstance(parameters, Mapping):
+        names = {value for value in parameters.values() if isinstance(value, str) and value.partition('.')[0] in ARCHS}
+        if len(names) == 1:
+            yield names.pop(), {key: value for key, value in parameters.items() if key in vars(Function())}
 
 
 def require_unfused(state: Mapping[str, Tensor]) -> None:

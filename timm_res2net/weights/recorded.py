@@ -40,8 +40,8 @@ class Training:
         return {**self.images, **({'label_names': self.labels} if self.labels else {})}
 
 
-def recorded_training(contents: Contents, file: PathLike, num_classes: int) -> Training:
-    """What timm's train script recorded in a file, or else the configuration in the same folder.
+def recorded_training(contents: Contents, file: PathLike, num_classes: int, config: Mapping[str, Any]) -> Training:
+    """What timm's train script recorded in a file, or else the configuration beside it.
 
     The train script names the data folder; class names are those of its folders, if it is on this machine.
     """
@@ -50,12 +50,9 @@ def recorded_training(contents: Contents, file: PathLike, num_classes: int) -> T
         labels, source = labels_of_data(vars(args), num_classes)
         return Training(images_of_training(contents.nested.get('arch'), vars(args), str(file)), labels, source)
     config_file = Path(file).with_name(CONFIG_FILE)
-    if Path(file).name != WEIGHTS_FILE or not config_file.is_file():
+    if 'pretrained_cfg' not in config:  # of other code
         return Training()
     try:
-        config = json.loads(read_text(config_file))
-        if 'pretrained_cfg' not in config:  # of other code
-            return Training()
         images = checked_images(resolve_data_config(pretrained_cfg=config['pretrained_cfg']))
         names = config.get('label_names') or ()
         labels = tuple(map(str, names)) if isinstance(names, list) and len(names) == num_classes else ()
@@ -63,6 +60,19 @@ def recorded_training(contents: Contents, file: PathLike, num_classes: int) -> T
         _logger.warning('%s is not used: %s', config_file, first_line(error))
         return Training()
     return Training(images, labels, str(config_file) if labels else '')
+
+
+def config_beside(file: PathLike) -> dict[str, Any]:
+    """The configuration beside a `model.safetensors`, as timm and transformers write it; empty if there is none."""
+    config_file = Path(file).with_name(CONFIG_FILE)
+    if Path(file).name != WEIGHTS_FILE or not config_file.is_file():
+        return {}
+    try:
+        config = json.loads(read_text(config_file))
+    except (ValueError, RecursionError) as error:
+        _logger.warning('%s is not used: %s', config_file, first_line(error))
+        return {}
+    return config if isinstance(config, dict) else {}
 
 
 def images_of_training(arch: object, args: Mapping[str, Any], file: str) -> dict[str, Any]:
