@@ -67,10 +67,16 @@ def test_validate_counts_top1_top5_confusion_and_failures_of_a_known_case(tmp_pa
     assert (Path(file).name, 'not an image' in reason) == ('broken.png', True)
 
 
-def test_labelled_images_by_folders_of_other_names_are_in_alphabetical_order(tmp_path: Path) -> None:
-    write_images(tmp_path, ['n02/a.png', 'n01/b.png', '.hidden/c.png'])
+def test_labelled_images_by_folders_of_other_names_are_in_the_order_of_timm(tmp_path: Path) -> None:
+    write_images(tmp_path, ['n10/a.png', 'n2/b.png', '.hidden/c.png'])
     found = labelled_images(tmp_path, ['cat', 'dog'])
     assert [(file.name, index) for file, index in found] == [('b.png', 0), ('a.png', 1)]
+
+
+def test_labelled_images_by_a_file_that_is_no_text_raises_with_its_name(tmp_path: Path) -> None:
+    (tmp_path / 'labels.txt').write_bytes(b'\xff\xfe')
+    with pytest.raises(ValueError, match=r'labels\.txt is no text in UTF-8'):
+        labelled_images(tmp_path, ['cat'], tmp_path / 'labels.txt')
 
 
 def test_labelled_images_by_a_file_take_names_and_numbers(tmp_path: Path) -> None:

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.utils import natural_key
 from torch import Tensor, nn
 
 from ..models.classifier import class_names
-from ..weights.files import PathLike
+from ..weights.files import PathLike, read_text
 from .images import find_images, read_image
 from .predict import classify
 
@@ -33,12 +34,11 @@ def labelled_images(folder: PathLike, names: Sequence[str], labels: PathLike | N
 
     Args:
         folder: A folder for each class, or all images together with a file of labels.
-        names: Names of a model's classes. Folders have these names, or are as many, in alphabetical order.
+        names: Names of a model's classes. Folders have these names, or are as many, in timm's order: 'c2' before 'c10'.
         labels: A text file with a line for each image: path in the folder, space, name or number of the class.
 
     Raises:
-        ValueError: If there is no image, or their classes are not those of the model.
-        OSError: If the labels can't be read.
+        ValueError: If there is no image, the labels can't be read, or their classes are not those of the model.
     """
     root = Path(folder)
     if not root.is_dir():
@@ -46,7 +46,7 @@ def labelled_images(folder: PathLike, names: Sequence[str], labels: PathLike | N
     index = {name: i for i, name in enumerate(names)}
     if labels is not None:
         pairs = []
-        for number, line in enumerate(Path(labels).read_text(encoding='utf-8').splitlines(), 1):
+        for number, line in enumerate(read_text(labels).splitlines(), 1):
             if not line.strip():
                 continue
             name, _, label = line.strip().partition(' ')
@@ -58,7 +58,8 @@ def labelled_images(folder: PathLike, names: Sequence[str], labels: PathLike | N
         if not pairs:
             raise ValueError(f'{labels} has no line with an image and its class')
         return pairs
-    classes = sorted(each.name for each in os.scandir(root) if each.is_dir() and not each.name.startswith('.'))
+    folders = [each.name for each in os.scandir(root) if each.is_dir() and not each.name.startswith('.')]
+    classes = sorted(folders, key=natural_key)
     if not classes:
         raise ValueError(f'{root} has no folder for a class; give the classes of its images by a file of labels')
     if not set(classes) <= index.keys():
