@@ -43,6 +43,17 @@ def test_export_torch_file_computes_what_the_model_does_at_any_batch_size(tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ['net.pt2']
 
 
+def test_load_exported_refuses_integers_and_passes_on_what_is_not_finite(tmp_path: Path) -> None:
+    export(tiny(), tmp_path / 'net.pt2', **SIZE)
+    loaded = load_exported(tmp_path / 'net.pt2')
+    x = torch.randn(3, 3, 32, 32)
+    x[1, 0, 0, 0] = torch.inf
+    assert loaded(x).isnan().all(dim=1).tolist() == [False, True, False]
+    assert loaded(x[:0]).shape == (0, 4)
+    with pytest.raises(ValueError, match=r'images are of torch\.uint8; give floating-point numbers'):
+        loaded(torch.zeros(1, 3, 32, 32).byte())
+
+
 def test_export_file_says_what_it_is(tmp_path: Path) -> None:
     model = timm.create_model('test_res2net.digits', pretrained=True).eval()
     export(model, tmp_path / 'net.pt2', batch=2)

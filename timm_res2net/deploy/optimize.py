@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,16 +11,13 @@ from torch import Tensor, nn
 from ..weights.errors import first_line
 from .fuse import fuse
 from .quantize import quantize_openvino
-from .runtimes import compile_openvino
+from .runtimes import Outputs, compile_openvino, finish, require_floating_point
 
 __all__ = ['DTYPES', 'compile_by_openvino', 'optimize']
 
 _logger = logging.getLogger(__name__)
 
 DTYPES = torch.float32, torch.bfloat16, torch.float16, torch.int8
-
-Outputs = Tensor | list[Tensor] | dict[str, Tensor]
-T = TypeVar('T', bound=Outputs)
 
 
 def optimize(
@@ -81,12 +78,6 @@ def optimize(
             setattr(optimized, name, getattr(model, name))
     _logger.info('%s: %s', type(model).__name__, optimized.path)
     return optimized.eval()
-
-
-def require_floating_point(images: Tensor) -> None:
-    """Raises a ValueError for images of integers: outputs, which get their data type, would wrap around."""
-    if not images.is_floating_point():
-        raise ValueError(f'images are of {images.dtype}; give floating-point numbers, as the transform of timm does')
 
 
 def run_example(model: nn.Module, example_input: Tensor) -> Outputs:
@@ -224,16 +215,3 @@ def frozen_weights() -> AbstractContextManager[Any]:
     from torch._inductor import config  # half a second, only needed to compile
 
     return config.patch(freezing=True)
-
-
-def finish(outputs: T, images: Tensor) -> T:
-    """Casts outputs, a tensor, list or dict, to the data type of the images, and passes on what is not finite.
-
-    A compiler's and OpenVINO's maximum of NaN and 0 is 0, so that a damaged image would get the score of another.
-    """
-    if isinstance(outputs, dict):
-        return {name: finish(output, images) for name, output in outputs.items()}  # type: ignore[return-value]
-    if not isinstance(outputs, Tensor):
-        return [finish(output, images) for output in outputs]  # type: ignore[return-value]
-    finite = images.isfinite().flatten(1).all(dim=1).reshape(-1, *[1] * (outputs.dim() - 1))
-    return outputs.to(images.dtype).where(finite, torch.nan)  # type: ignore[return-value]

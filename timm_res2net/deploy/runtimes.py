@@ -4,7 +4,7 @@ import json
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +13,23 @@ from ..models.function import Function
 from ..weights.errors import CheckpointError, first_line
 from ..weights.files import PathLike
 
-__all__ = ['METADATA', 'SUFFIXES', 'ExportedModel', 'load_exported', 'require_runtime']
+__all__ = [
+    'METADATA',
+    'SUFFIXES',
+    'ExportedModel',
+    'Outputs',
+    'compile_openvino',
+    'finish',
+    'load_exported',
+    'require_floating_point',
+    'require_runtime',
+]
 
 METADATA = 'timm_res2net'  # the key of our record in a file's own metadata
 SUFFIXES = '.onnx', '.xml', '.pt2'
 
+Outputs = Tensor | list[Tensor] | dict[str, Tensor]
+T = TypeVar('T', bound=Outputs)
 Run = Callable[[Tensor], list[Tensor]]
 
 
@@ -42,15 +54,19 @@ class ExportedModel(nn.Module):
     def forward(self, images: Tensor) -> Tensor | list[Tensor]:
         """Runs the model, (N, C, H, W) to (N, num_classes), or to a list of features; float32.
 
+        Of an image with a value that is not finite all outputs are NaN.
+
         Raises:
-            ValueError: For images of another shape than the model was exported for.
+            ValueError: For images of another shape than the model was exported for, or of integers.
         """
         batch, *shape = self.record['input']
         if list(images.shape[1:]) != shape or (batch is not None and len(images) != batch):
             wanted = ', '.join(['N' if batch is None else str(batch), *map(str, shape)])
             raise ValueError(f'images are {tuple(images.shape)}; this was exported for ({wanted})')
-        outputs = self.run(images.detach().float().contiguous())
-        return outputs if self.record['features'] else outputs[0]
+        require_floating_point(images)
+        given = images if len(images) else images.new_zeros(1, *shape)  # OpenVINO returns a row for no image
+        outputs = [output[: len(images)] for output in self.run(given.detach().cpu().float().contiguous())]
+        return finish(outputs if self.record['features'] else outputs[0], images.cpu().float())
 
     def extra_repr(self) -> str:
         return f'{self.record["architecture"]}: {self.path}'
@@ -163,3 +179,22 @@ def with_list(call: Callable[[Tensor], Any]) -> Run:
         return [outputs] if isinstance(outputs, Tensor) else list(outputs)
 
     return run
+
+
+def require_floating_point(images: Tensor) -> None:
+    """Raises a ValueError for images of integers: outputs, which get their data type, would wrap around."""
+    if not images.is_floating_point():
+        raise ValueError(f'images are of {images.dtype}; give floating-point numbers, as the transform of timm does')
+
+
+def finish(outputs: T, images: Tensor) -> T:
+    """Casts outputs, a tensor, list or dict, to the data type of the images, and passes on what is not finite.
+
+    A compiler's and OpenVINO's maximum of NaN and 0 is 0, so that a damaged image would get the score of another.
+    """
+    if isinstance(outputs, dict):
+        return {name: finish(output, images) for name, output in outputs.items()}  # type: ignore[return-value]
+    if not isinstance(outputs, Tensor):
+        return [finish(output, images) for output in outputs]  # type: ignore[return-value]
+    finite = images.isfinite().flatten(1).all(dim=1).reshape(-1, *[1] * (outputs.dim() - 1))
+    return outputs.to(images.dtype).where(finite, torch.nan)  # type: ignore[return-value]
