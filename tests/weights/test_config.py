@@ -1,0 +1,148 @@
+"""Whatever a stranger's `config.json` says, a model of just these weights is made, or an error names the key."""
+
+import json
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+from safetensors.torch import save
+from support import TINY, tiny
+
+from timm_res2net import CheckpointError
+from timm_res2net.weights.config import load_folder, make_model
+
+CONFIG: dict[str, Any] = dict(
+    architecture='test_res2net',
+    num_classes=4,
+    model_args=TINY,
+    pretrained_cfg=dict(input_size=[3, 64, 64], num_classes=4, first_conv='conv1.0', classifier='fc'),
+)
+
+
+def weights(**changes: torch.Tensor) -> bytes:
+    return save({**tiny().state_dict(), **changes})
+
+
+def config(path: str = '', value: object = None) -> bytes:
+    """The configuration with one value changed, at a path such as 'model_args.scale'."""
+    changed = json.loads(json.dumps(CONFIG))
+    *parents, last = path.split('.')
+    place = changed
+    for name in parents:
+        place = place[name]
+    if last:
+        place[last] = value
+    return json.dumps(changed).encode()
+
+
+def test_make_model_loads_all_weights_and_adapts_as_timm_does() -> None:
+    model = make_model(config(), weights(), 'user/net')
+    torch.testing.assert_close(model.state_dict(), tiny().state_dict(), rtol=0, atol=0)
+    assert not model.training
+    adapted = make_model(config(), weights(), 'user/net', num_classes=2, in_chans=1)
+    assert adapted(torch.zeros(1, 1, 64, 64)).shape == (1, 2)
+
+
+def test_make_model_of_other_architectures_of_timm_is_the_same_as_timms() -> None:
+    expected = timm.create_model('test_resnet', num_classes=3).eval()
+    other = dict(architecture='test_resnet', num_classes=3, pretrained_cfg=dict(first_conv='conv1.0', classifier='fc'))
+    found = make_model(json.dumps(other).encode(), save(expected.state_dict()), 'user/net')
+    torch.testing.assert_close(found.state_dict(), expected.state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ('path', 'value', 'message'),
+    [
+        ('architecture', 'res2net9000', r"architecture is 'res2net9000', and should be the name of a model"),
+        ('architecture', ['test_res2net'], 'architecture is'),
+        ('pretrained_cfg', None, 'pretrained_cfg is None, and should be a mapping'),
+        ('pretrained_cfg.colour', 'red', "pretrained_cfg.colour is 'red', and should be left out"),
+        ('pretrained_cfg.input_size', 'large', r"pretrained_cfg.input_size is 'large', and should be a size"),
+        ('pretrained_cfg.mean', [None], r'pretrained_cfg.mean is \[None\]'),
+        ('pretrained_cfg.interpolation', 3, 'pretrained_cfg.interpolation is 3, and should be a text'),
+        ('pretrained_cfg.first_conv', 'layer1.0.conv1', "should be 'conv1.0'"),
+        ('pretrained_cfg.classifier', ['fc', 'layer4'], "should be 'fc'"),
+        ('pretrained_cfg.state_dict', {}, 'should be null'),
+        ('timm_res2net', None, 'timm_res2net is None, and should be a mapping'),
+        ('model_args', [], r'model_args is \[\], and should be a mapping'),
+        ('model_args.layers', 3000, 'model_args.layers is 3000, and should be made of numbers from 0 to 200'),
+        ('model_args.layers', [200, 200, 200, 200], 'model_args.layers is .* a far larger network'),
+        ('model_args.scale', 100_000, 'model_args.scale is 100000'),
+        ('model_args.base_width', 1_000_000, 'model_args.base_width is 1000000'),
+        ('model_args.base_width', 4096, 'describes a network of [0-9,]+ numbers, and its weights have only 12,'),
+        ('model_args.in_chans', 1_000_000_000, 'model_args.in_chans is 1000000000'),
+        ('model_args.scale', -1, 'model_args.scale is -1'),
+        ('model_args.scale', float('nan'), 'model_args.scale is nan'),
+        ('model_args.scale', 'four', 'describes no network'),
+        ('model_args.colour', 'red', 'describes no network: .*colour'),
+        ('model_args.num_classes', 7, 'model_args.num_classes is 7, and should be 4'),
+        ('model_args.pretrained_strict', False, 'model_args.pretrained_strict is False, and should be left out'),
+        ('model_args.features_only', True, 'model_args.features_only is True, and should be left out'),
+        ('num_classes', -4, 'num_classes is -4'),
+        ('num_classes', 5, 'does not fit its config.json: 2 have another shape'),
+        ('label_names', ['a', 'b'], 'label_names has 2 names for 4 classes'),
+        ('label_names', 'abcd', 'label_names is'),
+        ('label_names', [1, 2, 3, 4], r'label_names is \[1, 2, 3, 4\], and should be a list of texts'),
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_make_model_of_impossible_config_raises_with_key_and_source(path: str, value: object, message: str) -> None:
+    start = time.perf_counter()
+    with pytest.raises(CheckpointError, match=message) as error:
+        make_model(config(path, value), weights(), 'user/net')
+    assert 'user/net' in str(error.value)
+    assert '\n' not in str(error.value)
+    assert time.perf_counter() - start < 2
+
+
+@pytest.mark.parametrize(
+    ('content', 'message'),
+    [
+        (b'[]', r'it is \[\], and should be a mapping'),
+        (b'"text"', "it is 'text'"),
+        (b'null', 'it is None'),
+        (b'\xff\xfe{}', 'codec'),
+        (b'{', 'Expecting property name'),
+        (b'[' * 100_000, 'it is nested too deeply'),
+        (b'{"num_classes": ' + b'9' * 5000 + b'}', 'digits'),
+        (b'["' + b'x' * 5_000_000 + b'"]', 'it has 5,000,004 bytes'),
+        (b'{"architecture": "test_res2net", "pretrained_cfg": {}, "num_classes": Infinity}', 'num_classes is inf'),
+    ],
+    ids=['list', 'text', 'null', 'encoding', 'cut', 'deep', 'digits', 'large', 'infinity'],
+)
+def test_make_model_of_unreadable_config_raises_checkpoint_error(content: bytes, message: str) -> None:
+    with pytest.raises(CheckpointError, match=f'config.json of user/net is of no use: .*{message}'):
+        make_model(content, weights(), 'user/net')
+
+
+def lacking(name: str) -> bytes:
+    return save({key: tensor for key, tensor in tiny().state_dict().items() if key != name})
+
+
+@pytest.mark.parametrize(
+    ('content', 'message'),
+    [
+        (lambda: b'', 'is cut, or is no file of safetensors'),
+        (lambda: weights()[:-1000], 'is cut, or is no file of safetensors'),
+        (lambda: b'\x80\x04N.', 'is cut, or is no file of safetensors'),
+        (lambda: weights(**{'fc.bias': torch.full((4,), float('nan'))}), 'has NaN or infinity in fc.bias'),
+        (lambda: lacking('layer1.0.conv1.weight'), r"1 of the model's tensors are not in it \(first: layer1.0.conv1"),
+        (lambda: weights(more=torch.zeros(2)), r'1 in it are unknown to the model \(first: more\)'),
+    ],
+    ids=['empty', 'cut', 'pickle', 'nan', 'missing', 'unexpected'],
+)
+def test_make_model_of_bad_weights_raises_checkpoint_error(content: Callable[[], bytes], message: str) -> None:
+    with pytest.raises(CheckpointError, match=message):
+        make_model(config(), content(), 'user/net')
+
+
+def test_load_folder_without_files_names_the_missing_one(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r'^config\.json of .* can not be read: No such file'):
+        load_folder(tmp_path)
+    (tmp_path / 'config.json').write_bytes(config())
+    with pytest.raises(CheckpointError, match=r'^model\.safetensors of .* can not be read: No such file'):
+        load_folder(tmp_path)

@@ -1,0 +1,261 @@
+"""What a `config.json` may say, checked before anything is built of it, and the model that such a folder makes."""
+
+import inspect
+import json
+import math
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import timm
+from safetensors import SafetensorError
+from timm.models import PretrainedCfg, build_model_with_cfg
+from torch import Tensor, nn
+
+from ..models.classifier import registered_cfg
+from ..models.variants import ARCHS
+from .errors import CheckpointError, first_line
+from .files import PathLike
+from .folder import CONFIG_FILE, WEIGHTS_FILE
+from .loading import adapt_state_dict, describe_mismatch
+
+__all__ = ['LARGEST_CONFIG', 'checked_config', 'load_folder', 'make_model']
+
+LARGEST_CONFIG = 5_000_000  # bytes
+LARGEST = {'layers': 200, 'levels': 8, 'scale': 64, 'num_classes': 1_000_000}  # numbers in `model_args`
+LARGEST_OTHER = 4096
+# What decides how weights are loaded is for the caller, not for the file.
+ARGUMENTS = inspect.signature(build_model_with_cfg).parameters
+FORBIDDEN = {'pretrained', 'features_only', 'out_indices', 'pruned', *ARGUMENTS}
+
+
+def is_text(value: object) -> bool:
+    """Whether a value is a text."""
+    return isinstance(value, str)
+
+
+def is_number(value: object, most: float = math.inf) -> bool:
+    """Whether a value is a number from 0 to `most`."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= most
+
+
+def is_count(value: object) -> bool:
+    """Whether a value is a number of classes."""
+    return isinstance(value, int) and is_number(value, LARGEST['num_classes'])
+
+
+def is_size(value: object) -> bool:
+    """Whether a value is a size of images or feature maps."""
+    return is_list(value, lambda item: isinstance(item, int) and is_number(item, 100_000)) and len(value) <= 3  # type: ignore[arg-type]
+
+
+def is_list(value: object, of: Callable[[object], bool]) -> bool:
+    """Whether a value is a list whose items are all of a kind."""
+    return isinstance(value, list) and all(map(of, value))
+
+
+def is_texts(value: object) -> bool:
+    """Whether a value is a text or a list of texts."""
+    return is_text(value) or is_list(value, is_text)
+
+
+def is_texts_by_name(value: object) -> bool:
+    """Whether a value is a list of texts, or texts by their names."""
+    return is_list(list(value.values()) if isinstance(value, dict) else value, is_text)
+
+
+def is_channels(value: object) -> bool:
+    """Whether a value is a number for each channel of an image."""
+    return is_list(value, is_number) and len(value) <= LARGEST_OTHER  # type: ignore[arg-type]
+
+
+KINDS: dict[str, tuple[Callable[[object], bool], str]] = {  # of values in `pretrained_cfg`
+    **dict.fromkeys(('num_classes', 'label_offset'), (is_count, 'a number of classes')),
+    **dict.fromkeys(('crop_pct', 'test_crop_pct'), (is_number, 'a number')),
+    **dict.fromkeys(
+        ('input_size', 'test_input_size', 'min_input_size', 'pool_size', 'test_pool_size'), (is_size, 'a size')
+    ),
+    **dict.fromkeys(('mean', 'std'), (is_channels, 'a number for each channel')),
+    **dict.fromkeys(('first_conv', 'classifier', 'paper_ids', 'notes'), (is_texts, 'a text or a list of texts')),
+    'label_names': (lambda value: is_list(value, is_text), 'a list of texts'),
+    'label_descriptions': (is_texts_by_name, 'texts by name'),
+    'fixed_input_size': (lambda value: isinstance(value, bool), 'true or false'),
+    'custom_load': (lambda value: isinstance(value, bool) or is_text(value), 'true or false'),
+    'state_dict': (lambda value: False, 'null'),
+    'url': (is_texts, 'a text or a list of texts'),
+}
+
+
+def checked_config(content: bytes, source: str) -> dict[str, Any]:
+    """Reads a `config.json` and checks all that is used of it.
+
+    Args:
+        content: The file.
+        source: Where it is from, for errors.
+
+    Raises:
+        CheckpointError: If it can't be read, or a value is not possible; the message names its key.
+    """
+
+    def refuse(problem: str) -> CheckpointError:
+        return CheckpointError(f'{CONFIG_FILE} of {source} is of no use: {problem}')
+
+    if len(content) > LARGEST_CONFIG:
+        raise refuse(f'it has {len(content):,} bytes, and none needs more than {LARGEST_CONFIG:,}')
+    try:
+        config = json.loads(content.decode('utf-8-sig'), parse_constant=float)
+    except RecursionError:
+        raise refuse('it is nested too deeply') from None
+    except ValueError as error:
+        raise refuse(first_line(error)[:200]) from None
+
+    def require(key: str, value: object, good: bool, kind: str) -> None:
+        if not good:
+            text = repr(value)
+            raise refuse(f'{key} is {text if len(text) < 80 else f"{text[:80]}..."}, and should be {kind}')
+
+    require('it', config, isinstance(config, dict), 'a mapping')
+    if 'pretrained_cfg' not in config:  # as timm wrote it at first: all in one
+        top = ('architecture', 'num_classes', 'num_features', 'model_args', 'timm_res2net')
+        cfg = {('label_names' if key == 'labels' else key): config[key] for key in config if key not in top}
+        config = {**{key: config[key] for key in top if key in config}, 'pretrained_cfg': cfg}
+    cfg, args = config['pretrained_cfg'], config.get('model_args', {})
+    for key, value in (('pretrained_cfg', cfg), ('model_args', args), ('timm_res2net', config.get('timm_res2net', {}))):
+        require(key, value, isinstance(value, dict), 'a mapping')
+    name = config.get('architecture')
+    require('architecture', name, isinstance(name, str) and timm.is_model(name), 'the name of a model that timm knows')
+    for key in cfg:
+        known = key in PretrainedCfg.__dataclass_fields__
+        require(f'pretrained_cfg.{key}', cfg[key], known, 'left out, as timm has no such key')
+        good, kind = KINDS.get(key, (is_text, 'a text'))
+        require(f'pretrained_cfg.{key}', cfg[key], cfg[key] is None or good(cfg[key]), kind)
+        if key in ('first_conv', 'classifier') and name in ARCHS:  # timm leaves out what they name
+            own = getattr(registered_cfg(name), key)
+            require(f'pretrained_cfg.{key}', cfg[key], cfg[key] in (None, own), repr(own))
+    for key, value in args.items():
+        require(f'model_args.{key}', value, key not in FORBIDDEN, 'left out, as it is for whoever loads the model')
+        most = LARGEST.get(key, LARGEST_OTHER)
+        kind = f'made of numbers from 0 to {most:,} and short texts'
+        require(f'model_args.{key}', value, is_plain(value, most), kind)
+    classes = config.get('num_classes', cfg.get('num_classes', 1000))
+    require('num_classes', classes, is_count(classes), 'a number of classes')
+    told = args.get('num_classes', classes)
+    require('model_args.num_classes', told, told == classes, f'{classes}, as num_classes is')
+    for where, key in ((config, 'label_names'), (config, 'label_descriptions'), (cfg, 'label_names')):
+        if where.get(key) is not None:
+            good, kind = KINDS[key]
+            require(key, where[key], good(where[key]), kind)
+            if key == 'label_names' and classes and len(where[key]) != classes:
+                raise refuse(f'{key} has {len(where[key]):,} names for {classes:,} classes')
+    return config
+
+
+def is_plain(value: object, most: float, depth: int = 3) -> bool:
+    """Whether a value is made of numbers from 0 to `most`, short texts, and short lists and mappings of such."""
+    if value is None or isinstance(value, bool):
+        return True
+    if isinstance(value, str):
+        return len(value) <= 100
+    if isinstance(value, dict):
+        return is_plain(list(value), most, depth) and is_plain(list(value.values()), most, depth)
+    if isinstance(value, list):
+        return depth > 0 and len(value) <= 64 and all(is_plain(item, most, depth - 1) for item in value)
+    return is_number(value, most)
+
+
+def checked_weights(content: bytes, source: str) -> dict[str, Tensor]:
+    """Reads `model.safetensors`.
+
+    Raises:
+        CheckpointError: If it holds something else, or numbers that are not finite.
+    """
+    try:
+        state = safetensors.torch.load(content)
+    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
+        raise CheckpointError(
+            f'{WEIGHTS_FILE} of {source} is cut, or is no file of safetensors: {first_line(error)}'
+        ) from None
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():
+            raise CheckpointError(f'{WEIGHTS_FILE} of {source} has NaN or infinity in {name}')
+    return state
+
+
+def require_fit(config: Mapping[str, Any], state: dict[str, Tensor], source: str) -> None:
+    """Raises a CheckpointError unless weights are those of a configuration, before the model takes any memory."""
+    args = config.get('model_args', {})
+    layers = [args.get('layers', 0)] if not isinstance(args.get('layers'), list) else args['layers']
+    blocks = sum(layer for layer in layers if is_number(layer))
+    for key, wanted in (('layers', blocks), ('scale', args.get('scale', 0))):
+        if is_number(wanted) and wanted * max(1, blocks if key == 'scale' else 1) > 4 * len(state):
+            raise CheckpointError(
+                f'{CONFIG_FILE} of {source} is of no use: model_args.{key} is {args[key]!r}, which is a far larger '
+                f'network than one of the {len(state)} tensors of its weights'
+            )
+    classes = config.get('num_classes', config['pretrained_cfg'].get('num_classes', 1000))
+    try:
+        model = timm.create_model(config['architecture'], device='meta', **{**args, 'num_classes': classes})
+    except Exception as error:  # a network can refuse its arguments in any way
+        raise CheckpointError(f'{CONFIG_FILE} of {source} describes no network: {first_line(error)}') from error
+    wanted = model.state_dict()
+    need = sum(parameter.numel() for parameter in model.parameters())
+    have = sum(tensor.numel() for tensor in state.values())
+    if need > have:
+        raise CheckpointError(
+            f'{CONFIG_FILE} of {source} describes a network of {need:,} numbers, and its weights have only {have:,}'
+        )
+    ours = config['architecture'] in ARCHS  # of others only timm knows what it renames
+    if ours and (problems := describe_mismatch(wanted, adapt_state_dict(dict(state), model))):
+        raise CheckpointError(f'{WEIGHTS_FILE} of {source} does not fit its {CONFIG_FILE}: {problems}')
+
+
+def make_model(config: bytes, weights: bytes, source: str, **kwargs: Any) -> nn.Module:
+    """Makes the model of a `config.json` with the weights of a `model.safetensors`.
+
+    Args:
+        config: The contents of the one.
+        weights: The contents of the other.
+        source: Where they are from, for errors.
+        **kwargs: For `timm.create_model`, such as `num_classes` or `features_only`.
+
+    Returns:
+        The model in evaluation mode. Its attribute `record` is what this package recorded of the weights.
+
+    Raises:
+        CheckpointError: If one of the files is of no use, or they don't fit each other.
+    """
+    checked = checked_config(config, source)
+    require_fit(checked, checked_weights(weights, source), source)
+    with tempfile.TemporaryDirectory() as folder:  # nobody changes these files between the check and now
+        Path(folder, CONFIG_FILE).write_text(json.dumps(checked))
+        Path(folder, WEIGHTS_FILE).write_bytes(weights)
+        try:
+            model = timm.create_model(f'local-dir:{folder}', pretrained=True, **kwargs)
+        except RuntimeError as error:
+            if 'state_dict' not in str(error):
+                raise
+            raise CheckpointError(
+                f'{WEIGHTS_FILE} of {source} does not fit its {CONFIG_FILE}: {first_line(error)}'
+            ) from error
+    cfg = getattr(model, 'pretrained_cfg', None)
+    if isinstance(cfg, dict):
+        cfg.pop('file', None)
+    model.record = checked.get('timm_res2net', {})
+    return model.eval()
+
+
+def load_folder(folder: PathLike, **kwargs: Any) -> nn.Module:
+    """Makes the model of a folder that `convert`, `push` or `pull` wrote, see `make_model`.
+
+    Raises:
+        CheckpointError: If a file is missing, can't be read or is of no use.
+    """
+    files = []
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        try:
+            files.append(Path(folder, name).read_bytes())
+        except OSError as error:
+            raise CheckpointError(f'{name} of {folder} can not be read: {error.strerror or error}') from error
+    return make_model(files[0], files[1], str(folder), **kwargs)
