@@ -73,7 +73,7 @@ def hub(
     hub_server: Hub,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path_factory: pytest.TempPathFactory,
-) -> Hub:
+) -> Iterator[Hub]:
     """A Hub without anything in it, that keeps large files by itself ('lfs') or by hf_xet ('xet')."""
     xet = request.param == 'xet'
     hub_server.reset(tmp_path_factory.mktemp('xet') if xet else None)
@@ -82,4 +82,5 @@ def hub(
     monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', not xet)
     monkeypatch.setitem(BACKOFF, 'wait', tenacity.wait_none())
     monkeypatch.setitem(BACKOFF, 'stop', tenacity.stop_after_attempt(3))
-    return hub_server
+    yield hub_server
+    hub_server.end_silence()

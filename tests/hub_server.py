@@ -37,7 +37,7 @@ class Fault:
     """What goes wrong with the next requests that match, such as 'GET /_cdn'."""
 
     match: str
-    kind: str  # 'status', 'drop', 'cut', 'reset', 'short', 'corrupt', 'lost'
+    kind: str  # status, drop, cut, reset, short, long, corrupt, lost, silent, nonsense, loop, etag
     times: int = 1
     status: int = 503
     headers: dict[str, str] = field(default_factory=dict)
@@ -107,6 +107,7 @@ class Hub(ThreadingHTTPServer):
         self.log: list[str] = []
         self.lock = threading.RLock()
         self.xet = xet
+        self.closing = threading.Event()  # ends the silence of faults
         self.xet_hashes: dict[str, str] = {}  # by SHA-256
         self.slow = False  # send large files so slowly that a client can be killed meanwhile
 
@@ -114,7 +115,15 @@ class Hub(ThreadingHTTPServer):
         """Forgets everything."""
         for kept in (self.repos, self.large, self.parts, self.faults, self.log, self.xet_hashes):
             kept.clear()
+        self.closing = threading.Event()
         self.xet = xet
+
+    def end_silence(self) -> None:
+        """Hangs up where faults made it silent, and waits for the calls that nobody waits for any more."""
+        self.closing.set()
+        for thread in threading.enumerate():
+            if thread.name == 'timm_res2net.hub':
+                thread.join(20)
 
     def files(self, repo_id: str, revision: str = 'main') -> dict[str, bytes]:
         """What is in a repository."""
@@ -204,6 +213,13 @@ class Handler(BaseHTTPRequestHandler):
                 return self.answer({'error': 'out of order'}, self.fault.status, **self.fault.headers)
             if self.fault and self.fault.kind == 'drop':
                 return self.hang_up()
+            if self.fault and self.fault.kind == 'silent':
+                self.server.closing.wait(30)
+                return self.hang_up()
+            if self.fault and self.fault.kind == 'nonsense':
+                return self.answer(b'<html>Welcome to our hotel</html>')
+            if self.fault and self.fault.kind == 'loop':
+                return self.answer(b'', 302, Location=self.path)
             for method, pattern, function in ROUTES:
                 match = pattern.fullmatch(url.path)
                 if match and method == self.command.replace('HEAD', 'GET'):
@@ -306,6 +322,15 @@ class Handler(BaseHTTPRequestHandler):
         asked = [value for key, value in parse_qsl(self.body.decode()) if key == 'paths']
         self.answer([self.entry(name, files[name]) for name in asked if name in files])
 
+    @route('GET', '/api/models/{id}/commits/{rev}')
+    def history(self, repo_id: str, revision: str) -> None:
+        repo = self.repo(repo_id)
+        told, commit = [], repo.branches.get(revision)
+        while commit is not None:
+            told.append({'id': commit, 'title': '', 'message': '', 'date': DATE, 'authors': []})
+            commit = repo.commits[commit][1]
+        self.answer(told)
+
     @route('GET', '/api/models/{id}/refs')
     def refs(self, repo_id: str) -> None:
         repo = self.repo(repo_id)
@@ -365,7 +390,7 @@ class Handler(BaseHTTPRequestHandler):
     @route('PUT', '/_large/{sha}')
     def put_large(self, oid: str) -> None:
         damaged = self.fault is not None and self.fault.kind == 'corrupt'
-        self.server.large[oid] = self.body[:-1] + b'?' if damaged else self.body
+        self.server.large[oid] = self.body[:-1] + bytes([self.body[-1] ^ 1]) if damaged else self.body
         self.answer()
 
     @route('PUT', '/_large/{sha}/(\\d+)')
@@ -429,7 +454,9 @@ class Handler(BaseHTTPRequestHandler):
         commit = repo.find(revision)
         file = repo.commits[commit][0].get(name)
         told = {'X-Repo-Commit': commit, 'Accept-Ranges': 'bytes'}
-        if file is None:
+        if self.fault and self.fault.kind == 'etag' and file is not None:
+            self.answer(b'', **told, ETag='"../../../outside"')
+        elif file is None:
             self.answer(b'', 404, **told, **{'X-Error-Code': 'EntryNotFound', 'X-Error-Message': 'Entry not found'})
         elif file.data is not None:
             self.send_content(file.data, **told, ETag=f'"{file.oid}"')
@@ -458,6 +485,12 @@ class Handler(BaseHTTPRequestHandler):
         if kind == 'corrupt':
             data = data[:-1] + bytes([data[-1] ^ 1])
         status = 206 if match else 200
+        if kind == 'long' and self.command == 'GET':
+            self.close_connection = True
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(data + b'more')
+            return None
         if kind == 'short':
             return self.answer(data[: len(data) // 2], status, **headers)
         if kind in ('cut', 'reset') and self.command == 'GET':

@@ -14,6 +14,8 @@ from typing import Any
 import timm.models.dla
 import timm.models.res2net
 import torch
+from huggingface_hub import hf_hub_download, hf_hub_url, is_offline_mode
+from huggingface_hub.errors import EntryNotFoundError
 from timm.models import (
     PretrainedCfg,
     build_model_with_cfg,
@@ -25,6 +27,7 @@ from timm.models import (
 from timm.models import _registry as timm_registry
 from torch import nn
 
+from .hub.client import Hub, cached_file
 from .models.block import function_of
 from .models.function import Function
 from .models.recompute import FeatureDict, FeatureList
@@ -32,6 +35,7 @@ from .models.resnet import Res2Net
 from .models.variants import ARCHS, WEIGHTS, Arch, default_cfg
 from .weights.checkpoints import Checkpoint, read_checkpoint
 from .weights.download import download
+from .weights.folder import WEIGHTS_FILE
 from .weights.loading import adapt_state_dict, require_same_function
 
 __all__ = ['register', 'unregister']  # register_model adds the models
@@ -60,6 +64,7 @@ def create(name: str, pretrained: bool = False, block_args: dict[str, Any] | Non
         TypeError: For an argument that the trunk doesn't know or that is given twice.
         ValueError: For an argument that the trunk doesn't support, or weights that don't fit it.
         ConnectionError: If weights can't be downloaded.
+        HfHubHTTPError: If the Hub refuses them.
     """
     arch = ARCHS[name]
     kwargs = normalise_arguments(name, kwargs, block_args or {})
@@ -126,7 +131,10 @@ def read_weights(cfg: PretrainedCfg, cache_dir: str | Path | None) -> Checkpoint
 
     Downloads URL weights before timm does, because timm keeps a partial file after a broken connection.
     """
-    if cfg.state_dict or cfg.source == 'local-dir' or (cfg.hf_hub_id and not cfg.file):
+    if cfg.state_dict or cfg.source == 'local-dir':
+        return None
+    if cfg.hf_hub_id and not cfg.file:
+        bring_from_hub(cfg.hf_hub_id, cache_dir)
         return None
     if cfg.file:
         return read_checkpoint(cfg.file)
@@ -135,6 +143,27 @@ def read_weights(cfg: PretrainedCfg, cache_dir: str | Path | None) -> Checkpoint
     url = cfg.url
     folder = cache_dir or Path(torch.hub.get_dir(), 'checkpoints')
     return download(url, folder, lambda path: replace(read_checkpoint(path), file=url))
+
+
+def bring_from_hub(hub_id: str, cache_dir: str | Path | None) -> None:
+    """Brings weights from the Hub to the cache, from which timm loads them.
+
+    timm would wait for a silent Hub without end, and write dozens of lines about one that can't be reached.
+
+    Raises:
+        ConnectionError: If the Hub can't be reached, and the weights are not in the cache.
+        HfHubHTTPError: If the Hub refuses.
+    """
+    repo_id, _, revision = hub_id.partition('@')
+    place = partial(hf_hub_download, repo_id, WEIGHTS_FILE, revision=revision or None, cache_dir=cache_dir)
+    if is_offline_mode() or cached_file(place):
+        return
+    hub = Hub()
+    try:
+        hub.call(f'weights of {hub_id}', hub.api.get_hf_file_metadata, url=hf_hub_url(repo_id, WEIGHTS_FILE))
+        hub.call(f'weights of {hub_id}', place)
+    except EntryNotFoundError:
+        return  # there is a pickle, perhaps, for timm
 
 
 def loaded_trunk(trunk: type[nn.Module], cfg: PretrainedCfg, checkpoint: Checkpoint, **kwargs: Any) -> nn.Module:

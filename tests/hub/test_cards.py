@@ -1,6 +1,7 @@
 """Model cards are correct and valid, and every example in them prints the stated output."""
 
 import contextlib
+import html
 import io
 import re
 from pathlib import Path
@@ -147,6 +148,44 @@ def test_card_quotes_special_characters_of_yaml() -> None:
     text = card(tiny(), dataset='digits: "8 x 8", 10 % # held out', results={'accuracy': 1.0}, recipe='a: b')
     assert metadata_of(text)['model-index'][0]['results'][0]['dataset']['name'] == 'digits: "8 x 8", 10 % # held out'
     assert cards.problems_of(text) == []
+
+
+def rendered(text: str) -> str:
+    """Markdown as HTML."""
+    return pytest.importorskip('markdown_it').MarkdownIt('gfm-like', {'linkify': False}).render(text)
+
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        '[here](javascript:alert(1)) ![x](https://example.org)',
+        '<script>alert(1)</script> &lt; <!-- a',
+        'a | b || `code` ~~no~~ *strong* __strong__ snake_case $x$',
+        '# no heading',
+        '- no list',
+        '1. no list',
+        'first\n\n## second\n---\nthird',
+        'C:\\[x]',
+        '===',
+    ],
+)
+def test_plain_text_is_read_as_it_was_written_and_as_nothing_else(text: str) -> None:
+    words = ' '.join(text.split())
+    assert rendered(cards.plain(text)) == f'<p>{html.escape(words).replace("&#x27;", chr(39))}</p>\n'
+
+
+def test_card_escapes_all_texts() -> None:
+    evil = '[x](javascript:alert(1)) | <b>'
+    text = card(tiny(), dataset=evil, recipe=evil, results={evil: 5.0}, license=(evil, 'https://example.org/licence'))
+    body = text.split('---\n', 2)[2]
+    assert body.count('\\[x\\](javascript:alert(1)) \\| \\<b\\>') == 4
+    assert '[x](javascript' not in body
+    assert cards.problems_of(text) == []
+
+
+@pytest.mark.parametrize('license', ['MIT', 'Apache-2.0', ' apache-2.0 '])
+def test_card_spells_license_as_the_hub_does(license: str) -> None:
+    assert metadata_of(card(tiny(), license=license))['license'] == license.strip().lower()
 
 
 def test_is_unchanged_detects_edits_and_merge_cards_keeps_edited_text() -> None:

@@ -1,11 +1,13 @@
 """Downloads survive transient faults, and leave nothing behind when they fail."""
 
 import base64
+import contextlib
 import hashlib
 import http.server
 import logging
 import re
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -38,6 +40,7 @@ class Server(http.server.ThreadingHTTPServer):
         self.spelling: Callable[[str], str] = str  # of the names of headers
         self.faults: list[Any] = []
         self.requests: list[dict[str, str]] = []
+        self.closing = threading.Event()
 
     @property
     def url(self) -> str:
@@ -53,15 +56,29 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.requests.append(dict(self.headers.items()))
         fault = self.server.faults.pop(0) if self.server.faults else None
         body = self.server.files.get(self.path)
+        if fault == 'silent':
+            self.server.closing.wait(10)
+            return
         if body is None or isinstance(fault, int):
             self.send_error(404 if body is None else fault)
             return
         start = int(self.headers.get('Range', 'bytes=0-')[6:-1]) if fault != 'no range' else 0
-        self.send_response(206 if start else 200)
+        self.send_response(206 if start or fault == 'part' else 200)
+        if start or fault == 'part':
+            size = len(body) + (fault == 'other part')
+            self.send_header('Content-Range', f'bytes {start}-{size - 1}/{size}')
         for key, value in self.server.headers.items():
-            self.send_header(self.server.spelling(key), value)
-        self.send_header(self.server.spelling('Content-Length'), str(len(body) - start))
+            self.send_header(self.server.spelling(key), value if fault != 'other tag' else '"2"')
+        told = fault[5:] if str(fault).startswith('size ') else str(len(body) - start)
+        if fault != 'endless':
+            self.send_header(self.server.spelling('Content-Length'), told)
         self.end_headers()
+        if fault == 'endless':
+            with contextlib.suppress(OSError):
+                while True:
+                    self.wfile.write(body)
+        while fault == 'drip' and not self.server.closing.wait(0.02):
+            self.wfile.write(b'.')
         body = body[start:]
         if fault in ('cut', 'no range, cut'):
             body = body[: len(body) // 2]
@@ -78,6 +95,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         running.files['/file.bin'] = CONTENT
         threading.Thread(target=running.serve_forever, kwargs={'poll_interval': 0.01}, daemon=True).start()
         yield running
+        running.closing.set()
         running.shutdown()
 
 
@@ -121,6 +139,44 @@ def test_download_cut_without_etag_restarts_from_beginning(server: Server, tmp_p
     server.headers, server.faults = {}, ['cut']
     assert download(f'{server.url}/file.bin', tmp_path, contents) == CONTENT
     assert [request.get('Range') for request in server.requests] == [None, None]
+
+
+@pytest.mark.parametrize('faults', [['part'], ['cut', 'other part'], ['cut', 'other tag']])
+def test_download_part_of_a_file_that_was_not_asked_for_restarts(
+    faults: list[Any], server: Server, tmp_path: Path
+) -> None:
+    server.faults = faults
+    assert download(f'{server.url}/file.bin', tmp_path, contents) == CONTENT
+    assert server.requests[-1].get('Range') is None
+
+
+@pytest.mark.parametrize(
+    ('fault', 'message'),
+    [
+        ('endless', 'it is larger than 2,000,000 bytes'),
+        ('size abc', "the server says that its size is 'abc'"),
+        ('size -1', "the server says that its size is '-1'"),
+        ('silent', 'timed out'),
+        ('drip', r'only [0-9,]+ bytes came in 0\.3 s'),
+    ],
+)
+def test_download_of_no_size_or_end_raises_and_leaves_no_file(
+    fault: str, message: str, server: Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr('timm_res2net.weights.download.LARGEST', 2_000_000)
+    monkeypatch.setenv('TIMM_RES2NET_TIMEOUT', '0.3')
+    server.faults = [fault] * 9
+    start = time.perf_counter()
+    with pytest.raises(ConnectionError, match=f'can not be downloaded: .*{message}'):
+        download(f'{server.url}/file.bin', tmp_path, contents)
+    assert time.perf_counter() - start < 2
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize('url', ['file:///etc/hostname', 'ftp://127.0.0.1/x', '/etc/hostname', ''])
+def test_download_of_what_is_not_on_the_web_raises_value_error(url: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match='give an address that begins with https://'):
+        download(url, tmp_path, contents)
 
 
 def test_download_existing_file_sends_no_request(server: Server, tmp_path: Path) -> None:

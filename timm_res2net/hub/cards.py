@@ -1,10 +1,13 @@
 """Model cards: what a set of weights is, costs and does, how to use it, its licence. One template for all."""
 
 import hashlib
+import logging
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from numbers import Real
 from pathlib import Path
+from typing import Any
 
 import jinja2
 import timm
@@ -16,8 +19,11 @@ from torch import Tensor, nn
 
 from ..models.classifier import Classifier, as_classifier, registered_cfg
 from ..models.variants import ARCHS, WEIGHTS
+from .client import require_repo_id
 
-__all__ = ['CardFacts', 'card', 'is_unchanged', 'measure', 'problems_of']
+__all__ = ['METADATA', 'CardFacts', 'card', 'is_unchanged', 'measure', 'problems_of']
+
+_logger = logging.getLogger(__name__)
 
 TEMPLATE = Path(__file__).with_name('card.md.jinja')
 # fmt: off
@@ -27,7 +33,10 @@ KEYS = {  # of a card's metadata; https://github.com/huggingface/hub-docs/blob/m
     'thumbnail', 'widget',
 }
 # fmt: on
-REPOSITORY = re.compile(r'([\w.-]+/)?[\w.-]+')
+METADATA = re.compile(r'\s*---[ \t]*\r?\n(.*?)\r?\n?---[ \t]*(?:\r?\n|$)', re.DOTALL)  # a card begins with it
+REPOSITORY = re.compile(r'([\w.-]+/)?[\w.-]+', re.ASCII)
+LICENSE = re.compile(r'[a-z0-9][a-z0-9.+-]*')  # as the Hub writes them
+ADDRESS = re.compile(r"""https?://[^\s<>()\[\]"'`\\]+""")
 PAPERS = {
     'Res2NetDla': 'in a DLA trunk ([paper](https://arxiv.org/abs/1707.06484))',
     'Res2NetBigLittle': 'in a Big-Little trunk ([paper](https://arxiv.org/abs/1807.03848))',
@@ -50,6 +59,51 @@ class CardFacts:
     license: str | tuple[str, str] | None = None
     base_model: str | None = None
     recipe: str | None = None
+
+    def checked(self) -> 'CardFacts':
+        """The same, in the Hub's spelling.
+
+        Raises:
+            ValueError: For what can't be on a card.
+        """
+        for name in ('tag', 'dataset', 'base_model', 'recipe'):
+            value = getattr(self, name)
+            if value is not None and not (isinstance(value, str) and value.strip()):
+                raise ValueError(f'{name} is {value!r}; give a text, or leave it out')
+        if self.tag is not None and not re.fullmatch(r'[\w.-]+', self.tag):
+            raise ValueError(f'tag is {self.tag!r}; give letters, digits, _, - and . only')
+        if self.base_model is not None and not REPOSITORY.fullmatch(self.base_model):
+            raise ValueError(f'base_model is {self.base_model!r}; give the name of a repository, USER/NAME')
+        for metric, value in (self.results or {}).items():
+            if not (isinstance(metric, str) and metric.strip()):
+                raise ValueError(f'results has a metric {metric!r}; name what was measured')
+            if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 100:
+                raise ValueError(f'results says {metric} {value!r}; give percent, from 0 to 100')
+        license = self.license
+        if isinstance(license, str):
+            license = license.strip().lower()
+            if not LICENSE.fullmatch(license):
+                raise ValueError(
+                    f'license is {self.license!r}; give one that the Hub knows, such as apache-2.0, or name and address'
+                )
+        elif license is not None:
+            name, address = license
+            if not str(name).strip() or not ADDRESS.fullmatch(str(address)):
+                raise ValueError(f'license is {name!r} at {address!r}; give a name, and an address with https://')
+            license = str(name).strip(), str(address)
+        results = self.results and {metric: float(value) for metric, value in self.results.items()}
+        return replace(self, license=license, results=results)
+
+    def completed(self, record: Mapping[str, Any]) -> 'CardFacts':
+        """The same, and what is missing as it was recorded with the weights, if that can be on a card."""
+        license = record.get('license')
+        recorded = {**record, 'license': tuple(license) if isinstance(license, list) else license}
+        missing = {each.name: recorded.get(each.name) for each in fields(self) if getattr(self, each.name) is None}
+        try:
+            return replace(self, **missing).checked()
+        except (ValueError, TypeError, AttributeError) as error:
+            _logger.warning('what was recorded with the weights is left out: %s', error)
+            return self
 
 
 @dataclass(frozen=True)
@@ -128,18 +182,21 @@ def card(
         if given := [key for key, value in facts.items() if value is not None]:
             raise TypeError(f'the card of published weights takes no {" and no ".join(given)}')
         return published_card(model)
+    license = CardFacts(tag, results, dataset, license, base_model, recipe).checked().license
+    if repo_id is not None:
+        require_repo_id(repo_id)
     network = as_classifier(model)
     cfg = network.pretrained_cfg
     name = cfg['architecture']
     args = {key: value for key, value in get_model_args(model).items() if key != 'global_pool'}
-    trained = f' on {dataset}' if dataset else ''
+    trained = f' on {plain(dataset)}' if dataset else ''
     origin = f', fine-tuned from [{base_model}](https://huggingface.co/{base_model})' if base_model else ''
     if license is None:
         licence = 'The owner of the repository named no licence: ask before you use it.'
     elif isinstance(license, str):
         licence = f'Licence: `{license}`, named by the owner of the repository.'
     else:
-        licence = f'Licence: [{license[0]}]({license[1]}), named by the owner of the repository.'
+        licence = f'Licence: [{plain(license[0])}]({license[1]}), named by the owner of the repository.'
     text = CardText(
         title=repo_id or name,
         source=f'hf-hub:{repo_id}' if repo_id else name,
@@ -150,7 +207,7 @@ def card(
         dataset=dataset,
         license=license,
         base_model=base_model,
-        recipe=(recipe or 'Not described').rstrip('.') + '.',
+        recipe=plain(recipe or 'Not described').rstrip('.') + '.',
         provenance=f'Pushed by timm_res2net{f" as `{name}.{tag}`" if tag else ""}.',
         licence=licence,
         limits='The model knows only the classes and the kind of images that it was trained on.',
@@ -250,6 +307,7 @@ def render_body(model: Classifier, text: CardText) -> str:
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     return environment.from_string(TEMPLATE.read_text()).render(
         text=text,
+        plain=plain,
         create=create_model,
         model=model,
         params=sum(parameter.numel() for parameter in model.parameters()),
@@ -259,6 +317,16 @@ def render_body(model: Classifier, text: CardText) -> str:
         neck=neck,
         neck_shapes=[(1, 256, *features[index].shape[2:]) for index in neck],
     )
+
+
+def plain(text: str) -> str:
+    """Escapes a text for Markdown, in one line, so that a reader sees the same characters and nothing else.
+
+    Underscores within words and single characters that mean nothing stay as they are.
+    """
+    escaped = re.sub(r'([\\`*\[\]<>|&~$]|(?<![^\W_])_|_(?![^\W_])|!(?=\[))', r'\\\1', ' '.join(text.split()))
+    escaped = re.sub(r'^([#+=-])', r'\\\1', escaped)  # what makes a heading or a list of a paragraph
+    return re.sub(r'^(\d+)(?=[.)])', r'\1\\', escaped)
 
 
 def metadata(text: CardText) -> ModelCardData:

@@ -1,62 +1,308 @@
-"""What push and pull share: retries, and the comparison of files with the Hub's checksums."""
+"""The door to the Hub for push and pull: one token, one deadline, retries, and errors of few kinds."""
 
+import hashlib
 import logging
+import re
+import threading
 from collections.abc import Callable, Iterable
+from concurrent.futures import Future, wait
+from functools import partial
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from huggingface_hub import HfApi, ModelCard
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub import HfApi, ModelCard, get_token, is_offline_mode
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.hf_api import RepoFile
+from huggingface_hub.utils import tqdm, validate_repo_id  # type: ignore[attr-defined]
 
-from ..weights.download import retrying
+from ..weights.download import Deadline, retrying
 from ..weights.errors import first_line
 
-__all__ = ['call_hub', 'is_transient', 'problems_on_hub', 'wrong_files']
+__all__ = ['DamagedError', 'Hub', 'has_checksum', 'is_refusal', 'is_transient', 'problems_on_hub', 'require_repo_id']
 
 _logger = logging.getLogger(__name__)
 
 P = ParamSpec('P')
 T = TypeVar('T')
 
+TOKEN = re.compile(r'[A-Za-z0-9._~+/-]+=*')  # what may follow 'Bearer', https://www.rfc-editor.org/rfc/rfc6750
+CHECKSUM = re.compile('[0-9a-f]{40}|[0-9a-f]{64}')  # git's of a small file and of a commit, SHA-256 of a large file
+REVISION = re.compile(r'(?!.*\.\.)[\w][^\s~^:?*\[\\\x00-\x20\x7f]*')  # a name that git takes
+THREAD = 'timm_res2net.hub'
+UPLOAD = 1_000_000  # bytes a second, for which the deadline of a push is moved
 
-def call_hub(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-    """Calls a function of huggingface_hub, with retries after transient errors.
+
+class DamagedError(ValueError):
+    """A file that came from the Hub is not the one that the Hub has."""
+
+
+class Hub:
+    """The calls of one push or pull.
+
+    Args:
+        token: For the Hub. That of `hf auth login` if None.
+        timeout: Seconds for all calls together, see `Deadline`.
 
     Raises:
-        ConnectionError: If the Hub can't be reached.
-        HfHubHTTPError: If the Hub refuses.
+        ValueError: If the token can't be one, or the timeout is not positive.
     """
+
+    def __init__(self, token: str | bool | None = None, timeout: float | None = None) -> None:
+        self.token = clean_token(token)
+        self.deadline = Deadline(timeout)
+        self.api = HfApi(token=self.token, library_name='timm_res2net')
+
+    def call(self, awaited: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+        """Calls a function of huggingface_hub, with retries after transient errors.
+
+        It runs in a thread of its own, as huggingface_hub waits for a silent server without end.
+
+        Args:
+            awaited: What is waited for, as an error will name it.
+            function: The function.
+            *args: Its arguments.
+            **kwargs: Its arguments.
+
+        Raises:
+            ConnectionError: If the Hub can't be reached, does not answer in time, or answers what makes no sense.
+            HfHubHTTPError: If the Hub refuses.
+            OSError: If a file can't be written.
+            DamagedError: If a file came damaged each time.
+        """
+        attempt = partial(self.in_time, awaited, partial(function, *args, **kwargs))
+        try:
+            return retrying(is_transient, self.deadline)(attempt)
+        except Exception as error:
+            raise self.documented(awaited, error) from error
+
+    def in_time(self, awaited: str, function: Callable[[], T]) -> T:
+        """Calls a function in another thread, and leaves it alone there when the deadline has passed."""
+        future: Future[T] = Future()
+
+        def work() -> None:
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+
+        threading.Thread(target=work, name=THREAD, daemon=True).start()
+        while not future.done() and (left := self.deadline.left):
+            wait([future], min(left, threading.TIMEOUT_MAX))
+        if not future.done():
+            raise LateError(
+                f'the Hub did not answer within {self.deadline.seconds:g} s, which was waited for: {awaited}. For a '
+                'slow connection give more seconds by timeout, --timeout or the environment variable '
+                'TIMM_RES2NET_TIMEOUT'
+            )
+        return future.result()
+
+    def documented(self, awaited: str, error: BaseException) -> Exception:
+        """The error of a documented type, with one line and without a token, that tells what another one does."""
+        chain = [error]
+        while chain[-1].__cause__ is not None and len(chain) < 10:
+            chain.append(chain[-1].__cause__)
+        refusals = [each for each in chain if isinstance(each, HfHubHTTPError)]
+        if refusals:  # what huggingface_hub made of it may say less
+            refusals[-1].args = (self.one_line(refusals[-1]),)
+            return refusals[-1]
+        if isinstance(error, LateError | DamagedError):
+            return error
+        if any(isinstance(each, OfflineModeIsEnabled) for each in chain):
+            return ConnectionError(f'{awaited}: not without the Hub, and HF_HUB_OFFLINE says that it must not be asked')
+        if is_transient(error):
+            return ConnectionError(f'the Hub can not be reached: {self.one_line(chain[-1])} ({awaited})')
+        if isinstance(error, OSError) and error.errno is not None:  # of this machine
+            return OSError(error.errno, f'{awaited}: {error.strerror}', *[error.filename][: bool(error.filename)])
+        kind = type(chain[-1]).__name__
+        return ConnectionError(f'the Hub answers what makes no sense for {awaited}: {kind}: {self.one_line(chain[-1])}')
+
+    def one_line(self, error: BaseException) -> str:
+        """The text of an error in one line, without the token, and cut if it is long."""
+        text = ' '.join(str(error).split()) or type(error).__name__
+        if isinstance(self.token, str):
+            text = text.replace(self.token, '***')
+        return (text if len(text) <= 500 else f'{text[:500]} ...').rstrip('.')
+
+    def commit(self, repo_id: str, revision: str | None) -> str:
+        """The commit that a branch, tag or commit of a repository is at."""
+
+        def ask() -> str:
+            return require_checksum(self.api.model_info(repo_id, revision=revision).sha, 40)
+
+        return self.call(f'the last commit of {repo_id}', ask)
+
+    def checksums(self, repo_id: str, commit: str, names: Iterable[str]) -> dict[str, tuple[str, int]]:
+        """Checksum and size of those of some files that are in a commit."""
+
+        def ask() -> dict[str, tuple[str, int]]:
+            found = self.api.get_paths_info(repo_id, list(names), revision=commit)
+            files = [each for each in found if isinstance(each, RepoFile) and each.path in names]
+            told = {each.path: (each.lfs.sha256 if each.lfs else each.blob_id, int(each.size)) for each in files}
+            return {name: (require_checksum(checksum), size) for name, (checksum, size) in told.items()}
+
+        return self.call(f'the checksums of {repo_id}', ask)
+
+    def has(self, repo_id: str, commit: str, folder: Path, names: Iterable[str]) -> bool:
+        """Whether a commit on the Hub has these files of a folder."""
+        told = self.checksums(repo_id, commit, names)
+        return all(name in told and has_checksum((folder / name).read_bytes(), told[name][0]) for name in names)
+
+    def download(
+        self, repo_id: str, name: str, commit: str, checksum: str, size: int, cache: str | None = None
+    ) -> tuple[Path, bytes]:
+        """Takes a file from the cache or downloads it, until its checksum is right.
+
+        huggingface_hub compares no downloaded bytes with a checksum by itself.
+
+        Raises:
+            DamagedError: If it is wrong each time. The file is not in the cache then.
+        """
+        broken: list[Path] = []  # by an earlier attempt
+        hub = self
+
+        class Bar(tqdm):
+            received = 0
+
+            def update(self, n: float | None = 1) -> bool | None:
+                self.received += int(n or 0)
+                hub.deadline.received(int(n or 0))
+                if self.received > size:
+                    raise DamagedError(f'{name} of {repo_id} does not end after {size:,} bytes')
+                if not hub.deadline.left:
+                    raise LateError('nobody waits any more')
+                return super().update(n)
+
+        def attempt() -> tuple[Path, bytes]:
+            place = partial(self.api.hf_hub_download, repo_id, name, revision=commit, cache_dir=cache)
+            for path in broken:  # its link may point at another file than the Hub's, which a download leaves as it is
+                path.unlink(missing_ok=True)
+                (path.parents[2] / 'trees' / f'{commit}.json').unlink(missing_ok=True)  # what an earlier answer said
+            found = None if broken else cached_file(place)
+            if found is None:
+                told = self.api.get_hf_file_metadata(
+                    url=self.api_url(repo_id, name, commit), timeout=self.deadline.left + 0.01
+                )
+                if (told.etag, told.commit_hash) != (checksum, commit):  # they become paths in the cache
+                    raise DamagedError(f'{name} of {repo_id} is announced with another checksum than the Hub lists')
+                found = Path(place(force_download=bool(broken), tqdm_class=Bar))
+            content = found.read_bytes()
+            if not has_checksum(content, checksum):
+                broken.append(found)
+                raise DamagedError(f'{name} of {repo_id} has another checksum than the Hub lists')
+            return found, content
+
+        try:
+            return self.call(f'{name} of {repo_id}', attempt)
+        except DamagedError as error:
+            for path in broken:
+                path.unlink(missing_ok=True)
+                (path.parents[2] / 'blobs' / checksum).unlink(missing_ok=True)
+            raise DamagedError(f'{error}, each time; try again later') from error
+
+    def api_url(self, repo_id: str, name: str, commit: str) -> str:
+        """The address of a file."""
+        return f'{self.api.endpoint}/{repo_id}/resolve/{commit}/{name}'
+
+
+class LateError(ConnectionError):
+    """The deadline has passed."""
+
+
+def cached_file(place: Callable[..., str]) -> Path | None:
+    """The file that is in the cache already, None if there is none."""
     try:
-        return retrying(is_transient)(function, *args, **kwargs)
-    except Exception as error:
-        if isinstance(error, HfHubHTTPError) or not is_transient(error):
-            raise
-        raise ConnectionError(f'the Hub can not be reached: {first_line(error)}') from error
+        return Path(place(local_files_only=True))
+    except FileNotFoundError:
+        return None
+
+
+def clean_token(token: str | bool | None) -> str | bool | None:
+    """A token without white space around it.
+
+    Raises:
+        ValueError: If it can't be one; the message doesn't quote it. It would be sent, and quoted in errors.
+    """
+    cleaned = token.strip() if isinstance(token, str) else token
+    used = get_token() if cleaned is None else cleaned
+    if isinstance(used, str) and not TOKEN.fullmatch(used):
+        raise ValueError(
+            'the token for the Hub is none: it is empty, or has characters that no token has. Copy it again from '
+            'https://huggingface.co/settings/tokens'
+        )
+    return cleaned
+
+
+def require_repo_id(repo_id: str, revision: str | None = None) -> None:
+    """Raises a ValueError for what can't be the name of a repository, or of a branch, tag or commit."""
+    try:
+        validate_repo_id(repo_id)
+        if '/' not in repo_id:
+            raise HFValidationError('it has no user')
+    except HFValidationError as error:
+        raise ValueError(f'{repo_id!r} is no name of a repository; give USER/NAME ({first_line(error)})') from None
+    if revision is not None and not REVISION.fullmatch(revision):
+        raise ValueError(f'revision is {revision!r}; give a branch, a tag or a commit')
+
+
+def require_checksum(text: object, length: int | None = None) -> str:
+    """Returns a checksum that the Hub tells; ValueError for anything else, as it becomes a part of a path."""
+    if not isinstance(text, str) or not CHECKSUM.fullmatch(text) or len(text) != (length or len(text)):
+        raise ValueError(f'{str(text)[:80]!r} is no checksum')
+    return text
+
+
+def has_checksum(content: bytes, checksum: str) -> bool:
+    """Whether a file has a checksum: git's for 40 digits, SHA-256 for 64."""
+    if len(checksum) == 64:
+        return hashlib.sha256(content).hexdigest() == checksum
+    return hashlib.sha1(b'blob %d\0' % len(content) + content).hexdigest() == checksum
+
+
+def is_refusal(error: BaseException) -> bool:
+    """Whether the Hub has understood a request and will not do it."""
+    return isinstance(error, HfHubHTTPError) and not is_transient(error)
 
 
 def is_transient(error: BaseException) -> bool:
     """Whether a later attempt may succeed: after a broken connection, a busy server, lost or damaged bytes."""
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in (408, 416, 422, 429, 500, 502, 503, 504)
+    if isinstance(error, DamagedError):
+        return True
     # By name, as the HTTP library under huggingface_hub changes with its versions.
     broken = any(base.__name__ == 'TransportError' for base in type(error).__mro__)
     wrapped = error.__cause__ is not None and is_transient(error.__cause__)  # as uploads of large files are
-    return broken or wrapped or 'Consistency check failed' in str(error)
+    gone = type(error) is FileNotFoundError  # another process heals the same cache
+    return broken or wrapped or gone or 'Consistency check failed' in str(error)
 
 
-def wrong_files(api: HfApi, repo_id: str, revision: str, folder: Path, names: Iterable[str]) -> list[str]:
-    """Those of some files in a folder that are not in a commit, or have another checksum there."""
-    verified = call_hub(api.verify_repo_checksums, repo_id, revision=revision, local_dir=folder)
-    wrong = {*verified.extra_paths, *(mismatch['path'] for mismatch in verified.mismatches)}
-    return [name for name in names if name in wrong]
-
-
-def problems_on_hub(text: str) -> list[str]:
+def problems_on_hub(text: str, hub: Hub | None = None) -> list[str]:
     """What the Hub finds wrong with a card; nothing if it can't be reached."""
+
+    def ask() -> list[str]:
+        try:
+            ModelCard(text, ignore_metadata_errors=True).validate()
+        except ValueError as error:
+            return [' '.join(str(error).split())[:500]]
+        return []
+
+    if is_offline_mode():
+        return []
     try:
-        ModelCard(text).validate()
-    except ValueError as error:
-        return [' '.join(str(error).split())]
-    except Exception as error:  # no Hub, in whatever way the HTTP library says that
-        _logger.info('the card was not checked on the Hub: %s', first_line(error))
+        return (hub or Hub()).call('the check of the card', ask)
+    except (ConnectionError, HfHubHTTPError) as error:
+        if hub and isinstance(error, LateError):
+            raise
+        _logger.info('the card was not checked on the Hub: %s', error)
     return []
+
+
+class Quiet(logging.Filter):
+    """Keeps the lines about retries off the log, that huggingface_hub writes for each attempt of a call here."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.threadName != THREAD or record.levelno >= logging.ERROR
+
+
+for each in ('utils._http', 'file_download'):
+    logging.getLogger(f'huggingface_hub.{each}').addFilter(Quiet())

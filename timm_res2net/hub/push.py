@@ -2,16 +2,20 @@
 
 import copy
 import logging
+import os
+import re
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
-from huggingface_hub import CommitOperationAdd, HfApi, ModelCard
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+import yaml
+from huggingface_hub import CommitOperationAdd
+from huggingface_hub.errors import HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
 from timm.models import PretrainedCfg, get_model_args
 from timm.utils import unwrap_model
 from torch import nn
@@ -19,12 +23,13 @@ from torch import nn
 from ..models.block import function_of
 from ..models.classifier import Classifier, as_classifier, model_name
 from ..models.variants import ARCHS
+from ..weights.config import load_folder
 from ..weights.download import retrying
-from ..weights.errors import first_line
+from ..weights.errors import CheckpointError, first_line
 from ..weights.files import PathLike, sha256
 from ..weights.folder import CONFIG_FILE, WEIGHTS_FILE, make_config, require_no_model, write_folder
-from .cards import CardFacts, card, is_unchanged
-from .client import call_hub, is_transient, problems_on_hub, wrong_files
+from .cards import METADATA, CardFacts, card, is_unchanged
+from .client import UPLOAD, DamagedError, Hub, LateError, is_refusal, problems_on_hub, require_repo_id
 
 __all__ = ['Push', 'push']
 
@@ -62,12 +67,14 @@ def push(
     token: str | None = None,
     overwrite_card: bool = False,
     dry_run: PathLike | None = None,
+    timeout: float | None = None,
 ) -> Push:
     """Uploads a model: weights as safetensors, the configuration that makes it again, and a card.
 
     Before anything is sent, the folder is loaded, and the loaded model has to compute the same, bit for bit. Afterwards
     the Hub's checksums are compared with the files. If the Hub's answer is lost but the files are there, the push has
-    succeeded. A card that somebody wrote keeps its text and gets the new metadata.
+    succeeded. A card that somebody wrote keeps its text and gets the new metadata. A model that `pull` made and that
+    was not changed since keeps its tag, results, dataset, licence, base model and recipe, where no others are given.
 
     Args:
         model: A model of this package, made by `timm.create_model`.
@@ -75,7 +82,7 @@ def push(
         tag: Name of this set of weights.
         results: Measured accuracy in percent, such as `{'accuracy': 99.5}`.
         dataset: Data for training and results, a dataset of the Hub ('imagenet-1k') or a description.
-        license: A licence of the Hub ('apache-2.0'), or name and URL of another.
+        license: A licence of the Hub ('apache-2.0', in any case), or name and URL of another.
         base_model: The model that this one was fine-tuned from, 'user/name'.
         labels: Names of the classes.
         recipe: How it was trained, for the card.
@@ -86,6 +93,8 @@ def push(
         token: For the Hub. That of `hf auth login` if None.
         overwrite_card: Replace a card that somebody wrote.
         dry_run: A folder to write to instead, in which there must not be a model yet.
+        timeout: Seconds to wait for the Hub, all requests and pauses together, and one more for each megabyte to send.
+            If None, those in the environment variable TIMM_RES2NET_TIMEOUT, or 120.
 
     Returns:
         The commit, and the checksums of the files.
@@ -94,38 +103,99 @@ def push(
         ValueError: If the model can't be made again from a configuration, or an argument is wrong.
         TypeError: If the model is no classification model.
         OSError: If the folder can't be written.
-        ConnectionError: If the Hub can't be reached, or somebody else pushed at the same time; nothing of this push is
-            there then.
+        ConnectionError: If the Hub can't be reached, doesn't answer in time or makes no sense, or somebody else pushed
+            at the same time. Nothing of this push is there then, or the error says that this is not known.
         HfHubHTTPError: If the Hub refuses; the error says why.
     """
-    facts = CardFacts(tag, results, dataset, license, base_model, recipe)
+    require_repo_id(repo_id, revision)
+    hub = Hub(token, timeout)
+    facts = CardFacts(tag, results, dataset, license, base_model, recipe).checked()
+    if dry_run is not None:
+        require_no_model(Path(dry_run))
+    network = as_classifier(unwrap_model(model))
+    require_finite(network)
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(dry_run or Path(temporary, 'model'))
-        require_no_model(folder)
-        network = as_classifier(unwrap_model(model))
+        folder = Path(temporary, 'model')
         write_model(network, folder, labels, facts)
+        record = getattr(network, 'record', {})
+        if record.get('sha256') == sha256(folder / WEIGHTS_FILE):  # pulled, and the same still
+            facts = facts.completed({'tag': network.pretrained_cfg.get('tag'), **record})
+            write_model(network, folder, labels, facts)
         require_round_trip(network, folder)
         text = card(network, repo_id=repo_id, **vars(facts))
-        (folder / CARD_FILE).write_text(text)
-        hashes = {name: sha256(folder / name) for name in FILES}
+        (folder / CARD_FILE).write_text(text, encoding='utf-8')
         if dry_run is not None:
-            return Push(None, None, hashes, folder)
-        if problems := problems_on_hub(text):  # for the licence, among others, as only the Hub knows all of them
-            raise ValueError(problems[0])
+            place_folder(folder, Path(dry_run))
+            return Push(None, None, {name: sha256(folder / name) for name in FILES}, Path(dry_run))
 
-        api = HfApi(token=token, library_name='timm_res2net')
-        call_hub(api.create_repo, repo_id, private=private, exist_ok=True)
+        require_valid_card(text, hub)  # the licence, among others, as only the Hub knows all of them
         branch = revision or 'main'
-        if branch not in {ref.name for ref in call_hub(api.list_repo_refs, repo_id).branches}:
-            call_hub(api.create_branch, repo_id, branch=branch, exist_ok=True)
-        head = str(call_hub(api.model_info, repo_id, revision=branch).sha)
-        if not overwrite_card:
-            text = merge_cards(remote_card(api, repo_id, head), text)
-            (folder / CARD_FILE).write_text(text)
-            hashes[CARD_FILE] = sha256(folder / CARD_FILE)
-        commit = Commit(api, repo_id, branch, head, folder, create_pr, commit_message or f'Push {model_name(network)}')
-        url, revision = retrying(is_transient_commit)(commit.attempt)
-        return Push(url, revision, hashes)
+        if (found := find_head(hub, repo_id, branch)) is None:
+            hub.call(f'the new repository {repo_id}', hub.api.create_repo, repo_id, private=private, exist_ok=True)
+            found = find_head(hub, repo_id, branch) or ('', False)
+        head, is_branch = found
+        if not overwrite_card and (written := remote_card(hub, repo_id, head)):
+            text = merge_cards(written, text)
+            require_valid_card(text, hub)
+            (folder / CARD_FILE).write_text(text, encoding='utf-8')
+        if not is_branch:
+            hub.call(f'the new branch {branch}', hub.api.create_branch, repo_id, branch=branch, exist_ok=True)
+        message = commit_message or f'Push {model_name(network)}'
+        commit = Commit(hub, repo_id, branch, head, folder, create_pr, message)
+        hub.deadline.end += (folder / WEIGHTS_FILE).stat().st_size / UPLOAD
+        url, made = retrying(is_transient_commit, hub.deadline)(commit.attempt)
+        return Push(url, made, {name: sha256(folder / name) for name in FILES})
+
+
+def require_finite(model: nn.Module) -> None:
+    """Raises a ValueError for weights that are not all finite."""
+    state = model.state_dict()
+    bad = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
+    if bad:
+        raise ValueError(f'{len(bad)} of the tensors have NaN or infinity in them (first: {bad[0]})')
+
+
+def require_valid_card(text: str, hub: Hub) -> None:
+    """Raises a ValueError if the Hub finds a fault in a card."""
+    if problems := problems_on_hub(text, hub):
+        hint = ''
+        if 'license' in problems[0]:
+            hint = '. For a licence that it does not know give name and address: --license NAME --license-link URL, '
+            hint += 'or license=(NAME, URL)'
+        raise ValueError(f'the Hub does not take the card: {problems[0]}{hint}')
+
+
+def place_folder(folder: Path, target: Path) -> None:
+    """Copies a folder to its place when all of it is right.
+
+    Raises:
+        OSError: If that can't be written.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix='.', dir=target.parent, ignore_cleanup_errors=True) as temporary:
+            complete = Path(shutil.copytree(folder, Path(temporary, 'complete')))
+            if target.exists():
+                for file in complete.iterdir():
+                    os.replace(file, target / file.name)
+            else:
+                os.replace(complete, target)
+    except OSError as error:
+        raise OSError(f'{target} can not be written: {first_line(error)}') from error
+
+
+def find_head(hub: Hub, repo_id: str, branch: str) -> tuple[str, bool] | None:
+    """The last commit of a branch, or of main if there is no such branch, and whether there is; None for no repository.
+
+    Raises:
+        Exception: As `Hub.call` does.
+    """
+    try:
+        return hub.commit(repo_id, branch), True
+    except RepositoryNotFoundError:
+        return None
+    except RevisionNotFoundError:
+        return hub.commit(repo_id, 'main'), False
 
 
 def write_model(model: Classifier, folder: Path, labels: Sequence[str] | None, facts: CardFacts) -> None:
@@ -135,6 +205,8 @@ def write_model(model: Classifier, folder: Path, labels: Sequence[str] | None, f
         raise ValueError(
             f'a {type(model).__name__} can not be pushed: give a model of this package, as create_model made it'
         )
+    if labels is not None and not all(isinstance(label, str) and label.strip() for label in labels):
+        raise ValueError('labels has an entry that is no text')
     if labels is not None and len(labels) != model.num_classes:
         raise ValueError(f'labels has {len(labels)} names for {model.num_classes} classes')
     defaults = {'in_chans': 3, 'global_pool': 'avg', 'num_classes': model.num_classes}
@@ -174,9 +246,9 @@ def require_round_trip(model: Classifier, folder: Path) -> None:
     x = torch.linspace(-2, 2, model.in_chans * 64 * 64).sin().reshape(1, model.in_chans, 64, 64)
     original = copy.deepcopy(model).to('cpu', torch.float32).to(memory_format=torch.contiguous_format).eval()
     try:
-        loaded = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
+        loaded = load_folder(folder)
         same = torch.equal(original(x), loaded(x))
-    except RuntimeError as error:  # the weights have other names or shapes
+    except (RuntimeError, CheckpointError) as error:  # the weights have other names or shapes
         _logger.debug('%s', error)
         same = False
     if not same:
@@ -187,34 +259,56 @@ def require_round_trip(model: Classifier, folder: Path) -> None:
 
 
 def merge_cards(written: str | None, generated: str) -> str:
-    """Puts a generated card's metadata on the card that is there already, whose text stays."""
+    """Puts a generated card's metadata on the card that is there already, whose text stays.
+
+    Metadata that can't be read stay, too, as a part of the text.
+    """
     if written is None or not written.strip() or is_unchanged(written):
         return generated
-    old, new = ModelCard(written, ignore_metadata_errors=True), ModelCard(generated)
-    old.data = type(new.data)(**{**old.data.to_dict(), **new.data.to_dict()}, ignore_metadata_errors=True)
-    return str(old)
+    new: dict[str, Any] = yaml.safe_load(METADATA.match(generated)[1])  # type: ignore[index]
+    block = METADATA.match(written)
+    text = written[block.end() :] if block else written
+    try:
+        old = yaml.safe_load(block[1]) or {} if block else {}
+        tags = [old.get('tags') or []] if isinstance(old.get('tags'), str) else list(old.get('tags') or [])
+        merged = {**old, **new, 'tags': [*tags, *(tag for tag in new['tags'] if tag not in tags)]}
+        metadata = yaml.safe_dump(merged, sort_keys=False, allow_unicode=True, width=10_000)
+    except (yaml.YAMLError, AttributeError, TypeError, ValueError, RecursionError) as error:
+        _logger.warning("the card's metadata can not be read and become a part of its text: %s", first_line(error))
+        fence = '`' * max(3, *(len(run) + 1 for run in re.findall('`+', written)), 3)
+        text = f'\n{fence}yaml\n{block[1] if block else ""}\n{fence}\n{text}'
+        metadata = yaml.safe_dump(new, sort_keys=False, allow_unicode=True, width=10_000)
+    return f'---\n{metadata}---\n{text}'
 
 
-def remote_card(api: HfApi, repo_id: str, revision: str) -> str | None:
-    """The card in a commit on the Hub, None if the commit has none.
+def remote_card(hub: Hub, repo_id: str, commit: str) -> str | None:
+    """The card in a commit on the Hub, None if the commit has none; in whatever encoding it is.
 
     Raises:
         ConnectionError: If there is one that can't be read: it might be lost otherwise.
     """
-    if CARD_FILE not in call_hub(api.list_repo_files, repo_id, revision=revision):
+    told = hub.checksums(repo_id, commit, [CARD_FILE]).get(CARD_FILE)
+    if told is None:
         return None
+    with tempfile.TemporaryDirectory() as cache:
+        try:
+            _, content = hub.download(repo_id, CARD_FILE, commit, *told, cache)
+        except DamagedError as error:
+            raise ConnectionError(f'{error}. Nothing was pushed') from error
+    if content.startswith((b'\xff\xfe', b'\xfe\xff')):
+        return content.decode('utf-16', errors='replace').replace('\r\n', '\n')
     try:
-        return Path(call_hub(api.hf_hub_download, repo_id, CARD_FILE, revision=revision)).read_text()
-    except EntryNotFoundError as error:  # what huggingface_hub makes of most refusals
-        problem = first_line(error.__cause__ or error)
-        raise ConnectionError(f'the card of {repo_id} can not be read: {problem}. Nothing was pushed') from error
+        text = content.decode('utf-8-sig')
+    except UnicodeDecodeError:
+        text = content.decode('cp1252' if not set(content) & {0x81, 0x8D, 0x8F, 0x90, 0x9D} else 'latin-1')
+    return text.replace('\r\n', '\n')
 
 
 @dataclass(frozen=True)
 class Commit:
     """A commit of a folder's files to the Hub, and how to find out whether it has succeeded."""
 
-    api: HfApi
+    hub: Hub
     repo_id: str
     branch: str
     head: str  # the branch's last commit
@@ -230,53 +324,85 @@ class Commit:
 
         Raises:
             ConnectionError: If somebody else pushed, or the files on the Hub are not those of the folder.
-            Exception: Whatever huggingface_hub raises. Nothing of the commit is on the Hub then.
+            HfHubHTTPError: If the Hub refuses. Nothing of the commit is on the Hub then.
+            OSError: If a file can't be read.
+        """
+        awaited = f'the commit to {self.repo_id}'
+        commit = partial(
+            self.hub.api.create_commit,
+            self.repo_id,
+            [CommitOperationAdd(name, str(self.folder / name)) for name in FILES],
+            commit_message=self.message,
+            revision=self.branch,
+            parent_commit=self.head,
+            create_pr=self.create_pr,
+        )
+        try:
+            done = self.hub.in_time(awaited, commit)
+        except Exception as error:
+            problem = self.hub.documented(awaited, error)
+            conflict = isinstance(problem, HfHubHTTPError) and problem.response.status_code == 412
+            if isinstance(problem, LateError):
+                raise ConnectionError(f'{problem}. {self.doubt}') from error
+            if (is_refusal(problem) and not conflict) or (isinstance(problem, OSError) and problem.errno is not None):
+                raise problem from error
+            return self.find_after(problem, conflict)
+        made = done.oid or self.head
+        try:
+            same = self.is_at(made)
+        except (ConnectionError, HfHubHTTPError) as error:
+            raise ConnectionError(f'{done.commit_url} is there, but it could not be checked: {error}') from error
+        if not same:
+            raise ConnectionError(f'the files in {done.commit_url} are not those that were sent; push again')
+        return (done.pr_url or done.commit_url), made
+
+    @property
+    def doubt(self) -> str:
+        """What to say when nobody knows whether the commit is there."""
+        return f'Perhaps the files are there all the same: look at {self.hub.api.endpoint}/{self.repo_id}/commits'
+
+    def find_after(self, problem: Exception, conflict: bool) -> tuple[str, str]:
+        """Looks for the commit after an error; perhaps only the answer was lost.
+
+        Raises:
+            ConnectionError: If it isn't there, or can't be looked for.
         """
         try:
-            done = self.api.create_commit(
-                self.repo_id,
-                [CommitOperationAdd(name, str(self.folder / name)) for name in FILES],
-                commit_message=self.message,
-                revision=self.branch,
-                parent_commit=self.head,
-                create_pr=self.create_pr,
-            )
-        except Exception as error:
-            conflict = isinstance(error, HfHubHTTPError) and error.response.status_code == 412
-            if not conflict and not is_transient(error):
-                raise
-            # Perhaps only the answer was lost.
-            now = str(call_hub(self.api.model_info, self.repo_id, revision=self.branch).sha)
-            if found := self.find(now):
-                return found
-            if conflict or now != self.head:
-                raise ConnectionError(
-                    f'somebody else pushed to {self.repo_id} at the same time: {self.branch} went from {self.head[:8]} '
-                    f'to {now[:8]}. Nothing of this push is there; look at theirs, and push again'
-                ) from error
-            raise NotCommittedError(
-                f'the Hub did not take the commit to {self.repo_id}: {first_line(error)}'
-            ) from error
-        commit = done.oid or self.head
-        if not self.is_at(commit):
-            raise ConnectionError(f'the files in {done.commit_url} are not those that were sent; push again')
-        return (done.pr_url or done.commit_url), commit
+            now = self.hub.commit(self.repo_id, self.branch)
+            found = self.find(now)
+        except (ConnectionError, HfHubHTTPError) as error:
+            raise ConnectionError(f'{problem}. {self.doubt} ({error})') from error
+        if found:
+            return found
+        if conflict or now != self.head:
+            raise ConnectionError(
+                f'somebody else pushed to {self.repo_id} at the same time: {self.branch} went from {self.head[:8]} '
+                f'to {now[:8]}. Nothing of this push is there; look at theirs, and push again'
+            ) from problem
+        raise NotCommittedError(f'the Hub did not take the commit to {self.repo_id}: {problem}') from problem
 
     def find(self, now: str) -> tuple[str, str] | None:
         """Looks for the commit on the Hub, whose branch is at `now`; its URL and commit, None if it isn't there."""
+        api = self.hub.api
         if self.create_pr:
-            refs = call_hub(self.api.list_repo_refs, self.repo_id, include_pull_requests=True)
+            ask = partial(api.list_repo_refs, self.repo_id, include_pull_requests=True)
+            refs = self.hub.call(f'the pull requests of {self.repo_id}', ask)
             for ref in reversed(refs.pull_requests or []):
                 if self.is_at(ref.target_commit):
                     number = ref.name.rpartition('/')[2]
-                    return f'{self.api.endpoint}/{self.repo_id}/discussions/{number}', ref.target_commit
-        elif now != self.head and self.is_at(now):
-            return f'{self.api.endpoint}/{self.repo_id}/commit/{now}', now
+                    return f'{api.endpoint}/{self.repo_id}/discussions/{number}', ref.target_commit
+        elif now != self.head:  # somebody else's commit may be on top of it
+            ask_commits = partial(api.list_repo_commits, self.repo_id, revision=self.branch)
+            for each in self.hub.call(f'the commits of {self.repo_id}', ask_commits):
+                if each.commit_id == self.head:
+                    break
+                if self.is_at(each.commit_id):
+                    return f'{api.endpoint}/{self.repo_id}/commit/{each.commit_id}', each.commit_id
         return None
 
     def is_at(self, revision: str) -> bool:
         """Whether the folder's files are in a commit on the Hub."""
-        return not wrong_files(self.api, self.repo_id, revision, self.folder, FILES)
+        return self.hub.has(self.repo_id, revision, self.folder, FILES)
 
 
 class NotCommittedError(ConnectionError):

@@ -1,14 +1,17 @@
-"""Downloads of weights from their owners' addresses, and the retry policy that the Hub's client shares."""
+"""Downloads of weights from their owners' addresses, and the deadline and retry policy that the Hub's client shares."""
 
 import base64
 import hashlib
 import http.client
 import logging
+import math
 import os
 import re
 import ssl
+import time
 import urllib.request
 from collections.abc import Callable
+from email.message import Message
 from pathlib import Path
 from typing import IO, Any, NoReturn, TypeVar
 from urllib.error import HTTPError, URLError
@@ -20,23 +23,59 @@ from tqdm import tqdm
 from .errors import first_line
 from .files import PathLike, sha256, temporary_sibling
 
-__all__ = ['BACKOFF', 'download', 'retrying']
+__all__ = ['BACKOFF', 'Deadline', 'download', 'retrying']
 
 _logger = logging.getLogger(__name__)
 
 BACKOFF: dict[str, Any] = dict(stop=tenacity.stop_after_attempt(5), wait=tenacity.wait_exponential(max=8))  # seconds
 TIMEOUT = 30  # seconds without a byte
+PATIENCE = 'TIMM_RES2NET_TIMEOUT'  # the environment variable with the seconds of a deadline
+SLOWEST = 50_000  # bytes a second; a download that is faster has no deadline
+LARGEST = 1 << 32  # bytes; no file of weights is larger
 HASH_IN_NAME = re.compile(r'-([0-9a-f]{8,64})\.')  # the file's SHA-256 or its beginning: torch.hub's and MindCV's names
 NETWORK_ERRORS = URLError, TimeoutError, ConnectionError, ssl.SSLError, http.client.HTTPException  # not a full disk
 
 T = TypeVar('T')
 
 
-def retrying(is_transient: Callable[[BaseException], bool]) -> tenacity.Retrying:
+class Deadline:
+    """The moment until which a server is waited for.
+
+    Args:
+        seconds: From now, all calls and pauses together; `math.inf` for no end. If None, those in the environment
+            variable TIMM_RES2NET_TIMEOUT, or two minutes.
+
+    Raises:
+        ValueError: If that is no positive number.
+    """
+
+    def __init__(self, seconds: float | None = None) -> None:
+        wanted = os.environ.get(PATIENCE, 120) if seconds is None else seconds
+        try:
+            self.seconds = float(wanted)
+        except (TypeError, ValueError):
+            self.seconds = math.nan
+        if not self.seconds > 0:
+            name = PATIENCE if seconds is None else 'timeout'
+            raise ValueError(f'{name} is {wanted!r}; give a positive number of seconds')
+        self.end = time.monotonic() + self.seconds
+
+    @property
+    def left(self) -> float:
+        """Seconds, 0 when it has passed."""
+        return max(0.0, self.end - time.monotonic())
+
+    def received(self, size: int) -> None:
+        """Moves the deadline for bytes that have come, so that none is too slow that comes at a fair speed."""
+        self.end += size / SLOWEST
+
+
+def retrying(is_transient: Callable[[BaseException], bool], deadline: Deadline) -> tenacity.Retrying:
     """The retry policy: exponential backoff after a transient error, with a line in the log.
 
     Args:
         is_transient: Whether a later attempt may succeed.
+        deadline: When to stop.
 
     Returns:
         Call it with a function and its arguments. It raises the last error.
@@ -47,8 +86,11 @@ def retrying(is_transient: Callable[[BaseException], bool]) -> tenacity.Retrying
         pause = state.next_action.sleep if state.next_action else 0
         _logger.info('%s; trying again in %d s', first_line(error or OSError()), pause)
 
-    retry = tenacity.retry_if_exception(is_transient)
-    return tenacity.Retrying(retry=retry, before_sleep=log, reraise=True, **BACKOFF)
+    def sleep(seconds: float) -> None:
+        time.sleep(min(seconds, deadline.left))
+
+    retry = tenacity.retry_if_exception(lambda error: deadline.left > 0 and is_transient(error))
+    return tenacity.Retrying(retry=retry, sleep=sleep, before_sleep=log, reraise=True, **BACKOFF)
 
 
 class TransferError(OSError):
@@ -76,8 +118,12 @@ def download(url: str, folder: PathLike, read: Callable[[str], T]) -> T:
         What `read` returns.
 
     Raises:
-        ConnectionError: If the download fails; nothing is left of it.
+        ValueError: If the URL is no address on the web.
+        ConnectionError: If the download fails, or nothing comes for two minutes (or what the environment variable
+            TIMM_RES2NET_TIMEOUT says); nothing is left of it.
     """
+    if urlparse(url).scheme not in ('http', 'https'):
+        raise ValueError(f'{url} can not be downloaded: give an address that begins with https://')
     target = Path(folder, Path(urlparse(url).path).name)
     if target.exists():
         return read(str(target))
@@ -112,12 +158,12 @@ def transfer(url: str, path: str) -> dict[str, str]:
         ConnectionError: If that fails.
     """
     headers: dict[str, str] = {}
+    deadline = Deadline()
+    retry = retrying(lambda error: isinstance(error, TransferError) and error.transient, deadline)
     bar: tqdm[NoReturn] = tqdm(desc=Path(urlparse(url).path).name, unit='B', unit_scale=True, disable=None, leave=False)
     with bar, open(path, 'wb') as file:
         try:
-            retrying(lambda error: isinstance(error, TransferError) and error.transient)(
-                transfer_once, url, file, headers, bar
-            )
+            retry(transfer_once, url, file, headers, bar, deadline)
         except TransferError as error:
             raise ConnectionError(
                 f'{url} can not be downloaded: {error}. If this machine is offline, bring the file by other means and '
@@ -126,33 +172,60 @@ def transfer(url: str, path: str) -> dict[str, str]:
     return headers
 
 
-def transfer_once(url: str, file: IO[bytes], headers: dict[str, str], bar: 'tqdm[NoReturn]') -> None:
+def transfer_once(
+    url: str, file: IO[bytes], headers: dict[str, str], bar: 'tqdm[NoReturn]', deadline: Deadline
+) -> None:
     """Requests a file, or the rest of it if the server said how to resume (ETag) in `headers`, which it updates.
 
     Raises:
         TransferError: If the file is not complete afterwards.
     """
-    received = file.tell()
-    resume = {'Range': f'bytes={received}-', 'If-Range': headers['etag']} if 'etag' in headers else {}
+    resume = {'Range': f'bytes={file.tell()}-', 'If-Range': headers['etag']} if 'etag' in headers else {}
+    request = urllib.request.Request(url, headers=resume)
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, headers=resume), timeout=TIMEOUT) as response:
-            if response.status != 206:  # the whole file, from its beginning
-                received = 0
+        with urllib.request.urlopen(request, timeout=min(TIMEOUT, deadline.left + 0.01)) as response:
+            if response.status == 206:
+                require_rest(file.tell(), headers, response.headers)
+            else:  # the whole file, from its beginning
                 headers.clear()
                 headers.update({name.lower(): value for name, value in response.headers.items()})
                 file.seek(0)
                 file.truncate()
-            bar.total = int(headers.get('content-length', 0)) or None
-            bar.n = received
-            while chunk := response.read(1 << 18):
+            size = announced_size(headers)
+            bar.total, bar.n = size, file.tell()
+            while chunk := response.read1(1 << 18):
                 file.write(chunk)
                 bar.update(len(chunk))
+                deadline.received(len(chunk))
+                if file.tell() > (LARGEST if size is None else size):
+                    raise TransferError(f'it is larger than {LARGEST if size is None else size:,} bytes', False)
+                if not deadline.left:
+                    raise TransferError(f'only {file.tell():,} bytes came in {deadline.seconds:g} s', False)
     except HTTPError as error:
         error.close()
         transient = error.code >= 500 or error.code == 429
         raise TransferError(f'the server answers {error.code} {error.reason}', transient) from error
     except NETWORK_ERRORS as error:
         raise TransferError(first_line(error)) from error
-    if 'content-length' in headers and file.tell() != int(headers['content-length']):
-        size = int(headers['content-length'])
+    if size is not None and file.tell() != size:
         raise TransferError(f'the connection was cut after {file.tell():,} of {size:,} bytes')
+
+
+def announced_size(headers: dict[str, str]) -> int | None:
+    """The size of a file by its headers, None if they don't tell."""
+    text = headers.get('content-length')
+    if text is None:
+        return None
+    if not re.fullmatch('[0-9]{1,18}', text):
+        raise TransferError(f'the server says that its size is {text[:40]!r}', False)
+    return int(text)
+
+
+def require_rest(received: int, headers: dict[str, str], answer: Message) -> None:
+    """Raises a TransferError unless a partial answer is the rest of the file that `headers` are of."""
+    expected = f'bytes {received}-', f'/{headers.get("content-length", "")}'
+    found = answer.get('Content-Range', '')
+    same = answer.get('ETag', headers.get('etag')) == headers.get('etag')
+    if not (headers and same and found.startswith(expected[0]) and found.endswith(expected[1])):
+        headers.clear()  # start again from the beginning
+        raise TransferError('the server sent a part of a file that was not asked for')

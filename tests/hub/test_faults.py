@@ -1,0 +1,455 @@
+"""What becomes of a push and a pull for each fault at each step: one table."""
+
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import timm
+import torch
+from hub_server import Fault, Hub
+from huggingface_hub import constants, file_download
+from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.utils import _http
+from support import TINY, slow_but, tiny
+from torch import nn
+
+import timm_res2net.hub.push
+from timm_res2net import CheckpointError, pull, push
+from timm_res2net.hub.cards import signature
+from timm_res2net.hub.client import has_checksum
+from timm_res2net.hub.pull import download_model
+from timm_res2net.hub.push import Commit
+
+STEPS = {
+    'push': {
+        'check': 'POST /api/validate-yaml',
+        'head': 'GET .*/revision/main',
+        'create': 'POST .*/repos/create',
+        'checksums': 'POST .*/paths-info',
+        'HEAD-card': 'HEAD .*README.md',
+        'GET-card': 'GET .*README.md',
+        'preupload': 'POST .*/preupload',
+        'batch': 'POST .*/objects/batch',
+        'upload': 'PUT /_large',
+        'verify': 'POST .*/verify',
+        'commit': 'POST .*/commit/',
+    },
+    'pull': {
+        'head': 'GET /api/models/user/net$',
+        'checksums': 'POST .*/paths-info',
+        'HEAD-config': 'HEAD .*config.json',
+        'GET-config': 'GET .*config.json',
+        'HEAD-weights': 'HEAD .*model.safetensors',
+        'GET-weights': 'GET /_cdn',
+    },
+}
+# Two letters: what happens if the fault is there once, and if it stays. A dot is success; the letters are those of
+# ERRORS; a space is no such fault.
+TABLE = """
+                   400 401 403 404 418 429 500 503 drop html loop silent cut reset short corrupt etag lost
+push check          VV  .H  .H  .H  .H  .C  .C  .C   .C   .C   .H     CC
+push head           HH  HH  HH  HH  HH  .H  .H  .H   .C   CC   .C     CC
+push create         HH  HH  HH  HH  HH  .H  .H  .H   .C   CC   HH     CC
+push checksums      HH  HH  HH  HH  HH  .H  .H  .H   .C   CC   HH     CC
+push HEAD-card      HH  HH  HH  HH  HH  .H  .H  .H   .C   .C   .C     CC   -     -     -       -   .C    -
+push GET-card       HH  HH  HH  HH  HH  .H  .H  .H   .C   .C   .C     CC  .C    .C    .C      .C    -    -
+push preupload      HH  HH  HH  HH  HH  .C  .C  .C   .C   .C   HH     CC
+push batch          HH  HH  HH  HH  HH  .C  .C  .C   .C   .C   HH     CC
+push upload         HH  HH  HH  HH  HH  .C  .C  .C   .C   .C   HH     CC   -     -     -      .C    -    -
+push verify         HH  HH  HH  HH  HH  ..  ..  ..   ..   ..   HH     CC
+push commit         HH  HH  HH  HH  HH  .C  .C  .C   .C   .C   HH     CC   -     -     -      XX    -   ..
+pull head           HH  HH  HH  HH  HH  .H  .H  .H   .C   CC   .C     CC
+pull checksums      HH  HH  HH  HH  HH  .H  .H  .H   .C   CC   HH     CC
+pull HEAD-config    HH  HH  HH  HH  HH  .H  .H  .H   .C   .D   .C     CC   -     -     -       -   .D    -
+pull GET-config     HH  HH  HH  HH  HH  .H  .H  .H   .C   .C   .C     CC  .C    .C    .C      .D    -    -
+pull HEAD-weights   HH  HH  HH  HH  HH  .H  .H  .H   .C   .D   .C     CC   -     -     -       -   .D    -
+pull GET-weights    HH  HH  HH  HH  HH  .H  .H  .H   .C   .C   .C     CC  .C    .C    .C      .D    -    -
+"""
+ERRORS: dict[str, type[Exception]] = {
+    'H': HfHubHTTPError,
+    'C': ConnectionError,
+    'D': CheckpointError,
+    'V': ValueError,
+    'X': ConnectionError,  # and the Hub has made a commit of its own liking
+}
+KINDS = {'html': 'nonsense'}
+TEXT = '---\nlibrary_name: timm\ntags: [timm]\n---\n\n# A net'
+CARD = f'{TEXT}\n{signature(TEXT)}\n'
+
+head, *rows = TABLE.strip('\n').splitlines()
+CELLS = [
+    (*row.split()[:2], fault, times, outcome)
+    for row in rows
+    for fault, outcomes in zip(head.split(), row.split()[2:])
+    for times, outcome in zip((1, 100), outcomes)
+    if outcomes != '-'
+]
+FAST = {('push', 'create', '403', 100), ('push', 'HEAD-card', '404', 1), ('push', 'GET-card', 'corrupt', 1)}
+FAST |= {('push', 'check', '400', 1), ('push', 'head', '500', 1), ('push', 'checksums', 'html', 1)}
+FAST |= {('push', 'preupload', '429', 100), ('push', 'batch', 'silent', 1), ('push', 'upload', '418', 1)}
+FAST |= {('push', 'verify', 'loop', 1), ('push', 'commit', 'drop', 100), ('push', 'commit', 'lost', 1)}
+FAST |= {('pull', 'head', '400', 1), ('pull', 'checksums', '401', 1), ('pull', 'HEAD-config', 'etag', 100)}
+FAST |= {('pull', 'GET-config', 'short', 100), ('pull', 'HEAD-weights', 'loop', 100), ('pull', 'GET-weights', '503', 1)}
+FAST |= {('pull', 'GET-weights', 'corrupt', 100), ('pull', 'GET-weights', 'reset', 1)}
+
+
+@pytest.fixture(scope='module')
+def old_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """What a push of the tiny network uploads."""
+    folder = push(tiny(), 'user/net', dry_run=tmp_path_factory.mktemp('old') / 'folder').folder
+    assert folder is not None
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets huggingface_hub wait for nothing, and writes a card once."""
+    clock = SimpleNamespace(sleep=lambda seconds: None, time=time.time, monotonic=time.monotonic)
+    for module in (_http, file_download):
+        monkeypatch.setattr(module, 'time', clock)
+    monkeypatch.setattr(timm_res2net.hub.push, 'card', lambda *args, **kwargs: CARD)
+
+
+@pytest.fixture
+def hub_lines() -> Iterator[list[str]]:
+    """The warnings of huggingface_hub."""
+    lines: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    logging.getLogger('huggingface_hub').addHandler(handler)
+    yield lines
+    logging.getLogger('huggingface_hub').removeHandler(handler)
+
+
+def changed() -> nn.Module:
+    model = tiny()
+    with torch.no_grad():
+        model.fc.bias.add_(1)
+    return model
+
+
+@pytest.mark.parametrize(
+    'cell',
+    slow_but([cell for cell in CELLS if cell[:4] in FAST], CELLS),
+    ids=lambda cell: ' '.join(str(part) for part in cell[:4]),
+)
+def test_fault_has_stated_outcome_leaves_nothing_and_next_call_succeeds(
+    cell: tuple[str, str, str, int, str],
+    hub: Hub,
+    hasty: None,
+    old_files: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    action, step, name, times, outcome = cell
+    temporary, cache = tmp_path / 'temporary', tmp_path / 'cache'
+    temporary.mkdir()
+    monkeypatch.setattr(tempfile, 'tempdir', str(temporary))
+    old, new, repo_id = tiny(), changed(), 'user/new' if step == 'create' else 'user/net'
+    hub.put('user/net', {**old_files, 'README.md': b'My words.'})
+    before = {each: dict(repo.branches) for each, repo in hub.repos.items()}
+    commits = len(hub.repos['user/net'].commits) if step != 'create' else 1
+    options: dict[str, Any] = dict(timeout=0.7) if name == 'silent' else {}
+
+    def run(**options: Any) -> dict[str, torch.Tensor]:
+        if action == 'pull':
+            return pull(repo_id, cache_dir=cache, **options).state_dict()
+        push(new, repo_id, token='hf_write', **options)
+        return new.state_dict()
+
+    status = int(name) if name.isdigit() else 0
+    fault = Fault(STEPS[action][step], 'status' if status else KINDS.get(name, name), times, status or 503)
+    fault.headers = {'Retry-After': '0'} if status == 429 else {}
+    hub.faults = [fault]
+    if outcome == '.':
+        run(**options)
+    else:
+        with pytest.raises(ERRORS[outcome]) as error:
+            run(**options)
+        assert '\n' not in str(error.value)
+        assert len(str(error.value)) < 1000
+        hub.end_silence()  # what nobody waits for any more must come to nothing, too
+        if outcome != 'X':  # the Hub is as it was
+            assert {each: dict(repo.branches) for each, repo in hub.repos.items()} == before
+    assert fault.times < times
+    assert list(temporary.iterdir()) == []
+    blobs = [path for path in cache.rglob('blobs/*') if path.is_file()]
+    assert all(has_checksum(path.read_bytes(), path.name) for path in blobs)
+
+    hub.faults = []
+    expected = run() if action == 'push' else old.state_dict()
+    torch.testing.assert_close(pull(repo_id, cache_dir=cache).state_dict(), expected, rtol=0, atol=0)
+    assert len(hub.repos[repo_id].commits) == commits + (action == 'push') + (outcome == 'X')
+    if step != 'create':
+        assert b'My words.' in hub.files('user/net')['README.md']
+
+
+# What a caller is told, and how long it takes
+
+
+def test_silent_hub_is_named_with_what_was_waited_for_and_how_to_wait_longer(
+    hub: Hub, old_files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.put('user/net', old_files)
+    hub.faults = [Fault('GET /_cdn', 'silent', times=100)]
+    monkeypatch.setenv('TIMM_RES2NET_TIMEOUT', '0.4')
+    start = time.perf_counter()
+    with pytest.raises(
+        ConnectionError, match=r'within 0\.4 s, .* waited for: model\.safetensors of user/net.*--timeout'
+    ):
+        pull('user/net', cache_dir=tmp_path)
+    assert time.perf_counter() - start < 2
+
+
+@pytest.mark.parametrize('wanted', ['soon', '-1', '0', 'nan'])
+def test_timeout_that_is_no_positive_number_is_refused(
+    wanted: str, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv('TIMM_RES2NET_TIMEOUT', wanted)
+    with pytest.raises(ValueError, match=f"TIMM_RES2NET_TIMEOUT is '{wanted}'; give a positive number"):
+        pull('user/net', cache_dir=tmp_path)
+    with pytest.raises(ValueError, match='timeout is 0; give a positive number'):
+        push(tiny(), 'user/net', timeout=0)
+    assert hub.log == []
+
+
+def test_retries_write_no_line_of_huggingface_hub(
+    hub: Hub, hasty: None, old_files: dict[str, bytes], tmp_path: Path, hub_lines: list[str]
+) -> None:
+    hub.put('user/net', old_files)
+    hub.faults = [Fault('GET /_cdn', 'status', status=429, times=100, headers={'Retry-After': '0'})]
+    with pytest.raises(HfHubHTTPError, match='429 Too Many Requests'):
+        pull('user/net', cache_dir=tmp_path)
+    assert hub_lines == []
+
+
+@pytest.mark.parametrize('token', ['hf_secret hf_secret', 'hf_secret\nhf_secret', 'hf_sécret', '', ' \n', "hf_s'ecret"])
+def test_token_that_is_none_is_refused_unsent_and_unquoted(token: str, hub: Hub, tmp_path: Path) -> None:
+    for call in (lambda: push(tiny(), 'user/net', token=token), lambda: pull('user/net', token=token)):
+        with pytest.raises(ValueError, match='the token for the Hub is none: it is empty, or has characters') as error:
+            call()
+        assert 'cret' not in repr(error.value)
+    assert hub.log == []
+
+
+def test_token_of_the_environment_that_is_none_is_refused(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv('HF_TOKEN', 'hf_sécret')
+    with pytest.raises(ValueError, match='the token for the Hub is none'):
+        pull('user/net')
+
+
+def test_token_with_white_space_around_is_used_without(hub: Hub, hasty: None) -> None:
+    assert push(tiny(), 'user/net', token=' hf_write\n').url
+
+
+def test_token_that_the_hub_quotes_is_not_in_the_error(hub: Hub, hasty: None, tmp_path: Path) -> None:
+    hub.put('user/net', {'config.json': b'{}'})
+    quoting = {'X-Error-Message': 'no Bearer hf_write here'}
+    hub.faults = [Fault('GET /api/models', 'status', status=400, headers=quoting)]
+    with pytest.raises(HfHubHTTPError, match=r'no Bearer \*\*\* here'):
+        pull('user/net', token='hf_write', cache_dir=tmp_path)
+
+
+@pytest.mark.parametrize('repo_id', ['brandnew', '', 'a b/c d', 'a/b/c', '../net', 'user/net.git', 'user/'])
+def test_name_that_is_no_repository_is_refused_before_any_request(repo_id: str, hub: Hub, tmp_path: Path) -> None:
+    for options in ({}, dict(dry_run=tmp_path / 'folder')):
+        with pytest.raises(ValueError, match='is no name of a repository; give USER/NAME'):
+            push(tiny(), repo_id, **options)
+    with pytest.raises(ValueError, match='is no name of a repository; give USER/NAME'):
+        pull(repo_id)
+    assert hub.log == []
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize('revision', ['', ' ', '../main', 'a..b', 'a b', '-d', 'a\nb'])
+def test_revision_that_git_can_not_have_is_refused_before_any_request(revision: str, hub: Hub) -> None:
+    with pytest.raises(ValueError, match=r'revision is .*; give a branch, a tag or a commit'):
+        pull('user/net', revision=revision)
+    with pytest.raises(ValueError, match=r'revision is .*; give a branch, a tag or a commit'):
+        push(tiny(), 'user/net', revision=revision)
+    assert hub.log == []
+
+
+# The cache
+
+
+def cached(cache: Path, name: str = 'model.safetensors') -> Path:
+    (found,) = cache.rglob(f'snapshots/*/{name}')
+    return found
+
+
+def test_checksum_that_is_a_path_touches_no_file_outside_the_cache(
+    hub: Hub, old_files: dict[str, bytes], tmp_path: Path
+) -> None:
+    hub.put('user/net', old_files)
+    outside = tmp_path / 'outside'
+    outside.write_bytes(b'mine')
+    hub.faults = [Fault('(HEAD|GET) .*/resolve/.*', 'etag', times=100)]
+    with pytest.raises(CheckpointError, match='is announced with another checksum'):
+        pull('user/net', cache_dir=tmp_path / 'cache')
+    assert outside.read_bytes() == b'mine'
+    assert [path.name for path in tmp_path.iterdir() if path.name != 'cache'] == ['outside']
+    assert not [path for path in (tmp_path / 'cache').rglob('*') if path.is_file() and path.name != 'CACHEDIR.TAG']
+
+
+def test_cache_that_a_false_answer_has_poisoned_is_healed(
+    hub: Hub, old_files: dict[str, bytes], tmp_path: Path
+) -> None:
+    hub.put('user/net', old_files)
+    pull('user/net', cache_dir=tmp_path)
+    link = cached(tmp_path)
+    false = link.resolve().with_name('0' * 64)
+    false.write_bytes(b'false')
+    link.unlink()
+    link.symlink_to(false)
+    torch.testing.assert_close(pull('user/net', cache_dir=tmp_path).state_dict(), tiny().state_dict())
+
+
+def test_damaged_cache_and_damaged_download_are_healed(hub: Hub, old_files: dict[str, bytes], tmp_path: Path) -> None:
+    hub.put('user/net', old_files)
+    pull('user/net', cache_dir=tmp_path)
+    cached(tmp_path).write_bytes(b'damaged')
+    hub.faults = [Fault('GET /_cdn', 'corrupt')]
+    torch.testing.assert_close(pull('user/net', cache_dir=tmp_path).state_dict(), tiny().state_dict())
+    assert hub.faults[0].times == 0
+
+
+def test_pulls_at_once_heal_a_damaged_cache(hub: Hub, old_files: dict[str, bytes], tmp_path: Path) -> None:
+    hub.put('user/net', old_files)
+    pull('user/net', cache_dir=tmp_path)
+    cached(tmp_path).write_bytes(b'damaged')
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: download_model('user/net', cache_dir=tmp_path), range(8)))
+    assert {model.files['model.safetensors'] for model in found} == {old_files['model.safetensors']}
+
+
+def test_pull_of_endless_file_stops_at_its_size(
+    hub: Hub, hasty: None, old_files: dict[str, bytes], tmp_path: Path
+) -> None:
+    hub.put('user/net', old_files)
+    size = len(old_files['model.safetensors'])
+    hub.faults = [Fault('GET /_cdn', 'long', times=100)]
+    with pytest.raises(CheckpointError, match=f'does not end after {size:,} bytes'):
+        pull('user/net', cache_dir=tmp_path)
+
+
+def test_pull_of_huge_config_does_not_download_it(hub: Hub, old_files: dict[str, bytes], tmp_path: Path) -> None:
+    hub.put('user/net', {**old_files, 'config.json': b' ' * 5_000_001})
+    with pytest.raises(CheckpointError, match='5,000,001 bytes'):
+        pull('user/net', cache_dir=tmp_path)
+    assert not any('resolve' in line for line in hub.log)
+
+
+@pytest.mark.parametrize('content', [b'\x80\x04N.', b'', b'{"cut'])
+def test_pull_of_no_safetensors_raises_checkpoint_error(
+    content: bytes, hub: Hub, old_files: dict[str, bytes], tmp_path: Path
+) -> None:
+    config = json.loads(old_files['config.json'])
+    del config['timm_res2net']
+    hub.put('user/net', {'config.json': json.dumps(config).encode(), 'model.safetensors': content})
+    with pytest.raises(CheckpointError, match=r'^model\.safetensors of user/net is cut, or is no file of safetensors'):
+        pull('user/net', cache_dir=tmp_path)
+
+
+def test_pull_into_cache_that_can_not_be_written_raises_os_error(
+    hub: Hub, old_files: dict[str, bytes], tmp_path: Path
+) -> None:
+    hub.put('user/net', old_files)
+    (tmp_path / 'file').touch()
+    with pytest.raises(OSError, match=r'config\.json of user/net: Not a directory'):
+        pull('user/net', cache_dir=tmp_path / 'file' / 'cache')
+
+
+def test_offline_pull_refuses_damaged_file_and_says_what_it_can_not_verify(
+    hub: Hub,
+    old_files: dict[str, bytes],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    config = json.loads(old_files['config.json'])
+    del config['timm_res2net']['sha256']
+    hub.put('user/net', {**old_files, 'config.json': json.dumps(config).encode()})
+    pull('user/net', cache_dir=tmp_path)
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    link, good = cached(tmp_path), old_files['model.safetensors']
+    link.write_bytes(good[:-4] + b'\0\0\0\0')
+    with pytest.raises(CheckpointError, match=r'model\.safetensors of user/net is damaged in the cache'):
+        pull('user/net', cache_dir=tmp_path)
+    link.unlink()
+    link.write_bytes(good)  # as on a file system without links
+    torch.testing.assert_close(pull('user/net', cache_dir=tmp_path).state_dict(), tiny().state_dict())
+    assert 'model.safetensors of user/net can not be verified without the Hub' in caplog.text
+
+
+def test_offline_push_says_so_in_one_line(hub: Hub, hasty: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    with pytest.raises(ConnectionError, match='HF_HUB_OFFLINE says that it must not be asked'):
+        push(tiny(), 'user/net', token='hf_write')
+
+
+# The commit
+
+
+def test_lost_answer_under_a_commit_of_others_is_found(hub: Hub, hasty: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.put('user/net', {'README.md': b'My words.'})
+    hub.faults = [Fault('POST .*/commit/', 'lost')]
+    find_after = Commit.find_after
+
+    def late(commit: Commit, *args: Any) -> Any:
+        hub.put('user/net', {'README.md': b'Theirs.'})
+        return find_after(commit, *args)
+
+    monkeypatch.setattr(Commit, 'find_after', late)
+    pushed = push(tiny(), 'user/net', token='hf_write')
+    last, ours, *_ = reversed(hub.repos['user/net'].commits)
+    assert pushed.revision == ours
+    assert hub.repos['user/net'].branches['main'] == last
+    assert hub.files('user/net')['README.md'] == b'Theirs.'
+
+
+def test_commit_that_can_not_be_looked_for_is_said_to_be_unknown(hub: Hub, hasty: None) -> None:
+    hub.put('user/net', {'README.md': b'My words.'})
+    hub.faults = [Fault('POST .*/commit/', 'lost'), Fault('GET .*/commits/', 'status', status=403, times=100)]
+    with pytest.raises(ConnectionError, match=r'Perhaps the files are there all the same: look at .*/user/net/commits'):
+        push(tiny(), 'user/net', token='hf_write')
+
+
+# Published weights that timm loads
+
+
+def of_hub(repo_id: str) -> dict[str, Any]:
+    overlay = dict(hf_hub_id=repo_id, file=None, num_classes=4)
+    return dict(pretrained=True, num_classes=4, pretrained_cfg_overlay=overlay, **TINY)
+
+
+def test_create_model_without_the_hub_says_so_in_one_line_and_takes_the_cache(
+    hub: Hub,
+    hasty: None,
+    old_files: dict[str, bytes],
+    tmp_path: Path,
+    hub_lines: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    hub.put('user/net', old_files)
+    hub.faults = [Fault('.*', 'drop', times=1000)]
+    with pytest.raises(ConnectionError, match=r'the Hub can not be reached: .* \(weights of user/net\)'):
+        timm.create_model('test_res2net', **of_hub('user/net'), cache_dir=str(tmp_path))
+    assert hub_lines == []
+    hub.faults = []
+    timm.create_model('test_res2net', **of_hub('user/net'), cache_dir=str(tmp_path))
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
+    model = timm.create_model('test_res2net', **of_hub('user/net'), cache_dir=str(tmp_path))
+    torch.testing.assert_close(model.state_dict(), tiny().state_dict(), rtol=0, atol=0)
+
+
+def test_create_model_of_hub_that_refuses_raises_its_error(hub: Hub, hasty: None, tmp_path: Path) -> None:
+    with pytest.raises(HfHubHTTPError, match='Repository Not Found'):
+        timm.create_model('test_res2net', **of_hub('user/absent'), cache_dir=str(tmp_path))
