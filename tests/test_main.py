@@ -389,7 +389,12 @@ def test_push_and_pull_print_files_and_checksums(run: Run, hub: Hub, tmp_path: P
     [
         (('pull', 'user/absent'), 'Repository Not Found for url: .*user/absent'),
         (('push', 'test_res2net.digits', 'user/net'), 'write permission'),
-        (('push', 'absent.pth', 'user/net'), 'can not be opened'),
+        (('push', 'absent.pth', 'user/net'), 'is no file, no folder, and no name of published weights; `timm-res2net'),
+        (('push', 'res2net50d.in1', 'user/net'), 'did you mean res2net50d.in1k'),
+        (('push', '.', 'user/net'), r'config\.json of \. can not be read: No such file'),
+        (('push', 'test_res2net.digits', 'brandnew', '--dry-run', 'folder'), 'is no name of a repository'),
+        (('push', 'test_res2net.digits', 'user/net', '--timeout', '-1'), 'timeout is -1.0; give a positive number'),
+        (('pull', 'user/net', '--out', __file__), 'is a file; name a folder by --out'),
         (('push', 'test_res2net.digits', 'user/net', '--labels', 'absent.txt'), 'absent.txt can not be opened'),
         (('push', 'test_res2net.digits', 'user/net', '--license', 'made-up'), 'must be one of'),
     ],

@@ -1,9 +1,10 @@
 """The command line: `timm-res2net` or `python -m timm_res2net`. Two functions a command: its arguments, its work."""
 
 import argparse
+import difflib
+import hashlib
 import json
 import os
-import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
@@ -42,6 +43,7 @@ from .vision.images import bundled_digits, find_images, read_image
 from .vision.predict import feature_pyramid, is_exported, name_classes, predict, pretrained_model
 from .vision.validate import labelled_images, validate
 from .weights.checkpoints import Checkpoint, read_checkpoint
+from .weights.config import load_folder
 from .weights.convert import Conversion, convert, export_checkpoint
 from .weights.dialects import DIALECTS, EXPORTS
 from .weights.errors import UnknownModelError, first_line
@@ -573,6 +575,7 @@ def add_push(commands: Commands) -> None:
     command.add_argument('--message', help='of the commit')
     command.add_argument('--overwrite-card', action='store_true', help='also a card that somebody wrote')
     command.add_argument('--dry-run', metavar='DIR', help='write a folder instead, and show what would be sent')
+    add_timeout(command)
     command.set_defaults(run=run_push)
 
 
@@ -582,9 +585,13 @@ def run_push(args: argparse.Namespace) -> int:
         refuse(args, f'{args.source} says which model it is', '--model')
     done = None
     if os.path.isdir(args.source):
-        model = pretrained_model(f'local-dir:{args.source}')
+        model = load_folder(args.source)
     elif args.source in WEIGHTS:
         model = pretrained_model(args.source)
+    elif not os.path.exists(args.source):
+        alike = difflib.get_close_matches(args.source, WEIGHTS)
+        hint = f'did you mean {" or ".join(alike)}?' if alike else '`timm-res2net list --pretrained` shows the names'
+        raise ValueError(f'{args.source} is no file, no folder, and no name of published weights; {hint}')
     else:
         done = convert(args.source, dry_run=True, model=args.model)
         model = load_model(done.checkpoint, done.name, **done.args)
@@ -605,6 +612,7 @@ def run_push(args: argparse.Namespace) -> int:
         commit_message=args.message,
         overwrite_card=args.overwrite_card,
         dry_run=args.dry_run,
+        timeout=args.timeout,
     )
     for name, digest in pushed.hashes.items():
         print(f'{digest}  {name}')
@@ -629,21 +637,31 @@ def add_pull(commands: Commands) -> None:
     command.add_argument('repo', metavar='USER/NAME', help='where it is')
     command.add_argument('--revision', metavar='R', help='branch, tag or commit (default: main)')
     command.add_argument('--out', metavar='DIR', help='copy it to this folder (default: only to the cache)')
+    add_timeout(command)
     command.set_defaults(run=run_pull)
 
 
 def run_pull(args: argparse.Namespace) -> int:
     """Downloads a model, and says where it is and which."""
-    folder, commit = download_model(args.repo, args.revision)
+    if args.out and os.path.lexists(args.out) and not os.path.isdir(args.out):
+        raise ValueError(f'{args.out} is a file; name a folder by --out')
+    found = download_model(args.repo, args.revision, timeout=args.timeout)
+    files = {name: found.files[name] for name in (WEIGHTS_FILE, CONFIG_FILE)}
     if args.out:
         os.makedirs(args.out, exist_ok=True)
-        for name in (WEIGHTS_FILE, CONFIG_FILE):
-            atomic_write(os.path.join(args.out, name), lambda path, name=name: shutil.copyfile(folder / name, path))  # type: ignore[misc]
-    where = args.out or folder
-    for name in (WEIGHTS_FILE, CONFIG_FILE):
-        print(f'{sha256(os.path.join(where, name))}  {name}')
-    print(f'\n{args.repo} at {commit}, checked; load it by\n  {load_call(where)}')
+        for name, content in files.items():
+            atomic_write(os.path.join(args.out, name), lambda path, content=content: Path(path).write_bytes(content))  # type: ignore[misc]
+    for name, content in files.items():
+        print(f'{hashlib.sha256(content).hexdigest()}  {name}')
+    print(f'\n{args.repo} at {found.commit}, checked; load it by\n  {load_call(args.out or found.folder)}')
     return 0
+
+
+def add_timeout(command: argparse.ArgumentParser) -> None:
+    """Adds the argument that says how long the Hub is waited for."""
+    command.add_argument(
+        '--timeout', type=float, metavar='S', help='seconds to wait for the Hub (default: $TIMM_RES2NET_TIMEOUT or 120)'
+    )
 
 
 def add_bench(commands: Commands) -> None:
