@@ -358,6 +358,27 @@ def test_pull_of_no_safetensors_raises_checkpoint_error(
         pull('user/net', cache_dir=tmp_path)
 
 
+def test_pull_of_damaged_cache_for_reading_only_raises_os_error(
+    hub: Hub, old_files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, missing_ok: bool = False) -> None:
+        raise OSError(30, 'Read-only file system', str(path))
+
+    hub.put('user/net', old_files)
+    pull('user/net', cache_dir=tmp_path)
+    cached(tmp_path).write_bytes(b'damaged')
+    monkeypatch.setattr(Path, 'unlink', refuse)
+    with pytest.raises(OSError, match=r'model\.safetensors of user/net: Read-only file system'):
+        pull('user/net', cache_dir=tmp_path)
+
+
+def test_slow_work_on_this_machine_is_not_waiting_for_the_hub(
+    hub: Hub, hasty: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr('timm_res2net.hub.push.require_round_trip', lambda *args: time.sleep(0.6))
+    assert push(tiny(), 'user/net', token='hf_write', timeout=0.5).url
+
+
 def test_pull_into_cache_that_can_not_be_written_raises_os_error(
     hub: Hub, old_files: dict[str, bytes], tmp_path: Path
 ) -> None:
@@ -367,6 +388,7 @@ def test_pull_into_cache_that_can_not_be_written_raises_os_error(
         pull('user/net', cache_dir=tmp_path / 'file' / 'cache')
 
 
+@pytest.mark.parametrize('hub', ['lfs', 'xet'], indirect=True)
 def test_offline_pull_refuses_damaged_file_and_says_what_it_can_not_verify(
     hub: Hub,
     old_files: dict[str, bytes],
@@ -376,7 +398,8 @@ def test_offline_pull_refuses_damaged_file_and_says_what_it_can_not_verify(
 ) -> None:
     config = json.loads(old_files['config.json'])
     del config['timm_res2net']['sha256']
-    hub.put('user/net', {**old_files, 'config.json': json.dumps(config).encode()})
+    push(tiny(), 'user/net', token='hf_write')
+    hub.put('user/net', {'config.json': json.dumps(config).encode()})
     pull('user/net', cache_dir=tmp_path)
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
     link, good = cached(tmp_path), old_files['model.safetensors']

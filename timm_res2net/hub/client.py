@@ -1,5 +1,6 @@
 """The door to the Hub for push and pull: one token, one deadline, retries, and errors of few kinds."""
 
+import contextlib
 import hashlib
 import logging
 import re
@@ -195,8 +196,9 @@ class Hub:
             return self.call(f'{name} of {repo_id}', attempt)
         except DamagedError as error:
             for path in broken:
-                path.unlink(missing_ok=True)
-                (path.parents[2] / 'blobs' / checksum).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    path.unlink(missing_ok=True)
+                    (path.parents[2] / 'blobs' / checksum).unlink(missing_ok=True)
             raise DamagedError(f'{error}, each time; try again later') from error
 
     def api_url(self, repo_id: str, name: str, commit: str) -> str:
@@ -277,7 +279,11 @@ def is_transient(error: BaseException) -> bool:
 
 
 def problems_on_hub(text: str, hub: Hub | None = None) -> list[str]:
-    """What the Hub finds wrong with a card; nothing if it can't be reached."""
+    """What the Hub finds wrong with a card; nothing if it can't be asked.
+
+    Raises:
+        ConnectionError: If it can't be reached, and `hub` is given: more than this is wanted of it.
+    """
 
     def ask() -> list[str]:
         try:
@@ -291,7 +297,7 @@ def problems_on_hub(text: str, hub: Hub | None = None) -> list[str]:
     try:
         return (hub or Hub()).call('the check of the card', ask)
     except (ConnectionError, HfHubHTTPError) as error:
-        if hub and isinstance(error, LateError):
+        if hub and isinstance(error, ConnectionError):
             raise
         _logger.info('the card was not checked on the Hub: %s', error)
     return []

@@ -108,7 +108,7 @@ def push(
         HfHubHTTPError: If the Hub refuses; the error says why.
     """
     require_repo_id(repo_id, revision)
-    hub = Hub(token, timeout)
+    Hub(token, timeout)  # refuses what can't be
     facts = CardFacts(tag, results, dataset, license, base_model, recipe).checked()
     if dry_run is not None:
         require_no_model(Path(dry_run))
@@ -128,6 +128,7 @@ def push(
             place_folder(folder, Path(dry_run))
             return Push(None, None, {name: sha256(folder / name) for name in FILES}, Path(dry_run))
 
+        hub = Hub(token, timeout)  # whose time begins now
         require_valid_card(text, hub)  # the licence, among others, as only the Hub knows all of them
         branch = revision or 'main'
         if (found := find_head(hub, repo_id, branch)) is None:
