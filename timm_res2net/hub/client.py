@@ -30,6 +30,7 @@ TOKEN = re.compile(r'[A-Za-z0-9._~+/-]+=*')  # what may follow 'Bearer', https:/
 CHECKSUM = re.compile('[0-9a-f]{40}|[0-9a-f]{64}')  # git's of a small file and of a commit, SHA-256 of a large file
 REVISION = re.compile(r'(?!.*\.\.)[\w][^\s~^:?*\[\\\x00-\x20\x7f]*')  # a name that git takes
 THREAD = 'timm_res2net.hub'
+BROKEN = BrokenPipeError, ConnectionAbortedError, ConnectionRefusedError, ConnectionResetError, TimeoutError
 UPLOAD = 1_000_000  # bytes a second, for which the deadline of a push is moved
 
 
@@ -74,7 +75,8 @@ class Hub:
         try:
             return retrying(is_transient, self.deadline)(attempt)
         except Exception as error:
-            raise self.documented(awaited, error) from error
+            problem = self.documented(awaited, error)
+            raise problem from (error if type(problem) in (ConnectionError, OSError) else None)
 
     def in_time(self, awaited: str, function: Callable[[], T]) -> T:
         """Calls a function in another thread, and leaves it alone there when the deadline has passed."""
@@ -110,10 +112,10 @@ class Hub:
             return error
         if any(isinstance(each, OfflineModeIsEnabled) for each in chain):
             return ConnectionError(f'{awaited}: not without the Hub, and HF_HUB_OFFLINE says that it must not be asked')
+        if isinstance(error, OSError) and error.errno is not None and not isinstance(error, BROKEN):
+            return OSError(error.errno, f'{awaited}: {error.strerror}', error.filename)  # of this machine
         if is_transient(error):
             return ConnectionError(f'the Hub can not be reached: {self.one_line(chain[-1])} ({awaited})')
-        if isinstance(error, OSError) and error.errno is not None:  # of this machine
-            return OSError(error.errno, f'{awaited}: {error.strerror}', *[error.filename][: bool(error.filename)])
         kind = type(chain[-1]).__name__
         return ConnectionError(f'the Hub answers what makes no sense for {awaited}: {kind}: {self.one_line(chain[-1])}')
 
@@ -272,7 +274,7 @@ def is_transient(error: BaseException) -> bool:
     if isinstance(error, DamagedError):
         return True
     # By name, as the HTTP library under huggingface_hub changes with its versions.
-    broken = any(base.__name__ == 'TransportError' for base in type(error).__mro__)
+    broken = isinstance(error, BROKEN) or any(base.__name__ == 'TransportError' for base in type(error).__mro__)
     wrapped = error.__cause__ is not None and is_transient(error.__cause__)  # as uploads of large files are
     gone = type(error) is FileNotFoundError  # another process heals the same cache
     return broken or wrapped or gone or 'Consistency check failed' in str(error)

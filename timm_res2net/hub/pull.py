@@ -11,6 +11,7 @@ from huggingface_hub import hf_hub_download, is_offline_mode
 from torch import nn
 
 from ..weights.config import LARGEST_CONFIG, checked_config, make_model
+from ..weights.download import LARGEST
 from ..weights.errors import CheckpointError
 from ..weights.files import PathLike, atomic_write_text
 from ..weights.folder import CONFIG_FILE, WEIGHTS_FILE
@@ -115,13 +116,11 @@ def pulled_model(hub: Hub, repo_id: str, revision: str | None, cache: str | None
         if name not in told:
             names = hub.call(f'the files of {repo_id}', hub.api.list_repo_files, repo_id, revision=commit)
             raise CheckpointError(f'{repo_id} has no {name}{advise_on_pickle(names)}')
-    if told[CONFIG_FILE][1] > LARGEST_CONFIG:
-        raise CheckpointError(
-            f'{CONFIG_FILE} of {repo_id} is of no use: it has {told[CONFIG_FILE][1]:,} bytes, and none needs more than '
-            f'{LARGEST_CONFIG:,}'
-        )
     files = {}
-    for name in FILES:
+    for name, most in zip(FILES, (LARGEST_CONFIG, LARGEST)):
+        size = told[name][1]
+        if size > most:
+            raise CheckpointError(f'{name} of {repo_id} has {size:,} bytes, and none needs more than {most:,}')
         try:
             path, files[name] = hub.download(repo_id, name, commit, *told[name], cache)
         except DamagedError as error:

@@ -346,7 +346,7 @@ class Commit:
             if isinstance(problem, LateError):
                 raise ConnectionError(f'{problem}. {self.doubt}') from error
             if (is_refusal(problem) and not conflict) or (isinstance(problem, OSError) and problem.errno is not None):
-                raise problem from error
+                raise problem from None
             return self.find_after(problem, conflict)
         made = done.oid or self.head
         try:

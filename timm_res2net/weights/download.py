@@ -23,7 +23,7 @@ from tqdm import tqdm
 from .errors import first_line
 from .files import PathLike, sha256, temporary_sibling
 
-__all__ = ['BACKOFF', 'Deadline', 'download', 'retrying']
+__all__ = ['BACKOFF', 'LARGEST', 'Deadline', 'download', 'retrying']
 
 _logger = logging.getLogger(__name__)
 
