@@ -648,7 +648,7 @@ def run_pull(args: argparse.Namespace) -> int:
     found = download_model(args.repo, args.revision, timeout=args.timeout)
     files = {name: found.files[name] for name in (WEIGHTS_FILE, CONFIG_FILE)}
     if args.out:
-        os.makedirs(args.out, exist_ok=True)
+        make_folder(args.out)
         for name, content in files.items():
             atomic_write(os.path.join(args.out, name), lambda path, content=content: Path(path).write_bytes(content))  # type: ignore[misc]
     for name, content in files.items():
