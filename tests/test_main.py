@@ -114,7 +114,7 @@ def test_predict_prints_files_with_their_labels(run: Run, photos: Path, monkeypa
         (('predict', '--device', 'meta'), 2, 'meta can not be used here'),
         (('predict', '', '--model', 'test_res2net'), 1, "'': this is no name of a file"),
         (('predict', '--model', 'local-dir:.'), 1, 'weights of local-dir:. can not be had: Config file not found'),
-        (('push', '.', 'me/digits'), 1, 'weights of local-dir:. can not be had: Config file not found'),
+        (('push', '.', 'me/digits'), 1, 'config.json of . can not be read: No such file'),
         (('explain', '--model', 'res2nt50_26w_4s'), 2, 'did you mean res2net50_26w_4s'),
         (('features', 'china.jpg', '--model', 'res2nt50_26w_4s'), 2, 'did you mean res2net50_26w_4s'),
         (('bench', '--models', 'res2nt50_26w_4s'), 2, 'did you mean res2net50_26w_4s'),
