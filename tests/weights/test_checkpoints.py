@@ -520,10 +520,13 @@ def hiding_nan(tensor: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ('change', 'message'),
     [
-        (lambda tensor: tensor.to('meta'), 'on meta'),
-        (Tensor.to_sparse, 'sparse_coo'),
-        (Tensor.to_sparse_csr, 'sparse_csr'),
-        (lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8), 'qint8'),
+        (lambda tensor: tensor.to('meta'), 'sparse, quantized, nested or without values'),
+        (Tensor.to_sparse, 'sparse, quantized, nested or without values'),
+        (Tensor.to_sparse_csr, 'sparse, quantized, nested or without values'),
+        (
+            lambda tensor: torch.quantize_per_tensor(tensor, 0.1, 0, torch.qint8),
+            'sparse, quantized, nested or without values',
+        ),
         (lambda tensor: torch.zeros(tensor.shape, dtype=torch.uint8).view(torch.bits8), 'bits8'),
         (lambda tensor: tensor.to(torch.float8_e4m3fn), 'float8_e4m3fn'),
         (lambda tensor: tensor.to(torch.complex64), 'complex64'),

@@ -423,7 +423,7 @@ def test_read_zip_bomb_raises(tmp_path: Path) -> None:
 
 def test_read_tensor_with_more_elements_than_storage_raises(tmp_path: Path) -> None:
     (tmp_path / 'bomb').write_bytes(torch_file({'layer1.0.convs.0.weight': torch.ones(1).expand(10**6, 10**6)}))
-    with pytest.raises(CheckpointError, match='claim to be tensors of 4,000,000,000,000'):
+    with pytest.raises(CheckpointError, match='unpack to much more'):
         read(tmp_path / 'bomb')
 
 
@@ -432,7 +432,7 @@ def test_read_pickle_that_repeats_large_string_raises_within_20_mb(tmp_path: Pat
     calls = b'c_codecs\nencode\nh\x00X\x06\x00\x00\x00latin1\x86R0' * 1000
     (tmp_path / 'bomb').write_bytes(b'\x80\x02' + text + calls + b'}.')
     tracemalloc.start()
-    with pytest.raises(CheckpointError, match='unpacks to much more'):
+    with pytest.raises(CheckpointError, match='unpack to much more'):
         read(tmp_path / 'bomb')
     assert tracemalloc.get_traced_memory()[1] < 20_000_000
     tracemalloc.stop()
@@ -466,7 +466,7 @@ def test_read_tensor_of_wrong_byte_count_or_type_raises(tmp_path: Path) -> None:
             member = tarfile.TarInfo('variable')
             member.size = len(data)
             archive.addfile(member, io.BytesIO(data))
-        with pytest.raises(CheckpointError, match=r'bytes for a tensor|are no weights'):
+        with pytest.raises(CheckpointError, match=r'bytes for a tensor|not possible|are no weights'):
             read(tmp_path / 'bad')
     content = field(1, field(1, b'name') + field(2, field(1, 7) + field(2, b'Float32') + field(3, bytes(24))))
     (tmp_path / 'bad').write_bytes(content)

@@ -353,6 +353,10 @@ AVERAGED = {'state_dict_ema', 'model_ema', 'ema_state_dict', 'ema', 'ema_model'}
 WRAPPERS = {'state_dict', 'model', 'model_state', 'module', '_orig_mod', 'net', *AVERAGED}
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int64, torch.int32)
+# How many dimensions a tensor may have, by the last part of its name, or its module's.
+DIMENSIONS = {'bias': (1,), 'running_mean': (1,), 'running_var': (1,), 'num_batches_tracked': (0, 1)}
+CONVOLUTIONS = re.compile(r'conv1|conv1\.[036]|.*\.(?:conv[13]|convs\.\d+|conv_offset)')
+MOST_NETWORKS = 16  # in one file
 
 
 @dataclass(frozen=True)
@@ -475,6 +479,8 @@ def strip_wrappers(prefix: str) -> str:
 
 def without_twins(matches: dict[str, Rows], names: Mapping[str, Any]) -> dict[str, Rows]:
     """Leaves out networks that are there twice: averaged weights are preferred, as in timm, and the shorter prefix."""
+    if len(matches) > MOST_NETWORKS:
+        raise CheckpointError(f'there are {len(matches)} Res2Nets in it, more than any file of weights has')
     averaged = {strip_wrappers(each) for each in matches if each.partition('.')[0] in AVERAGED}
     kept: dict[str, Rows] = {}
     for each in sorted(matches, key=len):
@@ -551,7 +557,7 @@ def translate(nested: Mapping[str, Any], dialect: str | None = None, prefix: str
         elif ours in state:
             raise CheckpointError(f'{full} becomes {ours}, which is there already')
         else:
-            state[ours] = to_float32(full, value, cast, is_counter=ours.endswith('.num_batches_tracked'))
+            state[ours] = to_float32(full, value, cast, ours=ours)
     if names.transposed and 'fc.weight' in state:
         state['fc.weight'] = state['fc.weight'].transpose(0, -1).contiguous()
     if names.raw_split_first:
@@ -603,25 +609,30 @@ def is_dead(name: str, names: Container[str], dialect: Dialect, prefix: str = ''
     return projection != '' and tree in dialect.dead and f'{prefix}{tree}.tree1.conv1.weight' not in names
 
 
-def to_float32(name: str, value: Tensor, cast: Counter[str], *, is_counter: bool) -> Tensor:
-    """Casts a weight to float32 and counts the cast.
+def to_float32(name: str, value: Tensor, cast: Counter[str], *, ours: str) -> Tensor:
+    """Checks that a tensor can be a weight, and casts it to float32 and counts the cast.
 
     Args:
         name: Name of the tensor in the file.
         value: The tensor.
         cast: Counts of casts, by original type.
-        is_counter: Whether it counts the batches of a norm; it may be an integer then, and stays one.
+        ours: timm's name. What counts the batches of a norm may be an integer, and stays one.
 
     Raises:
-        CheckpointError: If it is no plain tensor of numbers, or some are NaN or infinite, or too large for float32.
+        CheckpointError: If it is no plain tensor of numbers with as many dimensions as such a weight has, or some are
+            NaN or infinite, or too large for float32.
     """
     value = torch.detach(value)  # a new tensor: attributes that a pickle gave to this one can hide its methods
-    is_number = value.dtype in FLOATS or (is_counter and value.dtype in INTEGERS)
-    if not is_number or value.layout != torch.strided or value.is_meta:
-        raise CheckpointError(
-            f'{name} can be no weight: it is of {value.dtype} and {value.layout} on {value.device}; '
-            'save plain floating-point tensors'
-        )
+    module, _, last = ours.rpartition('.')
+    is_counter = last == 'num_batches_tracked'
+    if value.is_meta or value.layout != torch.strided or value.is_quantized or value.is_nested:
+        kind = f'of {value.dtype}' if value.dtype not in FLOATS else 'sparse, quantized, nested or without values'
+        raise CheckpointError(f'{name} can be no weight: it is {kind}; save plain floating-point tensors')
+    if value.dtype not in FLOATS and not (is_counter and value.dtype in INTEGERS):
+        raise CheckpointError(f'{name} can be no weight: it is of {value.dtype}; save plain floating-point tensors')
+    dimensions = (4,) if CONVOLUTIONS.fullmatch(module) and last == 'weight' else DIMENSIONS.get(last, (1, 2, 3, 4))
+    if value.numel() == 0 or value.ndim not in dimensions:
+        raise CheckpointError(f'{name} can be no weight: its shape is {tuple(value.shape)}')
     if value.dtype in INTEGERS:
         return value
     weight = value.float()

@@ -1,13 +1,32 @@
-"""Errors of a bad file and of an unknown model, and how a message quotes another error."""
+"""Errors of a bad file and of an unknown model, and how a message quotes what others wrote."""
 
 import difflib
 from collections.abc import Iterable
 
-__all__ = ['CheckpointError', 'UnknownModelError', 'first_line']
+__all__ = ['CheckpointError', 'UnknownModelError', 'first_line', 'printable']
+
+LONGEST_MESSAGE = 2000  # characters
 
 
 class CheckpointError(ValueError):
     """A file of weights can't be read, or is not what the model needs."""
+
+    def __init__(self, message: str = '') -> None:
+        super().__init__(printable(message, LONGEST_MESSAGE))  # names in it may be from the file
+
+
+def printable(text: object, longest: int = 200) -> str:
+    """A text from a file as a message may show it: nothing that a terminal obeys, and not longer than a message.
+
+    Control characters, and those that change the direction of writing, are escaped. A long text loses its middle.
+    """
+    shown = str(text)
+    if len(shown) > longest:
+        shown = f'{shown[: longest * 2 // 3]} ... {shown[-longest // 4 :]}'
+    escaped = (
+        each if each.isprintable() else each.encode('unicode_escape', 'surrogatepass').decode() for each in shown
+    )
+    return ''.join(escaped)
 
 
 class UnknownModelError(ValueError):
@@ -29,4 +48,4 @@ def first_line(error: BaseException) -> str:
     line, *more = str(error).strip().split('\n')
     if more and line.endswith(':'):
         line = f'{line} {more[0].strip()}'
-    return line.rstrip('.') or type(error).__name__
+    return printable(line.rstrip('.'), 500) or type(error).__name__

@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -18,7 +19,7 @@ from ..models.function import Function
 from ..models.resnet import Res2Net
 from ..models.variants import ARCHS
 from .checkpoints import Checkpoint, read_checkpoint, recognise
-from .dialects import DIALECTS, find_network, is_dead
+from .dialects import DIALECTS, find_network, is_dead, to_float32
 from .errors import CheckpointError
 from .files import PathLike
 from .readers import Contents
@@ -85,17 +86,28 @@ def load_checkpoint(
     wanted = model.state_dict()
     if any(tensor.is_meta for tensor in wanted.values()):
         raise ValueError('the model is on the meta device and has no room for weights; move it by to_empty first')
-    _, wrapper, _ = find_network(wanted, 'official')  # 'body.' or 'module.', if something wraps the network
+    wrapper, state = fitting_state(model, checkpoint)
+    model.load_state_dict({name: state[name] for name in wanted})
+    lacking = {name: 'of a part that the model lacks' for name in checkpoint.state if wrapper + name not in state}
+    dropped = {**checkpoint.translation.dropped, **lacking}
+    return replace(checkpoint, translation=replace(checkpoint.translation, dropped=dropped))
+
+
+def fitting_state(model: nn.Module, checkpoint: Checkpoint) -> tuple[str, dict[str, Tensor]]:
+    """The tensors of a checkpoint under a model's names, and what precedes these in it: 'body.', 'module.' or nothing.
+
+    Raises:
+        CheckpointError: If they are not those of the model.
+    """
+    wanted = model.state_dict()
+    _, wrapper, _ = find_network(wanted, 'official')
     parts = {name.removeprefix(wrapper).partition('.')[0] for name in wanted}
     state = {wrapper + name: tensor for name, tensor in checkpoint.state.items() if name.partition('.')[0] in parts}
     if problems := describe_mismatch(wanted, state):
         raise CheckpointError(
             f'{checkpoint.file} does not fit {model_name(model)}: {problems}. {suggest_model(checkpoint)}'
         )
-    model.load_state_dict({name: state[name] for name in wanted})
-    lacking = {name: 'of a part that the model lacks' for name in checkpoint.state if wrapper + name not in state}
-    dropped = {**checkpoint.translation.dropped, **lacking}
-    return replace(checkpoint, translation=replace(checkpoint.translation, dropped=dropped))
+    return wrapper, state
 
 
 def read_once(file: PathLike | Checkpoint, dialect: str | None, prefix: str | None) -> Checkpoint:
@@ -139,12 +151,17 @@ def load_model(
     checkpoint = read_once(file, dialect, prefix).stating(
         **{key: getattr(given, key) for key in vars(given) if key in kwargs}
     )
+    classes = {'num_classes': checkpoint.num_classes}
     if name is None:
         name, found = find_architecture(checkpoint)
         in_chans = found.get('in_chans', 3)
     else:
         found, in_chans = told_arguments(checkpoint, name), kwargs.get('in_chans', 3)
-    kwargs = {'num_classes': checkpoint.num_classes, **found, **kwargs}
+        # First without memory: a small file can state sizes that would take all there is.
+        outline = timm.create_model(name, **{**classes, **found, **kwargs, 'pretrained': False, 'device': 'meta'})
+        if kwargs.get('num_classes', checkpoint.num_classes) == checkpoint.num_classes and function_of(outline):
+            fitting_state(outline, checkpoint)
+    kwargs = {**classes, **found, **kwargs}
     overlay = {**checkpoint.training.cfg, **kwargs.pop('pretrained_cfg_overlay', {})}
     if kwargs['num_classes'] != checkpoint.num_classes:
         overlay.pop('label_names', None)
@@ -176,11 +193,18 @@ def adapt_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> dict[st
     """Renames weights that timm has read to timm's names, if they have others. timm's `pretrained_filter_fn`.
 
     Raises:
-        CheckpointError: If they are of a network that computes something else than the model.
+        CheckpointError: If some can be no weights, or they are of a network that computes something else than the
+            model.
     """
+    # timm may have mapped them from a file, which can change after they were checked: copy, then check.
+    state_dict = {key: each.clone() if isinstance(each, Tensor) else each for key, each in state_dict.items()}
     dialect, prefix, _ = find_network(state_dict)
     if dialect == 'official' and not prefix:  # timm's names, but for the modules that the authors' DLA never runs
-        return {key: tensor for key, tensor in state_dict.items() if not is_dead(key, state_dict, DIALECTS[dialect])}
+        return {
+            key: to_float32(key, tensor, Counter(), ours=key)
+            for key, tensor in state_dict.items()
+            if isinstance(tensor, Tensor) and not is_dead(key, state_dict, DIALECTS[dialect])
+        }
     checkpoint = recognise(Contents(state_dict), 'the file')
     require_same_function(model, checkpoint)
     return checkpoint.state
@@ -272,7 +296,7 @@ def find_architecture(checkpoint: Checkpoint, name: str | None = None) -> tuple[
     refusal = CheckpointError(f'{checkpoint.file} has tensors that are those of no model of this package{only}')
     try:
         found = resnet_arguments(state) if on_resnet else {}
-    except LookupError:  # some are missing
+    except (LookupError, ValueError, ZeroDivisionError):  # some are missing, or have other shapes than in any network
         raise refusal from None
     candidates = []
     for each, arch in ARCHS.items():
@@ -289,7 +313,10 @@ def find_architecture(checkpoint: Checkpoint, name: str | None = None) -> tuple[
     candidates.sort(key=lambda candidate: len(candidate[1]))
     for each, args in candidates[:1] if on_resnet else candidates:  # take the one that needs the fewest
         options: dict[str, Any] = dict(device='meta', num_classes=checkpoint.num_classes)
-        model = timm.create_model(each, **options, **args)
+        try:
+            model = timm.create_model(each, **options, **args)
+        except (ValueError, RuntimeError, ZeroDivisionError):  # of channels that no groups divide, or that overflow
+            continue
         if describe_mismatch(model.state_dict(), state):
             continue
         args |= differing_arguments(function, function_of(model) or function)
@@ -321,6 +348,8 @@ def resnet_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
         base_width=int(base_width) if base_width == int(base_width) else base_width,
         scale=len(state[f'{block}.conv1.weight']) // width,
     )
+    if sum(layers) * (found['scale'] - 1) > len(state):  # before such a network is made
+        raise LookupError('there are not as many convolutions as its shapes imply')
     if width != width_of_group:
         found['cardinality'] = width // width_of_group
     if 'conv1.0.weight' in state:

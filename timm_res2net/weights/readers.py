@@ -2,35 +2,40 @@
 
 The format is detected by a file's first bytes, not by its name: safetensors, torch's archives (today's and those
 before 1.6), pickles of numpy arrays (Paddle's .pdparams, detectron2's and Jittor's .pkl, OneFlow's files), Paddle's
-archives of one file for each variable, zipped folders of OneFlow, and MindSpore's .ckpt. Memory stays within a small
-multiple of the file's size.
+archives of one file for each variable, zipped folders of OneFlow, and MindSpore's .ckpt.
+
+Each reader finds out what a file says of its tensors. One function, `checked`, makes tensors of that, after it has
+checked type, shape and size; all spend memory and time from one `Budget`. Tensors are copies: nothing stays mapped.
 """
 
-import argparse
 import io
+import json
 import math
 import os
-import pickle
 import re
+import stat
 import struct
-import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import cache
-from pathlib import Path
-from typing import Any, ClassVar
+from functools import cache, partial
+from pathlib import PurePosixPath
+from typing import Any, BinaryIO
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
-from .errors import CheckpointError, first_line
+from .budget import Budget
+from .errors import CheckpointError, first_line, printable
 from .files import PathLike
+from .pickles import ATOMS, Array, ArrayUnpickler, Options, Storage, TorchUnpickler, Variable
 
 __all__ = ['Contents', 'read']
 
-MAX_EXPANSION = 4  # times the file's size; a file that claims to hold more is refused
+MAX_EXPANSION = 4  # times the file's size; an archive that claims to hold more is refused
+LONGEST_NAME = 500  # characters; of a tensor or a module
+LONGEST_OPTION = 64  # entries of a sequence that is no tensor
+LONGEST_HEADER = 10_000_000  # bytes of JSON
 
 DTYPES = {  # by numpy's code
     'f2': torch.float16,
@@ -44,11 +49,12 @@ DTYPES = {  # by numpy's code
     'b1': torch.bool,
     'bf16': torch.bfloat16,  # ours: numpy has none
 }
+NUMBERS = {*DTYPES.values()}
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What a file holds: nested dicts with tensors, and whatever else there is, as values; and its own metadata."""
+    """What a file holds: nested dicts with tensors, and the plain values among them; and its own metadata."""
 
     nested: dict[str, Any]
     metadata: dict[str, str] = field(default_factory=dict)
@@ -61,29 +67,43 @@ def read(path: PathLike) -> Contents:
         CheckpointError: If it can't be read, or its pickle wants more than tensors: the message says what.
     """
     try:
-        with open(path, 'rb') as file:
-            head = file.read(512)
-    except OSError as error:
-        raise CheckpointError(f'{path} can not be opened: {error.strerror or error}') from error
-    kind, reader = detect_format(head, path)
-    try:
-        return reader(str(path))
-    except CheckpointError as error:
-        raise CheckpointError(f'{path} is refused: {error}') from error
-    except Exception as error:  # a decoder of damaged data can raise nearly anything
-        raise CheckpointError(
-            f'{path} begins as {kind} but can not be read: {first_line(error)}. It is cut or damaged; fetch it again'
-        ) from error
+        file = open_regular(path)
+    except (OSError, ValueError) as error:  # ValueError of a path with a NUL
+        raise CheckpointError(f'{path} can not be opened: {getattr(error, "strerror", None) or error}') from error
+    with file:
+        head = file.read(512)
+        file.seek(0)
+        kind, reader = detect_format(head, path)
+        try:
+            return reader(file, Budget(os.fstat(file.fileno()).st_size))
+        except CheckpointError as error:
+            raise CheckpointError(f'{path} is refused: {error}') from error
+        except Exception as error:  # a decoder of damaged data can raise nearly anything
+            raise CheckpointError(
+                f'{path} begins as {kind} but can not be read: {first_line(error)}. It is cut or damaged; '
+                'fetch it again'
+            ) from error
 
 
-def detect_format(head: bytes, path: PathLike) -> tuple[str, Callable[[str], Contents]]:
+def open_regular(path: PathLike) -> BinaryIO:
+    """Opens a file. A pipe, whose end may never come, or another device is an OSError."""
+    flags = os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0)
+    file = os.fdopen(os.open(path, flags), 'rb')
+    mode = os.fstat(file.fileno()).st_mode
+    if not stat.S_ISREG(mode):
+        file.close()
+        raise OSError(None, 'Is a directory' if stat.S_ISDIR(mode) else 'It is no regular file')
+    return file
+
+
+def detect_format(head: bytes, path: PathLike) -> tuple[str, Callable[[BinaryIO, Budget], Contents]]:
     """Returns a file's format and the function that reads it, by its first bytes."""
     if head[8:9] == b'{':
         return 'safetensors', read_safetensors
     if head.startswith(b'PK\x03\x04'):
         return 'an archive of torch or OneFlow', read_zip
     if head.startswith(b'\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19'):
-        return 'an archive of torch', read_torch
+        return 'an archive of torch', read_legacy
     if head.startswith(b'\x80'):
         return 'a pickle', read_pickle
     if head[257:262] == b'ustar':
@@ -98,90 +118,156 @@ def detect_format(head: bytes, path: PathLike) -> tuple[str, Callable[[str], Con
     )
 
 
-def tensor(raw: Any, dtype: str, shape: Any) -> Tensor:
-    """Makes a tensor of a copy of little-endian bytes.
+# From what a file says to tensors
+
+
+def checked(value: Any, budget: Budget, load: Callable[[str], Array] | None = None, depth: int = 0) -> Any:
+    """Makes tensors of arrays in nested dicts, and keeps options; leaves out all else.
 
     Args:
-        raw: The bytes.
-        dtype: Key of `DTYPES`.
-        shape: A sequence of sizes.
+        value: What a reader found: dicts, `Array` and what holds one (Paddle's pairs of name and array, OneFlow's
+            variables), `Options`, sequences and plain values.
+        budget: To spend from.
+        load: Finds the array of a variable of OneFlow by the name of its folder.
+        depth: Of the value.
+
+    Returns:
+        A dict with texts as keys, a tensor, an option, or None.
+
+    Raises:
+        CheckpointError: If it is nested too deep, too large, or a tensor's type, shape and size are not possible.
+    """
+    budget.spend(100)
+    budget.require_depth(depth)
+    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], Array):
+        value = value[1]
+    elif isinstance(value, Variable):
+        value = value.array or find_variable(value, load)
+    elif isinstance(value, Options):
+        value = value.values
+    if isinstance(value, Array):
+        return tensor(value, budget)
+    if isinstance(value, dict):
+        names = {name: str(name) for name in value}
+        if too_long := [name for name in names.values() if len(name) > LONGEST_NAME]:
+            raise CheckpointError(f'it holds a name of {len(too_long[0]):,} characters: {printable(too_long[0])}')
+        return {name: checked(value[key], budget, load, depth + 1) for key, name in names.items()}
+    if isinstance(value, list | tuple):
+        options = value[:LONGEST_OPTION]
+        return tuple(checked(each, budget, load, depth + 1) for each in options if not isinstance(each, Array | dict))
+    return value if type(value) in ATOMS else None
+
+
+def require_dict(value: Any) -> dict[str, Any]:
+    """Returns a dict; CheckpointError for anything else."""
+    if not isinstance(value, dict):
+        raise CheckpointError(f'it holds a {type(value).__name__} where names with tensors are expected')
+    return value
+
+
+def tensor(array: Array, budget: Budget) -> Tensor:
+    """Makes the tensor that a file describes, a copy.
+
+    Returns:
+        The tensor; an empty one on the meta device for one that is no plain tensor of numbers.
 
     Raises:
         CheckpointError: If type, shape and number of bytes don't agree.
     """
-    if dtype not in DTYPES:
-        raise CheckpointError(f'it holds values of type {dtype}, which are no weights')
-    sizes = [int(size) for size in shape]
-    wanted = math.prod(sizes) * DTYPES[dtype].itemsize
-    if min(sizes, default=0) < 0 or len(raw) != wanted:
+    if array.fetch is None:
+        return torch.empty(0, device='meta')
+    dtype = array.dtype if isinstance(array.dtype, torch.dtype) else DTYPES.get(str_or_none(array.dtype) or '')
+    if dtype is None:
+        raise CheckpointError(f'it holds values of type {str_or_none(array.dtype)}, which are no weights')
+    if dtype not in NUMBERS:
+        return torch.empty(0, dtype=dtype, device='meta')
+    sizes, strides = require_sizes(array.sizes), array.strides
+    count = math.prod(sizes)
+    wanted = count * dtype.itemsize
+    raw = array.fetch()
+    if strides is None and len(raw) != wanted:
         raise CheckpointError(f'it holds {len(raw)} bytes for a tensor of shape {sizes} and type {dtype}')
+    # Loading casts to float32, and copies to a model.
+    budget.spend(1000 + 2 * count * (max(dtype.itemsize, 4) if dtype.is_floating_point else dtype.itemsize))
     if wanted == 0:
-        return torch.empty(sizes, dtype=DTYPES[dtype])
-    return torch.frombuffer(bytearray(raw), dtype=DTYPES[dtype]).reshape(sizes)
+        return torch.empty(sizes, dtype=dtype)
+    flat = raw if isinstance(raw, Tensor) else torch.frombuffer(bytearray(raw), dtype=torch.uint8)
+    flat = flat[: len(flat) // dtype.itemsize * dtype.itemsize].view(dtype)
+    if strides is None:
+        return flat.reshape(sizes[::-1]).permute(*reversed(range(len(sizes)))) if array.fortran else flat.reshape(sizes)
+    strides, (offset,) = require_sizes(strides), require_sizes([array.offset])
+    if len(strides) != len(sizes) or offset + sum((n - 1) * step for n, step in zip(sizes, strides)) >= len(flat):
+        raise CheckpointError(f'it holds {len(raw)} bytes for a tensor of shape {sizes} and type {dtype} at {offset}')
+    return flat.as_strided(sizes, strides, offset)
 
 
-def read_safetensors(path: str) -> Contents:
-    """Reads a file of safetensors."""
-    with safe_open(path, 'pt') as file:
-        return Contents({name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {})  # noqa: SIM118
+def str_or_none(value: Any) -> str | None:
+    """A text, as a message may show it, or None."""
+    return printable(value, 20) if isinstance(value, str) else None
 
 
-def read_zip(path: str) -> Contents:
-    """Reads a file of `torch.save`, or a zipped folder of OneFlow."""
-    with zipfile.ZipFile(path) as archive:
-        require_weights(archive, os.path.getsize(path))
-        for name in archive.namelist():
-            folder, _, last = name.rpartition('/')
-            if last in ('pickled_data', 'snapshot_done'):
-                return read_oneflow(archive, f'{folder}/' if folder else '')
-    return read_torch(path)
+def require_sizes(sizes: Any) -> list[int]:
+    """Returns sizes or strides as a list; CheckpointError if a tensor can't have them."""
+    if not isinstance(sizes, list | tuple) or len(sizes) > 64:
+        raise CheckpointError('it holds a tensor that has no shape, or more than 64 dimensions')
+    if not all(type(size) is int and 0 <= size < 1 << 63 for size in sizes):
+        raise CheckpointError('it holds a tensor of sizes or strides that are not possible')
+    return [*sizes]
+
+
+def read_bytes(file: BinaryIO, offset: int, size: int) -> Tensor:
+    """Reads a part of a file, once, without another copy."""
+    found = torch.empty(size, dtype=torch.uint8)
+    file.seek(offset)
+    if size and file.readinto(found.numpy()) != size:  # type: ignore[attr-defined]
+        raise CheckpointError('it is cut: a tensor ends beyond the end of the file')
+    return found
+
+
+def in_memory(raw: memoryview) -> Callable[[], memoryview]:
+    """What fetches bytes that have been read."""
+    return lambda: raw
+
+
+# safetensors
+
+
+def read_safetensors(file: BinaryIO, budget: Budget) -> Contents:
+    """Reads a file of safetensors: the size of a header, the header in JSON, the bytes of the tensors."""
+    types = {
+        **{'F16': 'f2', 'BF16': 'bf16', 'F32': 'f4', 'F64': 'f8', 'BOOL': 'b1', 'U8': 'u1', 'I8': 'i1', 'I16': 'i2'},
+        **{'I32': 'i4', 'I64': 'i8'},
+    }
+    size = int.from_bytes(file.read(8), 'little')
+    if size > min(LONGEST_HEADER, budget.size - 8):
+        raise CheckpointError(f'it is cut or damaged: its header claims to be {size:,} bytes')
+    budget.spend(2 * size)
+    header = require_dict(json.loads(file.read(size)))
+    metadata = require_dict(header.pop('__metadata__', {}))
+    found: dict[str, Array] = {}
+    for name, entry in header.items():
+        start, end = require_sizes(entry['data_offsets'])
+        if not start <= end <= budget.size - 8 - size:
+            raise CheckpointError(f'it is cut or damaged: {printable(name)} is not in it')
+        dtype, sizes = entry['dtype'], entry['shape']
+        place = 8 + size + start, end - start
+        known = isinstance(dtype, str) and dtype in types
+        found[name] = Array(types[dtype], sizes, partial(read_bytes, file, *place)) if known else Array()
+    return Contents(checked(found, budget), {key: text for key, text in metadata.items() if isinstance(text, str)})
 
 
 # torch
 
 
-class Ignored:
-    """Stands in for what files hold beside the weights: mmengine's training statistics, OneFlow's types."""
-
-    def __init__(self, *args: Any) -> None: ...
-
-    def __setstate__(self, state: Any) -> None: ...
-
-
-IGNORED_GLOBALS = [
-    'mmengine.logging.history_buffer.HistoryBuffer',
-    'builtins.getattr',
-    'numpy.core.multiarray._reconstruct',
-    'numpy._core.multiarray._reconstruct',
-    'numpy.core.multiarray.scalar',
-    'numpy._core.multiarray.scalar',
-    'numpy.ndarray',
-    'numpy.dtype',
-]
-
-
-def read_torch(path: str) -> Contents:
-    """Reads a file of `torch.save`: tensors, plain containers and training options, nothing else."""
-    size = os.path.getsize(path)
-    try:
-        with torch.serialization.safe_globals([argparse.Namespace, *((Ignored, name) for name in IGNORED_GLOBALS)]):
-            found = torch.load(path, map_location='cpu', weights_only=True)
-    except pickle.UnpicklingError as error:
-        wanted = re.search(r'(?:GLOBAL|function|class|instances of type) ([\w.]+)', str(error))
-        if wanted is None:
-            raise
-        weights = "torch.load(FILE, weights_only=False)['state_dict']"
-        if is_module(wanted[1]):
-            weights = 'torch.load(FILE, weights_only=False).state_dict()'
-        raise CheckpointError(
-            f'it wants {wanted[1]}, and a file of weights needs only tensors. If you trust it, save it again without: '
-            f"torch.save({{'state_dict': {weights}}}, NEW_FILE)"
-        ) from error
-    nested = to_dicts(found)
-    claimed = sum(leaf.numel() * leaf.element_size() for leaf in leaves(nested) if isinstance(leaf, Tensor))
-    if claimed > MAX_EXPANSION * size:
-        raise CheckpointError(f'its {size:,} bytes claim to be tensors of {claimed:,}')
-    return Contents(nested)
+def read_zip(file: BinaryIO, budget: Budget) -> Contents:
+    """Reads a file of `torch.save`, or a zipped folder of OneFlow."""
+    with zipfile.ZipFile(file) as archive:
+        require_weights(archive, budget)
+        for name in archive.namelist():
+            folder, _, last = name.rpartition('/')
+            if last in ('pickled_data', 'snapshot_done'):
+                return read_oneflow(archive, f'{folder}/' if folder else '', budget)
+        return read_torch(file, archive, budget)
 
 
 # Archives that begin as those of `torch.save` do, by the end of the name of a file that each has.
@@ -192,188 +278,86 @@ OTHER_ARCHIVES = {
 }
 
 
-def require_weights(archive: zipfile.ZipFile, size: int) -> None:
+def require_weights(archive: zipfile.ZipFile, budget: Budget) -> None:
     """Raises a CheckpointError for an archive of something else, or that unpacks to far more than its size."""
+    claimed = 0
     for info in archive.infolist():
+        budget.spend(600)
+        claimed += info.file_size
         for end, kind in OTHER_ARCHIVES.items():
             if info.filename.endswith(end):
                 raise CheckpointError(f'it is an archive of {kind}')
-    claimed = sum(info.file_size for info in archive.infolist())
-    if claimed > MAX_EXPANSION * size:
-        raise CheckpointError(f'its {size:,} bytes unpack to {claimed:,}, which no file of weights does')
+    if claimed > MAX_EXPANSION * budget.size:
+        raise CheckpointError(f'its {budget.size:,} bytes unpack to {claimed:,}, which no file of weights does')
 
 
-def is_module(name: str) -> bool:
-    """Whether a class that a pickle wants looks like a module's, so that the file holds a whole model."""
-    return name.startswith('torch.nn.modules.') or '.models.' in name
+def read_torch(file: BinaryIO, archive: zipfile.ZipFile, budget: Budget) -> Contents:
+    """Reads a file of `torch.save`: a pickle of tensors and plain values, and a file for each storage."""
+    members = {info.filename: info for info in archive.infolist()}
+    folder = archive.namelist()[0].partition('/')[0]
+    if f'{folder}/data.pkl' not in members:
+        raise CheckpointError('it is an archive of something else: neither torch nor OneFlow names files like that')
+    if members.get(f'{folder}/byteorder') and archive.read(f'{folder}/byteorder') != b'little':
+        raise CheckpointError('it holds numbers of byte order big, which no machine for training has')
+
+    @cache  # tensors can share a storage
+    def load(key: str) -> Tensor:
+        info = members[f'{folder}/data/{key}']
+        if info.compress_type == zipfile.ZIP_STORED:  # as torch writes it, without check sums if the user wants so
+            file.seek(info.header_offset + 26)
+            lengths = struct.unpack('<HH', file.read(4))  # of name and padding
+            return read_bytes(file, info.header_offset + 30 + sum(lengths), info.file_size)
+        return torch.frombuffer(bytearray(archive.read(info)), dtype=torch.uint8)
+
+    data = io.BytesIO(archive.read(f'{folder}/data.pkl'))
+    found = TorchUnpickler(data, budget, lambda storage: load(storage.key)).load()
+    return Contents(checked(require_dict(found), budget))
 
 
-def leaves(nested: dict[str, Any]) -> Iterator[Any]:
-    """All values of nested dicts."""
-    for value in nested.values():
-        if isinstance(value, dict):
-            yield from leaves(value)
-        else:
-            yield value
+def read_legacy(file: BinaryIO, budget: Budget) -> Contents:
+    """Reads a file of `torch.save` before 1.6: five pickles, the last one of the keys of storages, which follow."""
+    places: dict[str, int] = {}
+    dtypes: dict[str, torch.dtype] = {}
+
+    @cache
+    def load(key: str) -> Tensor:
+        file.seek(places[key])
+        (count,) = struct.unpack('<q', file.read(8))
+        if not 0 <= count <= budget.size:
+            raise CheckpointError('it is damaged: a storage has more numbers than the file has bytes')
+        return read_bytes(file, places[key] + 8, count * dtypes[key].itemsize)
+
+    class Unpickler(TorchUnpickler):
+        def persistent_load(self, saved: Any) -> Storage:
+            storage = super().persistent_load(saved)
+            dtypes.setdefault(storage.key, storage.dtype)
+            return storage
+
+    _magic, version, system, found, keys = (
+        Unpickler(file, budget, lambda storage: load(storage.key)).load() for _ in range(5)
+    )
+    if version != 1001 or not isinstance(keys, list):
+        raise CheckpointError('it is damaged: no version of torch writes this')
+    if system.get('little_endian') is False:
+        raise CheckpointError('it holds numbers of byte order big, which no machine for training has')
+    place = file.tell()
+    for key in keys:
+        places[key] = place
+        file.seek(place)
+        (count,) = struct.unpack('<q', file.read(8))
+        place += 8 + count * dtypes[key].itemsize
+    return Contents(checked(require_dict(found), budget))
 
 
 # Pickles of numpy arrays
 
 
-class ArrayType:
-    """Stands in for `numpy.dtype`: type code, then byte order."""
-
-    def __init__(self, code: str, *flags: Any) -> None:
-        self.code = code
-
-    def __setstate__(self, state: Any) -> None:
-        if state[1] not in ('<', '|', '='):
-            raise CheckpointError(f'it holds numbers of byte order {state[1]!r}, which no machine for training has')
-
-
-class Array:
-    """Stands in for an array of numpy. It accepts only bytes of the size that its shape implies."""
-
-    def __init__(self, charge: Callable[[int], None]) -> None:
-        self.charge = charge
-        self.value: Tensor | None = None
-
-    def __setstate__(self, state: Any) -> None:
-        _, shape, dtype, fortran, raw = state
-        if not isinstance(dtype, ArrayType) or not isinstance(raw, bytes | str):
-            raise CheckpointError('it holds an array of Python objects, which are no weights')
-        raw = raw.encode('latin1') if isinstance(raw, str) else raw
-        self.charge(len(raw))
-        value = tensor(raw, dtype.code, shape[::-1] if fortran else shape)
-        self.value = value.permute(*reversed(range(value.ndim))) if fortran else value
-
-
-class Variable:
-    """Stands in for a tensor of OneFlow, that holds an array or the name of the folder with its bytes."""
-
-    array: Array | None = None
-    folder: str | None = None
-
-    def __setstate__(self, state: Any) -> None:
-        array, folder = state.get('data'), state.get('path')
-        self.array = array if isinstance(array, Array) else None
-        self.folder = folder if isinstance(folder, str) else None
-
-
-class ArrayUnpickler(pickle._Unpickler):
-    """Builds arrays and plain containers, by an allowlist.
-
-    It derives from Python's own implementation, because that in C allocates memory for any memo index in a file.
-    No function that a pickle names is ever called: the allowlist maps names to the methods below.
-    """
-
-    stack: list[Any]  # these three are of the base class
-    read: Callable[[int], bytes]
-    append: Callable[[Any], None]
-    dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
-
-    def __init__(self, file: Any, size: int) -> None:
-        super().__init__(file, encoding='latin1')
-        self.budget = MAX_EXPANSION * size  # bytes that may still be made; a pickle can use one string many times
-
-    def find_class(self, module: str, name: str) -> Any:
-        allowed = {
-            'multiarray._reconstruct': self.array,
-            'numeric._frombuffer': self.array_of_buffer,
-            'ndarray': 'ndarray',  # only an argument of _reconstruct
-            'dtype': ArrayType,
-            'collections.OrderedDict': self.ordered_dict,
-            'oneflow.Tensor': Variable,
-            'oneflow.nn.Parameter': Variable,
-            'oneflow._oneflow_internal.dtype': Ignored,
-            '_codecs.encode': self.encode,
-            'builtins.tuple': self.tuple,
-            '__builtin__.tuple': self.tuple,
-        }
-        full = f'{module}.{name}'
-        found = allowed.get(re.sub(r'^numpy\.(_?core\.)?', '', full) if module.startswith('numpy') else full)
-        if found is None:
-            raise CheckpointError(f'it wants {full}, and a file of weights needs only arrays')
-        return found
-
-    def load_build(self) -> None:
-        """Sets the state of a stand-in, and of nothing else; attributes of a dict of tensors are left out."""
-        state = self.stack.pop()
-        target = self.stack[-1]
-        if isinstance(target, dict):
-            return
-        if not isinstance(target, Array | ArrayType | Variable | Ignored):
-            raise CheckpointError(
-                f'it wants to change a {type(target).__name__}, and a file of weights needs only arrays'
-            )
-        target.__setstate__(state)
-
-    dispatch[pickle.BUILD[0]] = load_build
-
-    def load_bytearray8(self) -> None:
-        """Reads a byte array after its size was charged: Python's implementation allocates whatever a file claims."""
-        (size,) = struct.unpack('<Q', self.read(8))
-        self.charge(size)
-        self.append(bytearray(self.read(size)))
-
-    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
-
-    def charge(self, size: int) -> None:
-        """Takes bytes off the budget; CheckpointError if it is used up."""
-        self.budget -= size
-        if self.budget < 0:
-            raise CheckpointError('it unpacks to much more than its size, which no file of weights does')
-
-    def array(self, *args: Any) -> Array:
-        return Array(self.charge)
-
-    def array_of_buffer(self, raw: Any, dtype: ArrayType, shape: Any, order: str) -> Array:
-        found = self.array()
-        found.__setstate__((1, shape, dtype, order == 'F', bytes(raw)))
-        return found
-
-    def ordered_dict(self, items: Any = ()) -> dict[Any, Any]:
-        self.charge(100 * len(items))
-        return dict(items)
-
-    def encode(self, text: str, encoding: str) -> bytes:
-        self.charge(len(text))
-        return text.encode('latin1')
-
-    def tuple(self, items: Any) -> Any:
-        self.charge(100 * len(items))
-        return (*items,)
-
-
-def read_pickle(path: str) -> Contents:
+def read_pickle(file: BinaryIO, budget: Budget) -> Contents:
     """Reads a pickle of numpy arrays."""
-    data = Path(path).read_bytes()
-    found = to_dicts(ArrayUnpickler(io.BytesIO(data), len(data)).load())
-    if any(isinstance(leaf, Variable) for leaf in leaves(found)):
-        raise CheckpointError(
-            "it names OneFlow's tensors, which are in folders beside it. Pack the folder that it is in, and give that: "
-            'python -m zipfile -c FILE.zip FOLDER'
-        )
-    return Contents(found['data'] if '__oneflow__' in found and isinstance(found.get('data'), dict) else found)
-
-
-def to_dicts(value: Any, depth: int = 4) -> dict[str, Any]:
-    """Copies nested dicts with strings for keys, and makes tensors of arrays and what holds them.
-
-    These are Paddle's pairs (name, array) and OneFlow's variables.
-    """
-    if not isinstance(value, dict):
-        raise CheckpointError(f'it holds a {type(value).__name__} where names with tensors are expected')
-    found: dict[str, Any] = {}
-    for name, item in value.items():
-        if isinstance(item, tuple) and len(item) == 2 and isinstance(item[1], Array):
-            item = item[1]
-        elif isinstance(item, Variable):
-            item = item.array or item
-        if isinstance(item, dict) and depth:
-            item = to_dicts(item, depth - 1)
-        found[str(name)] = item.value if isinstance(item, Array) else item
-    return found
+    found = require_dict(ArrayUnpickler(file, budget).load())
+    if '__oneflow__' in found and isinstance(found.get('data'), dict):
+        found = found['data']
+    return Contents(checked(found, budget))
 
 
 # Protocol buffers, and the two formats that use them
@@ -392,10 +376,11 @@ def varint(data: memoryview, offset: int) -> tuple[int, int]:
             raise CheckpointError('it is damaged: a number has no end')
 
 
-def fields(data: memoryview) -> Iterator[tuple[int, Any]]:
+def fields(data: memoryview, budget: Budget) -> Iterator[tuple[int, Any]]:
     """Reads a message of protocol buffers: the number of each field, and an integer or the field's bytes."""
     offset = 0
     while offset < len(data):
+        budget.spend(64)
         key, offset = varint(data, offset)
         kind = key & 7
         if kind == 0:
@@ -414,69 +399,123 @@ def fields(data: memoryview) -> Iterator[tuple[int, Any]]:
         offset += size
 
 
-def read_mindspore(path: str) -> Contents:
+def as_bytes(value: Any) -> memoryview:
+    """Returns the bytes of a field; CheckpointError for one that is a number."""
+    if not isinstance(value, memoryview):
+        raise CheckpointError('it is damaged: a number is where a text or a message should be')
+    return value
+
+
+def read_mindspore(file: BinaryIO, budget: Budget) -> Contents:
     """Reads MindSpore's checkpoint: Checkpoint {1: Value {1: name, 2: Tensor {1: sizes, 2: type, 3: bytes}}}."""
     types = {
         **{'Float32': 'f4', 'Float16': 'f2', 'Float64': 'f8', 'BFloat16': 'bf16', 'Bool': 'b1', 'UInt8': 'u1'},
         **{'Int8': 'i1', 'Int16': 'i2', 'Int32': 'i4', 'Int64': 'i8'},
     }
-    data = memoryview(Path(path).read_bytes())
+    data = memoryview(file.read(budget.size))
     if bytes(data[-17:-10]) == b'crc_num':  # a check sum that some versions append
         data = data[:-17]
-    tensors: dict[str, Any] = {}
-    for number, value in fields(data):
+    found: dict[str, Array] = {}
+    for number, value in fields(data, budget):
         name, sizes, dtype, raw = '', [], '', memoryview(b'')
-        for part, content in fields(value) if number == 1 else ():
+        for part, content in fields(as_bytes(value), budget) if number == 1 else ():
             if part == 1:
-                name = bytes(content).decode()
-            for key, item in fields(content) if part == 2 else ():
+                name = str(as_bytes(content), 'utf-8')
+            for key, item in fields(as_bytes(content), budget) if part == 2 else ():
                 if key == 1:
                     sizes.append(item)
                 elif key == 2:
-                    dtype = bytes(item).decode()
+                    dtype = str(as_bytes(item), 'utf-8')
                 elif key == 3:
-                    raw = item
-        if not name or name in tensors:
-            raise CheckpointError(f'it is damaged: the name {name!r} is empty or there twice')
+                    raw = as_bytes(item)
+        if not name or name in found:
+            raise CheckpointError(f'it is damaged: the name {printable(name)!r} is empty or there twice')
         if dtype != 'str':  # a text that a training script appended
-            tensors[name] = tensor(raw, types.get(dtype, dtype), sizes)
-    return Contents(tensors)
+            found[name] = Array(types.get(dtype, dtype), sizes, in_memory(raw))
+    return Contents(checked(found, budget))
 
 
-def read_paddle_archive(path: str) -> Contents:
+def read_paddle_archive(file: BinaryIO, budget: Budget) -> Contents:
     """Reads a tape archive with a file for each variable, as Paddle saved before version 2."""
     types = {2: 'i4', 3: 'i8', 4: 'f2', 5: 'f4', 6: 'f8', 22: 'bf16'}
-    tensors: dict[str, Any] = {}
-    with tarfile.open(path, 'r:') as archive:
-        for member in archive:
-            if member.isdir():
-                continue
-            name = Path(member.name).name
-            file = archive.extractfile(member) if member.isreg() and not member.issparse() else None
-            if file is None or name in tensors:
-                raise CheckpointError(f'{member.name} in it is no plain file, or there twice')
-            data = memoryview(file.read())
-            _, levels = struct.unpack_from('<IQ', data)
-            offset = 12
-            for _ in range(levels):  # positions of sequences in a batch, which weights don't have
-                offset += 8 + struct.unpack_from('<Q', data, offset)[0]
-            _, size = struct.unpack_from('<Ii', data, offset)
-            sizes, dtype = [], 0
-            for number, value in fields(data[offset + 8 : offset + 8 + size]):
-                if number == 1:
-                    dtype = value
-                elif number == 2:
-                    sizes.append(value)
-            tensors[name] = tensor(data[offset + 8 + size :], types.get(dtype, str(dtype)), sizes)
-    if not tensors:
+    found: dict[str, Array] = {}
+    for path, place, length in tape_members(file, budget):
+        name = PurePosixPath(path).name
+        if name in found:
+            raise CheckpointError(f'{printable(path)} in it is there twice')
+        file.seek(place)
+        data = memoryview(file.read(length))
+        _, levels = struct.unpack_from('<IQ', data)
+        offset = 12
+        for _ in range(levels):  # positions of sequences in a batch, which weights don't have
+            offset += 8 + struct.unpack_from('<Q', data, offset)[0]
+        _, size = struct.unpack_from('<Ii', data, offset)
+        sizes, dtype = [], 0
+        for number, value in fields(data[offset + 8 : offset + 8 + size], budget):
+            if number == 1:
+                dtype = value
+            elif number == 2:
+                sizes.append(value)
+        known = types.get(dtype) if isinstance(dtype, int) else None
+        found[name] = Array(known or str(dtype), sizes, in_memory(data[offset + 8 + size :]))
+    if not found:
         raise CheckpointError('there is nothing in it')
-    return Contents(tensors)
+    return Contents(checked(found, budget))
+
+
+def tape_members(file: BinaryIO, budget: Budget) -> Iterator[tuple[str, int, int]]:
+    """Finds the plain files in a tape archive: path, position and size of each.
+
+    Python's own reader takes quadratic time and much memory for some of the headers that archives may have.
+
+    Raises:
+        CheckpointError: For a damaged archive, or a member that is neither a plain file nor a folder.
+    """
+    place, longer = 0, ''
+    while place + 512 <= budget.size:
+        budget.spend(1000)
+        file.seek(place)
+        header = file.read(512)
+        if not header.strip(b'\0'):
+            return
+        if int(header[148:156].strip(b'\0 ') or b'0', 8) != sum(header[:148]) + 8 * ord(' ') + sum(header[156:]):
+            raise CheckpointError('it is damaged: the check sum of a file in it is another')
+        path, size, kind = text_of(header[:100]), int(header[124:136].strip(b'\0 ') or b'0', 8), header[156:157]
+        if size < 0 or place + 512 + size > budget.size:
+            raise CheckpointError('it is cut: a file in it ends beyond its end')
+        if kind in b'xgLK':  # a header for the next one, with attributes or a long name
+            attributes = file.read(min(size, 4096))
+            named = re.search(rb'(?:\A|\n)[0-9]{1,4} path=([^\n]*)\n', attributes) if kind == b'x' else None
+            longer = text_of(attributes) if kind == b'L' else text_of(named[1]) if named else longer
+        elif kind in b'0\0':
+            yield longer or path, place + 512, size
+            longer = ''
+        elif kind != b'5':
+            raise CheckpointError(f'{printable(longer or path)} in it is no plain file')
+        place += 512 + -(-size // 512) * 512
+
+
+def text_of(field: bytes) -> str:
+    """The text of a field that ends with a NUL or is full."""
+    return field.partition(b'\0')[0].decode('utf-8', 'replace')
 
 
 # OneFlow
 
 
-def read_oneflow(archive: zipfile.ZipFile, folder: str) -> Contents:
+def find_variable(variable: Variable, load: Callable[[str], Array] | None) -> Array | None:
+    """Finds the array of a variable of OneFlow that is in a folder of its own."""
+    if variable.folder is None:
+        return None
+    if load is None:
+        raise CheckpointError(
+            "it names OneFlow's tensors, which are in folders beside it. Pack the folder that it is in, and give that: "
+            'python -m zipfile -c FILE.zip FOLDER'
+        )
+    return load(variable.folder)
+
+
+def read_oneflow(archive: zipfile.ZipFile, folder: str, budget: Budget) -> Contents:
     """Reads a zipped folder that OneFlow saved before 1.0, as flowvision publishes it.
 
     It has a folder for each tensor, with its bytes in `out`, and type and shape as text in `meta`. Since OneFlow 0.6
@@ -485,29 +524,26 @@ def read_oneflow(archive: zipfile.ZipFile, folder: str) -> Contents:
     Args:
         archive: An archive whose members are not larger than the reader allows.
         folder: The folder in it, with '/' at its end.
+        budget: To spend from.
     """
     types = {
         **{'kFloat': 'f4', 'kFloat16': 'f2', 'kBFloat16': 'bf16', 'kDouble': 'f8', 'kBool': 'b1', 'kUInt8': 'u1'},
         **{'kInt8': 'i1', 'kInt16': 'i2', 'kInt32': 'i4', 'kInt64': 'i8'},
     }
 
-    @cache  # a pickle can name one folder many times
-    def load(name: str) -> Tensor:
+    def load(name: str) -> Array:
         meta = archive.read(f'{folder}{name}/meta').decode()
         found = re.fullmatch(r'shape \{\s*((?:dim: [0-9]{1,18}\s+)*)\}\s*data_type: (\w+)\s*', meta)
         if found is None:
-            raise CheckpointError(f'it is damaged: {name}/meta is not the type and shape of a tensor')
-        raw, (sizes, dtype) = archive.read(f'{folder}{name}/out'), found.groups()
-        return tensor(raw, types.get(dtype, dtype), re.findall('[0-9]+', sizes))
-
-    def load_variables(nested: dict[str, Any]) -> dict[str, Any]:
-        loaded = {name: load(item.folder) if isinstance(item, Variable) else item for name, item in nested.items()}
-        return {name: load_variables(item) if isinstance(item, dict) else item for name, item in loaded.items()}
+            raise CheckpointError(f'it is damaged: {printable(name)}/meta is not the type and shape of a tensor')
+        sizes, dtype = [int(size) for size in re.findall('[0-9]+', found[1])], types.get(found[2], found[2])
+        return Array(dtype, sizes, lambda: archive.read(f'{folder}{name}/out'))
 
     names = archive.namelist()
     if f'{folder}pickled_data' not in names:
         folders = [name.removeprefix(folder).removesuffix('/meta') for name in names if name.startswith(folder)]
-        return Contents({name: load(name) for name in folders if f'{folder}{name}/meta' in names})
+        present = {*names}
+        return Contents(checked({name: load(name) for name in folders if f'{folder}{name}/meta' in present}, budget))
     data = archive.read(f'{folder}pickled_data')
-    found = to_dicts(ArrayUnpickler(io.BytesIO(data), len(data)).load())
-    return Contents(load_variables(found['data']))
+    found = require_dict(ArrayUnpickler(io.BytesIO(data), budget).load())
+    return Contents(checked(require_dict(found['data']), budget, load))
