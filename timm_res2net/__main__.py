@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TextIO, TypeAlias
 
 import torch
 from huggingface_hub.errors import HfHubHTTPError
@@ -46,7 +46,7 @@ from .weights.checkpoints import Checkpoint, read_checkpoint
 from .weights.config import load_folder
 from .weights.convert import Conversion, convert, export_checkpoint
 from .weights.dialects import DIALECTS, EXPORTS
-from .weights.errors import UnknownModelError, first_line
+from .weights.errors import UnknownModelError, first_line, printable
 from .weights.files import atomic_write, atomic_write_text, make_folder, read_text, require_writable, sha256
 from .weights.folder import CONFIG_FILE, WEIGHTS_FILE
 from .weights.loading import format_create_model, load_model
@@ -65,6 +65,12 @@ SORT_KEYS: dict[str, Callable[[dict[str, Any]], Any]] = {
     'top1': lambda entry: (entry['top1_on'] != 'imagenet-1k', -(entry['top1'] or 0)),  # digits are another task
 }
 EXAMPLE = 20  # of the bundled digits, a 3
+
+
+def print(*values: object, end: str = '\n', file: TextIO | None = None) -> None:
+    """Prints beside any progress bar; what a terminal would obey in a name from a file or the Hub is escaped."""
+    lines = ' '.join(map(str, values)).split('\n')
+    tqdm.write('\n'.join(printable(line, len(line)) for line in lines), file=file, end=end)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -158,9 +164,9 @@ def run_predict(args: argparse.Namespace) -> int:
         else:
             results.append((str(file), found))
             if not args.json:
-                tqdm.write(f'{file}')
+                print(file)
                 for prediction in found:
-                    tqdm.write(f'  {prediction.probability:7.2%}  {prediction.label}')
+                    print(f'  {prediction.probability:7.2%}  {prediction.label}')
     if args.json:
         items = [dict(file=file, predictions=[vars(prediction) for prediction in found]) for file, found in results]
         errors = [dict(file=file, error=error) for file, error in failed]

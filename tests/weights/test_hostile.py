@@ -24,9 +24,12 @@ from safetensors.torch import load_file, save_file
 from support import tiny
 from test_readers import SMALL, WRITTEN, field, mindspore_value, torch_file
 from torch import Tensor
+from torchvision.utils import save_image
 
 from timm_res2net import CheckpointError, load_model
+from timm_res2net.__main__ import main
 from timm_res2net.weights.checkpoints import read_checkpoint
+from timm_res2net.weights.convert import convert
 from timm_res2net.weights.dialects import translate
 from timm_res2net.weights.errors import printable
 from timm_res2net.weights.loading import adapt_state_dict
@@ -417,3 +420,22 @@ def test_load_model_reads_fields_of_other_pickle_protocols_than_torch_writes(tmp
     for protocol in range(2, 6):
         (tmp_path / 'file').write_bytes(torch_file(SMALL, pickle_protocol=protocol))
         torch.testing.assert_close(translate(read(tmp_path / 'file').nested).state, SMALL, rtol=0, atol=0)
+
+
+def test_command_line_escapes_names_from_files_and_labels(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / f'a{TERMINAL.strip()}b.pth'
+    file.write_bytes(torch_file({'state_dict': SMALL, TERMINAL: torch.ones(1)}))
+    folder = convert(file, tmp_path / 'out').folder
+    config = json.loads((folder / 'config.json').read_text())
+    config['pretrained_cfg']['label_names'] = [TERMINAL] * 4
+    (folder / 'config.json').write_text(json.dumps(config))
+    save_image(torch.rand(3, 32, 32), tmp_path / 'image.png')
+    for command in (
+        ['convert', str(file), '--dry-run'],
+        ['predict', str(tmp_path / 'image.png'), '--model', f'local-dir:{folder}'],
+        ['convert', str(tmp_path / TERMINAL)],
+    ):
+        main(command)
+        printed = ''.join(capsys.readouterr())
+        assert '\\x1b' in printed
+        assert printed.replace('\n', '').isprintable()
