@@ -26,7 +26,7 @@ from ..models.variants import ARCHS
 from ..weights.config import load_folder
 from ..weights.download import retrying
 from ..weights.errors import CheckpointError, first_line
-from ..weights.files import PathLike, sha256
+from ..weights.files import PathLike, sha256, temporary_folder
 from ..weights.folder import CONFIG_FILE, WEIGHTS_FILE, make_config, require_no_model, write_folder
 from .cards import METADATA, CardFacts, card, is_unchanged
 from .client import UPLOAD, DamagedError, Hub, LateError, is_refusal, problems_on_hub, require_repo_id
@@ -114,12 +114,13 @@ def push(
         require_no_model(Path(dry_run))
     network = as_classifier(unwrap_model(model))
     require_finite(network)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary, 'model')
+    with temporary_folder(Path(tempfile.gettempdir())) as temporary:
+        folder = temporary / 'model'
         write_model(network, folder, labels, facts)
         record = getattr(network, 'record', {})
         if record.get('sha256') == sha256(folder / WEIGHTS_FILE):  # pulled, and the same still
             facts = facts.completed({'tag': network.pretrained_cfg.get('tag'), **record})
+            folder = temporary / 'completed'
             write_model(network, folder, labels, facts)
         require_round_trip(network, folder)
         text = card(network, repo_id=repo_id, **vars(facts))

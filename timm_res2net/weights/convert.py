@@ -69,7 +69,7 @@ def convert(
     """
     if model is not None and model not in ARCHS:
         raise UnknownModelError.among(model, ARCHS, ' in this package')
-    folder = Path(out) if out is not None else Path(Path(file).stem.removesuffix('.pth'))  # x of x.pth.tar
+    folder = Path(out) if out is not None else folder_of(file)
     checkpoint = read_checkpoint(file, dialect=dialect, prefix=prefix, **function)
     if not dry_run:
         require_no_model(folder)
@@ -95,6 +95,14 @@ def require_as_many_labels(labels: Sequence[str], num_classes: int) -> None:
     """Raises a ValueError unless there is a name for each class."""
     if len(labels) != num_classes:
         raise ValueError(f'labels has {len(labels)} names for {num_classes} classes')
+
+
+def folder_of(file: PathLike) -> Path:
+    """A folder in the current one with the name of a file, without its suffix and dots before it."""
+    name = Path(file).stem.removesuffix('.pth').lstrip('.')  # x of x.pth.tar
+    if not name:
+        raise ValueError(f'{file} has no name that a folder could have; name one')
+    return Path(name)
 
 
 def export_checkpoint(model: nn.Module, file: PathLike, dialect: str) -> None:

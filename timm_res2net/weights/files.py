@@ -2,24 +2,35 @@
 
 import hashlib
 import os
+import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from .errors import first_line
 
+try:
+    import fcntl
+except ImportError:  # on Windows
+    fcntl = None  # type: ignore[assignment]
+
 __all__ = [
     'atomic_write',
     'atomic_write_text',
+    'lock',
     'make_folder',
     'read_text',
     'require_writable',
     'sha256',
+    'sync',
+    'temporary_folder',
     'temporary_sibling',
 ]
 
 PathLike = str | os.PathLike[str]
+PREFIX = '.timm-res2net-'  # of temporary folders
 
 
 def sha256(path: PathLike) -> str:
@@ -42,15 +53,75 @@ def read_text(path: PathLike) -> str:
 
 
 @contextmanager
-def temporary_sibling(path: Path) -> Iterator[str]:
-    """Makes an empty temporary file in the same folder, with the same suffix, and removes it if it still exists."""
-    handle, temporary = tempfile.mkstemp(suffix=path.suffix, prefix='.', dir=path.parent)
-    os.close(handle)
+def temporary_folder(parent: Path) -> Iterator[Path]:
+    """Makes a temporary folder in another one, and removes it, as well as those that killed processes left there.
+
+    A lock, which ends with its process, tells that one is in use. Where there are no locks, nothing is taken for left.
+    """
+    for left in parent.glob(f'{PREFIX}*'):
+        with suppress(OSError):
+            unused = lock(left)
+            shutil.rmtree(left, ignore_errors=True)
+            os.close(unused)
+    while True:
+        folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
+        handle: int | None = None
+        try:
+            with suppress(OSError):
+                handle = lock(folder)
+            if not folder.exists():  # another process took it for left before it was locked
+                continue
+            yield folder
+            return
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+            if handle is not None:
+                os.close(handle)
+
+
+def lock(folder: Path, *, wait: bool = False) -> int:
+    """Locks a folder until the handle that it returns is closed, or the process ends.
+
+    Raises:
+        OSError: If another process has locked it and this one shall not wait, or there are no locks here.
+    """
+    if fcntl is None:
+        raise OSError('there are no locks of folders here')
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        os.chmod(temporary, 0o644)
-        yield temporary
+        fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+    except OSError:
+        os.close(handle)
+        raise
+    return handle
+
+
+def sync(path: PathLike) -> None:
+    """Returns when a file, or the names in a folder, are on the disk: before that, a rename can outlive its file."""
+    try:
+        handle = os.open(path, os.O_RDONLY)
+    except OSError:
+        if os.path.isdir(path):  # Windows opens no folders
+            return
+        raise
+    try:
+        os.fsync(handle)
     finally:
-        Path(temporary).unlink(missing_ok=True)
+        os.close(handle)
+
+
+@contextmanager
+def temporary_sibling(path: Path) -> Iterator[str]:
+    """Makes an empty temporary file in the same file system, with the same name, and removes it if it still exists.
+
+    Its permissions are those of the file that it is to replace, or of any new file.
+    """
+    with temporary_folder(path.parent) as folder:
+        temporary = folder / path.name
+        temporary.touch()
+        with suppress(FileNotFoundError):
+            temporary.chmod(stat.S_IMODE(path.stat().st_mode))
+        yield str(temporary)
 
 
 def output_path(out: PathLike) -> Path:
@@ -90,7 +161,9 @@ def atomic_write(out: PathLike, write: Callable[[str], object], replace: bool = 
         with temporary_sibling(path) as temporary:
             write(temporary)
             if replace:
+                sync(temporary)
                 os.replace(temporary, path)
+                sync(path.parent)
     except OSError as error:
         raise OSError(f'{out} can not be written: {error.strerror or first_line(error)}') from error
     except ValueError as error:

@@ -3,8 +3,8 @@
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from ..models.classifier import Classifier
 from ..models.function import Function
 from ..version import __version__
 from .errors import first_line
-from .files import sha256
+from .files import lock, sha256, sync, temporary_folder
 
 __all__ = ['CONFIG_FILE', 'WEIGHTS_FILE', 'make_config', 'recorded_sha256', 'require_no_model', 'write_folder']
 
@@ -24,12 +24,23 @@ WEIGHTS_FILE, CONFIG_FILE = 'model.safetensors', 'config.json'
 
 
 def require_no_model(folder: Path) -> None:
-    """Raises a ValueError if the folder holds a model already, or is none."""
+    """Raises a ValueError if the folder holds a model already, or one of its files, or is none.
+
+    A configuration of this package without weights is no model: the process that wrote it was killed.
+    """
     if os.path.lexists(folder) and not folder.is_dir():
         raise ValueError(f'{folder} is no folder; name another')
     present = [name for name in (WEIGHTS_FILE, CONFIG_FILE) if os.path.lexists(folder / name)]
-    if present:
+    if present and not (present == [CONFIG_FILE] and is_ours(folder / CONFIG_FILE)):
         raise ValueError(f'{folder} has a {present[0]} already; name another folder, or move it away')
+
+
+def is_ours(file: Path) -> bool:
+    """Whether this package wrote a configuration together with weights."""
+    try:
+        return bool(json.loads(file.read_bytes())['timm_res2net']['sha256'])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return False
 
 
 def make_config(
@@ -67,6 +78,7 @@ def write_folder(folder: Path, state: dict[str, Tensor], config: dict[str, Any],
 
     Raises:
         OSError: If the folder can't be written.
+        ValueError: If another process has written a model to it meanwhile.
         TypeError: If the configuration holds a value that JSON can't.
     """
     metadata = {'format': 'pt'}
@@ -74,20 +86,41 @@ def write_folder(folder: Path, state: dict[str, Tensor], config: dict[str, Any],
         metadata.update(function.as_text())
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix='.', dir=folder.parent, ignore_cleanup_errors=True) as temporary:
-            complete = Path(temporary, 'complete')
+        with temporary_folder(folder.parent) as temporary:
+            complete = temporary / 'complete'
             complete.mkdir()
             save_weights(state, complete / WEIGHTS_FILE, metadata)
             config['timm_res2net']['sha256'] = sha256(complete / WEIGHTS_FILE)
             (complete / CONFIG_FILE).write_text(json.dumps(config, indent=2) + '\n')
             shutil.copymode(complete / CONFIG_FILE, complete / WEIGHTS_FILE)  # safetensors lets only the owner read
-            if folder.exists():
-                for file in complete.iterdir():
-                    os.replace(file, folder / file.name)
-            else:
-                os.replace(complete, folder)
+            for path in (complete / WEIGHTS_FILE, complete / CONFIG_FILE, complete):
+                sync(path)
+            move_model(complete, folder)
     except (OSError, SafetensorError) as error:
         raise OSError(f'{folder} can not be written: {first_line(error)}') from error
+
+
+def move_model(complete: Path, folder: Path) -> None:
+    """Moves a model's folder to its place, or its files to a folder that has others; one process at a time."""
+    if not folder.exists():
+        try:
+            os.rename(complete, folder)
+            sync(folder.parent)
+            return
+        except OSError:
+            if not folder.exists():
+                raise
+    handle = None
+    with suppress(OSError):
+        handle = lock(folder, wait=True)
+    try:
+        require_no_model(folder)
+        for name in (CONFIG_FILE, WEIGHTS_FILE):  # in this order: a configuration alone tells that it is unfinished
+            os.replace(complete / name, folder / name)
+        sync(folder)
+    finally:
+        if handle is not None:
+            os.close(handle)
 
 
 def save_weights(state: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:

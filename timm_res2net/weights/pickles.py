@@ -97,6 +97,7 @@ class Storage:
 
     key: str
     dtype: torch.dtype
+    size: int  # in bytes
     offset: int = 0  # of a view, in elements
 
 
@@ -346,11 +347,15 @@ class TorchUnpickler(ArrayUnpickler):
 
     def persistent_load(self, saved: Any) -> Storage:
         """A reference to a storage; of a view of it, before torch 1.6."""
-        kind, dtype, key, _, _, *views = saved
-        if kind != 'storage' or not isinstance(dtype, torch.dtype) or not isinstance(key, str | int):
-            raise CheckpointError('it is damaged: there is a storage without type or key')
-        offset = views[0][1] if views and views[0] else 0
-        return Storage(str(key), dtype, offset)
+        kind, dtype, key, _, count, *views = saved
+        if (
+            kind != 'storage'
+            or not isinstance(dtype, torch.dtype)
+            or not isinstance(key, str)
+            or type(count) is not int
+        ):
+            raise CheckpointError('it is damaged: there is a storage without type, key or size')
+        return Storage(key, dtype, count * dtype.itemsize, views[0][1] if views and views[0] else 0)
 
     def view(self, storage: Any, offset: Any, sizes: Any, strides: Any, *more: Any) -> Array:
         return self.view_of_type(storage, offset, sizes, strides, None, None, storage.dtype)

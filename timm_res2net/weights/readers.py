@@ -245,14 +245,18 @@ def read_safetensors(file: BinaryIO, budget: Budget) -> Contents:
     header = require_dict(json.loads(file.read(size)))
     metadata = require_dict(header.pop('__metadata__', {}))
     found: dict[str, Array] = {}
-    for name, entry in header.items():
-        start, end = require_sizes(entry['data_offsets'])
-        if not start <= end <= budget.size - 8 - size:
-            raise CheckpointError(f'it is cut or damaged: {printable(name)} is not in it')
+    total = 0
+    for name, entry in sorted(header.items(), key=lambda item: require_sizes(item[1]['data_offsets'])):
+        start, end = entry['data_offsets']
+        if not total == start <= end <= budget.size - 8 - size:
+            raise CheckpointError(f'it is cut or damaged: {printable(name)} is not in it, or not where it should be')
+        total = end
         dtype, sizes = entry['dtype'], entry['shape']
         place = 8 + size + start, end - start
         known = isinstance(dtype, str) and dtype in types
         found[name] = Array(types[dtype], sizes, partial(read_bytes, file, *place)) if known else Array()
+    if total != budget.size - 8 - size:
+        raise CheckpointError('it is cut or damaged: it does not end where its tensors do')
     return Contents(checked(found, budget), {key: text for key, text in metadata.items() if isinstance(text, str)})
 
 
@@ -301,8 +305,10 @@ def read_torch(file: BinaryIO, archive: zipfile.ZipFile, budget: Budget) -> Cont
         raise CheckpointError('it holds numbers of byte order big, which no machine for training has')
 
     @cache  # tensors can share a storage
-    def load(key: str) -> Tensor:
+    def load(key: str, size: int) -> Tensor:
         info = members[f'{folder}/data/{key}']
+        if info.file_size != size:
+            raise CheckpointError(f'it is damaged: there are {info.file_size:,} bytes for a storage of {size:,}')
         if info.compress_type == zipfile.ZIP_STORED:  # as torch writes it, without check sums if the user wants so
             file.seek(info.header_offset + 26)
             lengths = struct.unpack('<HH', file.read(4))  # of name and padding
@@ -310,27 +316,25 @@ def read_torch(file: BinaryIO, archive: zipfile.ZipFile, budget: Budget) -> Cont
         return torch.frombuffer(bytearray(archive.read(info)), dtype=torch.uint8)
 
     data = io.BytesIO(archive.read(f'{folder}/data.pkl'))
-    found = TorchUnpickler(data, budget, lambda storage: load(storage.key)).load()
+    found = TorchUnpickler(data, budget, lambda storage: load(storage.key, storage.size)).load()
     return Contents(checked(require_dict(found), budget))
 
 
 def read_legacy(file: BinaryIO, budget: Budget) -> Contents:
     """Reads a file of `torch.save` before 1.6: five pickles, the last one of the keys of storages, which follow."""
     places: dict[str, int] = {}
-    dtypes: dict[str, torch.dtype] = {}
+    sizes: dict[str, int] = {}
+    itemsizes: dict[str, int] = {}
 
     @cache
     def load(key: str) -> Tensor:
-        file.seek(places[key])
-        (count,) = struct.unpack('<q', file.read(8))
-        if not 0 <= count <= budget.size:
-            raise CheckpointError('it is damaged: a storage has more numbers than the file has bytes')
-        return read_bytes(file, places[key] + 8, count * dtypes[key].itemsize)
+        return read_bytes(file, places[key] + 8, sizes[key])
 
     class Unpickler(TorchUnpickler):
         def persistent_load(self, saved: Any) -> Storage:
             storage = super().persistent_load(saved)
-            dtypes.setdefault(storage.key, storage.dtype)
+            sizes.setdefault(storage.key, storage.size)
+            itemsizes.setdefault(storage.key, storage.dtype.itemsize)
             return storage
 
     _magic, version, system, found, keys = (
@@ -345,7 +349,9 @@ def read_legacy(file: BinaryIO, budget: Budget) -> Contents:
         places[key] = place
         file.seek(place)
         (count,) = struct.unpack('<q', file.read(8))
-        place += 8 + count * dtypes[key].itemsize
+        if count * itemsizes[key] != sizes[key]:
+            raise CheckpointError(f'it is damaged: there are {count:,} numbers for a storage of {sizes[key]:,} bytes')
+        place += 8 + sizes[key]
     return Contents(checked(require_dict(found), budget))
 
 
