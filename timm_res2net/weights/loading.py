@@ -20,7 +20,7 @@ from ..models.resnet import Res2Net
 from ..models.variants import ARCHS
 from .checkpoints import Checkpoint, read_checkpoint, recognise
 from .dialects import DIALECTS, find_network, is_dead, to_float32
-from .errors import CheckpointError
+from .errors import CheckpointError, printable
 from .files import PathLike
 from .readers import Contents
 
@@ -168,7 +168,8 @@ def load_model(
     model = timm.create_model(name, pretrained_cfg_overlay=overlay, **kwargs)
     assumed = f'; assumed, as nothing in it tells: {", ".join(checkpoint.assumed)}' if checkpoint.assumed else ''
     images = f'; images: {checkpoint.training.images or "as is usual for the model, nothing in it tells"}'
-    _logger.info('%s is loaded into %s%s%s', checkpoint.file, format_create_model(name, kwargs), assumed, images)
+    shown = printable(checkpoint.file)
+    _logger.info('%s is loaded into %s%s%s', shown, format_create_model(name, kwargs), assumed, images)
     state = dict(checkpoint.state)
     if kwargs['num_classes'] != checkpoint.num_classes:
         state = {key: tensor for key, tensor in state.items() if not key.startswith('fc.')}
@@ -227,7 +228,7 @@ def require_same_function(model: nn.Module, checkpoint: Checkpoint) -> None:
             _logger.warning(
                 "%s has the authors' tensor names in a larger network that is not known. They tell nothing of strides "
                 'and dilations; the usual network is assumed: %s. If its code does otherwise, say so by these keywords',
-                file,
+                printable(file),
                 usual,
             )
         return
@@ -302,11 +303,13 @@ def find_architecture(checkpoint: Checkpoint, name: str | None = None) -> tuple[
     for each, arch in ARCHS.items():
         if name not in (None, each) or (arch.trunk is Res2Net) != on_resnet:
             continue
+        first_conv = state.get(f'{arch.cfg.get("first_conv", "conv1")}.weight')
+        if first_conv is None and not on_resnet:
+            continue
         args = {}
         if on_resnet:  # with its arguments, any row makes the same network
             args = {key: found.get(key, DEFAULTS[key]) for key in DEFAULTS if found.get(key) != arch.args.get(key)}
             args |= differing_arguments(function, Function.from_arguments(arch.args))
-        first_conv = state.get(f'{arch.cfg.get("first_conv", "conv1")}.weight')
         if first_conv is not None and first_conv.shape[1] != 3:
             args['in_chans'] = first_conv.shape[1]
         candidates.append((each, args))

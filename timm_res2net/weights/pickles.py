@@ -124,9 +124,12 @@ class Metered(dict[int, Any]):
 class Stream:
     """A file for an unpickler, that never allocates more than there is to read."""
 
-    def __init__(self, file: BinaryIO, end: int) -> None:
-        self.file, self.end = file, end
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
         self.readline = file.readline
+        start = file.tell()
+        self.end = file.seek(0, 2)
+        file.seek(start)
 
     def read(self, size: int) -> bytes:
         return self.file.read(size if size < 4096 else min(size, self.end - self.file.tell()))
@@ -146,7 +149,7 @@ class ArrayUnpickler(pickle._Unpickler):
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
 
     def __init__(self, file: BinaryIO, budget: Budget) -> None:
-        super().__init__(Stream(file, budget.size), encoding='latin1')
+        super().__init__(Stream(file), encoding='latin1')
         self.budget = budget
         self.dispatch = Metered(self.dispatch, budget)  # type: ignore[misc]  # the loop takes it from the instance
         self.allowed = self.names()
