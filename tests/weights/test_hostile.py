@@ -3,14 +3,15 @@
 import argparse
 import io
 import json
+import multiprocessing
 import os
 import pickle
 import pickletools
 import struct
-import subprocess
 import sys
 import tarfile
 import threading
+import time
 import tracemalloc
 import zipfile
 from collections.abc import Callable
@@ -21,7 +22,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import ROOT, slow_but, tiny
+from support import slow_but, tiny
 from test_readers import SMALL, WRITTEN, field, mindspore_value, torch_file
 from torch import Tensor
 from torchvision.utils import save_image
@@ -36,6 +37,7 @@ from timm_res2net.weights.loading import adapt_state_dict
 from timm_res2net.weights.readers import read
 
 FC = 'fc.weight'
+pytestmark = pytest.mark.filterwarnings('ignore:.*fork')  # by Python 3.12, in a process with threads
 
 
 def torch_zip(data: bytes, **storages: bytes) -> bytes:
@@ -96,6 +98,12 @@ def pax_of_digits() -> bytes:
 def header(entries: dict[str, Any], content: bytes = bytes(4)) -> bytes:
     raw = json.dumps(entries).encode()
     return struct.pack('<Q', len(raw)) + raw + content
+
+
+def with_blocks(number: int) -> dict[str, Tensor]:
+    """A network that takes seconds to make."""
+    last = {name[8:]: tensor for name, tensor in SMALL.items() if name.startswith('layer2.1.')}
+    return SMALL | {f'layer2.{i}{name}': last[name] for name in last for i in range(1, number)}
 
 
 def without_keys(content: bytes) -> bytes:
@@ -160,6 +168,7 @@ ATTACKS: dict[str, bytes] = {
     + b'u.',
     'PAX header of digits': pax_of_digits(),
     'PAX header behind the magic of torch': WRITTEN['torch before 1.6'][:14].ljust(512, b'\0') + pax_of_digits(),
+    '400 blocks': torch_file(with_blocks(400)),
     # what is not there
     'no bytes for a storage': without_keys(WRITTEN['torch before 1.6']),
     'more than 64 dimensions': pickle.dumps({'a': np.ones(1, 'float32')}).replace(
@@ -173,70 +182,61 @@ SLOW = {
 }
 
 
-# In a process of its own: reads the files it is told, one a line, and answers with the memory and time of each, and
-# with what came of it. Linux forgets the peak of the memory before.
-CHILD = """
-import faulthandler, sys, time
-faulthandler.enable()
-import torch
-from timm_res2net import CheckpointError
-from timm_res2net import load_model as load
-torch.set_num_threads(1)
-LOAD
+def memory_of_process(key: str) -> int:
+    """Bytes, as Linux counts them: VmRSS now, VmHWM at most."""
+    with open('/proc/self/status') as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
 
-def status(key):
-    line = next(line for line in open('/proc/self/status') if line.startswith(key))
-    return int(line.split()[1]) * 1024
 
-for line in sys.stdin:
-    with open('/proc/self/clear_refs', 'w') as file:
-        file.write('5')
-    before, start = status('VmRSS'), time.thread_time()
-    try:
-        load(line.rstrip('\\n'))
-        answer = 'loaded'
-    except CheckpointError as error:
-        answer = f'refused {error}' if str(error).isprintable() else f'not printable: {error}'
-    except BaseException as error:
-        answer = f'raised {type(error).__name__}: {error}'
-    seconds = time.thread_time() - start
-    print(status('VmHWM') - before, seconds, ascii(answer)[:3000], flush=True)
-"""
+def load_and_measure(connection: Any, load: Callable[[str], object]) -> None:
+    """Loads the files whose paths come, and answers with bytes, seconds and outcome of each."""
+    while True:
+        path = connection.recv()
+        with open('/proc/self/clear_refs', 'w') as file:
+            file.write('5')  # forgets what was most
+        before, start = memory_of_process('VmRSS'), time.thread_time()
+        try:
+            load(path)
+            outcome = 'loaded'
+        except CheckpointError as error:
+            outcome = f'refused {error}' if str(error).isprintable() else f'not printable: {error}'
+        except BaseException as error:
+            outcome = f'raised {type(error).__name__}: {error}'
+        seconds = time.thread_time() - start
+        connection.send((memory_of_process('VmHWM') - before, seconds, outcome))
 
 
 class Child:
-    """A process that loads files one after the other, by `load_model` or by a `load` that `code` defines."""
+    """A process that loads files one after the other."""
 
-    def __init__(self, code: str = '') -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, '-c', CHILD.replace('LOAD', code)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, 'PYTHONPATH': os.pathsep.join((str(ROOT), str(ROOT / 'tests')))},
-        )
+    def __init__(self, load: Callable[[str], object] = load_model) -> None:
+        context = multiprocessing.get_context('fork')
+        self.connection, theirs = context.Pipe()
+        self.process = context.Process(target=load_and_measure, args=(theirs, load), daemon=True)
+        self.process.start()
+        theirs.close()
 
     def load(self, file: Path, seconds: float = 20) -> tuple[int, float, str]:
         """Bytes and seconds that loading took, and its outcome."""
-        assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        timer = threading.Timer(seconds, self.process.kill)
-        timer.start()
-        self.process.stdin.write(f'{file}\n')
-        self.process.stdin.flush()
-        answer = self.process.stdout.readline()
-        timer.cancel()
-        assert answer, f'{file} ended the process: {self.process.wait()}'
-        memory, time, outcome = answer.rstrip().split(' ', 2)
-        return int(memory), float(time), outcome.strip('\'"')
+        self.connection.send(str(file))
+        assert self.connection.poll(seconds), f'{file} takes longer than {seconds} s'
+        try:
+            answer: tuple[int, float, str] = self.connection.recv()
+        except EOFError:
+            self.process.join()
+            raise AssertionError(f'{file} ended the process: {self.process.exitcode}') from None
+        return answer
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.join()
 
 
 @pytest.fixture(scope='module')
 def child() -> Any:
     child = Child()
     yield child
-    child.process.kill()
-    child.process.communicate()
+    child.end()
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads memory in /proc')
@@ -266,6 +266,14 @@ def test_load_model_tensor_of_a_shape_that_no_weight_has_is_refused(
     for load in (load_model, lambda file: load_model(file, 'test_res2net')):
         with pytest.raises(CheckpointError):
             load(tmp_path / 'file')
+
+
+def test_load_model_of_a_network_without_a_stage_is_refused(tmp_path: Path) -> None:
+    (tmp_path / 'file').write_bytes(
+        torch_file({name: SMALL[name] for name in SMALL if name != 'layer3.0.conv1.weight'})
+    )
+    with pytest.raises(CheckpointError, match='those of no model of this package'):
+        load_model(tmp_path / 'file')
 
 
 def test_load_model_named_model_of_stated_size_is_not_made_before_tensors_fit(
@@ -370,7 +378,7 @@ def test_reading_in_threads_leaves_the_allowlist_of_torch_alone(tmp_path: Path) 
 
     def read_often() -> None:
         try:
-            for _ in range(10):
+            for _ in range(4):
                 assert translate(read(tmp_path / 'file').nested).state.keys() == SMALL.keys()
         except BaseException as error:
             failures.append(error)

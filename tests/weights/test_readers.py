@@ -427,14 +427,14 @@ def test_read_tensor_with_more_elements_than_storage_raises(tmp_path: Path) -> N
         read(tmp_path / 'bomb')
 
 
-def test_read_pickle_that_repeats_large_string_raises_within_20_mb(tmp_path: Path) -> None:
+def test_read_pickle_that_repeats_large_string_raises_within_50_mb(tmp_path: Path) -> None:
     text = b'X' + struct.pack('<I', 1_000_000) + b'a' * 1_000_000 + b'q\x00' + b'0'
     calls = b'c_codecs\nencode\nh\x00X\x06\x00\x00\x00latin1\x86R0' * 1000
     (tmp_path / 'bomb').write_bytes(b'\x80\x02' + text + calls + b'}.')
     tracemalloc.start()
     with pytest.raises(CheckpointError, match='unpack to much more'):
         read(tmp_path / 'bomb')
-    assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    assert tracemalloc.get_traced_memory()[1] < 50_000_000
     tracemalloc.stop()
 
 

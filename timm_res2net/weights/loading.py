@@ -44,6 +44,7 @@ DEFAULTS: dict[str, Any] = {
         'channels',
     )
 }
+MOST_BLOCKS = 128  # of a network that is made for a file; Res2Net-200 has 66
 
 
 def load_checkpoint(
@@ -342,6 +343,8 @@ def resnet_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
     while f'layer{len(layers) + 1}.0.conv1.weight' in state:
         stage = f'layer{len(layers) + 1}'
         layers += (sum(name.startswith(f'{stage}.') and name.endswith('.conv1.weight') for name in state),)
+    if len(layers) != 4:
+        raise LookupError(f'there are {len(layers)} stages, the next one is not complete')
     planes = tuple(len(state[f'layer{stage + 1}.0.conv3.weight']) // 4 for stage in range(len(layers)))
     block = f'layer{len(layers)}.0'
     width, width_of_group = state[f'{block}.convs.0.weight'].shape[:2]
@@ -351,8 +354,8 @@ def resnet_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
         base_width=int(base_width) if base_width == int(base_width) else base_width,
         scale=len(state[f'{block}.conv1.weight']) // width,
     )
-    if sum(layers) * (found['scale'] - 1) > len(state):  # before such a network is made
-        raise LookupError('there are not as many convolutions as its shapes imply')
+    if sum(layers) > MOST_BLOCKS or sum(layers) * (found['scale'] - 1) > len(state):  # before such a network is made
+        raise LookupError('there are not as many convolutions as its shapes imply, or more blocks than in any network')
     if width != width_of_group:
         found['cardinality'] = width // width_of_group
     if 'conv1.0.weight' in state:

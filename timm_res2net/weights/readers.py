@@ -35,7 +35,7 @@ __all__ = ['Contents', 'read']
 MAX_EXPANSION = 4  # times the file's size; an archive that claims to hold more is refused
 LONGEST_NAME = 500  # characters; of a tensor or a module
 LONGEST_OPTION = 64  # entries of a sequence that is no tensor
-LONGEST_HEADER = 10_000_000  # bytes of JSON
+LONGEST_HEADER = 4_000_000  # bytes of JSON
 
 DTYPES = {  # by numpy's code
     'f2': torch.float16,
