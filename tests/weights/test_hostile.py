@@ -1,6 +1,7 @@
 """Files that attack: each is refused in time, within memory, and with one line of text."""
 
 import argparse
+import gc
 import io
 import json
 import multiprocessing
@@ -34,6 +35,7 @@ from timm_res2net.weights.convert import convert
 from timm_res2net.weights.dialects import translate
 from timm_res2net.weights.errors import printable
 from timm_res2net.weights.loading import adapt_state_dict
+from timm_res2net.weights.pickles import Array
 from timm_res2net.weights.readers import read
 
 FC = 'fc.weight'
@@ -468,3 +470,15 @@ def test_compressed_archive_of_torch_is_read(tmp_path: Path) -> None:
         for name in archive.namelist():
             compressed.writestr(name, archive.read(name))
     torch.testing.assert_close(translate(read(tmp_path / 'file').nested).state, SMALL, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('kind', ['safetensors', 'torch', 'torch before 1.6', 'pdparams'])
+def test_bytes_of_a_file_are_freed_with_its_tensors(kind: str, tmp_path: Path) -> None:
+    (tmp_path / 'file').write_bytes(WRITTEN[kind])
+    gc.collect()
+    gc.disable()
+    try:
+        read(tmp_path / 'file')
+        assert not [each for each in gc.get_objects() if type(each) is Array]
+    finally:
+        gc.enable()

@@ -142,7 +142,8 @@ class ArrayUnpickler(pickle._Unpickler):
     No function that a pickle names is ever called: the allowlist maps names to the methods below.
     """
 
-    stack: list[Any]  # these four are of the base class
+    memo: dict[int, Any]  # these five are of the base class
+    stack: list[Any]
     read: Callable[[int], bytes]
     append: Callable[[Any], None]
     pop_mark: Callable[[], list[Any]]
@@ -174,7 +175,8 @@ class ArrayUnpickler(pickle._Unpickler):
         try:
             return super().load()
         finally:
-            self.allowed = {}  # its methods refer to the unpickler, and that to the bytes of the tensors
+            self.allowed = {}
+            self.memo.clear()  # methods in both refer to the unpickler, and what it keeps would wait for a collection
 
     def find_class(self, module: str, name: str) -> Any:
         full = f'{module}.{name}'.replace('__builtin__.', 'builtins.')
