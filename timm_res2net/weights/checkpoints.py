@@ -153,8 +153,7 @@ def recorded_function(contents: Contents, config: Mapping[str, Any]) -> Function
 
 def stated_models(contents: Contents, config: Mapping[str, Any]) -> Iterator[tuple[object, object]]:
     """Names of models that may be a file's, with arguments: of timm's train script, transformers and Lightning."""
-    args = contents.nested.get('args')
-    yield contents.nested.get('arch'), args.get('model_kwargs') if isinstance(args, dict) else None
+    yield contents.nested.get('arch'), getattr(contents.nested.get('args'), 'model_kwargs', None)
     yield config.get('architecture'), config.get('model_args')
     parameters = contents.nested.get('hyper_parameters')
     if isinstance(parameters, Mapping):

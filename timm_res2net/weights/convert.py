@@ -69,8 +69,8 @@ def convert(
     """
     if model is not None and model not in ARCHS:
         raise UnknownModelError.among(model, ARCHS, ' in this package')
-    folder = Path(out) if out is not None else folder_of(file)
     checkpoint = read_checkpoint(file, dialect=dialect, prefix=prefix, **function)
+    folder = Path(out) if out is not None else folder_of(file)
     if not dry_run:
         require_no_model(folder)
     name, args = find_architecture(checkpoint, model)

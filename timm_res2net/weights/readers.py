@@ -16,6 +16,7 @@ import re
 import stat
 import struct
 import zipfile
+from argparse import Namespace
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -132,7 +133,7 @@ def checked(value: Any, budget: Budget, load: Callable[[str], Array] | None = No
         depth: Of the value.
 
     Returns:
-        A dict with texts as keys, a tensor, an option, or None.
+        A dict with texts as keys, a tensor, options, or None.
 
     Raises:
         CheckpointError: If it is nested too deep, too large, or a tensor's type, shape and size are not possible.
@@ -144,7 +145,7 @@ def checked(value: Any, budget: Budget, load: Callable[[str], Array] | None = No
     elif isinstance(value, Variable):
         value = value.array or find_variable(value, load)
     elif isinstance(value, Options):
-        value = value.values
+        return Namespace(**checked(require_dict(value.values or {}), budget, load, depth))
     if isinstance(value, Array):
         return tensor(value, budget)
     if isinstance(value, dict):
