@@ -33,7 +33,22 @@ SECONDS = float(os.environ.get('FUZZ_SECONDS', 60)) / len(FORMATS)
 SEED = int(os.environ.get('FUZZ_SEED', 0))
 INTEGERS = (0, 1, -1, 2, 255, 2**15, 2**31 - 1, -(2**31), 2**31, 2**32 - 1, 2**62, 2**63 - 1, -(2**63), 2**64 - 1)
 WORDS = ('', '.', '/', '..', 'a' * 300, 'a' * 5000, '\x1b[2J', '\0', '9' * 5000, '\u202e', 'layer1.0.convs.0.weight')
-VALUES = (None, True, *INTEGERS, 0.5, float('nan'), 1e300, *WORDS, [], {}, [[]], [0], [-1], [2**62] * 3, {'a': {}})
+VALUES: tuple[Any, ...] = (
+    None,
+    True,
+    *INTEGERS,
+    0.5,
+    float('nan'),
+    1e300,
+    *WORDS,
+    [],
+    {},
+    [[]],
+    [0],
+    [-1],
+    [2**62] * 3,
+    {'a': {}},
+)
 
 MODEL = tiny('paddle')
 
@@ -94,16 +109,12 @@ def mutate_bytes(content: bytes, random: random.Random) -> bytes:
 
 def some_opcodes() -> list[bytes]:
     """Opcodes that make, nest, refer to, call or change something."""
-    names = 'numpy dtype', 'numpy.core.multiarray _reconstruct', 'torch.storage UntypedStorage', 'torch FloatStorage'
-    names += (
-        'torch._utils _rebuild_tensor_v2',
-        'collections OrderedDict',
-        'builtins tuple',
-        '_codecs encode',
-        'os system',
-    )
-    names += 'builtins set', 'torch Size', 'oneflow Tensor', 'torch._utils _rebuild_sparse_tensor', 'argparse Namespace'
-    names += 'builtins getattr', 'torch._tensor _rebuild_from_type_v2'
+    names = [
+        *('numpy dtype', 'numpy.core.multiarray _reconstruct', 'torch.storage UntypedStorage', 'torch FloatStorage'),
+        *('torch._utils _rebuild_tensor_v2', 'collections OrderedDict', 'builtins tuple', '_codecs encode'),
+        *('os system', 'builtins set', 'torch Size', 'oneflow Tensor', 'torch._utils _rebuild_sparse_tensor'),
+        *('argparse Namespace', 'builtins getattr', 'torch._tensor _rebuild_from_type_v2'),
+    ]
     return [
         *(bytes([code]) for code in b'.()]}0120NRbQsuaet\x81\x85\x86\x87\x88\x89\x8f\x90\x91\x92\x93\x94lodi'),
         *(b'c' + name.replace(' ', '\n').encode() + b'\n' for name in names),

@@ -118,7 +118,8 @@ def test_convert_killed_at_a_rename_into_a_folder_is_done_by_the_next_convert_an
     (out / 'notes.txt').write_text('mine')
 
     def work() -> None:
-        calls, replace = [], os.replace
+        calls: list[Any] = []
+        replace = os.replace
 
         def counted(*args: Any) -> None:
             if len(calls) == renames:
