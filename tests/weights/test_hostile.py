@@ -4,6 +4,7 @@ import argparse
 import gc
 import io
 import json
+import logging
 import multiprocessing
 import os
 import pickle
@@ -482,3 +483,20 @@ def test_bytes_of_a_file_are_freed_with_its_tensors(kind: str, tmp_path: Path) -
         assert not [each for each in gc.get_objects() if type(each) is Array]
     finally:
         gc.enable()
+
+
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='has no pipes with names')
+@pytest.mark.parametrize('data', ['pipe', '/dev/zero', 'absent' + TERMINAL])
+def test_path_of_data_in_a_file_is_not_opened_unless_it_is_a_folder(
+    data: str, child: Child, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    os.mkfifo(tmp_path / 'pipe')
+    args = argparse.Namespace(data_dir=str(tmp_path / data), model='test_res2net')
+    (tmp_path / 'file').write_bytes(torch_file({'state_dict': SMALL, 'arch': 'test_res2net', 'args': args}))
+    with caplog.at_level(logging.INFO):
+        memory, _, outcome = child.load(tmp_path / 'file')
+        assert outcome == 'loaded'
+        assert memory < 100e6
+        read_checkpoint(tmp_path / 'file')
+    assert 'is no folder here' in caplog.text
+    assert all(message.isprintable() for message in caplog.messages)

@@ -14,7 +14,7 @@ from timm.utils import natural_key
 
 from ..models.classifier import registered_cfg
 from ..models.variants import ARCHS
-from .errors import first_line
+from .errors import first_line, printable
 from .files import PathLike, read_text
 from .folder import CONFIG_FILE, WEIGHTS_FILE
 from .readers import Contents
@@ -57,7 +57,7 @@ def recorded_training(contents: Contents, file: PathLike, num_classes: int, conf
         names = config.get('label_names') or ()
         labels = tuple(map(str, names)) if isinstance(names, list) and len(names) == num_classes else ()
     except Exception as error:  # whatever an unknown configuration makes timm raise
-        _logger.warning('%s is not used: %s', config_file, first_line(error))
+        _logger.warning('%s is not used: %s', printable(config_file), first_line(error))
         return Training()
     return Training(images, labels, str(config_file) if labels else '')
 
@@ -70,7 +70,7 @@ def config_beside(file: PathLike) -> dict[str, Any]:
     try:
         config = json.loads(read_text(config_file))
     except (ValueError, RecursionError) as error:
-        _logger.warning('%s is not used: %s', config_file, first_line(error))
+        _logger.warning('%s is not used: %s', printable(config_file), first_line(error))
         return {}
     return config if isinstance(config, dict) else {}
 
@@ -89,7 +89,7 @@ def images_of_training(arch: object, args: Mapping[str, Any], file: str) -> dict
     try:
         images = checked_images(resolve_data_config(dict(args), pretrained_cfg=cfg))
     except Exception as error:  # whatever arguments of another script make timm raise
-        _logger.warning('what %s states of its images is not used: %s', file, first_line(error))
+        _logger.warning('what %s states of its images is not used: %s', printable(file), first_line(error))
         return {}
     return {key: value for key, value in images.items() if known or key in stated}
 
@@ -116,6 +116,9 @@ def labels_of_data(args: Mapping[str, Any], num_classes: int) -> tuple[tuple[str
     folder, class_map = args.get('data_dir') or args.get('data'), args.get('class_map')
     if args.get('dataset') or not isinstance(folder, str):  # a dataset of another kind than a folder of images
         return (), ''
+    if not os.path.isdir(folder):  # never opened: a stranger's file can name a pipe without end, or a device
+        _logger.info('the classes have no names: %s is no folder here', printable(folder))
+        return (), ''
     sources = [folder]
     if isinstance(class_map, str) and class_map:
         paths = (path for path in (class_map, os.path.join(folder, class_map)) if os.path.isfile(path))
@@ -124,11 +127,11 @@ def labels_of_data(args: Mapping[str, Any], num_classes: int) -> tuple[tuple[str
         try:
             labels = read_labels(source)
         except ValueError as error:
-            _logger.info('the classes have no names: %s', error)
+            _logger.info('the classes have no names: %s', first_line(error))
         else:
             if len(labels) == num_classes:
                 return tuple(labels), source
-            _logger.info('%s has %d classes and the weights have %d', source, len(labels), num_classes)
+            _logger.info('%s has %d classes and the weights have %d', printable(source), len(labels), num_classes)
     return (), ''
 
 
