@@ -287,6 +287,14 @@ def test_readme_of_package_lists_every_public_name_with_its_signature_and_docstr
     assert rows == [api_row(name) for name in timm_res2net.__all__]
 
 
+def test_readme_of_deploy_table_of_8_bits_equals_int8_json() -> None:
+    results = json.loads((ASSETS / 'int8.json').read_text())['results']
+    assert {ARCHS[each['model']].trunk for each in results} == {arch.trunk for arch in ARCHS.values()}
+    for each in results:
+        row = f'| `{each["model"]}` | {100 * each["openvino"]:.1f} % | {100 * each["onnx"]:.1f} % |'
+        assert row in TEXTS['deploy']
+
+
 def strides(name: str) -> tuple[int, ...]:
     """Output strides that a model can have."""
     return {Res2NetCifar: (1, 2, 4), Res2NetBigLittle: (16, 32)}.get(ARCHS[name].trunk, (8, 16, 32))

@@ -244,3 +244,14 @@ def test_measure_counts_gmacs_and_outputs_of_convolutions_and_classifier() -> No
 def test_card_round_trip_through_model_card_changes_nothing() -> None:
     text = card('res2net50d.in1k')
     assert str(ModelCard(text)) == text
+
+
+def test_card_without_dataset_does_not_say_that_the_model_was_trained() -> None:
+    model = timm.create_model('test_res2net', device='meta')
+    assert ' trained' not in card(model).partition('\n# ')[2].partition('\n## ')[0]
+    assert ' trained on imagenet-1k, fine-tuned from ' in card(model, dataset='imagenet-1k', base_model='user/net')
+
+
+def test_card_of_another_model_raises_value_error() -> None:
+    with pytest.raises(ValueError, match='resnet18 is no model of this package'):
+        card(timm.create_model('resnet18', device='meta'))

@@ -188,8 +188,10 @@ def card(
     network = as_classifier(model)
     cfg = network.pretrained_cfg
     name = cfg['architecture']
+    if name not in ARCHS:
+        raise ValueError(f'{name} is no model of this package, so there is no card of it')
     args = {key: value for key, value in get_model_args(model).items() if key != 'global_pool'}
-    trained = f' on {plain(dataset)}' if dataset else ''
+    trained = f' trained on {plain(dataset)}' if dataset else ''
     origin = f', fine-tuned from [{base_model}](https://huggingface.co/{base_model})' if base_model else ''
     if license is None:
         licence = 'The owner of the repository named no licence: ask before you use it.'
@@ -200,7 +202,7 @@ def card(
     text = CardText(
         title=repo_id or name,
         source=f'hf-hub:{repo_id}' if repo_id else name,
-        summary=f'{describe_architecture(name)} trained{trained}{origin}.',
+        summary=f'{describe_architecture(name)}{trained}{origin}.',
         size=cfg['input_size'][-1],
         results=results or {},
         measured='as measured by the owner of the repository' if results else '',
