@@ -525,3 +525,14 @@ def test_export_and_validate_wrong_calls_are_one_line(
     assert message in done.err
     assert done.err.count('\n') == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_list_plot_draws_what_is_listed(run: Run, tmp_path: Path, monkeypatch: Patch) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = run('list', '*50*', '--pretrained', '--plot', 'c.png')
+    assert (done.status, done.out.splitlines()[0]) == (0, 'drawn to c.png')
+    with Image.open('c.png') as image:
+        assert min(image.size) > 500
+    done = run('list', 'blresnet50', '--plot', 'd.png')
+    assert (done.status, 'there are no weights to draw' in done.err) == (1, True)
+    assert [path.name for path in tmp_path.iterdir()] == ['c.png']

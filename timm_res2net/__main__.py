@@ -33,6 +33,7 @@ from .version import __version__
 from .vision.explain import explain
 from .vision.figures import (
     plot_bench,
+    plot_catalogue,
     plot_confusion,
     plot_explanation,
     plot_growth,
@@ -252,6 +253,7 @@ def add_list(commands: Commands) -> None:
     command.add_argument('--max-params', type=positive_number, metavar='M', help='at most so many millions')
     command.add_argument('--sort', choices=SORT_KEYS, help='smallest first, or the most accurate')
     command.add_argument('--json', action='store_true', help='machine-readable output')
+    command.add_argument('--plot', metavar='PNG', help='draw accuracy on ImageNet over cost to this file')
     command.set_defaults(run=run_list)
 
 
@@ -264,6 +266,8 @@ def positive_number(text: str) -> float:
 
 def run_list(args: argparse.Namespace) -> int:
     """Prints a line for each architecture or set of weights whose name matches."""
+    if args.plot:
+        require_drawable(args.plot)
     found = [
         entry for entry in family() if fnmatch(entry['name'], args.pattern) or fnmatch(entry['arch'], args.pattern)
     ]
@@ -277,6 +281,9 @@ def run_list(args: argparse.Namespace) -> int:
         )
         print(f'timm-res2net: no model of the family matches {what}', file=sys.stderr)
         return 1
+    if args.plot:
+        plot_catalogue([entry for entry in found if entry['top1_on'] == 'imagenet-1k'], args.plot)
+        print(f'drawn to {args.plot}\n', file=sys.stderr if args.json else sys.stdout)
     if args.json:
         print(json.dumps(found, indent=2))
         return 0

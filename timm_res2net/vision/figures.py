@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 __all__ = [
     'new_figure',
     'plot_bench',
+    'plot_catalogue',
     'plot_confusion',
     'plot_explanation',
     'plot_growth',
@@ -59,6 +60,43 @@ def require_drawable(out: str) -> None:
     if (suffix := Path(out).suffix[1:] or 'png').lower() not in figure.canvas.get_supported_filetypes():
         raise ValueError(f'{out} can not be drawn: {suffix} is no format of pictures; name it .png, .pdf or .svg')
     require_writable(out)
+
+
+def plot_catalogue(weights: Sequence[Mapping[str, Any]], out: str) -> None:
+    """Draws accuracy over cost.
+
+    Args:
+        weights: Of each set its `name` with a tag, `gmacs`, `params`, and `top1` in %.
+        out: File to write.
+
+    Raises:
+        ValueError: If there is none.
+        ImportError: If matplotlib is missing.
+        OSError: If the file can't be written.
+    """
+    if not weights:
+        raise ValueError('there are no weights to draw; choose others by the pattern')
+    figure = new_figure(10, 6.5)
+    panel = figure.subplots()
+    tags = {each['name'].partition('.')[2]: None for each in weights}  # in order
+    for tag in tags:
+        those = [each for each in weights if each['name'].partition('.')[2] == tag]
+        sizes = [each['params'] / 4e5 for each in those]
+        panel.scatter([each['gmacs'] for each in those], [each['top1'] for each in those], sizes, alpha=0.6, label=tag)
+    # Names of neighbours are on different sides.
+    for i, each in enumerate(sorted(weights, key=lambda each: (round(each['gmacs']), each['top1']))):
+        side: dict[str, Any] = dict(xytext=(7, -2), ha='left') if i % 2 else dict(xytext=(-7, -2), ha='right')
+        at = each['gmacs'], each['top1']
+        panel.annotate(each['name'].partition('.')[0], at, textcoords='offset points', fontsize=7, **side)
+    panel.set_xscale('log')
+    panel.set_xticks([3, 4, 6, 8, 12, 16], ['3', '4', '6', '8', '12', '16'])
+    panel.minorticks_off()
+    panel.set_xlim(2.4, 24)
+    panel.set_xlabel('GMACs at 224 x 224 (the area of a circle is the number of parameters)')
+    panel.set_ylabel('ImageNet-1k top-1, %')
+    panel.grid(alpha=0.3)
+    panel.legend(loc='lower right', title='weights')
+    save(figure, out)
 
 
 def plot_confusion(confusion: Tensor, names: Sequence[str], title: str, out: str) -> None:
