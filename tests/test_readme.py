@@ -293,6 +293,11 @@ def test_readme_of_deploy_table_of_8_bits_equals_int8_json() -> None:
     for each in results:
         row = f'| `{each["model"]}` | {100 * each["openvino"]:.1f} % | {100 * each["onnx"]:.1f} % |'
         assert row in TEXTS['deploy']
+    speed = json.loads((ASSETS / 'int8.json').read_text())['speed']
+    for batch in (1, 8):
+        ratios = [f'{each["ratio"]:.2f}' for each in speed if each['batch'] == batch and each['dtype'] == 'int8']
+        assert len(ratios) == 4
+        assert f'| {batch} | {" | ".join(ratios)} |' in TEXTS['deploy']
 
 
 def strides(name: str) -> tuple[int, ...]:
