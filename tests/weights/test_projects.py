@@ -113,8 +113,18 @@ def test_load_unknown_network_warns_once_of_what_is_assumed(tmp_path: Path, capl
         with caplog.at_level(logging.WARNING):
             load(file)
         (message,) = caplog.messages
-        assert "the usual network is assumed: first_block='official', strides=(1, 2, 2, 2), dilations=" in message
+        assert "The usual is assumed: first_block='official', style='pytorch', strides=(1, 2, 2, 2), dilat" in message
         assert str(file) in message
+
+
+@pytest.mark.parametrize('name', ['mmdet_dilated', 'mmpretrain_caffe', 'backbone'])
+def test_load_model_of_code_that_has_options_warns_of_what_is_assumed(
+    name: str, references: References, caplog: pytest.LogCaptureFixture
+) -> None:
+    load_model(references('dilated') / f'{name}.pth')  # another geometry than the usual, which the file can't tell
+    (message,) = caplog.messages
+    assert 'strides, dilations' in message
+    assert 'The usual is assumed: ' in message
 
 
 def test_load_unknown_network_with_stated_geometry_or_alone_warns_not(

@@ -35,6 +35,8 @@ __all__ = [
 
 _logger = logging.getLogger(__name__)
 
+GEOMETRY = 'first_block', 'style', 'strides', 'dilations', 'stem_ceil_mode'  # in which published code differs
+
 # Arguments of a ResNet-hosted network that can be found from its tensors' shapes, and their defaults.
 SIGNATURE = {**inspect.signature(ResNet).parameters, **inspect.signature(Res2Net).parameters}
 DEFAULTS: dict[str, Any] = {
@@ -224,13 +226,14 @@ def require_same_function(model: nn.Module, checkpoint: Checkpoint) -> None:
         )
     fields = ours.differing_fields(theirs)
     if not fields:
-        if checkpoint.translation.is_part and checkpoint.assumed == DIALECTS['official'].unsaid:
-            usual = theirs.as_keywords(['first_block', 'strides', 'dilations', 'stem_ceil_mode'])
+        if checkpoint.translation.is_part and {'strides', 'dilations'} <= set(checkpoint.assumed):
+            unsaid = [name for name in checkpoint.assumed if name in GEOMETRY]
             _logger.warning(
-                "%s has the authors' tensor names in a larger network that is not known. They tell nothing of strides "
-                'and dilations; the usual network is assumed: %s. If its code does otherwise, say so by these keywords',
-                printable(file),
-                usual,
+                "%s: its tensors' names do not tell %s of the network. The usual is assumed: %s. If its own code does "
+                'otherwise, say so by these keywords',
+                file,
+                ', '.join(unsaid),
+                theirs.as_keywords(unsaid),
             )
         return
     told = theirs.as_keywords(name for name in fields if name not in checkpoint.assumed)
