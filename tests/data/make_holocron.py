@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from holocron.models.classification.res2net import _res2net
-from reference import pack, random_value, save_reference
-from torch import nn
+from reference import pack, randomise_state, save_reference
 
 PLANES = [16, 32, 64, 128]
 
@@ -29,11 +28,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         for seed, (name, model) in enumerate(made.items()):
             rng = np.random.default_rng(seed)
-            norms = {id(norm.weight) for norm in model.modules() if isinstance(norm, nn.BatchNorm2d)}
-            for key, tensor in model.state_dict(keep_vars=True).items():
-                if tensor.is_floating_point():
-                    positive = key.endswith('running_var') or id(tensor) in norms
-                    tensor.copy_(torch.from_numpy(random_value(tuple(tensor.shape), positive, rng)))
+            randomise_state(model, rng)
             torch.save(model.state_dict(), Path(folder, f'{name}.pth'))
             save_reference(lambda x, model=model: model.eval()(torch.from_numpy(x)).numpy(), Path(folder, name), rng)
         pack(folder, 'holocron.tar.xz')

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from reference import bare, pack, random_value, save_reference
+from reference import bare, pack, randomise_state, save_reference
 from torch import nn
 
 
@@ -75,11 +75,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         for seed, (name, model) in enumerate(made.items()):
             rng = np.random.default_rng(seed)
-            norms = {id(norm.weight) for norm in model.modules() if isinstance(norm, nn.BatchNorm2d)}
-            for key, tensor in model.state_dict(keep_vars=True).items():
-                if tensor.is_floating_point():
-                    positive = key.endswith('running_var') or id(tensor) in norms
-                    tensor.copy_(torch.from_numpy(random_value(tuple(tensor.shape), positive, rng)))
+            randomise_state(model, rng)
             torch.save({'meta': {}, 'state_dict': model.state_dict()}, Path(folder, f'{name}.pth'))
             save_reference(lambda x, model=model: arrays(model.eval()(torch.from_numpy(x))), Path(folder, name), rng)
         pack(folder, 'openmmlab.tar.xz')

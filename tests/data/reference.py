@@ -41,6 +41,17 @@ def random_value(shape: tuple[int, ...], positive: bool, rng: np.random.Generato
     return filters.reshape(shape)
 
 
+def randomise_state(model: Any, rng: np.random.Generator) -> None:
+    """Fills a torch network with random values; statistics and weights of norms are positive where they must be."""
+    import torch  # which not all of the frameworks' environments have
+
+    norms = {id(norm.weight) for norm in model.modules() if isinstance(norm, torch.nn.BatchNorm2d)}
+    for key, tensor in model.state_dict(keep_vars=True).items():
+        if tensor.is_floating_point():
+            positive = key.endswith('running_var') or id(tensor) in norms
+            tensor.copy_(torch.from_numpy(random_value(tuple(tensor.shape), positive, rng)))
+
+
 def save_reference(run: Callable[[np.ndarray], Any], path: Path, rng: np.random.Generator) -> None:
     """Saves images of an even and of an odd size, and what a network computes for them.
 
