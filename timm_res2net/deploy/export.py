@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import tempfile
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -22,9 +21,9 @@ from ..models.block import function_of
 from ..models.classifier import class_names, model_name
 from ..version import __version__
 from ..weights.errors import first_line
-from ..weights.files import PathLike
+from ..weights.files import PathLike, temporary_folder
 from .fuse import fuse
-from .quantize import Images, calibration_images, quantize_onnx, quantize_openvino
+from .quantize import Images, calibration_images, convert_to_openvino, quantize_onnx
 from .runtimes import METADATA, SUFFIXES, load_exported, require_runtime
 
 __all__ = ['PRECISIONS', 'TOLERANCES', 'Export', 'export']
@@ -91,7 +90,7 @@ def export(
     path = Path(file)
     require_possible(path, precision, compile)
     require_runtime(path.suffix)
-    fused = copy.deepcopy(fuse(model)).cpu().float()
+    fused = fuse(model)
     record = describe(model, path.suffix, precision, batch, size)
     shape = tuple(record['input'][1:])
     given = calibration_images(model, images, shape) if images is not None or precision == 'int8' else None
@@ -108,8 +107,7 @@ def export(
             raise ValueError(
                 f'{model_name(model)} can not be exported to {path.suffix}, {precision}: {first_line(error)}'
             ) from error
-        original = Exportable(copy.deepcopy(model).cpu(), torch.float32).eval()
-        result = verify(original, unverified, record, given, compile)
+        result = verify(Exportable(model, torch.float32).eval(), unverified, record, given, compile)
         for suffix in ('.bin', path.suffix) if path.suffix == '.xml' else (path.suffix,):
             os.replace(unverified.with_suffix(suffix), path.with_suffix(suffix))
     return Export(path, **result)
@@ -174,11 +172,11 @@ def describe(
 
 
 class Exportable(nn.Module):
-    """A model that takes and returns float32, and computes in another data type; features as a tuple."""
+    """A copy of a model on the CPU that takes and returns float32, and computes in a data type; features as a tuple."""
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
-        self.model = copy.deepcopy(model).to(dtype)
+        self.model = copy.deepcopy(model).to('cpu', dtype)
         self.dtype = dtype
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
@@ -238,10 +236,7 @@ def write_openvino(
     """Writes OpenVINO's IR, quantized if images are given."""
     import openvino
 
-    model = openvino.convert_model(program, example_input=example)
-    model.reshape([-1 if free else len(example), *example.shape[1:]])
-    if images is not None:
-        model = quantize_openvino(model, images)
+    model = convert_to_openvino(program, example, -1 if free else len(example), images)
     model.inputs[0].get_tensor().set_names({'images'})
     for output, name in zip(model.outputs, names):
         output.get_tensor().set_names({name})
@@ -316,10 +311,10 @@ def verify(
 
 @contextlib.contextmanager
 def _in_temporary_folder(path: Path) -> Iterator[Path]:
-    """Makes a folder beside a file, on the same disk, and removes it with all that is left in it."""
+    """Makes a temporary folder beside a file; an OSError is of the file that can't be written."""
     try:
-        with tempfile.TemporaryDirectory(prefix='.', dir=path.parent, ignore_cleanup_errors=True) as folder:
-            yield Path(folder)
+        with temporary_folder(path.parent) as folder:
+            yield folder
     except OSError as error:
         raise OSError(f'{path} can not be written: {first_line(error)}') from error
 

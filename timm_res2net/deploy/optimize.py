@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..weights.errors import first_line
 from .fuse import fuse
-from .quantize import quantize_openvino
+from .quantize import convert_to_openvino
 from .runtimes import Outputs, compile_openvino, finish, require_floating_point
 
 __all__ = ['DTYPES', 'compile_by_openvino', 'optimize']
@@ -174,15 +174,13 @@ def compile_by_openvino(model: nn.Module, example_input: Tensor, dtype: torch.dt
         ImportError: If OpenVINO is not installed.
     """
     try:
-        import openvino
+        import openvino  # noqa: F401
     except ImportError as error:
         raise ImportError(
             f"backend='openvino' needs it: {error}; pip install openvino, or leave backend out"
         ) from error
-    converted = openvino.convert_model(model, example_input=example_input)
-    converted.reshape([-1, *example_input.shape[1:]])
-    if dtype == torch.int8:
-        converted = quantize_openvino(converted, example_input)
+    images = example_input if dtype == torch.int8 else None
+    converted = convert_to_openvino(model, example_input, -1, images)
     return compile_openvino(converted, str(dtype).removeprefix('torch.'))
 
 

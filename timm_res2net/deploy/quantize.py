@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .runtimes import compile_openvino
 
-__all__ = ['CALIBRATION_IMAGES', 'calibration_images', 'quantize_onnx', 'quantize_openvino']
+__all__ = ['CALIBRATION_IMAGES', 'calibration_images', 'convert_to_openvino', 'quantize_onnx']
 
 CALIBRATION_IMAGES = 300  # NNCF's own number; more of them change little
 
@@ -70,6 +70,22 @@ def folder_batches(model: nn.Module, folder: Path, shape: tuple[int, ...]) -> It
         return loader
     chosen = torch.utils.data.Subset(loader.dataset, range(0, len(dataset), step))  # type: ignore[attr-defined]
     return torch.utils.data.DataLoader(chosen, batch_size=16)
+
+
+def convert_to_openvino(model: nn.Module, example_input: Tensor, batch: int, images: Tensor | None = None) -> Any:
+    """Converts a float32 model to OpenVINO's.
+
+    Args:
+        model: The model.
+        example_input: Images (N, C, H, W), whose height and width become those of the model.
+        batch: Its batch size, -1 for any.
+        images: Quantize it with these images to calibrate.
+    """
+    import openvino
+
+    converted = openvino.convert_model(model, example_input=example_input)
+    converted.reshape([batch, *example_input.shape[1:]])
+    return converted if images is None else quantize_openvino(converted, images)
 
 
 def quantize_openvino(model: Any, images: Tensor) -> Any:

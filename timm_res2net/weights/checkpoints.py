@@ -107,11 +107,11 @@ def recognise(
         recorded = recorded_function(contents, config or {})
         if recorded is not None:
             return Checkpoint(file, translation, recorded)
-        tensors = flatten(contents.nested)
-        shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
         function, assumed = function_of_names(translation)
-        unknown = DIALECTS[translation.dialect].unknown
-        project = find_project(translation.prefix, shapes) if translation.dialect == 'official' else None
+        unknown, project = DIALECTS[translation.dialect].unknown, None
+        if translation.dialect == 'official':
+            shapes = {name: tuple(tensor.shape) for name, tensor in flatten(contents.nested).items()}
+            project = find_project(translation.prefix, shapes)
         if project is not None:
             function, assumed, unknown = project.function, (), project.unknown
         if function is not None:
