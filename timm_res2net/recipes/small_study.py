@@ -266,7 +266,7 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         parser.error(str(error))
     except ImportError as error:
-        parser.error(f'{error}; the images come with it: pip install "timm_res2net[study]"')
+        parser.error(f'{error}; the images come with it: pip install "timm_res2net[recipes]"')
     command = ' '.join(['python -m timm_res2net.recipes.small_study', *(sys.argv[1:] if argv is None else argv)])
     shown = [{key: value for key, value in record.items() if key != 'field'} for record in runs]
     document = dict(command=command, environment=environment(), runs=shown)

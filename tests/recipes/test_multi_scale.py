@@ -1,0 +1,136 @@
+"""The multi-scale set is the same for the same seed, and its boxes and masks are exactly what is to be seen."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torchvision.datasets
+from PIL import Image
+from pycocotools import mask as coco_mask
+
+from timm_res2net.recipes import multi_scale
+from timm_res2net.recipes.multi_scale import CLASSES, ITEM, PARTS, SIDE, canvases, main, write
+
+COUNTS = {'train': 3, 'val': 2, 'unseen': 2}
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob('*') if path.is_file()}
+
+
+def test_multi_scale_set_is_equal_bit_for_bit_for_a_seed(fashion_mnist: Path, tmp_path: Path) -> None:
+    for name, seed in (('first', 0), ('again', 0), ('other', 1)):
+        write(tmp_path / name, fashion_mnist, COUNTS, seed)
+    first, again, other = (contents(tmp_path / name) for name in ('first', 'again', 'other'))
+    assert first == again
+    assert first.keys() == other.keys()
+    assert all(first[name] != other[name] for name in first)
+    assert len(first) == sum(COUNTS.values()) + 3
+
+
+@pytest.mark.parametrize('part', PARTS)
+def test_multi_scale_boxes_and_areas_are_those_of_the_masks(detection_set: Path, part: str) -> None:
+    document = json.loads((detection_set / 'annotations' / f'instances_{part}.json').read_text())
+    assert [each['name'] for each in document['categories']] == list(CLASSES)
+    shown: dict[int, Any] = {}
+    for each in document['annotations']:
+        mask = coco_mask.decode(each['segmentation'])
+        rows, columns = np.nonzero(mask)
+        left, top, width, height = each['bbox']
+        assert (columns.min(), rows.min()) == (left, top)
+        assert (columns.max() + 1, rows.max() + 1) == (left + width, top + height)
+        assert each['area'] == mask.sum() > 0
+        shown[each['image_id']] = shown.get(each['image_id'], 0) + mask
+    assert sorted(shown) == [each['id'] for each in document['images']]  # no canvas is empty
+    assert all(sum_of_masks.max() == 1 for sum_of_masks in shown.values())  # no pixel belongs to two
+    with Image.open(detection_set / part / '00000.png') as image:
+        assert (image.size, image.mode) == ((SIDE, SIDE), 'L')
+
+
+def test_canvas_shows_items_within_masks_and_ground_elsewhere(
+    fashion_mnist: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(multi_scale, 'ground', lambda rng, photographs, side: np.full((side, side), 7, np.uint8))
+    draw = canvases(fashion_mnist, 'train')
+    for index in range(20):
+        canvas = draw(index)
+        items = np.any(canvas.masks, axis=0)
+        assert (canvas.image[~items] == 7).all()
+        assert (canvas.image[items] != 7).mean() > 0.99
+        assert 1 <= len(canvas.masks) == len(canvas.labels) == len(canvas.sizes) <= 6
+
+
+@pytest.mark.parametrize('part', PARTS)
+def test_canvas_items_have_the_sizes_of_their_part(fashion_mnist: Path, part: str) -> None:
+    draw = canvases(fashion_mnist, part, items=(1, 1))
+    drawn = [draw(index) for index in range(100)]
+    sizes = [canvas.sizes[0] / ITEM for canvas in drawn]
+    ranges = PARTS[part][1]
+    assert all(any(low - 0.02 <= size <= high + 0.02 for low, high in ranges) for size in sizes)
+    assert min(sizes) < ranges[0][0] * 1.2
+    assert max(sizes) > ranges[-1][1] * 0.9
+    assert {len(canvas.labels) for canvas in drawn} == {1}
+    assert {canvas.labels[0] for canvas in drawn} == set(range(10))
+
+
+def test_items_leave_nine_tenths_of_each_other_visible(fashion_mnist: Path) -> None:
+    draw = canvases(fashion_mnist, 'train', items=(6, 6))
+    crowded = [draw(index) for index in range(20)]
+    assert max(len(canvas.masks) for canvas in crowded) >= 5
+    for canvas in crowded:
+        for mask, size, label in zip(canvas.masks, canvas.sizes, canvas.labels):
+            if label == 8:  # a square, 24 of 28 pixels across
+                assert mask.sum() > 0.9**5 * (size * 24 / 28 - 2) ** 2
+
+
+def test_grounds_to_train_and_to_test_have_no_pixel_in_common(monkeypatch: pytest.MonkeyPatch) -> None:
+    def right_third_is_white(file: Any) -> Image.Image:
+        pixels = np.zeros((50, 90), np.uint8)
+        pixels[:, 60:] = 255
+        return Image.fromarray(pixels)
+
+    monkeypatch.setattr(Image, 'open', right_third_is_white)
+    assert all(np.asarray(each).max() == 0 for each in multi_scale.photographs(train=True))
+    assert all(np.asarray(each).min() == 255 for each in multi_scale.photographs(train=False))
+
+
+def test_fashion_mnist_that_is_cut_or_lacks_a_file_is_an_error(
+    fashion_mnist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def offline(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError('Error downloading train-images-idx3-ubyte.gz')
+
+    monkeypatch.setattr(torchvision.datasets, 'FashionMNIST', offline)
+    with pytest.raises(OSError, match=r'has no train-images-idx3-ubyte, and it can not be downloaded: Error downl'):
+        multi_scale.fashion_mnist(tmp_path, train=True)
+    raw = tmp_path / 'FashionMNIST' / 'raw'  # torchvision's place
+    raw.mkdir(parents=True)
+    for path in fashion_mnist.glob('t10k*'):
+        shutil.copy(path, raw)
+    images, labels = multi_scale.fashion_mnist(tmp_path, train=False)
+    assert images.shape == (10_000, 28, 28)
+    assert labels[:10].tolist() == list(range(10))
+    packed = raw / 't10k-labels-idx1-ubyte.gz'
+    packed.write_bytes(packed.read_bytes()[:40])
+    with pytest.raises(ValueError, match=r't10k-labels-idx1-ubyte\.gz is damaged'):
+        multi_scale.fashion_mnist(tmp_path, train=False)
+    (raw / 't10k-images-idx3-ubyte').write_bytes(b'short')
+    with pytest.raises(ValueError, match='has 5 bytes instead of 7840016; fetch it again'):
+        multi_scale.fashion_mnist(tmp_path, train=False)
+    with pytest.raises(SystemExit, match='2'):
+        main([str(tmp_path / 'new'), '--fashion-mnist', str(tmp_path / 'nowhere')])
+    assert 'can not be downloaded' in capsys.readouterr().err
+    assert list((tmp_path / 'new').iterdir()) == []
+
+
+def test_multi_scale_leaves_a_folder_that_is_not_empty(
+    fashion_mnist: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / 'mine.txt').write_text('mine')
+    with pytest.raises(SystemExit, match='2'):
+        main([str(tmp_path), '--fashion-mnist', str(fashion_mnist), '--train', '1', '--val', '1', '--unseen', '1'])
+    assert 'is not empty; name another folder' in capsys.readouterr().err
+    assert [path.name for path in tmp_path.iterdir()] == ['mine.txt']
