@@ -1,0 +1,131 @@
+"""Sets in COCO's format are read as published, and average precision is exact on cases worked out by hand."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from timm_res2net.recipes.coco import IGNORED, CocoImages, average_precision, draw, save_sheet, semantic_mask
+
+SQUARES = {'big': [0, 0, 40, 40], 'little': [10, 10, 20, 20], 'apart': [50, 50, 10, 10]}
+
+
+def square(box: list[int], category: int, **more: Any) -> dict[str, Any]:
+    left, top, width, height = box
+    corners = [left, top, left + width, top, left + width, top + height, left, top + height]
+    return dict(category_id=category, bbox=box, area=width * height, segmentation=[corners], iscrowd=0, **more)
+
+
+def write_set(folder: Path, annotations: list[dict[str, Any]], name: str = 'val') -> CocoImages:
+    """A set of two images, of which the second one is empty; its categories have the ids 3 and 7."""
+    (folder / name).mkdir()
+    (folder / 'annotations').mkdir(exist_ok=True)
+    for i in range(2):
+        Image.fromarray(np.full((64, 80), 51 * i, np.uint8)).save(folder / name / f'{i}.png')
+    document = dict(
+        images=[dict(id=i + 10, file_name=f'{i}.png', width=80, height=64) for i in range(2)],
+        annotations=[dict(each, id=i + 1, image_id=10) for i, each in enumerate(annotations)],
+        categories=[dict(id=7, name='dog'), dict(id=3, name='cat')],
+    )
+    (folder / 'annotations' / f'instances_{name}.json').write_text(json.dumps(document))
+    return CocoImages(folder, name)
+
+
+def found(*boxes: tuple[list[int], int, float]) -> dict[str, Tensor]:
+    corners = [[left, top, left + width, top + height] for (left, top, width, height), _, _ in boxes]
+    return dict(
+        boxes=torch.tensor(corners, dtype=torch.float32).reshape(-1, 4),
+        labels=torch.tensor([label for _, label, _ in boxes]),
+        scores=torch.tensor([score for _, _, score in boxes]),
+    )
+
+
+def test_coco_images_gives_corners_and_labels_from_one_without_crowds_and_empty_boxes(tmp_path: Path) -> None:
+    crowd = {**square(SQUARES['apart'], 3), 'iscrowd': 1}
+    empty = square([5, 5, 0, 9], 3)
+    beyond = square([70, 60, 30, 30], 7)
+    dataset = write_set(tmp_path, [square(SQUARES['big'], 7), crowd, empty, beyond])
+    assert dataset.names == ['cat', 'dog']
+    image, target = dataset[0]
+    assert image.shape == (3, 64, 80)
+    assert target['boxes'].tolist() == [[0, 0, 40, 40], [70, 60, 80, 64]]
+    assert target['labels'].tolist() == [2, 2]
+    assert target['image_id'] == 10
+    image, target = dataset[1]
+    torch.testing.assert_close(image, torch.full((3, 64, 80), 0.2))
+    assert target['boxes'].shape == (0, 4)
+
+
+def test_semantic_mask_shows_the_smallest_object_and_ignores_crowds(tmp_path: Path) -> None:
+    crowd = {**square(SQUARES['apart'], 3), 'iscrowd': 1}
+    dataset = write_set(tmp_path, [square(SQUARES['little'], 3), square(SQUARES['big'], 7), crowd])
+    mask = semantic_mask(dataset, 0, (64, 80))
+    assert mask[5, 5] == 2
+    assert mask[20, 20] == 1
+    assert mask[55, 55] == IGNORED
+    assert mask[60, 5] == 0
+    assert torch.bincount(mask.flatten())[[1, 2]].tolist() == [400, 1600 - 400]
+
+
+def test_average_precision_of_a_worked_case(tmp_path: Path) -> None:
+    dataset = write_set(tmp_path, [square(SQUARES['big'], 3), square(SQUARES['apart'], 3)])
+    # One of two is found, before a false one: precision is 1 up to a recall of 0.5, the first 51 of 101 points.
+    boxes = found((SQUARES['big'], 1, 0.9), ([30, 50, 9, 9], 1, 0.8))
+    scores = average_precision(dataset, [(10, boxes), (11, found())], areas=(20, 30))
+    half = pytest.approx(100 * 51 / 101, abs=1e-3)
+    assert scores == {'AP': half, 'AP50': half, 'AP75': half, 'APs': 0.0, 'APm': -1.0, 'APl': 100.0}
+
+
+def test_average_precision_counts_overlaps_above_each_threshold(tmp_path: Path) -> None:
+    dataset = write_set(tmp_path, [square([0, 0, 40, 40], 3)])
+    scores = average_precision(dataset, [(10, found(([0, 0, 40, 26], 1, 0.5)))])  # 0.65 of it
+    assert (scores['AP'], scores['AP50'], scores['AP75']) == (40.0, 100.0, 0.0)  # at 0.5, 0.55, 0.6 and 0.65
+    wrong_class = average_precision(dataset, [(10, found(([0, 0, 40, 40], 2, 0.5)))])
+    nothing = average_precision(dataset, [(10, found()), (11, found())])
+    assert wrong_class['AP'] == nothing['AP'] == 0.0
+
+
+@pytest.mark.parametrize(
+    ('content', 'error'),
+    [
+        ('{', 'has no annotations in COCO'),
+        ('[]', 'has no annotations in COCO'),
+        ('{"images": [{"id": 1}], "annotations": [{}], "categories": []}', 'has no annotations in COCO'),
+        ('{"images": [], "annotations": [], "categories": []}', 'has no images or no categories'),
+        (
+            '{"images": [{"id": 1, "file_name": "1.png"}], "categories": [{"id": 1, "name": "cat"}],'
+            ' "annotations": [{"id": 1, "image_id": 1, "category_id": 2}]}',
+            'has an object of category 2, which it does not define',
+        ),
+    ],
+)
+def test_coco_images_of_other_files_is_a_value_error(tmp_path: Path, content: str, error: str) -> None:
+    with pytest.raises(ValueError, match='with a part val: it has no val/'):
+        CocoImages(tmp_path, 'val')
+    (tmp_path / 'val').mkdir()
+    (tmp_path / 'annotations').mkdir()
+    (tmp_path / 'annotations' / 'instances_val.json').write_text(content)
+    with pytest.raises(ValueError, match=error):
+        CocoImages(tmp_path, 'val')
+
+
+def test_coco_image_that_is_missing_is_named(tmp_path: Path) -> None:
+    dataset = write_set(tmp_path, [])
+    (tmp_path / 'val' / '1.png').unlink()
+    with pytest.raises(ValueError, match=r'1\.png can not be read'):
+        dataset[1]
+
+
+def test_sheet_pads_drawn_images_of_several_sizes(tmp_path: Path) -> None:
+    first = draw(torch.zeros(3, 20, 40), torch.tensor([[1.0, 1, 9, 9]]), ['cat 0.90'], width=80)
+    second = draw(torch.ones(3, 10, 200), torch.empty(0, 4), [])
+    assert (first.shape, second.shape) == ((3, 40, 80), (3, 20, 400))
+    assert (first == torch.tensor([255, 255, 0], dtype=torch.uint8)[:, None, None]).all(dim=0).any()  # yellow
+    save_sheet([first, second], str(tmp_path / 'sheet.png'))
+    with Image.open(tmp_path / 'sheet.png') as image:
+        assert image.size == (2 + 400 + 2 + 400 + 2, 2 + 40 + 2)

@@ -1,0 +1,155 @@
+"""Detection sets in COCO's format: reading, evaluating by pycocotools, drawing.
+
+A set is a folder with `NAME/` for the images and `annotations/instances_NAME.json`, as COCO itself is published
+(https://cocodataset.org/#format-data).
+"""
+
+import contextlib
+import io
+import json
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor
+from torchvision.transforms.v2 import functional as F
+from torchvision.utils import draw_bounding_boxes, make_grid
+
+from ..weights.files import atomic_write
+
+__all__ = ['AREAS', 'IGNORED', 'CocoImages', 'average_precision', 'draw', 'save_sheet', 'semantic_mask']
+
+AREAS = 32, 96  # pixels across of a square at which medium and large objects begin; COCO's
+IGNORED = 255  # label of pixels that count for nothing
+
+Target = dict[str, Tensor]
+
+
+class CocoImages(torch.utils.data.Dataset[tuple[Tensor, Target]]):
+    """Images, (3, H, W) in 0..1, with `boxes` (N, 4) of corners in pixels, `labels` (N,) from 1, and `image_id`.
+
+    Crowds and boxes without area are left out.
+
+    Args:
+        folder: The set.
+        name: Of the part.
+
+    Raises:
+        ValueError: If there is no such part, or its annotations can't be read.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        file = folder / 'annotations' / f'instances_{name}.json'
+        if not file.is_file() or not (folder / name).is_dir():
+            raise ValueError(f"{folder} is no set in COCO's format with a part {name}: it has no {name}/ or no {file}")
+        self.images = folder / name
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                self.coco: Any = COCO(str(file))
+            self.ids = sorted(self.coco.imgs)
+            categories = self.coco.loadCats(sorted(self.coco.cats))
+            self.labels = {each['id']: i + 1 for i, each in enumerate(categories)}
+            self.names = [str(each['name']) for each in categories]
+            unknown = {each['category_id'] for each in self.coco.anns.values()} - self.labels.keys()
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, AssertionError) as error:
+            raise ValueError(f"{file} has no annotations in COCO's format: {error!r}") from error
+        if not self.ids or not self.names:
+            raise ValueError(f'{file} has no images or no categories')
+        if unknown:
+            raise ValueError(f'{file} has an object of category {min(unknown)}, which it does not define')
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def image(self, index: int) -> Tensor:
+        """An image, (3, H, W) in 0..1; ValueError if it can't be read."""
+        path = self.images / self.coco.imgs[self.ids[index]]['file_name']
+        try:
+            with Image.open(path) as image:
+                return F.to_dtype(F.to_image(image.convert('RGB')), torch.float32, scale=True).as_subclass(Tensor)
+        except OSError as error:
+            raise ValueError(f'{path} can not be read: {error}') from error
+
+    def annotations(self, index: int) -> list[dict[str, Any]]:
+        """COCO's descriptions of the objects in an image."""
+        return self.coco.imgToAnns.get(self.ids[index], [])
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Target]:
+        image = self.image(index)
+        height, width = image.shape[1:]
+        found = [each for each in self.annotations(index) if not each.get('iscrowd')]
+        corners = torch.tensor([each['bbox'] for each in found], dtype=torch.float32).reshape(-1, 4)
+        corners[:, 2:] += corners[:, :2]
+        corners[:, 0::2].clamp_(0, width)
+        corners[:, 1::2].clamp_(0, height)
+        labels = torch.tensor([self.labels[each['category_id']] for each in found], dtype=torch.int64)
+        kept = (corners[:, 2:] > corners[:, :2]).all(dim=1)
+        return image, dict(boxes=corners[kept], labels=labels[kept], image_id=torch.tensor(self.ids[index]))
+
+
+def semantic_mask(dataset: CocoImages, index: int, size: tuple[int, int]) -> Tensor:
+    """The label of each pixel, (H, W): 0 for none, that of the smallest object, `IGNORED` for crowds."""
+    mask = np.zeros(size, np.uint8)
+    for each in sorted(dataset.annotations(index), key=lambda each: -each['area']):
+        covered = dataset.coco.annToMask(each).astype(bool)
+        mask[covered] = IGNORED if each.get('iscrowd') else dataset.labels[each['category_id']]
+    return torch.from_numpy(mask)
+
+
+def average_precision(
+    dataset: CocoImages, found: Sequence[tuple[int, Target]], areas: tuple[int, int] = AREAS
+) -> dict[str, float]:
+    """COCO's average precision of detections, in %.
+
+    Args:
+        dataset: The truth.
+        found: For each image its `image_id`, and `boxes`, `labels` and `scores` as detectors of torchvision return.
+        areas: Pixels across of a square at which medium and large objects begin.
+
+    Returns:
+        AP (mean over overlaps of 0.5 to 0.95), AP50 and AP75, and AP of small, medium and large objects, -1 if there
+        are none of them.
+    """
+    categories = {label: category for category, label in dataset.labels.items()}
+    results = [
+        dict(image_id=image_id, category_id=categories[label], bbox=[x, y, right - x, bottom - y], score=score)
+        for image_id, each in found
+        for (x, y, right, bottom), label, score in zip(
+            each['boxes'].tolist(), each['labels'].tolist(), each['scores'].tolist()
+        )
+    ]
+    if not results:
+        return dict.fromkeys(('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl'), 0.0)
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation: Any = COCOeval(dataset.coco, dataset.coco.loadRes(results), 'bbox')
+        small, medium = areas
+        edges = 0, small**2, medium**2, 1e10
+        evaluation.params.imgIds = sorted({image_id for image_id, _ in found})
+        evaluation.params.areaRng = [[0, 1e10], *map(list, pairwise(edges))]
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    values = [round(100 * float(value), 3) if value >= 0 else -1.0 for value in evaluation.stats[:6]]
+    return dict(zip(('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl'), values))
+
+
+def draw(image: Tensor, boxes: Tensor, texts: Sequence[str], width: int = 480) -> Tensor:
+    """An image (3, H, W) in 0..1, enlarged to a width, with boxes and their texts; (3, h, w) of bytes."""
+    factor = max(1, width // image.shape[2])
+    large = image.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+    canvas = F.to_dtype(large, torch.uint8, scale=True)
+    return draw_bounding_boxes(canvas, boxes * factor, list(texts), colors='yellow', width=2) if len(boxes) else canvas
+
+
+def save_sheet(pictures: Sequence[Tensor], out: str) -> None:
+    """Writes pictures, (3, h, w) of bytes, side by side in rows of six."""
+    height, width = (max(each.shape[side] for each in pictures) for side in (1, 2))
+    padded = [F.pad(each, [0, 0, width - each.shape[2], height - each.shape[1]], fill=255) for each in pictures]
+    sheet = make_grid(torch.stack(padded), nrow=6, pad_value=255)
+    atomic_write(out, lambda path: F.to_pil_image(sheet).save(path, format=Path(out).suffix[1:] or 'png'))

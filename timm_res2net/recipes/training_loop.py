@@ -1,0 +1,241 @@
+"""The loop that the recipes train by: resumable, in one process or several.
+
+It is made of torch's parts and timm's optimizers and schedulers. A run lives in a folder:
+
+    settings.json  how it was started
+    last.pth       after the last epoch: model, optimizer and history
+    best.pth       the model of the best epoch
+    history.json   learning rate, loss and metrics of each epoch
+
+All that is random in an epoch follows from the seed and the epoch's number, so a run that was killed at any moment and
+resumed ends at the very same weights.
+"""
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sized
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
+
+from ..weights.files import atomic_write, atomic_write_text, make_folder, read_text
+
+__all__ = ['Batches', 'Settings', 'add_settings', 'best_weights', 'distributed', 'fit', 'gather', 'rank', 'settings_of']
+
+DTYPES = {'float32': None, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
+
+
+def setting(default: Any, text: str, **options: Any) -> Any:
+    """A field of settings; the options are argparse's."""
+    return field(default=default, metadata=dict(help=f'{text} (default: %(default)s)', **options))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How to train. Each is an option of the same name."""
+
+    epochs: int = setting(12, 'passes over the training images')
+    batch_size: int = setting(16, 'images in a step, for each process')
+    opt: str = setting('sgd', "timm's name of the optimizer")
+    lr: float = setting(0.01, 'learning rate after the warm-up')
+    momentum: float = setting(0.9, "the optimizer's")
+    weight_decay: float = setting(1e-4, 'of weights, not of norms and biases')
+    sched: str = setting('cosine', "timm's name of the schedule, such as cosine or multistep")
+    decay_milestones: tuple[int, ...] = setting((8, 11), 'epochs before which multistep divides by ten', nargs='+')
+    warmup_epochs: float = setting(0.5, 'in which the learning rate grows')
+    clip_grad: float = setting(0.0, 'largest norm of the gradient, 0 for any')
+    amp: str = setting('float32', 'data type of autocast', choices=list(DTYPES))
+    seed: int = setting(0, 'of all that is random')
+
+
+class Batches(Sized, Iterable[Any], Protocol):
+    """A DataLoader, or what can be used like one."""
+
+
+def add_settings(parser: argparse.ArgumentParser, **defaults: Any) -> None:
+    """Adds an option for each of the settings, with defaults of the recipe's own."""
+    group = parser.add_argument_group('training')
+    for each in fields(Settings):
+        default = defaults.get(each.name, each.default)
+        kind = int if isinstance(default, tuple) else type(default)
+        group.add_argument(f'--{each.name.replace("_", "-")}', type=kind, default=default, **each.metadata)
+
+
+def settings_of(args: argparse.Namespace) -> Settings:
+    """The settings among parsed arguments."""
+    values: dict[str, Any] = {each.name: getattr(args, each.name) for each in fields(Settings)}
+    values['decay_milestones'] = tuple(values['decay_milestones'])
+    return Settings(**values)
+
+
+def rank() -> tuple[int, int]:
+    """The number of this process, and how many there are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def distributed(device: torch.device) -> torch.device:
+    """Joins the processes that torchrun has started, if it has, and returns the device of this one."""
+    if 'LOCAL_RANK' not in os.environ:
+        return device
+    if device.type == 'cuda':
+        device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
+    return device
+
+
+def gather(found: list[Any]) -> list[Any]:
+    """What all processes have found, in each of them."""
+    if rank()[1] == 1:
+        return found
+    parts: list[Any] = [None] * rank()[1]
+    dist.all_gather_object(parts, found)
+    return [each for part in parts for each in part]
+
+
+def fit(
+    model: nn.Module,
+    batches: Batches,
+    loss: Callable[[nn.Module, Any], Tensor],
+    evaluate: Callable[[nn.Module], dict[str, Any]],
+    settings: Settings,
+    folder: Path,
+    *,
+    about: Mapping[str, Any] | None = None,
+    resume: bool = False,
+    progress: bool = True,
+    device: torch.device | None = None,
+) -> list[dict[str, Any]]:
+    """Trains a model, evaluates it after each epoch, and keeps the best and the last.
+
+    Args:
+        model: On its device; it ends with the weights of the last epoch.
+        batches: Of an epoch, the same number in each.
+        loss: Of the model, wrapped where there are several processes, on a batch; it moves the batch to the device.
+        evaluate: Metrics of the model, the one that counts first; the more the better.
+        settings: How to train.
+        folder: Where the run lives.
+        about: More to remember, that a resumed run has to agree with.
+        resume: Go on with the run in the folder, if there is one.
+        progress: Show a bar in a terminal.
+        device: Where the model is, the CPU if None.
+
+    Returns:
+        Learning rate, loss and metrics of each epoch.
+
+    Raises:
+        ValueError: If the folder has a run and shall not be resumed, or with other settings; or if the loss is not
+            finite.
+        OSError: If the folder can't be written.
+    """
+    device = device or torch.device('cpu')
+    first = rank()[0] == 0
+    last = open_run(folder, {**asdict(settings), **(about or {})}, resume)
+    optimizer = create_optimizer_v2(
+        model, settings.opt, lr=settings.lr, weight_decay=settings.weight_decay, momentum=settings.momentum
+    )
+    scheduler: Any
+    scheduler, _ = create_scheduler_v2(
+        optimizer,
+        settings.sched,
+        num_epochs=settings.epochs,
+        decay_milestones=list(settings.decay_milestones),
+        warmup_epochs=settings.warmup_epochs,  # type: ignore[arg-type]  # any number
+        warmup_lr=settings.lr * 1e-3,
+        step_on_epochs=False,
+        updates_per_epoch=len(batches),
+    )
+    scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == 'float16')
+    history: list[dict[str, Any]] = []
+    if last is not None:
+        saved: dict[str, Any] = torch.load(last, map_location=device, weights_only=True)
+        model.load_state_dict(saved['model'])
+        optimizer.load_state_dict(saved['optimizer'])
+        scaler.load_state_dict(saved['scaler'])
+        history = saved['history']
+    wrapped = DistributedDataParallel(model) if rank()[1] > 1 else model
+    for epoch in range(len(history), settings.epochs):
+        torch.manual_seed(settings.seed * 10_000 + epoch * rank()[1] + rank()[0])
+        if isinstance(sampler := getattr(batches, 'sampler', None), torch.utils.data.DistributedSampler):
+            sampler.set_epoch(epoch)
+        wrapped.train()
+        total = 0.0
+        hidden = None if progress and first else True
+        bar = tqdm(batches, desc=f'epoch {epoch + 1} of {settings.epochs}', disable=hidden, leave=False)
+        for step, batch in enumerate(bar):
+            scheduler.step_update(epoch * len(batches) + step)
+            with torch.autocast(device.type, DTYPES[settings.amp], enabled=settings.amp != 'float32'):
+                value = loss(wrapped, batch)
+            if not value.isfinite():
+                raise ValueError(f'the loss of step {step} of epoch {epoch + 1} is {value:.1f}; try a smaller --lr')
+            optimizer.zero_grad()
+            scaler.scale(value).backward()
+            if settings.clip_grad:
+                scaler.unscale_(optimizer)
+                nn.utils.clip_grad_norm_(model.parameters(), settings.clip_grad)
+            scaler.step(optimizer)
+            scaler.update()
+            total += value.item()
+            bar.set_postfix(loss=f'{value:.3f}')
+        model.eval()
+        with torch.no_grad():
+            metrics = evaluate(model)
+        mean = sum(gather([total])) / len(batches) / rank()[1]
+        history.append(dict(epoch=epoch + 1, lr=optimizer.param_groups[0]['lr'], loss=round(mean, 5), **metrics))
+        if first:
+            states = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), history=history)
+            save_epoch(folder, model, states, next(iter(metrics)))
+    return history
+
+
+def open_run(folder: Path, wanted: dict[str, Any], resume: bool) -> Path | None:
+    """Begins a run in a folder, or finds the one that is there.
+
+    Returns:
+        Its last epoch, None if there is none.
+
+    Raises:
+        ValueError: If there is a run that shall not be resumed, or has other settings.
+        OSError: If the folder can't be written.
+    """
+    file, last = folder / 'settings.json', folder / 'last.pth'
+    wanted = json.loads(json.dumps(wanted))  # lists for tuples
+    begun = file.exists()
+    if begun and not resume:
+        raise ValueError(f'{folder} holds a run; add --resume to go on with it, or name another folder')
+    found: dict[str, Any] = json.loads(read_text(file)) if begun else wanted
+    for name in found | wanted:
+        if found.get(name) != wanted.get(name):
+            raise ValueError(
+                f'{folder} holds a run with {name} {found.get(name)}, not {wanted.get(name)}; name another folder'
+            )
+    if rank()[1] > 1:
+        dist.barrier()  # all have looked before the first one writes
+    if not begun and rank()[0] == 0:
+        atomic_write_text(make_folder(folder) / 'settings.json', json.dumps(wanted, indent=1) + '\n')
+    return last if last.exists() else None
+
+
+def save_epoch(folder: Path, model: nn.Module, states: dict[str, Any], metric: str) -> None:
+    """Writes what an epoch has led to. The last epoch comes last: killed before, it is run again."""
+    history, weights = states['history'], model.state_dict()
+    if history[-1][metric] >= max(each[metric] for each in history):
+        atomic_write(folder / 'best.pth', lambda path: torch.save(weights, path))
+    atomic_write_text(folder / 'history.json', json.dumps(history, indent=1) + '\n')
+    atomic_write(folder / 'last.pth', lambda path: torch.save(dict(model=weights, **states), path))
+
+
+def best_weights(folder: Path) -> dict[str, Tensor]:
+    """The weights of a run's best epoch."""
+    weights: dict[str, Tensor] = torch.load(folder / 'best.pth', map_location='cpu', weights_only=True)
+    return weights
