@@ -1,0 +1,166 @@
+"""A segmenter learns; masks are read from sets of three kinds; mean intersection over union is exact."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+
+from timm_res2net.recipes.coco import IGNORED
+from timm_res2net.recipes.segment import Masked, create_segmenter, evaluate, main, open_part, train_augmentation
+
+QUICK = [
+    *('--backbone', 'test_res2net', '--workers', '0', '--size', '96'),
+    *('--batch-size', '8', '--lr', '0.1', '--warmup-epochs', '1'),
+]
+
+
+def run(*arguments: str) -> int | str | None:
+    try:
+        main(list(arguments))
+    except SystemExit as stopped:
+        return stopped.code
+    return 0
+
+
+def write_pairs(images: Path, masks: Path, count: int = 3, suffix: str = '.png') -> None:
+    images.mkdir(parents=True)
+    masks.mkdir(parents=True)
+    for i in range(count):
+        Image.fromarray(np.full((40, 50, 3), 51 * i, np.uint8)).save(images / f'{i}{suffix}')
+        mask = np.zeros((40, 50), np.uint8)
+        mask[:10] = i
+        mask[-1] = IGNORED
+        Image.fromarray(mask).save(masks / f'{i}.png')
+
+
+def test_masks_of_folders_and_of_voc_are_read_alike(tmp_path: Path) -> None:
+    write_pairs(tmp_path / 'plain' / 'images' / 'val', tmp_path / 'plain' / 'masks' / 'val')
+    (tmp_path / 'plain' / 'images' / 'val' / 'without.png').write_bytes(b'')  # has no mask, so it isn't read
+    voc = tmp_path / 'voc'
+    write_pairs(voc / 'JPEGImages', voc / 'SegmentationClass', suffix='.jpg')
+    (voc / 'ImageSets' / 'Segmentation').mkdir(parents=True)
+    (voc / 'ImageSets' / 'Segmentation' / 'val.txt').write_text('0\n1\n2\n')
+    plain, named = open_part(tmp_path / 'plain', 'val', 3), open_part(voc, 'val', 3)
+    assert len(plain) == len(named) == 3
+    for (image, mask), (other, other_mask) in zip(plain, named):  # type: ignore[call-overload]
+        torch.testing.assert_close(image, other, rtol=0, atol=0.01)
+        assert torch.equal(mask, other_mask)
+    assert torch.bincount(plain[2][1].flatten())[[0, 2, IGNORED]].tolist() == [29 * 50, 10 * 50, 50]
+
+
+def test_masks_of_a_coco_set_have_the_labels_of_its_objects(detection_set: Path) -> None:
+    dataset = open_part(detection_set, 'val', None)
+    assert dataset.classes == 11
+    document = json.loads((detection_set / 'annotations' / 'instances_val.json').read_text())
+    for index in range(3):
+        image, mask = dataset[index]
+        assert image.shape == (3, 96, 96)
+        objects = [each for each in document['annotations'] if each['image_id'] == index]
+        assert set(mask.unique().tolist()) == {0} | {each['category_id'] for each in objects}
+        assert (mask > 0).sum() == sum(each['area'] for each in objects)
+
+
+def test_augmentation_moves_masks_with_images_and_ignores_what_it_fills_in() -> None:
+    image = torch.zeros(3, 40, 60)
+    mask = torch.zeros(40, 60, dtype=torch.uint8)
+    image[:, 10:30, 20:30], mask[10:30, 20:30] = 1.0, 1
+    dataset = Masked(lambda index: (image, mask), 1, 2, train_augmentation(64))
+    torch.manual_seed(0)
+    left = set()
+    for _ in range(20):
+        shown, labels = dataset[0]
+        assert shown.shape == (3, 64, 64)
+        assert labels.dtype == torch.int64
+        for label in (0, 1):
+            if (labels == label).sum() > 99:
+                assert shown[0][labels == label].mean() == pytest.approx(label, abs=0.1)  # edges are interpolated
+        assert (shown[0][labels == IGNORED] == 0.5).all()
+        if (labels == 1).any():
+            left.add(int((labels == 1).nonzero()[:, 1].min()))
+    assert len(left) > 5
+
+
+def test_mean_intersection_over_union_of_a_worked_case() -> None:
+    masks = [torch.tensor([[0, 0, 1, 1], [0, 0, 1, IGNORED]]), torch.tensor([[0, 1], [1, 1]])]
+    found = [torch.tensor([[0, 1, 1, 1], [0, 0, 0, 0]]), torch.tensor([[0, 1], [1, 0]])]
+
+    class Prepared(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            index = int(x[0, 0, 0, 0])
+            return torch.nn.functional.one_hot(found[index], 3).permute(2, 0, 1)[None].float()
+
+    images = [torch.full((3, *mask.shape), float(i)) for i, mask in enumerate(masks)]
+    dataset = Masked(lambda index: (images[index], masks[index]), 2, 3)
+    scores = evaluate(dataset, 0, torch.device('cpu'), Prepared())
+    # Of 0: 3 + 1 hits, and 1 + 2 others. Of 1: 2 + 2 hits, and 2 + 1 others. 2 is nowhere.
+    assert scores == {'mIoU': pytest.approx(100 * 4 / 7, abs=1e-3), 'pixels': pytest.approx(100 * 8 / 11, abs=1e-3)}
+
+
+def test_segmenter_takes_images_of_any_size_and_normalises_them(images: Tensor) -> None:
+    model = create_segmenter('fpn', 'test_res2net', 5).eval()
+    with torch.no_grad():
+        assert model(torch.rand(1, 3, 50, 70)).shape == (1, 5, 50, 70)
+        logits = model(images)
+        config = resolve_model_data_config(timm.create_model('test_res2net'))
+        mean, std = (torch.tensor(config[name])[:, None, None] for name in ('mean', 'std'))
+        torch.testing.assert_close(logits, model.model((images - mean) / std))
+
+
+@pytest.mark.parametrize(
+    ('arguments', 'error'),
+    [
+        (['--val', 'test'], 'with a part test'),
+        (['--classes', '9'], 'has 10 categories and the background; leave --classes out'),
+        (['--architecture', 'unett'], 'unett'),
+        (['--architecture-kwargs', 'widths=3'], 'widths'),
+        (['--size', '100'], '--size 100 is no multiple of 32'),
+        (['--batch-size', '999'], '48 images are less than a batch of 999'),
+    ],
+)
+def test_segment_with_bad_input_is_one_line_and_writes_nothing(
+    detection_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], error: str
+) -> None:
+    assert run(str(detection_set), str(tmp_path / 'run'), *QUICK, *arguments) == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert 'error: ' in last
+    assert error in last
+    assert not (tmp_path / 'run').exists()
+
+
+def test_masks_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    write_pairs(tmp_path / 'images' / 'val', tmp_path / 'masks' / 'val')
+    with pytest.raises(ValueError, match='does not say how many classes its masks have; give --classes'):
+        open_part(tmp_path, 'val', None)
+    with pytest.raises(ValueError, match='has no part test'):
+        open_part(tmp_path, 'test', 3)
+    with pytest.raises(ValueError, match='mask 2 has label 2, of 2 classes'):
+        open_part(tmp_path, 'val', 2)[2]
+    Image.new('RGB', (50, 40)).save(tmp_path / 'masks' / 'val' / '0.png')
+    with pytest.raises(ValueError, match=r'0\.png has colours; a mask has one channel'):
+        open_part(tmp_path, 'val', 3)[0]
+    Image.new('L', (40, 40)).save(tmp_path / 'masks' / 'val' / '0.png')
+    with pytest.raises(ValueError, match=r'image 0 has \(40, 50\) pixels, and its mask \(40, 40\)'):
+        open_part(tmp_path, 'val', 3)[0]
+
+
+@pytest.mark.slow
+def test_segmenter_learns_resumes_and_draws_what_it_finds(detection_set: Path, tmp_path: Path) -> None:
+    folder, picture = tmp_path / 'run', tmp_path / 'found.png'
+    arguments = [str(detection_set), str(folder), '--val', 'train', *QUICK, '--epochs', '15']
+    assert run(*arguments) == 0
+    history = json.loads((folder / 'history.json').read_text())
+    assert history[-1]['mIoU'] > 25  # all ground is 8
+    assert history[-1]['loss'] < 0.6 * history[0]['loss']
+    whole = torch.load(folder / 'last.pth')
+    (folder / 'last.pth').unlink()  # as if it was killed in the first epoch
+    assert run(*arguments, '--resume', '--show', str(picture)) == 0
+    resumed = torch.load(folder / 'last.pth')
+    assert all(torch.equal(value, resumed['model'][name]) for name, value in whole['model'].items())
+    with Image.open(picture) as image:
+        assert image.size == (6 * (2 * 96 + 2) + 2, 2 * (96 + 2) + 2)

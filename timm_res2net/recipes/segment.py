@@ -1,0 +1,279 @@
+"""Trains a semantic segmenter: a decoder of segmentation_models_pytorch over any model of timm.
+
+    python -m timm_res2net.recipes.segment VOCdevkit/VOC2012 runs/voc --classes 21 --backbone res2net50d --pretrained
+    python -m timm_res2net.recipes.segment data/coco runs/coco --train train2017 --val val2017 --show found.png
+
+The set is a folder of one of three kinds, with parts that have a NAME:
+
+    annotations/instances_NAME.json, NAME/                                COCO's; the smallest object counts
+    ImageSets/Segmentation/NAME.txt, JPEGImages/, SegmentationClass/      VOC's
+    images/NAME/, masks/NAME/                                             a mask of the same stem for each image
+
+Masks are images of one channel whose levels are labels, 0 for the background; 255 counts for nothing. The best model is
+that with the highest mean intersection over union. A run that was stopped goes on with --resume; torchrun starts
+several processes.
+"""
+
+import argparse
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from timm.data import resolve_model_data_config
+from timm.utils import ParseKwargs
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler, Subset
+from torchvision.transforms import v2
+from torchvision.tv_tensors import Image as ImageTensor
+from torchvision.tv_tensors import Mask
+from torchvision.utils import draw_segmentation_masks
+
+from ..weights.files import read_text, require_writable
+from .arguments import positive
+from .backbones import add_arguments, choices_of, prepare
+from .coco import IGNORED, CocoImages, save_sheet, semantic_mask
+from .training_loop import best_weights, distributed, fit, gather, rank, settings_of
+
+__all__ = ['Masked', 'create_segmenter', 'evaluate', 'open_part', 'train_augmentation']
+
+SHOWN = 12  # images in a picture
+STRIDE = 32  # decoders want images that are a multiple of it
+
+Pair = tuple[Tensor, Tensor]
+Augmentation = Callable[[ImageTensor, Mask], tuple[ImageTensor, Mask]]
+
+
+class Masked(Dataset[Pair]):
+    """Images, (3, H, W) in 0..1, and the label of each pixel, (H, W).
+
+    Args:
+        read: Returns the image and the mask of an index.
+        count: How many there are.
+        classes: Labels that there can be, with the background.
+        augment: Changes both.
+    """
+
+    def __init__(
+        self, read: Callable[[int], Pair], count: int, classes: int, augment: Augmentation | None = None
+    ) -> None:
+        self.read, self.count, self.classes, self.augment = read, count, classes, augment
+
+    def __len__(self) -> int:
+        return self.count
+
+    def __getitem__(self, index: int) -> Pair:
+        image, mask = self.read(index)
+        if image.shape[1:] != mask.shape:
+            raise ValueError(f'image {index} has {tuple(image.shape[1:])} pixels, and its mask {tuple(mask.shape)}')
+        wrong = mask[(mask >= self.classes) & (mask != IGNORED)]
+        if len(wrong):
+            raise ValueError(f'mask {index} has label {int(wrong[0])}, of {self.classes} classes')
+        if self.augment is None:
+            return image, mask.long()
+        changed, changed_mask = self.augment(ImageTensor(image), Mask(mask))
+        return changed.as_subclass(Tensor), changed_mask.as_subclass(Tensor).long()
+
+
+def train_augmentation(size: int) -> Augmentation:
+    """Half to twice the size, cropped or filled to a square, and mirrored."""
+    fill: Any = {ImageTensor: 0.5, Mask: IGNORED}
+    return v2.Compose(
+        [
+            v2.ScaleJitter((size, size), (0.5, 2.0)),
+            v2.RandomCrop((size, size), pad_if_needed=True, fill=fill),
+            v2.RandomHorizontalFlip(),
+        ]
+    )
+
+
+def open_part(folder: Path, name: str, classes: int | None, augment: Augmentation | None = None) -> Masked:
+    """Opens a part of a set.
+
+    Args:
+        folder: The set.
+        name: Of the part.
+        classes: Labels that there can be; None for a set of COCO, which says that.
+        augment: Changes images and masks.
+
+    Raises:
+        ValueError: If it is no set of a known kind, or the number of classes isn't known.
+    """
+    if (folder / 'annotations').is_dir():
+        dataset = CocoImages(folder, name)
+        if classes not in (None, len(dataset.names) + 1):
+            raise ValueError(f'{folder} has {len(dataset.names)} categories and the background; leave --classes out')
+
+        def read(index: int) -> Pair:
+            image = dataset.image(index)
+            return image, semantic_mask(dataset, index, (image.shape[1], image.shape[2]))
+
+        return Masked(read, len(dataset), len(dataset.names) + 1, augment)
+    if classes is None:
+        raise ValueError(f'{folder} does not say how many classes its masks have; give --classes')
+    files = files_of(folder, name)
+    return Masked(partial(read_files, files), len(files), classes, augment)
+
+
+def files_of(folder: Path, name: str) -> list[tuple[Path, Path]]:
+    """Images and masks of a part; ValueError if there are none."""
+    names = folder / 'ImageSets' / 'Segmentation' / f'{name}.txt'
+    if names.is_file():
+        stems = read_text(names).split()
+        images, masks = folder / 'JPEGImages', folder / 'SegmentationClass'
+        files = [(images / f'{stem}.jpg', masks / f'{stem}.png') for stem in stems]
+    else:
+        found = {path.stem: path for path in (folder / 'masks' / name).glob('*')}
+        files = [
+            (path, found[path.stem]) for path in sorted((folder / 'images' / name).glob('*')) if path.stem in found
+        ]
+    if not files:
+        raise ValueError(f'{folder} has no part {name}: no {names}, and no images/{name} with masks/{name}')
+    return files
+
+
+def read_files(files: list[tuple[Path, Path]], index: int) -> Pair:
+    """Reads an image and its mask; ValueError if that is not possible."""
+    path = files[index][0]
+    try:
+        with Image.open(path) as image:
+            pixels = v2.functional.to_dtype(v2.functional.to_image(image.convert('RGB')), torch.float32, scale=True)
+        path = files[index][1]
+        with Image.open(path) as mask:
+            labels = torch.from_numpy(np.array(mask))
+    except OSError as error:
+        raise ValueError(f'{path} can not be read: {error}') from error
+    if labels.ndim != 2:
+        raise ValueError(f'{path} has colours; a mask has one channel, whose levels are labels')
+    return pixels.as_subclass(Tensor), labels.to(torch.uint8)
+
+
+class Segmenter(nn.Module):
+    """A model of segmentation_models_pytorch that takes images in 0..1."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, model: nn.Module, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+        super().__init__()
+        self.model = model
+        self.register_buffer('mean', torch.tensor(mean)[:, None, None], persistent=False)
+        self.register_buffer('std', torch.tensor(std)[:, None, None], persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Computes logits, (N, 3, H, W) in 0..1 to (N, classes, H, W), of images of any size."""
+        height, width = x.shape[-2:]
+        filled = F.pad((x - self.mean) / self.std, (0, -width % STRIDE, 0, -height % STRIDE))
+        logits: Tensor = self.model(filled)
+        return logits[..., :height, :width]
+
+
+def create_segmenter(
+    architecture: str, backbone: str, classes: int, pretrained: bool = False, **kwargs: Any
+) -> Segmenter:
+    """Makes a segmenter.
+
+    Args:
+        architecture: segmentation_models_pytorch's name, such as 'unet', 'fpn', 'deeplabv3plus'.
+        backbone: timm's name of a model.
+        classes: With the background.
+        pretrained: Begin with timm's weights.
+        **kwargs: Of the model of segmentation_models_pytorch, such as `decoder_channels`.
+
+    Raises:
+        ImportError: If segmentation_models_pytorch is not installed.
+        KeyError: If there is no such architecture or backbone.
+    """
+    import segmentation_models_pytorch as smp
+
+    weights = 'imagenet' if pretrained else None
+    model = smp.create_model(architecture, f'tu-{backbone}', encoder_weights=weights, classes=classes, **kwargs)
+    config = resolve_model_data_config(model.encoder.model)
+    return Segmenter(model, config['mean'], config['std'])
+
+
+def loss(device: torch.device, model: nn.Module, batch: Pair) -> Tensor:
+    """Cross entropy of the pixels."""
+    images, masks = (each.to(device) for each in batch)
+    return F.cross_entropy(model(images).float(), masks, ignore_index=IGNORED)
+
+
+def evaluate(dataset: Masked, workers: int, device: torch.device, model: nn.Module) -> dict[str, float]:
+    """Intersection over union in %, the mean over classes that occur, and the share of pixels that are right.
+
+    Each process looks at a share of the images, one at a time, in their own size.
+    """
+    first, step = rank()
+    classes = dataset.classes
+    confusion = torch.zeros(classes * classes, dtype=torch.int64)  # truth, found
+    for image, mask in DataLoader(Subset(dataset, range(first, len(dataset), step)), num_workers=workers):
+        found = model(image.to(device)).argmax(dim=1).cpu()
+        counts = mask != IGNORED
+        confusion += torch.bincount(mask[counts] * classes + found[counts], minlength=classes * classes)
+    total = torch.stack(gather([confusion])).sum(dim=0).reshape(classes, classes).double()
+    hits, union = total.diag(), total.sum(dim=0) + total.sum(dim=1) - total.diag()
+    iou = 100 * (hits / union)[union > 0]
+    return dict(mIoU=round(iou.mean().item(), 3), pixels=round(100 * (hits.sum() / total.sum()).item(), 3))
+
+
+def show(model: nn.Module, dataset: Masked, out: str, device: torch.device) -> None:
+    """Draws the labels that a segmenter finds in the first images of a set."""
+    pictures = []
+    with torch.no_grad():
+        for index in range(min(SHOWN, len(dataset))):
+            image, _ = dataset[index]
+            found = model(image[None].to(device)).argmax(dim=1).cpu()
+            masks = found == torch.arange(1, dataset.classes)[:, None, None]
+            pixels = (image * 255).to(torch.uint8)
+            pictures.append(torch.cat([pixels, draw_segmentation_masks(pixels, masks, alpha=0.6)], dim=2))
+    save_sheet(pictures, out)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Trains a segmenter, prints its mean intersection over union, and draws what it finds."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('data', type=Path, help='a set')
+    add_arguments(parser, 'res2net50d')
+    parser.add_argument('--classes', type=positive, help='labels in the masks, with the background; not for COCO')
+    parser.add_argument('--architecture', default='unet', help='of segmentation_models_pytorch (default: unet)')
+    parser.add_argument('--architecture-kwargs', nargs='*', default={}, action=ParseKwargs, help='of that')
+    parser.add_argument('--size', type=positive, default=512, help='pixels across of a training image (default: 512)')
+    args = parser.parse_args(argv)
+    settings = settings_of(args)
+    about = choices_of(args, 'classes', 'architecture', 'architecture_kwargs', 'size')
+    device = distributed(args.device)
+    try:
+        if args.show is not None:
+            require_writable(args.show)
+        if args.size % STRIDE:
+            raise ValueError(f'--size {args.size} is no multiple of {STRIDE}')
+        images = open_part(args.data, args.train, args.classes, train_augmentation(args.size))
+        dataset = open_part(args.data, args.val, args.classes)
+        model = create_segmenter(
+            args.architecture, args.backbone, images.classes, args.pretrained, **args.architecture_kwargs
+        )
+        prepare(model.model.get_submodule('encoder.model'), args.weights, args.frozen_stages, args.frozen_norms)
+        sampler = DistributedSampler(images, seed=settings.seed) if rank()[1] > 1 else RandomSampler(images)
+        batches = DataLoader(images, settings.batch_size, sampler=sampler, num_workers=args.workers, drop_last=True)
+        if not len(batches):
+            raise ValueError(f'{len(images)} images are less than a batch of {settings.batch_size} for each process')
+        check = partial(evaluate, dataset, args.workers, device)
+        options: dict[str, Any] = dict(about=about, resume=args.resume, device=device)
+        history = fit(model.to(device), batches, partial(loss, device), check, settings, Path(args.out), **options)
+        if rank()[0] == 0:
+            print('\n'.join(str(each) for each in history))
+            if args.show is not None:
+                model.load_state_dict(best_weights(Path(args.out)))
+                show(model.eval(), dataset, args.show, device)
+    except ImportError as error:
+        parser.error(f'{error}; pip install "timm_res2net[recipes]"')
+    except (ValueError, TypeError, KeyError, OSError, RuntimeError) as error:
+        parser.error(str(error))
+
+
+if __name__ == '__main__':
+    main()
