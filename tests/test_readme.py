@@ -1,5 +1,6 @@
 """Every example in a README runs, every number in it equals the package's, and every relative link works."""
 
+import importlib
 import importlib.util
 import inspect
 import json
@@ -90,6 +91,17 @@ def test_readme_commands_and_options_exist(readme: str) -> None:
         assert importlib.util.find_spec(module), module
     for recipe in re.findall(r'--config (timm_res2net\S+)', text):
         assert (ROOT / recipe).is_file(), recipe
+
+
+@pytest.mark.parametrize('recipe', ['multi_scale', 'detect', 'segment'])
+def test_readme_options_of_recipes_exist(recipe: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match='0'):
+        importlib.import_module(f'timm_res2net.recipes.{recipe}').main(['--help'])
+    known = set(re.findall(r'--[\w-]+', capsys.readouterr().out))
+    commands = re.findall(rf'-m timm_res2net\.recipes\.{recipe}((?:.*\\\n)*.*)', TEXTS['recipes'])
+    assert commands
+    for command in commands:
+        assert set(re.findall(r'--[\w-]+', command)) <= known
 
 
 def test_readme_top_level_lists_every_command() -> None:
