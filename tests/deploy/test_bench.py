@@ -242,6 +242,14 @@ def test_peak_is_found_in_seconds_and_no_convolution_is_beyond_it(dtype: torch.d
     assert 2 * x.numel() * 256 * 9 / seconds < 3 * found  # with other load on the machine
 
 
+@pytest.mark.slow
+def test_bench_train_against_inductor_measures_budgets_of_activations() -> None:
+    results = bench(['res2net50_26w_4s'], (2,), (32,), (torch.float32,), ('timm', 'inductor'), train=True, rounds=1)
+    assert [each.way for each in results][3:] == [f'timm_res2net, compiled, budget {budget}' for budget in (1.0, 0.5)]
+    with pytest.raises(ValueError, match='inductor is for training'):
+        bench(['test_res2net'], against=('timm', 'inductor'))
+
+
 def test_bench_training_against_others_raises_value_error() -> None:
     with pytest.raises(ValueError, match='openvino can not train'):
         bench(['test_res2net'], against=('timm', 'openvino'), train=True)

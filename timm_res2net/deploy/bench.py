@@ -38,9 +38,10 @@ __all__ = ['MODELS', 'OPPONENTS', 'Counter', 'Result', 'bench', 'environment', '
 Run = Callable[[], Any]
 
 MODELS = 'res2net50_26w_4s', 'res2net50d', 'res2next50', 'dla60_res2net'
-OPPONENTS = 'timm', 'openvino', 'onnxruntime'
+OPPONENTS = 'timm', 'openvino', 'onnxruntime', 'inductor'
 TIMM = 'timm'  # as people run it: eager, float32, NCHW; ratios are to this
 OURS = 'timm_res2net'
+BUDGETS = 1.0, 0.5  # of torch.compile: the share of the activations that a training step may keep
 TOLERANCES = {  # relative to the largest output
     torch.float32: 1e-3,
     torch.bfloat16: 5e-2,
@@ -133,13 +134,15 @@ def ways_to_infer(own: bool, dtypes: Sequence[torch.dtype], against: Sequence[st
     return ways
 
 
-def ways_to_train(own: bool, dtypes: Sequence[torch.dtype]) -> list[Way]:
+def ways_to_train(own: bool, dtypes: Sequence[torch.dtype], against: Sequence[str]) -> list[Way]:
     """Ways to compare in training, all with channels last; timm's own is the first, if there is one."""
     ways = []
     for dtype in dtypes:
         ways += [Way(TIMM, dtype, timms_step, eager=True)] if own else []
         ways.append(Way(OURS, dtype, ours_step, eager=True))
         ways.append(Way(f'{OURS}, checkpointing', dtype, ours_checkpointing_step, eager=True))
+        for budget in BUDGETS if 'inductor' in against else ():
+            ways.append(Way(f'{OURS}, compiled, budget {budget}', dtype, partial(ours_compiled_step, budget)))
     return ways
 
 
@@ -217,9 +220,22 @@ def ours_checkpointing_step(name: str, x: Tensor, dtype: torch.dtype) -> Run:
     return training_step(model, x, dtype)
 
 
-def training_step(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Run:
+def ours_compiled_step(budget: float, name: str, x: Tensor, dtype: torch.dtype) -> Run:
+    from torch._functorch import config
+
+    step = training_step(ours(name, x), x, dtype, compiled=True)
+
+    def step_within_budget() -> Tensor:
+        with config.patch(activation_memory_budget=budget):
+            return step()
+
+    return step_within_budget
+
+
+def training_step(model: nn.Module, x: Tensor, dtype: torch.dtype, compiled: bool = False) -> Run:
     """Makes a step of training of a model: forward, backward and an update by SGD. It returns the loss."""
     model = model.train().to(memory_format=torch.channels_last)
+    run = torch.compile(model) if compiled else model
     x = x.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     target = torch.zeros(len(x), dtype=torch.long, device=x.device)
@@ -227,7 +243,7 @@ def training_step(model: nn.Module, x: Tensor, dtype: torch.dtype) -> Run:
     def step() -> Tensor:
         optimizer.zero_grad()
         with torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32):
-            loss = F.cross_entropy(model(x), target)
+            loss = F.cross_entropy(run(x), target)
         loss.backward()
         optimizer.step()
         return loss.detach()
@@ -345,7 +361,8 @@ def bench(
         batches: Batch sizes.
         sizes: Image heights and widths, in pixels.
         dtypes: Data types of what is optimized. timm's own is in float32 in inference, and in each of them in training.
-        against: Of 'timm', 'openvino' and 'onnxruntime'. timm's own is always there.
+        against: Of 'timm', 'openvino' and 'onnxruntime', in training of 'timm' and 'inductor' (torch.compile, also with
+            half the memory for activations). timm's own is always there.
         train: Measure steps of training instead of inference.
         device: Where to run; others than timm only on the CPU.
         rounds: Measurements of each.
@@ -355,9 +372,11 @@ def bench(
         ValueError: If a way to run a model fails, or two don't agree.
     """
     device = torch.device(device)
-    others = sorted(set(against) - {TIMM})
+    others = sorted(set(against) - {TIMM, 'inductor'})
     if train and others:
         raise ValueError(f'{" and ".join(others)} can not train; leave it out')
+    if not train and 'inductor' in against:
+        raise ValueError('inductor is for training; what is optimized is compiled by it in any case')
     if unknown := sorted(set(models) - ARCHS.keys()):
         raise UnknownModelError.among(unknown[0], ARCHS, ' in this package')
     if torch.int8 in dtypes and (train or not {'openvino', 'onnxruntime'} & set(against)):
@@ -373,7 +392,7 @@ def bench(
             peaks[dtype] = peak(dtype, device)
         for plan in plans:
             own = timm_entrypoint(plan.model) is not None
-            ways = ways_to_train(own, dtypes) if train else ways_to_infer(own, dtypes, against)
+            ways = ways_to_train(own, dtypes, against) if train else ways_to_infer(own, dtypes, against)
             workers = [Worker(way, plan, device) for way in ways]
             try:
                 require_agreement(plan.model, workers, bar)
