@@ -1,10 +1,12 @@
 """Data that the tests of recipes share."""
 
 import gzip
+import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from timm_res2net.recipes import multi_scale
 
@@ -36,4 +38,28 @@ def detection_set(fashion_mnist: Path, tmp_path_factory: pytest.TempPathFactory)
     """A small set of `multi_scale`."""
     folder = tmp_path_factory.mktemp('sets') / 'detection'
     multi_scale.write(folder, fashion_mnist, {'train': 48, 'val': 16, 'unseen': 16})
+    return folder
+
+
+@pytest.fixture(scope='session')
+def simple_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A set that is quickly learnt: a bright or a dark square on each image of grey noise."""
+    folder = tmp_path_factory.mktemp('sets') / 'simple'
+    (folder / 'train').mkdir(parents=True)
+    (folder / 'annotations').mkdir()
+    rng = np.random.default_rng(0)
+    images, annotations = [], []
+    for index in range(32):
+        pixels = rng.integers(90, 160, (64, 64), dtype=np.uint8)
+        mask = np.zeros((64, 64), bool)
+        side = int(rng.integers(16, 40))
+        top, left = (int(start) for start in rng.integers(64 - side, size=2))
+        mask[top : top + side, left : left + side] = True
+        pixels[mask] = 255 * (index % 2)
+        Image.fromarray(pixels).save(folder / 'train' / f'{index}.png')
+        images.append(dict(id=index, file_name=f'{index}.png', width=64, height=64))
+        annotations.append(dict(id=index + 1, image_id=index, **multi_scale.annotation(index % 2, mask)))
+    categories = [dict(id=1, name='dark'), dict(id=2, name='bright')]
+    document = dict(images=images, annotations=annotations, categories=categories)
+    (folder / 'annotations' / 'instances_train.json').write_text(json.dumps(document))
     return folder

@@ -83,7 +83,7 @@ def test_study_picture_of_each_part_is_drawn(part: str, tmp_path: Path) -> None:
 
 
 def arguments(folder: Path, source: Path, *more: str) -> list[str]:
-    sizes = ['--scales', '4', '--seeds', '2', '--epochs', '1', '--images', '128', '--workers', '2']
+    sizes = ['--scales', '4', '--seeds', '2', '--epochs', '1', '--images', '128', '--workers', '1']
     return [str(folder), '--fashion-mnist', str(source), '--part', 'sizes', *sizes, *more]
 
 

@@ -92,10 +92,13 @@ def create_detector(body: nn.Module, classes: int, channels: int = 256, **kwargs
 
     Raises:
         TypeError: If FCOS knows no such argument.
+        ValueError: If there can't be so many channels.
     """
     known = signature(FCOS).parameters.keys() | signature(GeneralizedRCNNTransform).parameters.keys()
     if unknown := kwargs.keys() - known:
         raise TypeError(f"torchvision's FCOS has no argument {min(unknown)}")  # it would ignore it
+    if channels % 32 or channels < 64:
+        raise ValueError(f'channels={channels} is not possible: norms of FCOS have 32 groups; give 64, 96, 128, ...')
     config = resolve_model_data_config(body)
     options = dict(image_mean=config['mean'], image_std=config['std'], score_thresh=0.05) | kwargs
     return FCOS(Pyramid(body, channels), classes + 1, **options)
@@ -134,6 +137,12 @@ def losses(device: torch.device, model: nn.Module, batch: Batch) -> Tensor:
     return torch.stack(list(found.values())).sum()
 
 
+def objects(found: Target) -> Target:
+    """What was found, on the CPU; without the background, which FCOS has a score for, too."""
+    kept = found['labels'] > 0
+    return {name: value[kept].cpu() for name, value in found.items()}
+
+
 def evaluate(
     dataset: CocoImages,
     areas: tuple[int, int],
@@ -149,7 +158,7 @@ def evaluate(
     for images, targets in DataLoader(share, batch_size, num_workers=workers, collate_fn=collate):
         outputs = model([image.to(device) for image in images])
         for target, output in zip(targets, outputs):
-            found.append((int(target['image_id']), {name: value.cpu() for name, value in output.items()}))
+            found.append((int(target['image_id']), objects(output)))
     return average_precision(dataset, gather(found), areas)
 
 
@@ -203,11 +212,11 @@ def show(model: nn.Module, dataset: CocoImages, out: str, device: torch.device) 
     with torch.no_grad():
         for index in range(min(SHOWN, len(dataset))):
             image = dataset.image(index)
-            (found,) = model([image.to(device)])
+            found = objects(model([image.to(device)])[0])
             sure = found['scores'] >= SURE
             labels, scores = found['labels'][sure].tolist(), found['scores'][sure].tolist()
             texts = [f'{dataset.names[label - 1]} {score:.2f}' for label, score in zip(labels, scores)]
-            pictures.append(draw(image, found['boxes'][sure].cpu(), texts))
+            pictures.append(draw(image, found['boxes'][sure], texts))
     save_sheet(pictures, out)
 
 
@@ -225,6 +234,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     about = choices_of(args, 'channels', 'areas', 'model_kwargs', 'detector_kwargs')
     device = distributed(args.device)
+    torch.manual_seed(args.seed)  # of the new weights
     try:
         if args.show is not None:
             require_writable(args.show)

@@ -246,6 +246,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = settings_of(args)
     about = choices_of(args, 'classes', 'architecture', 'architecture_kwargs', 'size')
     device = distributed(args.device)
+    torch.manual_seed(args.seed)  # of the new weights
     try:
         if args.show is not None:
             require_writable(args.show)
