@@ -95,7 +95,7 @@ def test_mirrored_moves_boxes_with_their_pixels() -> None:
 
 
 def test_detector_takes_normalisation_of_the_backbone_and_keywords_of_fcos() -> None:
-    body = create_backbone('test_res2net')
+    body: Any = create_backbone('test_res2net')
     body.pretrained_cfg = {**body.pretrained_cfg, 'mean': (0.1, 0.2, 0.3)}
     model: Any = create_detector(body, 4, channels=64, nms_thresh=0.4)
     assert model.transform.image_mean == (0.1, 0.2, 0.3)
