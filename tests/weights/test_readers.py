@@ -24,7 +24,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from support import tiny
-from torch import Tensor
+from torch import Tensor, nn
 
 from timm_res2net import CheckpointError, fuse, load_checkpoint
 from timm_res2net.weights.checkpoints import read_checkpoint
@@ -348,6 +348,44 @@ def test_read_checkpoint_of_a_program_or_whole_model_says_what_it_is_and_how_to_
     with pytest.raises(CheckpointError, match=message) as error:
         read_checkpoint(file)
     assert 'damaged' not in str(error.value)
+
+
+class Net(nn.Module):
+    """A class of somebody's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.backbone = tiny()
+
+
+class Settings:
+    """What a training script saves beside weights."""
+
+
+@pytest.mark.parametrize('zipped', [True, False])
+@pytest.mark.parametrize(
+    'content',
+    [
+        Net,
+        lambda: nn.DataParallel(tiny()),
+        lambda: {'model': Net()},
+        lambda: {'epoch': 3, 'model': Net(), 'ema': None},
+        lambda: {'cfg': Settings(), 'state_dict': Net().state_dict()},
+        lambda: {'state_dict': Net().state_dict(), 'cfg': Settings()},
+    ],
+    ids=['own class', 'torch class', 'alone in a dict', 'in a dict', 'settings first', 'settings last'],
+)
+def test_advice_for_what_is_not_only_tensors_makes_a_file_that_is_read(
+    content: Callable[[], Any], zipped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save(content(), 'whole.pth', _use_new_zipfile_serialization=zipped)
+    with pytest.raises(CheckpointError, match='If you trust it') as error:
+        read_checkpoint('whole.pth')
+    advice = str(error.value).partition('imported: ')[2]
+    exec(advice, {'torch': torch, 'FILE': 'whole.pth', 'NEW_FILE': 'new.pth'})
+    found = read_checkpoint('new.pth').state
+    torch.testing.assert_close(found, dict(tiny().state_dict()), rtol=0, atol=0)
 
 
 # What else there is in a file of MindSpore

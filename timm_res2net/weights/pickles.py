@@ -28,6 +28,7 @@ MEMORY = {
 }
 USUAL = 64
 LONGEST_NUMBER = 256  # bytes of an integer
+MODELS = 'model', 'net', 'network', 'ema'  # keys under which training scripts save whole modules
 ATOMS = (str, bytes, int, float, bool, type(None))
 
 
@@ -142,9 +143,10 @@ class ArrayUnpickler(pickle._Unpickler):
     No function that a pickle names is ever called: the allowlist maps names to the methods below.
     """
 
-    memo: dict[int, Any]  # these five are of the base class
+    memo: dict[int, Any]  # these six are of the base class
     stack: list[Any]
     read: Callable[[int], bytes]
+    metastack: list[list[Any]]
     append: Callable[[Any], None]
     pop_mark: Callable[[], list[Any]]
     dispatch: ClassVar[dict[int, Any]] = dict(pickle._Unpickler.dispatch)
@@ -343,11 +345,20 @@ class TorchUnpickler(ArrayUnpickler):
         }
 
     def refuse(self, name: str) -> None:
-        is_module = name.startswith('torch.nn.modules.') or '.models.' in name
-        weights = 'torch.load(FILE, weights_only=False)' + ('.state_dict()' if is_module else "['state_dict']")
+        before = [each for items in (*self.metastack, self.stack) for each in items]  # what is not complete yet
+        if before[-1:] == ['module']:  # with which torch begins a reference to a class, before 1.6
+            before.pop()
+        key = before[-1] if before and isinstance(before[-1], str) else ''
+        weights = 'torch.load(FILE, weights_only=False)'
+        if not before:  # the file is one object of this class
+            weights += '.state_dict()'
+        elif key in MODELS:
+            weights += f"['{key}'].state_dict()"
+        else:
+            weights += "['state_dict']"
         raise CheckpointError(
             f'it wants {printable(name)}, and a file of weights needs only tensors. If you trust it, save it again '
-            f"without: torch.save({{'state_dict': {weights}}}, NEW_FILE)"
+            f"without, where that can be imported: torch.save({{'state_dict': {weights}}}, NEW_FILE)"
         )
 
     def persistent_load(self, saved: Any) -> Storage:
