@@ -13,7 +13,7 @@ import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from support import KINDS, ROOT, fitting, randomise, shallow, slow_but, small
+from support import KINDS, ROOT, fitting, randomise, shallow, slow_but, small, tiny
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -422,6 +422,19 @@ def test_grad_checkpointing_keeps_exact_gradients_and_norm_statistics(
         model.set_grad_checkpointing(enable)
         results.append(step(model, images))
     torch.testing.assert_close(*results, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('feature_cls', ['list', 'dict', 'hook', 'getter'])
+def test_grad_checkpointing_of_every_feature_cls_keeps_norm_statistics(feature_cls: str, images: Tensor) -> None:
+    buffers = []
+    for enable in (False, True):
+        model = tiny(features_only=True, feature_cls=feature_cls)
+        model.set_grad_checkpointing(enable)
+        assert any(getattr(module, 'grad_checkpointing', False) for module in model.modules()) == enable
+        features = model.train()(images)
+        sum(x.mean() for x in (features.values() if isinstance(features, dict) else features)).backward()
+        buffers.append(dict(model.named_buffers()))
+    torch.testing.assert_close(*buffers, rtol=0, atol=0)
 
 
 @every_kind

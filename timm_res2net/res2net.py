@@ -30,7 +30,7 @@ from torch import nn
 from .hub.client import Hub, cached_file
 from .models.block import function_of
 from .models.function import Function
-from .models.recompute import FeatureDict, FeatureList
+from .models.recompute import FeatureDict, FeatureGetter, FeatureHook, FeatureList
 from .models.resnet import Res2Net
 from .models.variants import ARCHS, WEIGHTS, Arch, default_cfg
 from .weights.checkpoints import Checkpoint, read_checkpoint
@@ -41,7 +41,7 @@ from .weights.loading import adapt_state_dict, require_same_function
 __all__ = ['register', 'unregister']  # register_model adds the models
 
 GEOMETRY = 'style', 'strides', 'dilations', 'dilate_first', 'deformable', 'stem_ceil_mode'  # of Res2Net only
-FEATURE_CLASSES = {'list': FeatureList, 'dict': FeatureDict}
+FEATURE_CLASSES = {'list': FeatureList, 'dict': FeatureDict, 'hook': FeatureHook, 'getter': FeatureGetter}
 
 with_weights = {name.split('.')[0] for name in WEIGHTS}
 cfgs: dict[str, dict[str, Any] | PretrainedCfg] = {

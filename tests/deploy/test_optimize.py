@@ -4,13 +4,14 @@ import copy
 import logging
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-from support import TRUNKS, fitting, randomise, slow_but, small, tiny
+from support import TRUNKS, built, fitting, randomise, slow_but, small, tiny
 from timm.data import resolve_model_data_config
 from timm.layers import BatchNormAct2d
 from timm.models import reparameterize_model
@@ -359,16 +360,40 @@ def test_optimized_model_keeps_how_images_are_prepared(fast: Callable[[nn.Module
     assert fast(model).num_classes == 4
 
 
-@pytest.mark.parametrize('make', ['fuse', 'optimize'])
-def test_refused_train_leaves_no_module_in_training_mode(
-    make: str, fast: Callable[[nn.Module], Any], images: Tensor
+def require_refusal_of_training(model: nn.Module) -> None:
+    with pytest.raises(ValueError, match='train the model that it was made from'):
+        model.train()
+    assert not any(module.training for module in model.modules())
+
+
+def test_refused_train_of_an_optimized_model_leaves_no_module_in_training_mode(
+    fast: Callable[[nn.Module], Any], images: Tensor
 ) -> None:
-    model: Any = (fuse if make == 'fuse' else fast)(tiny(drop_rate=0.5))
-    for each in (model, copy.deepcopy(model) if make == 'fuse' else model):
-        with pytest.raises(ValueError, match='train the model that it was made from'):
-            each.train()
-        assert not any(module.training for module in each.modules())
+    model = fast(tiny(drop_rate=0.5))
+    require_refusal_of_training(model)
     require_equal(model, model, images, tolerance=0)
+
+
+@pytest.mark.parametrize('fold', [fuse, reparameterize_model])
+@pytest.mark.parametrize(
+    'make',
+    [
+        *(partial(built, name) for name in TRUNKS),
+        *(partial(tiny, features_only=True, feature_cls=each) for each in ('list', 'dict', 'hook', 'getter')),
+    ],
+    ids=[*TRUNKS, 'list', 'dict', 'hook', 'getter'],
+)
+def test_refused_train_of_a_fused_model_leaves_no_module_in_training_mode(
+    make: Callable[[], nn.Module], fold: Callable[[nn.Module], nn.Module]
+) -> None:
+    model = fold(make())
+    require_refusal_of_training(model)
+    require_refusal_of_training(copy.deepcopy(model))
+
+
+def test_refused_train_of_a_fused_block_or_wrapper_leaves_no_module_in_training_mode() -> None:
+    require_refusal_of_training(tiny().layer2[1].fuse())
+    require_refusal_of_training(fuse(nn.Sequential(nn.Dropout(), tiny()).eval()))
 
 
 def test_optimize_without_openvino_raises_import_error(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:

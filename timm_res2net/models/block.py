@@ -17,7 +17,7 @@ import torch
 from timm.layers import create_attn, get_norm_layer
 from torch import Tensor, nn
 
-from .fold import fold_norm, fold_norms, merge_convs
+from .fold import Foldable, fold_norm, fold_norms, merge_convs
 from .function import FIRST_BLOCKS, Function, Splits, activation_name
 from .pool import DilatedAvgPool2d
 
@@ -29,7 +29,7 @@ Layer = Callable[..., nn.Module]
 LATER_BLOCK = Splits(cascade=True, last='kept')
 
 
-class Bottle2neck(nn.Module):
+class Bottle2neck(Foldable):
     """Res2Net bottleneck: 1x1 convolution, cascade of 3x3 convolutions over splits of the channels, 1x1 convolution.
 
     Tensor names are those of timm and of the authors: `conv1 bn1 convs.k bns.k conv3 bn3 se downsample`. With `scale=1`

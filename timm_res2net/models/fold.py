@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Iterable
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,9 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from .pool import DilatedAvgPool2d
 
-__all__ = ['FoldedNorm', 'fold_norm', 'fold_norms', 'merge_convs', 'require_eval_mode']
+__all__ = ['Foldable', 'FoldedNorm', 'fold_norm', 'fold_norms', 'merge_convs', 'require_eval_mode']
+
+FoldableT = TypeVar('FoldableT', bound='Foldable')
 
 
 def require_eval_mode(module: nn.Module) -> None:
@@ -26,18 +28,22 @@ def require_eval_mode(module: nn.Module) -> None:
         )
 
 
-class FoldedNorm(nn.Identity):
+class Foldable(nn.Module):
+    """Mixin of networks whose norms can be folded. Then they refuse training mode, before any module's mode is set."""
+
+    def train(self: FoldableT, mode: bool = True) -> FoldableT:
+        """Raises a ValueError for training mode: without its norms a network would train differently, and worse."""
+        if mode and any(isinstance(module, FoldedNorm) for module in self.modules()):
+            raise ValueError('a fused model has no norms left to train with; train the model that it was made from')
+        return super().train(mode)
+
+
+class FoldedNorm(Foldable, nn.Identity):
     """Takes the place of a norm that was folded into the convolution before it."""
 
     def __init__(self) -> None:
         super().__init__()
         self.training = False
-
-    def train(self, mode: bool = True) -> 'FoldedNorm':
-        """Raises a ValueError for training mode: without its norms a network would train differently, and worse."""
-        if mode:
-            raise ValueError('a fused model has no norms left to train with; train the model that it was made from')
-        return super().train(False)
 
 
 def fold_norm(conv: nn.Module | None, norm: nn.Module) -> nn.Module:

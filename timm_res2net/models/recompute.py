@@ -10,10 +10,13 @@ from contextlib import nullcontext
 
 import torch
 import torch.utils.checkpoint
-from timm.models import FeatureDictNet, FeatureListNet
+from timm.models import FeatureDictNet, FeatureHookNet, FeatureListNet
+from timm.models._features import FeatureGetterNet  # timm has no public name for it
 from torch import Tensor, nn
 
-__all__ = ['FeatureDict', 'FeatureList', 'Stage', 'recompute', 'set_grad_checkpointing']
+from .fold import Foldable
+
+__all__ = ['FeatureDict', 'FeatureGetter', 'FeatureHook', 'FeatureList', 'Stage', 'recompute', 'set_grad_checkpointing']
 
 
 class BufferCopies:
@@ -66,22 +69,30 @@ class Stage(nn.Sequential):
 
 
 def set_grad_checkpointing(model: nn.Module, enable: bool = True) -> None:
-    """Sets `grad_checkpointing` of every submodule that has it."""
+    """Sets `grad_checkpointing` of every part that recomputes itself; of a network it would be timm's version."""
     for module in model.modules():
-        if module is not model and 'grad_checkpointing' in vars(module):
+        if not hasattr(module, 'set_grad_checkpointing') and 'grad_checkpointing' in vars(module):
             vars(module)['grad_checkpointing'] = enable
 
 
-class ExactCheckpointing(nn.Module):
-    """Mixin that replaces timm's checkpointing, which updates norm statistics twice, in its feature extractors."""
+class Features(Foldable):
+    """Mixin for timm's feature extractors, whose own checkpointing updates norm statistics twice."""
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         set_grad_checkpointing(self, enable)
 
 
-class FeatureList(ExactCheckpointing, FeatureListNet):
+class FeatureList(Features, FeatureListNet):
     """timm's `FeatureListNet` with exact checkpointing."""
 
 
-class FeatureDict(ExactCheckpointing, FeatureDictNet):
+class FeatureDict(Features, FeatureDictNet):
     """timm's `FeatureDictNet` with exact checkpointing."""
+
+
+class FeatureHook(Features, FeatureHookNet):
+    """timm's `FeatureHookNet` with exact checkpointing."""
+
+
+class FeatureGetter(Features, FeatureGetterNet):
+    """timm's `FeatureGetterNet` with exact checkpointing."""

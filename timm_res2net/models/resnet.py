@@ -11,6 +11,7 @@ from torch import nn
 
 from .block import Bottle2neck, Layer, norm_factory, set_function
 from .deformable import DeformableConv2d
+from .fold import Foldable
 from .function import Function
 from .pool import DilatedAvgPool2d
 from .recompute import Stage, set_grad_checkpointing
@@ -19,7 +20,7 @@ from .trunk import drop_block_layers
 __all__ = ['Res2Net']
 
 
-class Res2Net(ResNet):
+class Res2Net(Foldable, ResNet):
     """timm's ResNet with Res2Net blocks.
 
     It takes the block's arguments by name, refuses what the blocks don't support, and leaves norm statistics exact

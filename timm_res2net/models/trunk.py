@@ -17,6 +17,7 @@ from timm.layers import (
 from torch import Tensor, nn
 
 from .block import Bottle2neck, Layer, norm_factory
+from .fold import Foldable
 from .recompute import set_grad_checkpointing
 
 __all__ = ['FeatureInfo', 'Layers', 'Trunk', 'TrunkOptions', 'conv_norm_act', 'drop_block_layers']
@@ -117,7 +118,7 @@ class TrunkOptions:
         )
 
 
-class Trunk(nn.Module):
+class Trunk(Foldable):
     """A sequence of parts and a head, with the methods that timm expects of a model.
 
     A subclass makes the parts, lists the features that can be taken in `feature_info`, writes `forward_features` out,
