@@ -15,6 +15,8 @@ from typing import Any, TextIO, TypeAlias
 import torch
 from huggingface_hub.errors import HfHubHTTPError
 from PIL import Image
+from timm.data import infer_imagenet_subset
+from torch import nn
 from tqdm import tqdm
 
 from .deploy.bench import MODELS, OPPONENTS, Result, bench, environment, growth
@@ -25,7 +27,7 @@ from .hub.catalogue import catalogue
 from .hub.client import problems_on_hub
 from .hub.pull import download_model
 from .hub.push import push
-from .models.classifier import as_classifier, class_names, model_name, registered_cfg
+from .models.classifier import class_names, model_name, registered_cfg
 from .models.function import FIRST_BLOCKS, STYLES, Function
 from .models.variants import ARCHS, WEIGHTS
 from .recipes.arguments import positive
@@ -51,7 +53,7 @@ from .weights.errors import UnknownModelError, first_line, printable
 from .weights.files import atomic_write, atomic_write_text, make_folder, read_text, require_writable, sha256
 from .weights.folder import CONFIG_FILE, WEIGHTS_FILE
 from .weights.loading import format_create_model, load_model
-from .weights.recorded import read_labels
+from .weights.recorded import IMAGES, Training, read_labels
 
 # What add_subparsers returns; argparse has no public name for it.
 Commands: TypeAlias = 'argparse._SubParsersAction[argparse.ArgumentParser]'
@@ -138,14 +140,7 @@ def run_predict(args: argparse.Namespace) -> int:
     """Classifies images; 1 if one of them could not be."""
     bundled = not args.images
     default = None if args.weights else EMBEDDED if bundled else PHOTO
-    labels = read_labels(args.labels) if args.labels is not None else None
-    is_program = args.weights is not None and is_exported(args.weights)
-    checkpoint = None if args.weights is None or is_program else read_checkpoint(args.weights)
-    model = pretrained_model(args.model or default, checkpoint or args.weights, args.device)
-    if labels is not None:
-        name_classes(model, labels)
-    if checkpoint is not None:
-        print('\n'.join(describe_training(checkpoint, as_classifier(model).pretrained_cfg)), file=sys.stderr)
+    model = make_classifier(args.model or default, read_weights(args.weights), args.labels, args.device)
     name = args.model or default or model_name(model)
     options = dict(topk=args.topk, batch_size=args.batch_size)
     if bundled:
@@ -181,6 +176,29 @@ def run_predict(args: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def read_weights(file: str | None) -> Checkpoint | str | None:
+    """What --weights names: a checkpoint, or an exported model, which stays the name of a file."""
+    return file if file is None or is_exported(file) else read_checkpoint(file)
+
+
+def make_classifier(
+    name: str | None, weights: Checkpoint | str | None, labels: str | None = None, device: torch.device | str = 'cpu'
+) -> nn.Module:
+    """Makes the model of --model, --weights and --labels, and says what a file tells of its images and classes."""
+    names = read_labels(labels) if labels is not None else None
+    model: Any = pretrained_model(name, weights, device)
+    file, cfg = weights, model.pretrained_cfg
+    if isinstance(weights, Checkpoint):
+        file, told = weights.file, weights.training
+    else:  # an exported model tells all that it uses
+        told = Training(dict(cfg), tuple(cfg.get('label_names') or ()), str(file))
+    if names is not None:
+        name_classes(model, names)
+    if file is not None:
+        print('\n'.join([f'weights      {file}', *describe_training(told, cfg, model.num_classes)]), file=sys.stderr)
+    return model
+
+
 def add_validate(commands: Commands) -> None:
     """Adds the arguments of `validate`."""
     command = commands.add_parser(
@@ -209,7 +227,7 @@ def run_validate(args: argparse.Namespace) -> int:
     rows: list[Sequence[str]] = [('model', 'images', 'top-1', 'top-5')]
     items, failed = [], []
     for weights in args.weights or [None]:
-        model = pretrained_model(args.model or default, weights, args.device)
+        model = make_classifier(args.model or default, read_weights(weights), device=args.device)
         name = str(weights or args.model or default)
         images = labelled_images(args.folder, class_names(model), args.labels)
         bar = partial(tqdm, total=len(images), desc=name, unit='image', disable=None, leave=False)
@@ -241,7 +259,7 @@ def show_digits(name: str, rows: list[tuple[str, Any]], as_json: bool) -> None:
     for digit in sorted({truth for truth, _ in rows}):
         cells = [f'{found[0].label} ({found[0].probability:4.0%})' for truth, found in rows if truth == digit]
         print(f'  {digit}     {"   ".join(cells)}')
-    right = sum(found[0].label == truth for truth, found in rows)
+    right = sum(found[0].label in (truth, f'class {truth}') for truth, found in rows)  # perhaps classes have no names
     print(f'\n{right} of {len(rows)} are right. For a photo of yours: timm-res2net predict PHOTO.jpg --model {PHOTO}')
 
 
@@ -364,6 +382,7 @@ def add_explain(commands: Commands) -> None:
         '--model', metavar='NAME', help=f'default: {PHOTO}, {EMBEDDED} for the bundled digit, or what FILE fits'
     )
     command.add_argument('--weights', metavar='FILE', help='a file of weights instead of published ones')
+    add_labels(command)
     command.add_argument('--stage', type=positive, default=2, metavar='N', help='whose block to look at (default: 2)')
     command.add_argument('--out', default='explain.png', metavar='PNG', help='the picture (default: explain.png)')
     command.set_defaults(run=run_explain)
@@ -374,9 +393,12 @@ def run_explain(args: argparse.Namespace) -> int:
     require_drawable(args.out)
     image = read_named_image(args.image) if args.image else bundled_digits()[EXAMPLE][0]
     name = args.model or (None if args.weights else PHOTO if args.image else EMBEDDED)
-    model = pretrained_model(name, args.weights)
+    weights = read_weights(args.weights)
+    if isinstance(weights, str):
+        raise ValueError(f'{weights} is an exported model, in which nothing can be looked at; give what it was made of')
+    model = make_classifier(name, weights, args.labels)
     arch = ARCHS.get(model_name(model))
-    dense = pretrained_model(name, args.weights, **arch.trunk.densest) if arch else None
+    dense = pretrained_model(name, weights, **arch.trunk.densest) if arch else None
     explanation = explain(model, image, args.stage, dense)
     plot_explanation(explanation, args.out)
     for prediction in explanation.predictions:
@@ -476,15 +498,7 @@ def add_export(commands: Commands) -> None:
 
 def run_export(args: argparse.Namespace) -> int:
     """Exports a model, and prints how the file compares with it."""
-    options: dict[str, Any] = dict(features_only=True) if args.features else {}
-    if os.path.isdir(args.source):
-        refuse(args, f'{args.source} says which model it is', '--model')
-        model = pretrained_model(f'local-dir:{args.source}', **options)
-    elif os.path.isfile(args.source):
-        model = pretrained_model(args.model, args.source, **options)
-    else:
-        refuse(args, f'{args.source} is a name', '--model')
-        model = pretrained_model(args.source, **options)
+    model, converted = make_source(args, **(dict(features_only=True) if args.features else {}))
     done = export(
         model,
         args.out,
@@ -501,7 +515,36 @@ def run_export(args: argparse.Namespace) -> int:
     print(f'  mean difference    {done.mean_difference:.2e} (root mean square, relative)')
     if done.agreement is not None:
         print(f'  likeliest class    the same for {done.agreement:.2%}')
+    if converted is not None:
+        lines = describe_training(converted.training, model.pretrained_cfg, converted.num_classes)
+        print('\n'.join(lines[:1] if args.features else lines))
     return 0
+
+
+def make_source(args: argparse.Namespace, **options: Any) -> tuple[Any, Checkpoint | None]:
+    """Makes the model of SOURCE and --model: of a folder, of a file of weights, or of a name of published ones.
+
+    Args:
+        args: With `source` and `model`.
+        **options: For `timm.create_model`.
+
+    Returns:
+        The model, and what a file tells of it.
+
+    Raises:
+        UnknownModelError: If SOURCE is none of these.
+    """
+    source = args.source
+    is_folder = os.path.isdir(source)
+    if os.path.lexists(source) and not is_folder:
+        done = convert(source, dry_run=True, model=args.model)
+        return load_model(done.checkpoint, done.name, **done.args, **options).eval(), done.checkpoint
+    if not is_folder and ':' not in source and not any(source in (name, name.partition('.')[0]) for name in WEIGHTS):
+        alike = difflib.get_close_matches(source, WEIGHTS)
+        hint = f'did you mean {" or ".join(alike)}?' if alike else '`timm-res2net list --pretrained` shows the names'
+        raise UnknownModelError(f'{source} is no file, no folder, and no name of published weights; {hint}')
+    refuse(args, f'{source} says which model it is', '--model')
+    return load_folder(source, **options) if is_folder else pretrained_model(source, **options), None
 
 
 def load_call(folder: str | Path) -> str:
@@ -529,7 +572,8 @@ def show_conversion(done: Conversion) -> None:
     if checkpoint.assumed:
         print(f'assumed      {", ".join(checkpoint.assumed)}: the usual, the file does not tell')
     print(f'model        {format_create_model(done.name, done.args)}: certain, all tensors fit')
-    print('\n'.join(describe_training(checkpoint, {**done.config, **done.config['pretrained_cfg']})))
+    cfg = {**done.config, **done.config['pretrained_cfg']}
+    print('\n'.join(describe_training(checkpoint.training, cfg, checkpoint.num_classes)))
     for reason in sorted(set(translation.dropped.values())):
         names = [name for name, why in translation.dropped.items() if why == reason]
         print(f'dropped      {reason}: {summarize_names(names)}')
@@ -539,17 +583,29 @@ def show_conversion(done: Conversion) -> None:
         print(f'\n{done.folder / WEIGHTS_FILE}\n  sha256 {record["sha256"]}')
 
 
-def describe_training(checkpoint: Checkpoint, cfg: Mapping[str, Any]) -> list[str]:
-    """Says how images are prepared and what classes are called, and whether the file tells or that is assumed."""
-    training = checkpoint.training
+def describe_training(told: Training, cfg: Mapping[str, Any], num_classes: int) -> list[str]:
+    """Says how images are prepared and what classes are called, and whether a file tells that or it is assumed.
+
+    Args:
+        told: What the file tells.
+        cfg: What is used: timm's configuration, with `label_names`.
+        num_classes: Classes.
+    """
     size = ' x '.join(map(str, cfg['input_size'][1:]))
     mean, std = (', '.join(f'{value:g}' for value in cfg[key]) for key in ('mean', 'std'))
     shown = f'{size}, {cfg["interpolation"]}, crop {cfg["crop_pct"]:g}, mean {mean}, std {std}'
-    told = 'as the file says' if training.images else 'assumed, the usual; the file does not tell'
-    names = cfg.get('label_names') or ()
-    source = f', named in {training.labels_from}' if training.labels == tuple(names) else ', named as given'
-    named = f'{source}: {", ".join(names[:3])}{", ..." if len(names) > 3 else ""}' if names else ', without names'
-    return [f'images       {shown}: {told}', f'classes      {checkpoint.num_classes}{named}']
+    unsaid = [key for key in IMAGES if key not in told.images]
+    how = 'as the file says' + (f', but for {", ".join(unsaid)}: assumed, the usual' if unsaid else '')
+    if not told.images:
+        how = 'assumed, the usual; the file does not tell'
+    names = tuple(cfg.get('label_names') or ())
+    named = ', without names'
+    if names:
+        source = f'named in {told.labels_from}' if told.labels == names else 'named as given'
+        named = f', {source}: {", ".join(names[:3])}{", ..." if len(names) > 3 else ""}'
+    elif infer_imagenet_subset({'num_classes': num_classes}):
+        named = ", named as ImageNet's: assumed, there are as many"
+    return [f'images       {shown}: {how}', f'classes      {num_classes}{named}']
 
 
 class ListDialects(argparse.Action):
@@ -594,20 +650,7 @@ def add_push(commands: Commands) -> None:
 
 def run_push(args: argparse.Namespace) -> int:
     """Uploads a model, or writes what would be uploaded."""
-    if os.path.isdir(args.source) or args.source in WEIGHTS:
-        refuse(args, f'{args.source} says which model it is', '--model')
-    done = None
-    if os.path.isdir(args.source):
-        model = load_folder(args.source)
-    elif args.source in WEIGHTS:
-        model = pretrained_model(args.source)
-    elif not os.path.exists(args.source):
-        alike = difflib.get_close_matches(args.source, WEIGHTS)
-        hint = f'did you mean {" or ".join(alike)}?' if alike else '`timm-res2net list --pretrained` shows the names'
-        raise ValueError(f'{args.source} is no file, no folder, and no name of published weights; {hint}')
-    else:
-        done = convert(args.source, dry_run=True, model=args.model)
-        model = load_model(done.checkpoint, done.name, **done.args)
+    model, converted = make_source(args)
     labels = read_labels(args.labels) if args.labels is not None else None
     pushed = push(
         model,
@@ -630,9 +673,9 @@ def run_push(args: argparse.Namespace) -> int:
     for name, digest in pushed.hashes.items():
         print(f'{digest}  {name}')
     print(f'\nwrote {pushed.folder}; nothing was sent' if pushed.folder else f'\n{pushed.url}')
-    if done is not None:
-        cfg = as_classifier(model).pretrained_cfg
-        print('\n'.join(describe_training(done.checkpoint, {**cfg, **({'label_names': labels} if labels else {})})))
+    if converted is not None:
+        cfg = {**model.pretrained_cfg, **({'label_names': labels} if labels else {})}
+        print('\n'.join(describe_training(converted.training, cfg, model.num_classes)))
     return 0
 
 

@@ -53,6 +53,32 @@ def test_timm_train_and_validate_scripts_run_on_every_trunk(name: str, digits: P
     assert 0 <= float(re.findall(r'"top1": ([\d.]+)', found)[0]) <= 100
 
 
+def test_every_command_has_the_accuracy_of_timm_train_script_with_its_preparation_of_images(
+    digits: Path, tmp_path: Path
+) -> None:
+    images = '--input-size 3 24 24 --mean 0.2 0.3 0.4 --std 0.1 0.2 0.3 --crop-pct 0.8 --interpolation nearest'
+    options = '--model test_res2net --num-classes 10 --epochs 4 --batch-size 64 --opt adamw --lr 4e-3 --hflip 0'
+    more = '--warmup-epochs 0 --scale 0.8 1.0 --device cpu --workers 0 --output . --experiment run'
+    train = str(SCRIPTS / 'train.py'), '--device-modules', 'timm_res2net', '--data-dir', str(digits)
+    run(*train, *images.split(), *options.split(), *more.split(), cwd=tmp_path)
+    accuracy = float((tmp_path / 'run' / 'summary.csv').read_text().splitlines()[-1].split(',')[3])
+    assert 20 < accuracy < 100
+    program = '-m', 'timm_res2net'
+    file = 'run/last.pth.tar'
+    run(*program, 'convert', file, '--out', 'net', cwd=tmp_path)
+    run(*program, 'push', file, 'user/net', '--dry-run', 'pushed', cwd=tmp_path)
+    run(*program, 'export', file, 'net.pt2', cwd=tmp_path)
+    files = (file, 'net/model.safetensors', 'pushed/model.safetensors', 'net.pt2')
+    for source in (['--weights', *files], ['--model', 'local-dir:pushed']):
+        found = run(*program, 'validate', str(digits / 'val'), *source, '--json', cwd=tmp_path)
+        results = json.loads(found[: found.index('\n}') + 2])['results']
+        assert [each['top1'] for each in results] == pytest.approx([accuracy] * len(results), abs=1e-3)
+    assert len(results) == 1
+    found = run(*program, 'predict', str(digits / 'val' / '7'), '--weights', file, '--topk', '1', cwd=tmp_path)
+    assert '24 x 24, nearest, crop 0.8, mean 0.2, 0.3, 0.4, std 0.1, 0.2, 0.3: as the file says' in found
+    assert f'10, named in {digits}: 0, 1, 2, ...' in found
+
+
 def test_timm_validate_script_finds_accuracy_of_embedded_weights(digits: Path, tmp_path: Path) -> None:
     options = '--model test_res2net.digits --pretrained --device cpu --workers 0 --split val'
     found = run(*script('validate.py'), *options.split(), '--data-dir', str(digits), cwd=tmp_path)

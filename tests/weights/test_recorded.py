@@ -15,6 +15,7 @@ from timm.data import resolve_data_config, resolve_model_data_config
 
 from timm_res2net import CheckpointError, load_checkpoint, load_model
 from timm_res2net.__main__ import main
+from timm_res2net.deploy.runtimes import load_exported
 from timm_res2net.models.classifier import class_names
 from timm_res2net.weights.checkpoints import read_checkpoint
 from timm_res2net.weights.convert import convert
@@ -44,9 +45,10 @@ def data(tmp_path: Path) -> Path:
     return tmp_path / 'data'
 
 
-def saved(folder: Path, arch: str = 'test_res2net', **args: Any) -> str:
+def saved(folder: Path, arch: str = 'test_res2net', kwargs: dict[str, Any] = TINY, **args: Any) -> str:
     """Saves the tiny network as timm's train script does."""
-    recorded = dict(arch=arch, state_dict=tiny().state_dict(), args=Namespace(model_kwargs=TINY, **args), version=2)
+    state = tiny(**kwargs).state_dict()
+    recorded = dict(arch=arch, state_dict=state, args=Namespace(model_kwargs=kwargs, **args), version=2)
     torch.save(recorded, folder / 'last.pth.tar')
     return str(folder / 'last.pth.tar')
 
@@ -152,6 +154,60 @@ def test_predict_weights_prepares_images_as_stated_and_says_so(
     torch.save(tiny().state_dict(), tmp_path / 'plain.pth')
     assert main(['predict', image, '--weights', str(tmp_path / 'plain.pth')]) == 0
     assert 'assumed, the usual; the file does not tell' in capsys.readouterr().err
+
+
+WAYS = {  # of using a file of weights
+    'validate': ('validate', 'data/train', '--weights', 'last.pth.tar'),
+    'explain': ('explain', 'data/train/other/a.png', '--weights', 'last.pth.tar'),
+    'export': ('export', 'last.pth.tar', 'a.pt2'),
+    'validate exported': ('validate', 'data/train', '--weights', 'a.pt2'),
+    'predict exported': ('predict', 'data/train', '--weights', 'a.pt2'),
+    'export features': ('export', 'last.pth.tar', 'b.pt2', '--features'),
+    'export folder': ('export', 'folder', 'c.pt2'),
+}
+
+
+def test_every_command_prepares_images_as_the_file_states_and_says_so(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (data / 'train' / 'empty').rmdir()
+    saved(tmp_path, kwargs=dict(channels=(8, 16, 24, 32)), data_dir='data', **STATED)  # a dilated one has all tensors
+    convert('last.pth.tar', 'folder')
+    said = {}
+    for way, arguments in WAYS.items():
+        capsys.readouterr()
+        assert main([*arguments]) == 0
+        said[way] = '\n'.join(capsys.readouterr())
+    images = 'images       48 x 48, nearest, crop 0.9, mean 0.1, 0.2, 0.3, std 0.4, 0.4, 0.4: as the file says\n'
+    names = '{}: class1, class2, class10, ...'.format
+    for way in ('validate', 'explain', 'export'):
+        assert f'{images}classes      4, named in {names("data")}\n' in said[way]
+    for way in ('validate exported', 'predict exported'):
+        assert f'{images}classes      4, named in {names("a.pt2")}\n' in said[way]
+    assert images in said['export features']
+    assert 'classes ' not in said['export features']
+    for file in ('a.pt2', 'c.pt2'):
+        assert {**load_exported(file).pretrained_cfg}.items() >= json.loads(json.dumps(IMAGES)).items()
+    assert main([*WAYS['explain'], '--labels', 'data']) == 0
+    assert 'class10' in capsys.readouterr().out
+
+
+def test_what_is_assumed_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def said(file: str) -> str:
+        assert main(['predict', '--weights', file]) == 0
+        return capsys.readouterr().err
+
+    told = said(saved(tmp_path, arch='hf-hub:somebody/net', img_size=48, crop_pct=0.9))
+    assert 'crop 0.9, mean 0.5, 0.5, 0.5, std 0.5, 0.5, 0.5: as the file says, but for interpolation, mean,' in told
+    torch.save(tiny(num_classes=1000).state_dict(), tmp_path / 'plain.pth')
+    told = said(str(tmp_path / 'plain.pth'))
+    assert "classes      1000, named as ImageNet's: assumed, there are as many" in told
+
+
+def test_ten_classes_without_names_are_not_named_as_those_of_the_published_weights(tmp_path: Path) -> None:
+    torch.save(tiny(num_classes=10).state_dict(), tmp_path / 'plain.pth')
+    assert class_names(load_model(tmp_path / 'plain.pth'))[:2] == ['class 0', 'class 1']
 
 
 @pytest.mark.parametrize('command', ['convert', 'predict --weights'])

@@ -165,9 +165,9 @@ def load_model(
         if kwargs.get('num_classes', checkpoint.num_classes) == checkpoint.num_classes and function_of(outline):
             fitting_state(outline, checkpoint)
     kwargs = {**classes, **found, **kwargs}
-    overlay = {**checkpoint.training.cfg, **kwargs.pop('pretrained_cfg_overlay', {})}
-    if kwargs['num_classes'] != checkpoint.num_classes:
-        overlay.pop('label_names', None)
+    # The names that are registered are of the classes of other weights.
+    names = checkpoint.training.labels if kwargs['num_classes'] == checkpoint.num_classes else ()
+    overlay = {**checkpoint.training.images, 'label_names': names or None, **kwargs.pop('pretrained_cfg_overlay', {})}
     model = timm.create_model(name, pretrained_cfg_overlay=overlay, **kwargs)
     assumed = f'; assumed, as nothing in it tells: {", ".join(checkpoint.assumed)}' if checkpoint.assumed else ''
     images = f'; images: {checkpoint.training.images or "as is usual for the model, nothing in it tells"}'

@@ -19,7 +19,7 @@ from .files import PathLike, read_text
 from .folder import CONFIG_FILE, WEIGHTS_FILE
 from .readers import Contents
 
-__all__ = ['Training', 'read_labels', 'recorded_training']
+__all__ = ['IMAGES', 'Training', 'read_labels', 'recorded_training']
 
 _logger = logging.getLogger(__name__)
 
@@ -33,11 +33,6 @@ class Training:
     images: Mapping[str, Any] = field(default_factory=dict)  # some of `IMAGES`, as in timm's configuration of weights
     labels: tuple[str, ...] = ()
     labels_from: str = ''
-
-    @property
-    def cfg(self) -> dict[str, Any]:
-        """The fields for timm's configuration of the weights."""
-        return {**self.images, **({'label_names': self.labels} if self.labels else {})}
 
 
 def recorded_training(contents: Contents, file: PathLike, num_classes: int, config: Mapping[str, Any]) -> Training:
