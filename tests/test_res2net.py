@@ -25,6 +25,7 @@ from timm_res2net.models.block import Bottle2neck
 from timm_res2net.models.cifar import Res2NetCifar
 from timm_res2net.models.dla import Res2NetDla
 from timm_res2net.models.variants import ARCHS, ASSETS, WEIGHTS
+from timm_res2net.weights.checkpoints import read_checkpoint
 
 TIMMS_OWN = {
     name: getattr(module, name)
@@ -476,12 +477,13 @@ def test_grad_checkpointing_compiles_without_graph_break(name: str, images: Tens
 # The embedded weights
 
 
-def test_embedded_weights_have_known_sha256_and_no_extra_metadata() -> None:
+def test_embedded_weights_have_known_sha256_and_state_their_function() -> None:
     file = ASSETS / 'test_res2net.digits.safetensors'
-    digest = '189e193173b62132dacc80a6508143a063c3b99b0507eb245695147c91c2d056'
+    digest = 'd06d8b30568d08b4d9f2ae649442e3413d7bd23b2648168a8646550f37e3f21e'
     assert hashlib.sha256(file.read_bytes()).hexdigest() == digest
     with safe_open(file, 'pt') as weights:
-        assert weights.metadata() == {'format': 'pt'}
+        assert weights.metadata() == {'first_block': 'official', 'format': 'pt'}
+    assert read_checkpoint(file).assumed == ()
 
 
 def test_embedded_weights_load_offline_and_adapt_to_one_image_channel() -> None:
