@@ -35,7 +35,7 @@ __all__ = [
 
 _logger = logging.getLogger(__name__)
 
-GEOMETRY = 'first_block', 'style', 'strides', 'dilations', 'stem_ceil_mode'  # in which published code differs
+DISPUTED = 'first_block', 'style', 'strides', 'dilations', 'stem_ceil_mode'  # in which published code differs
 
 # Arguments of a ResNet-hosted network that can be found from its tensors' shapes, and their defaults.
 SIGNATURE = {**inspect.signature(ResNet).parameters, **inspect.signature(Res2Net).parameters}
@@ -227,7 +227,7 @@ def require_same_function(model: nn.Module, checkpoint: Checkpoint) -> None:
     fields = ours.differing_fields(theirs)
     if not fields:
         if checkpoint.translation.is_part and {'strides', 'dilations'} <= set(checkpoint.assumed):
-            unsaid = [name for name in checkpoint.assumed if name in GEOMETRY]
+            unsaid = [name for name in checkpoint.assumed if name in DISPUTED]
             _logger.warning(
                 "%s: its tensors' names do not tell %s of the network. The usual is assumed: %s. If its own code does "
                 'otherwise, say so by these keywords',
