@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from support import ROOT
+from support import ROOT, tiny
 
 import timm_res2net
 from timm_res2net.__main__ import parser
@@ -114,7 +114,7 @@ def test_readme_has_as_many_examples_as_are_tested() -> None:
         'top': 2,
         'hub_cards': 0,
         'deploy': 2,
-        'hub': 1,
+        'hub': 2,
         'models': 5,
         'recipes': 0,
         'timm_res2net': 0,
@@ -255,8 +255,29 @@ def test_readme_export_checkpoint_example_loads_back_to_same_tensors(
 
 def test_readme_hub_example_pushes_and_pulls(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv('HF_TOKEN', 'hf_write')
-    made = run('hub', 'timm_res2net.push', **{'you/': 'user/'})
+    made = run('hub', 'timm_res2net.pull', **{'you/': 'user/'})
     assert made['model'].pretrained_cfg['hf_hub_id'].startswith('user/digits@')
+
+
+def test_readme_example_for_many_models_checks_all_before_it_pushes_any_and_repeats_none(
+    hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv('HF_TOKEN', 'hf_write')
+    for name in 'ab':
+        torch.save(tiny().state_dict(), f'{name}.pth')
+    (head,) = re.findall(r'```\n(file,.*)\n', TEXTS['hub'])
+    rows = 'a.pth,user/a,97.5,flowers,apache-2.0\nb.pth,user/b,{},flowers,apache-2.0\n'
+    Path('zoo.csv').write_text(f'{head}\n{rows.format(9750)}')
+    (problem,) = run('hub', 'push_all')['problems']
+    assert problem.startswith('user/b: results says accuracy 9750.0')
+    assert hub.log == []
+    Path('zoo.csv').write_text(f'{head}\n{rows.format(98)}')
+    commits = []
+    for _ in range(2):
+        assert run('hub', 'push_all')['problems'] == []
+        commits.append([{*hub.repos[f'user/{name}'].commits} for name in 'ab'])
+    assert commits[0] == commits[1]
 
 
 def test_readme_optimize_example_prints_stated_path(
