@@ -9,7 +9,10 @@ from pathlib import Path
 
 import pytest
 import timm
+from PIL import Image
 from safetensors.torch import save_file
+from sklearn.datasets import load_sample_image
+from support import ROOT
 from test_training import KINDS, options_of
 
 SCRIPTS = Path(os.environ.get('TIMM_SCRIPTS', ''))
@@ -77,6 +80,34 @@ def test_every_command_has_the_accuracy_of_timm_train_script_with_its_preparatio
     found = run(*program, 'predict', str(digits / 'val' / '7'), '--weights', file, '--topk', '1', cwd=tmp_path)
     assert '24 x 24, nearest, crop 0.8, mean 0.2, 0.3, 0.4, std 0.1, 0.2, 0.3: as the file says' in found
     assert f'10, named in {digits}: 0, 1, 2, ...' in found
+
+
+def test_readme_commands_fine_tune_on_a_folder_of_photos(tmp_path: Path) -> None:
+    readme = (ROOT / 'timm_res2net' / 'recipes' / 'README.md').read_text()
+    section = readme.partition('## Fine-tune on a folder of photos')[2]
+    clone, *commands = section.split('```')[1].replace('\\\n', ' ').strip().splitlines()
+    assert clone == 'git clone --depth 1 https://github.com/huggingface/pytorch-image-models'
+    (tmp_path / 'pytorch-image-models').symlink_to(SCRIPTS.resolve())
+    photos = {name: load_sample_image(f'{name}.jpg') for name in ('china', 'flower')}
+    for name, pixels in {**photos, 'negative': 255 - photos['china']}.items():
+        for i in range(20):
+            path = tmp_path / 'photos' / ('train' if i % 5 else 'val') / name / f'{i}.jpg'
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels[i * 10 : i * 10 + 200, i * 20 : i * 20 + 200]).save(path)
+    replaced = {'python': '', 'res2net50_vd_26w_4s': 'test_res2net', '1e-4': '3e-3', 'timm-res2net': '-m timm_res2net'}
+    found = {}
+    for command in commands:
+        words = ' '.join(replaced.get(word, word) for word in command.split()).split()
+        if 'push' in words:
+            words += ['--dry-run', 'pushed']
+        elif 'validate' not in words and 'predict' not in words:
+            words += ['--device', 'cpu', '--workers', '0']
+        found[words[2]] = run(*words, cwd=tmp_path)
+    assert float(re.findall(r'([\d.]+) %', found['validate'])[0]) > 60
+    assert 'named in photos: china, flower, negative' in found['validate']
+    assert found['predict'].count('china') > 10
+    config = json.loads((tmp_path / 'pushed' / 'config.json').read_text())
+    assert config['label_names'] == ['china', 'flower', 'negative']
 
 
 def test_timm_validate_script_finds_accuracy_of_embedded_weights(digits: Path, tmp_path: Path) -> None:
