@@ -756,6 +756,8 @@ def run_bench(args: argparse.Namespace) -> int:
         )
         parts = growth(args.device, args.rounds)
     else:
+        if args.train and set(args.against or ()) - {'timm', 'inductor'}:
+            refuse(args, "training is compared with timm's own and with what inductor compiles", '--against')
         dtypes = [DTYPE_NAMES[name] for name in args.dtype or ()]
         options = dict(models=args.models, batches=args.batch, sizes=args.size, dtypes=dtypes, against=args.against)
         given: dict[str, Any] = {name: value for name, value in options.items() if value}

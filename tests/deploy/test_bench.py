@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from support import shallow, tiny
 from torch import Tensor, nn
+from torch._functorch import config
 
 import timm_res2net.deploy.bench
 from timm_res2net import fuse
@@ -28,9 +29,12 @@ from timm_res2net.deploy.bench import (
     bench,
     fastest,
     interrupts_held_back,
+    ours_compiled_step,
     ours_eager,
+    ours_step,
     peak,
     storages_of,
+    ways_to_train,
 )
 from timm_res2net.models.variants import ARCHS
 from timm_res2net.res2net import timm_entrypoint
@@ -242,12 +246,17 @@ def test_peak_is_found_in_seconds_and_no_convolution_is_beyond_it(dtype: torch.d
     assert 2 * x.numel() * 256 * 9 / seconds < 3 * found  # with other load on the machine
 
 
-@pytest.mark.slow
-def test_bench_train_against_inductor_measures_budgets_of_activations() -> None:
-    results = bench(['res2net50_26w_4s'], (2,), (32,), (torch.float32,), ('timm', 'inductor'), train=True, rounds=1)
-    assert [each.way for each in results][3:] == [f'timm_res2net, compiled, budget {budget}' for budget in (1.0, 0.5)]
+def test_bench_train_against_inductor_adds_budgets_of_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = [way.name for way in ways_to_train(True, [torch.float32], ('timm', 'inductor'))]
+    assert names[3:] == [f'timm_res2net, compiled, budget {budget}' for budget in (1.0, 0.5)]
     with pytest.raises(ValueError, match='inductor is for training'):
         bench(['test_res2net'], against=('timm', 'inductor'))
+    monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend='aot_eager'))  # inductor takes a minute
+    x, seen = torch.randn(2, 3, 32, 32), set()
+    monkeypatch.setattr(F, 'cross_entropy', lambda *args: seen.add(config.activation_memory_budget) or args[0].mean())
+    loss = ours_compiled_step(0.5, 'test_res2net', x, torch.float32)()
+    assert seen == {0.5}
+    torch.testing.assert_close(loss, ours_step('test_res2net', x, torch.float32)())
 
 
 def test_bench_training_against_others_raises_value_error() -> None:
