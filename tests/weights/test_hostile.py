@@ -256,6 +256,24 @@ def test_hostile_file_is_refused_in_2_seconds_within_10_times_its_size_and_100_m
     assert memory < 10 * len(ATTACKS[attack]) + 100e6
 
 
+def with_entries(number: int) -> bytes:
+    """An archive of torch whose directory lists its one file so many times."""
+    content = torch_zip(pickle.dumps({}, 2))
+    (offset,) = struct.unpack('<I', content[-6:-2])
+    first = 46 + len('archive/data.pkl')
+    directory = content[offset : offset + first] * number
+    return content[:offset] + directory + content[-22:-10] + struct.pack('<II', len(directory), offset) + bytes(2)
+
+
+@pytest.mark.skipif(sys.platform != 'linux', reason='reads memory in /proc')
+def test_archive_of_a_million_files_is_refused_in_2_seconds(child: Child, tmp_path: Path) -> None:
+    (tmp_path / 'file').write_bytes(with_entries(1_000_000))
+    memory, seconds, outcome = child.load(tmp_path / 'file')
+    assert outcome.startswith('refused')
+    assert seconds < 2
+    assert memory < 100e6
+
+
 def changed(**tensors: Tensor) -> dict[str, Tensor]:
     return {**SMALL, **{name.replace('__', '.'): tensor for name, tensor in tensors.items()}}
 

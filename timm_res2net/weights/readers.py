@@ -37,6 +37,7 @@ MAX_EXPANSION = 4  # times the file's size; an archive that claims to hold more 
 LONGEST_NAME = 500  # characters; of a tensor or a module
 LONGEST_OPTION = 64  # entries of a sequence that is no tensor
 LONGEST_HEADER = 4_000_000  # bytes of JSON
+ENTRY = 16  # bytes of memory for each byte of an archive's directory: at least 46 for a file there make 700 in Python
 
 DTYPES = {  # by numpy's code
     'f2': torch.float16,
@@ -264,9 +265,24 @@ def read_safetensors(file: BinaryIO, budget: Budget) -> Contents:
 # torch
 
 
+class PricedFile:
+    """A file for `zipfile`, whose reads cost a budget so many bytes for each that is read."""
+
+    def __init__(self, file: BinaryIO, budget: Budget, price: int) -> None:
+        self.file, self.budget, self.price = file, budget, price
+        self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
+
+    def read(self, size: int = -1) -> bytes:
+        left = self.budget.size - self.file.tell()
+        self.budget.spend(self.price * (min(size, left) if size >= 0 else left))
+        return self.file.read(size)
+
+
 def read_zip(file: BinaryIO, budget: Budget) -> Contents:
     """Reads a file of `torch.save`, or a zipped folder of OneFlow."""
-    with zipfile.ZipFile(file) as archive:
+    priced = PricedFile(file, budget, ENTRY)
+    with zipfile.ZipFile(priced) as archive:  # makes an object of each file that it lists
+        priced.price = 0
         require_weights(archive, budget)
         for name in archive.namelist():
             folder, _, last = name.rpartition('/')
