@@ -13,7 +13,7 @@ import timm
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from support import KINDS, ROOT, fitting, randomise, shallow, slow_but, small, tiny
+from support import KINDS, ROOT, TINY, fitting, randomise, shallow, slow_but, small, tiny
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -273,6 +273,18 @@ def test_create_model_argument_given_twice_raises_type_error() -> None:
 
 
 # The contract
+
+
+def test_pretrained_strict_decides_whether_weights_may_lack_tensors(tmp_path: Path) -> None:
+    state = tiny().state_dict()
+    del state['fc.bias']
+    save_file(state, tmp_path / 'net.safetensors')
+    overlay = dict(file=str(tmp_path / 'net.safetensors'), num_classes=4)
+    options = dict(pretrained=True, num_classes=4, pretrained_cfg_overlay=overlay, **TINY)
+    with pytest.raises(RuntimeError, match=r'Missing key.* "fc\.bias"'):
+        timm.create_model('test_res2net', **options)
+    model = timm.create_model('test_res2net', **options, pretrained_strict=False)
+    torch.testing.assert_close(model.fc.weight, tiny().fc.weight, rtol=0, atol=0)
 
 
 @every_name

@@ -74,7 +74,8 @@ def create(name: str, pretrained: bool = False, block_args: dict[str, Any] | Non
         require_function_of_weights(arch, cfg, kwargs)
         checkpoint = read_weights(cfg, kwargs.get('cache_dir'))
         if checkpoint is not None:
-            trunk, pretrained = partial(loaded_trunk, arch.trunk, cfg, checkpoint), False
+            strict = kwargs.get('pretrained_strict', True)
+            trunk, pretrained = partial(loaded_trunk, arch.trunk, cfg, checkpoint, strict), False
     return build_model_with_cfg(
         trunk,
         name,
@@ -127,15 +128,19 @@ def require_function_of_weights(arch: Arch, cfg: PretrainedCfg, kwargs: dict[str
 
 
 def read_weights(cfg: PretrainedCfg, cache_dir: str | Path | None) -> Checkpoint | None:
-    """Reads weights that are in a file or at a URL; None for those that timm fetches by itself, from the Hub.
+    """Reads weights that are in a file, at a URL, in a folder or on the Hub; None for what timm reads by itself.
 
-    Downloads URL weights before timm does, because timm keeps a partial file after a broken connection.
+    timm keeps a partial file after a broken connection, and maps safetensors: a file that becomes shorter meanwhile
+    ends the process.
     """
-    if cfg.state_dict or cfg.source == 'local-dir':
+    if cfg.state_dict:
         return None
-    if cfg.hf_hub_id and not cfg.file:
-        bring_from_hub(cfg.hf_hub_id, cache_dir)
-        return None
+    if cfg.source == 'local-dir':
+        path = Path(str(cfg.file), WEIGHTS_FILE)
+        return read_checkpoint(path) if path.is_file() else None
+    if cfg.hf_hub_id and (cfg.source == 'hf-hub' or not cfg.file):
+        found = bring_from_hub(cfg.hf_hub_id, cfg.hf_hub_filename or WEIGHTS_FILE, cache_dir)
+        return None if found is None else replace(read_checkpoint(found), file=f'{found.name} of {cfg.hf_hub_id}')
     if cfg.file:
         return read_checkpoint(cfg.file)
     if not isinstance(cfg.url, str):
@@ -145,8 +150,8 @@ def read_weights(cfg: PretrainedCfg, cache_dir: str | Path | None) -> Checkpoint
     return download(url, folder, lambda path: replace(read_checkpoint(path), file=url))
 
 
-def bring_from_hub(hub_id: str, cache_dir: str | Path | None) -> None:
-    """Brings weights from the Hub to the cache, from which timm loads them.
+def bring_from_hub(hub_id: str, name: str, cache_dir: str | Path | None) -> Path | None:
+    """Brings weights from the Hub to the cache, and returns where they are; None if the Hub has no such file.
 
     timm would wait for a silent Hub without end, and write dozens of lines about one that can't be reached.
 
@@ -155,26 +160,35 @@ def bring_from_hub(hub_id: str, cache_dir: str | Path | None) -> None:
         HfHubHTTPError: If the Hub refuses.
     """
     repo_id, _, revision = hub_id.partition('@')
-    place = partial(hf_hub_download, repo_id, WEIGHTS_FILE, revision=revision or None, cache_dir=cache_dir)
-    if is_offline_mode() or cached_file(place):
-        return
+    place = partial(hf_hub_download, repo_id, name, revision=revision or None, cache_dir=cache_dir)
+    cached = cached_file(place)
+    if is_offline_mode():
+        return cached
     hub = Hub()
     try:
-        hub.call(f'weights of {hub_id}', hub.api.get_hf_file_metadata, url=hf_hub_url(repo_id, WEIGHTS_FILE))
-        hub.call(f'weights of {hub_id}', place)
+        if cached is None:  # or huggingface_hub takes it if the Hub can't be asked
+            url = hf_hub_url(repo_id, name, revision=revision or None)
+            hub.call(f'weights of {hub_id}', hub.api.get_hf_file_metadata, url=url)
+        return Path(hub.call(f'weights of {hub_id}', place))
     except EntryNotFoundError:
-        return  # there is a pickle, perhaps, for timm
+        return None  # there is a pickle, perhaps, for timm
+    except ConnectionError:
+        if cached is None:
+            raise
+        return cached
 
 
-def loaded_trunk(trunk: type[nn.Module], cfg: PretrainedCfg, checkpoint: Checkpoint, **kwargs: Any) -> nn.Module:
+def loaded_trunk(
+    trunk: type[nn.Module], cfg: PretrainedCfg, checkpoint: Checkpoint, strict: bool, **kwargs: Any
+) -> nn.Module:
     """Makes a trunk and loads a checkpoint; timm adapts the classifier and the number of image channels."""
     model: Any = trunk(**kwargs)
     function = function_of(model)
     if function and not checkpoint.translation.is_part:  # who gives the file of a lone network knows what it computes
         checkpoint = checkpoint.stating(**{name: getattr(function, name) for name in checkpoint.assumed})
     require_same_function(model, checkpoint)
-    source = {**cfg.to_dict(), 'state_dict': dict(checkpoint.state), 'custom_load': False}
-    load_pretrained(model, source, num_classes=model.num_classes, in_chans=model.in_chans)
+    source = {**cfg.to_dict(), 'source': '', 'state_dict': dict(checkpoint.state), 'custom_load': False}
+    load_pretrained(model, source, num_classes=model.num_classes, in_chans=model.in_chans, strict=strict)
     return model
 
 

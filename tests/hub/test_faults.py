@@ -466,11 +466,47 @@ def test_create_model_without_the_hub_says_so_in_one_line_and_takes_the_cache(
     with pytest.raises(ConnectionError, match=r'the Hub can not be reached: .* \(weights of user/net\)'):
         timm.create_model('test_res2net', **of_hub('user/net'), cache_dir=str(tmp_path))
     assert hub_lines == []
-    hub.faults = []
+    faults, hub.faults = hub.faults, []
     timm.create_model('test_res2net', **of_hub('user/net'), cache_dir=str(tmp_path))
+    hub.faults = faults
+    timm.create_model('test_res2net', **of_hub('user/net'), cache_dir=str(tmp_path))
+    assert hub_lines == []
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
     model = timm.create_model('test_res2net', **of_hub('user/net'), cache_dir=str(tmp_path))
     torch.testing.assert_close(model.state_dict(), tiny().state_dict(), rtol=0, atol=0)
+
+
+def test_create_model_takes_the_latest_weights_of_the_hub_and_those_of_a_revision(
+    hub: Hub, hasty: None, old_files: dict[str, bytes], tmp_path: Path
+) -> None:
+    first = hub.put('user/net', old_files)
+    timm.create_model('test_res2net', **of_hub('user/net'), cache_dir=str(tmp_path))
+    pushed = push(changed(), 'user/net', token='hf_write')
+    model = timm.create_model('test_res2net', **of_hub('user/net'), cache_dir=str(tmp_path))
+    torch.testing.assert_close(model.state_dict(), changed().state_dict(), rtol=0, atol=0)
+    hub.put('user/net', {'config.json': b'{}'})
+    for revision, wanted in ((first, tiny()), (pushed.revision, changed())):
+        model = timm.create_model('test_res2net', **of_hub(f'user/net@{revision}'), cache_dir=str(tmp_path / 'new'))
+        torch.testing.assert_close(model.state_dict(), wanted.state_dict(), rtol=0, atol=0)
+
+
+def test_create_model_takes_the_file_that_its_configuration_names(
+    hub: Hub, hasty: None, old_files: dict[str, bytes], tmp_path: Path
+) -> None:
+    hub.put('user/net', {**old_files, 'other.safetensors': old_files['model.safetensors']})
+    hub.put('user/net', {'model.safetensors': b'other'})
+    options = of_hub('user/net')
+    options['pretrained_cfg_overlay']['hf_hub_filename'] = 'other.safetensors'
+    model = timm.create_model('test_res2net', **options, cache_dir=str(tmp_path))
+    torch.testing.assert_close(model.state_dict(), tiny().state_dict(), rtol=0, atol=0)
+
+
+def test_create_model_of_damaged_weights_on_the_hub_raises_checkpoint_error(
+    hub: Hub, hasty: None, old_files: dict[str, bytes], tmp_path: Path
+) -> None:
+    hub.put('user/net', {'model.safetensors': old_files['model.safetensors'][:-9]})
+    with pytest.raises(CheckpointError, match=r'user--net.*model\.safetensors is refused: it is cut'):
+        timm.create_model('test_res2net', **of_hub('user/net'), cache_dir=str(tmp_path))
 
 
 def test_create_model_of_hub_that_refuses_raises_its_error(hub: Hub, hasty: None, tmp_path: Path) -> None:

@@ -109,6 +109,20 @@ def test_push_writes_repository_and_folder_that_timm_loads(prefix: str, hub: Hub
     assert adapted(x[:, :1]).shape == (1, 2)
 
 
+@pytest.mark.parametrize('prefix', ['hf-hub:user/net', 'local-dir:'])
+def test_create_model_maps_no_weights(prefix: str, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError('a process ends that reads a mapped file which became shorter')
+
+    if prefix == 'local-dir:':
+        prefix += str(push(tiny(), 'user/net', dry_run=tmp_path / 'folder').folder)
+    else:
+        push(tiny(), 'user/net', **WRITE)
+    monkeypatch.setattr('safetensors.torch.load_file', refuse)
+    loaded = timm.create_model(prefix, pretrained=True, cache_dir=str(tmp_path / 'cache'))
+    torch.testing.assert_close(loaded.state_dict(), tiny().state_dict(), rtol=0, atol=0)
+
+
 def test_push_writes_repository_that_transformers_load(hub: Hub, tmp_path: Path) -> None:
     transformers = pytest.importorskip('transformers')
     push(fine_tuned().float(), 'user/net', labels=['a', 'b', 'c'], **WRITE)
