@@ -50,7 +50,7 @@ from .weights.config import load_folder
 from .weights.convert import Conversion, convert, export_checkpoint
 from .weights.dialects import DIALECTS, EXPORTS
 from .weights.errors import UnknownModelError, first_line, printable
-from .weights.files import atomic_write, atomic_write_text, make_folder, read_text, require_writable, sha256
+from .weights.files import atomic_write_text, make_folder, read_text, require_writable, sha256, write_files
 from .weights.folder import CONFIG_FILE, WEIGHTS_FILE
 from .weights.loading import format_create_model, load_model
 from .weights.recorded import IMAGES, Training, read_labels
@@ -704,9 +704,7 @@ def run_pull(args: argparse.Namespace) -> int:
     found = download_model(args.repo, args.revision, timeout=args.timeout)
     files = {name: found.files[name] for name in (WEIGHTS_FILE, CONFIG_FILE)}
     if args.out:
-        make_folder(args.out)
-        for name, content in files.items():
-            atomic_write(os.path.join(args.out, name), lambda path, content=content: Path(path).write_bytes(content))  # type: ignore[misc]
+        write_files(args.out, found.files)
     for name, content in files.items():
         print(f'{hashlib.sha256(content).hexdigest()}  {name}')
     print(f'\n{args.repo} at {found.commit}, checked; load it by\n  {load_call(args.out or found.folder)}')

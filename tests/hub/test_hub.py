@@ -161,6 +161,17 @@ def test_push_dry_run_writes_folder_and_sends_no_request(hub: Hub, tmp_path: Pat
     assert done.hashes == {name: sha256(tmp_path / 'folder' / name) for name in FILES}
 
 
+def test_push_dry_run_keeps_the_card_in_the_folder_as_a_push_does(tmp_path: Path) -> None:
+    (tmp_path / 'README.md').write_bytes('Meine Wörter.'.encode('latin-1'))
+    push(tiny(), 'user/net', license='mit', dry_run=tmp_path)
+    card = (tmp_path / 'README.md').read_text(encoding='utf-8')
+    assert card.endswith('Meine Wörter.')
+    assert 'license: mit' in card
+    (tmp_path / 'model.safetensors').unlink()
+    push(tiny(), 'user/net', license='mit', dry_run=tmp_path, overwrite_card=True)
+    assert 'Wörter' not in (tmp_path / 'README.md').read_text(encoding='utf-8')
+
+
 def test_push_unchanged_model_makes_no_second_commit(hub: Hub) -> None:
     first = push(digits(), 'user/net', **WRITE)
     commits = len(hub.repos['user/net'].commits)

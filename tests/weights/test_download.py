@@ -103,6 +103,19 @@ def contents(path: str) -> bytes:
     return Path(path).read_bytes()
 
 
+def test_download_to_a_full_disk_is_an_os_error_that_names_the_file(server: Server, tmp_path: Path) -> None:
+    resource = pytest.importorskip('resource')
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, hard))
+    try:
+        with pytest.raises(OSError, match=r'file\.bin can not be written: File too large$') as error:
+            download(f'{server.url}/file.bin', tmp_path, contents)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert type(error.value) is OSError
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ('faults', 'ranges'),
     [

@@ -2,11 +2,14 @@
 
 import multiprocessing
 import os
+import re
 import signal
 import stat
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,10 @@ import timm
 import torch
 from support import tiny
 
-from timm_res2net import CheckpointError, export_checkpoint
+from timm_res2net import CheckpointError, export_checkpoint, push
+from timm_res2net.weights.config import load_folder
 from timm_res2net.weights.convert import convert
-from timm_res2net.weights.files import PREFIX, atomic_write_text, temporary_folder
+from timm_res2net.weights.files import PREFIX, atomic_write_text, temporary_folder, write_files
 from timm_res2net.weights.folder import CONFIG_FILE, WEIGHTS_FILE
 
 resource = pytest.importorskip('resource')
@@ -86,27 +90,53 @@ def test_all_is_on_the_disk_before_it_gets_its_name(file: Path, monkeypatch: pyt
 
 
 def limited(size: int, work: Callable[[], object]) -> None:
-    """Ends the process with 0 if files that may not grow beyond a size lead to an OSError."""
+    """Ends the process with 0 if files that may not grow beyond a size lead to an OSError of one line that says so."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
     try:
         work()
     except OSError as error:
-        os._exit(0 if 'can not be written' in str(error) else 3)
+        os._exit(0 if re.search('can not be written.*: .*File too large[^\n]{0,20}$', str(error)) else 3)
     os._exit(2)
 
 
+WRITERS: dict[str, Callable[[Path, Path], object]] = {
+    'convert': convert,
+    'export': lambda file, out: export_checkpoint(tiny(), out, 'official'),
+    'push': lambda file, out: push(tiny(), 'user/net', dry_run=out),
+    'load': lambda file, out: load_folder(file.parent.parent / 'model'),
+    'files': lambda file, out: write_files(out, {CONFIG_FILE: b'{}', WEIGHTS_FILE: bytes(40_000)}),
+}
+
+
 @pytest.mark.parametrize('size', [0, 10_000, 30_000])
-def test_full_disk_is_an_os_error_and_leaves_nothing(size: int, file: Path) -> None:
-    context = multiprocessing.get_context('fork')
-    for work in (
-        lambda: convert(file, file.parent / 'out'),
-        lambda: export_checkpoint(tiny(), file.parent / 'out.pth', 'official'),
-    ):
-        process = context.Process(target=limited, args=(size, work))
-        process.start()
-        process.join(60)
-        assert process.exitcode == 0
+@pytest.mark.parametrize('writer', WRITERS)
+def test_full_disk_is_an_os_error_and_leaves_nothing(
+    writer: str, size: int, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    convert(file, tmp_path / 'model')
+    monkeypatch.setattr(tempfile, 'tempdir', str(file.parent))
+    work = partial(WRITERS[writer], file, file.parent / 'out')
+    process = multiprocessing.get_context('fork').Process(target=limited, args=(size, work))
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
     assert os.listdir(file.parent) == ['net.pth']
+
+
+def test_write_files_replaces_all_or_none_and_keeps_permissions(tmp_path: Path) -> None:
+    for name in ('a', 'b'):
+        (tmp_path / name).write_bytes(b'old')
+        (tmp_path / name).chmod(0o600)
+    process = multiprocessing.get_context('fork').Process(
+        target=limited, args=(10, lambda: write_files(tmp_path, {'a': b'new', 'b': b'new' * 10}))
+    )
+    process.start()
+    process.join(60)
+    assert process.exitcode == 0
+    assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == {'a': b'old', 'b': b'old'}
+    write_files(tmp_path, {'a': b'new', 'b': b'newer'})
+    assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == {'a': b'new', 'b': b'newer'}
+    assert mode(tmp_path / 'a') == 0o600
 
 
 @pytest.mark.parametrize('renames', [0, 1])

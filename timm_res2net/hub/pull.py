@@ -64,7 +64,7 @@ def pull(
         ConnectionError: If the Hub can't be reached, doesn't answer in time or makes no sense; or if the model is not
             in the cache and HF_HUB_OFFLINE is set.
         HfHubHTTPError: If the Hub refuses: the repository is private, gated or absent, or the revision is.
-        OSError: If the cache can't be written.
+        OSError: If the cache, or the folder for temporary files, can't be written.
     """
     found = download_model(repo_id, revision, token, cache_dir, timeout)
     model = make_model(found.files[CONFIG_FILE], found.files[WEIGHTS_FILE], repo_id, **kwargs)

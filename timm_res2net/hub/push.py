@@ -2,9 +2,7 @@
 
 import copy
 import logging
-import os
 import re
-import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +24,7 @@ from ..models.variants import ARCHS
 from ..weights.config import load_folder
 from ..weights.download import retrying
 from ..weights.errors import CheckpointError, first_line
-from ..weights.files import PathLike, sha256, temporary_folder
+from ..weights.files import PathLike, atomic_write_text, sha256, temporary_folder, write_files
 from ..weights.folder import CONFIG_FILE, WEIGHTS_FILE, make_config, require_no_model, write_folder
 from .cards import METADATA, CardFacts, card, is_unchanged
 from .client import UPLOAD, DamagedError, Hub, LateError, is_refusal, problems_on_hub, require_repo_id
@@ -92,7 +90,8 @@ def push(
         commit_message: Of the commit.
         token: For the Hub. That of `hf auth login` if None.
         overwrite_card: Replace a card that somebody wrote.
-        dry_run: A folder to write to instead, in which there must not be a model yet.
+        dry_run: A folder to write to instead, in which there must not be a model yet. A card in it is treated as one on
+            the Hub would be.
         timeout: Seconds to wait for the Hub, all requests and pauses together, and one more for each megabyte to send.
             If None, those in the environment variable TIMM_RES2NET_TIMEOUT, or 120.
 
@@ -102,7 +101,7 @@ def push(
     Raises:
         ValueError: If the model can't be made again from a configuration, or an argument is wrong.
         TypeError: If the model is no classification model.
-        OSError: If the folder can't be written.
+        OSError: If the folder, or that for temporary files, can't be written.
         ConnectionError: If the Hub can't be reached, doesn't answer in time or makes no sense, or somebody else pushed
             at the same time. Nothing of this push is there then, or the error says that this is not known.
         HfHubHTTPError: If the Hub refuses; the error says why.
@@ -124,10 +123,14 @@ def push(
             write_model(network, folder, labels, facts)
         require_round_trip(network, folder)
         text = card(network, repo_id=repo_id, **vars(facts))
-        (folder / CARD_FILE).write_text(text, encoding='utf-8')
         if dry_run is not None:
-            place_folder(folder, Path(dry_run))
-            return Push(None, None, {name: sha256(folder / name) for name in FILES}, Path(dry_run))
+            out = Path(dry_run)
+            if not overwrite_card and (out / CARD_FILE).is_file():
+                text = merge_cards(decoded((out / CARD_FILE).read_bytes()), text)
+            files = {name: (folder / name).read_bytes() for name in (CONFIG_FILE, WEIGHTS_FILE)}
+            write_files(out, {CARD_FILE: text.encode(), **files})
+            return Push(None, None, {name: sha256(out / name) for name in FILES}, out)
+        atomic_write_text(folder / CARD_FILE, text)
 
         hub = Hub(token, timeout)  # whose time begins now
         require_valid_card(text, hub)  # the licence, among others, as only the Hub knows all of them
@@ -139,7 +142,7 @@ def push(
         if not overwrite_card and (written := remote_card(hub, repo_id, head)):
             text = merge_cards(written, text)
             require_valid_card(text, hub)
-            (folder / CARD_FILE).write_text(text, encoding='utf-8')
+            atomic_write_text(folder / CARD_FILE, text)
         if not is_branch:
             hub.call(f'the new branch {branch}', hub.api.create_branch, repo_id, branch=branch, exist_ok=True)
         message = commit_message or f'Push {model_name(network)}'
@@ -165,25 +168,6 @@ def require_valid_card(text: str, hub: Hub) -> None:
             hint = '. For a licence that it does not know give name and address: --license NAME --license-link URL, '
             hint += 'or license=(NAME, URL)'
         raise ValueError(f'the Hub does not take the card: {problems[0]}{hint}')
-
-
-def place_folder(folder: Path, target: Path) -> None:
-    """Copies a folder to its place when all of it is right.
-
-    Raises:
-        OSError: If that can't be written.
-    """
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix='.', dir=target.parent, ignore_cleanup_errors=True) as temporary:
-            complete = Path(shutil.copytree(folder, Path(temporary, 'complete')))
-            if target.exists():
-                for file in complete.iterdir():
-                    os.replace(file, target / file.name)
-            else:
-                os.replace(complete, target)
-    except OSError as error:
-        raise OSError(f'{target} can not be written: {first_line(error)}') from error
 
 
 def find_head(hub: Hub, repo_id: str, branch: str) -> tuple[str, bool] | None:
@@ -284,7 +268,7 @@ def merge_cards(written: str | None, generated: str) -> str:
 
 
 def remote_card(hub: Hub, repo_id: str, commit: str) -> str | None:
-    """The card in a commit on the Hub, None if the commit has none; in whatever encoding it is.
+    """The card in a commit on the Hub, None if the commit has none.
 
     Raises:
         ConnectionError: If there is one that can't be read: it might be lost otherwise.
@@ -292,11 +276,16 @@ def remote_card(hub: Hub, repo_id: str, commit: str) -> str | None:
     told = hub.checksums(repo_id, commit, [CARD_FILE]).get(CARD_FILE)
     if told is None:
         return None
-    with tempfile.TemporaryDirectory() as cache:
+    with temporary_folder(Path(tempfile.gettempdir())) as cache:
         try:
-            _, content = hub.download(repo_id, CARD_FILE, commit, *told, cache)
+            _, content = hub.download(repo_id, CARD_FILE, commit, *told, str(cache))
         except DamagedError as error:
             raise ConnectionError(f'{error}. Nothing was pushed') from error
+    return decoded(content)
+
+
+def decoded(content: bytes) -> str:
+    """The text of a card that somebody wrote, in whatever encoding it is."""
     if content.startswith((b'\xff\xfe', b'\xfe\xff')):
         return content.decode('utf-16', errors='replace').replace('\r\n', '\n')
     try:

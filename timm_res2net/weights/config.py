@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..models.classifier import registered_cfg
 from ..models.variants import ARCHS
 from .errors import CheckpointError, first_line
-from .files import PathLike
+from .files import PathLike, temporary_folder
 from .folder import CONFIG_FILE, WEIGHTS_FILE
 from .loading import adapt_state_dict, describe_mismatch
 
@@ -225,12 +225,16 @@ def make_model(config: bytes, weights: bytes, source: str, **kwargs: Any) -> nn.
 
     Raises:
         CheckpointError: If one of the files is of no use, or they don't fit each other.
+        OSError: If the folder for temporary files can't be written.
     """
     checked = checked_config(config, source)
     require_fit(checked, checked_weights(weights, source), source)
-    with tempfile.TemporaryDirectory() as folder:  # nobody changes these files between the check and now
-        Path(folder, CONFIG_FILE).write_text(json.dumps(checked))
-        Path(folder, WEIGHTS_FILE).write_bytes(weights)
+    with temporary_folder(Path(tempfile.gettempdir())) as folder:  # nobody changes files there between check and use
+        try:
+            (folder / CONFIG_FILE).write_text(json.dumps(checked))
+            (folder / WEIGHTS_FILE).write_bytes(weights)
+        except OSError as error:
+            raise OSError(f'{folder} can not be written, from where timm reads: {error.strerror}') from error
         try:
             model = timm.create_model(f'local-dir:{folder}', pretrained=True, **kwargs)
         except RuntimeError as error:
@@ -251,6 +255,7 @@ def load_folder(folder: PathLike, **kwargs: Any) -> nn.Module:
 
     Raises:
         CheckpointError: If a file is missing, can't be read or is of no use.
+        OSError: If the folder for temporary files can't be written.
     """
     files = []
     for name in (CONFIG_FILE, WEIGHTS_FILE):

@@ -21,7 +21,7 @@ import tenacity
 from tqdm import tqdm
 
 from .errors import first_line
-from .files import PathLike, sha256, temporary_sibling
+from .files import PathLike, make_folder, sha256, sync, temporary_sibling
 
 __all__ = ['BACKOFF', 'LARGEST', 'Deadline', 'download', 'retrying']
 
@@ -121,23 +121,31 @@ def download(url: str, folder: PathLike, read: Callable[[str], T]) -> T:
         ValueError: If the URL is no address on the web.
         ConnectionError: If the download fails, or nothing comes for two minutes (or what the environment variable
             TIMM_RES2NET_TIMEOUT says); nothing is left of it.
+        OSError: If the file can't be written.
     """
     if urlparse(url).scheme not in ('http', 'https'):
         raise ValueError(f'{url} can not be downloaded: give an address that begins with https://')
     target = Path(folder, Path(urlparse(url).path).name)
     if target.exists():
         return read(str(target))
-    target.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(target.parent)
     _logger.info('downloading %s to %s', url, target)
-    with temporary_sibling(target) as temporary:
-        headers = transfer(url, temporary)
-        require_checksums(url, target.name, temporary, headers)
-        try:
-            contents = read(temporary)
-        except ValueError as error:
-            problem = first_line(error).replace(temporary, target.name)
-            raise ConnectionError(f'what {url} sent is of no use: {problem}') from error
-        os.replace(temporary, target)
+    try:
+        with temporary_sibling(target) as temporary:
+            headers = transfer(url, temporary)
+            require_checksums(url, target.name, temporary, headers)
+            try:
+                contents = read(temporary)
+            except ValueError as error:
+                problem = first_line(error).replace(temporary, target.name)
+                raise ConnectionError(f'what {url} sent is of no use: {problem}') from error
+            sync(temporary)
+            os.replace(temporary, target)
+            sync(target.parent)
+    except ConnectionError:  # an OSError, too
+        raise
+    except OSError as error:
+        raise OSError(f'{target} can not be written: {error.strerror or first_line(error)}') from error
     return contents
 
 

@@ -5,8 +5,8 @@ import os
 import shutil
 import stat
 import tempfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from .errors import first_line
@@ -27,6 +27,7 @@ __all__ = [
     'sync',
     'temporary_folder',
     'temporary_sibling',
+    'write_files',
 ]
 
 PathLike = str | os.PathLike[str]
@@ -170,6 +171,29 @@ def atomic_write(out: PathLike, write: Callable[[str], object], replace: bool = 
         raise ValueError(f'{out} can not be written: {first_line(error)}') from error
 
 
+def write_files(folder: PathLike, files: Mapping[str, bytes]) -> None:
+    """Writes files to a folder, which is made if it does not exist: all of them, or none if one can't be written.
+
+    Raises:
+        OSError: If that is not possible; what was there before still is.
+    """
+    is_new, place = not os.path.isdir(folder), make_folder(folder)
+    try:
+        with ExitStack() as stack:
+            temporary = {name: stack.enter_context(temporary_sibling(place / name)) for name in files}
+            for name, content in files.items():
+                Path(temporary[name]).write_bytes(content)
+                sync(temporary[name])
+            for name in files:
+                os.replace(temporary[name], place / name)
+            sync(place)
+    except OSError as error:
+        with suppress(OSError):  # if it has files after all
+            if is_new:
+                place.rmdir()
+        raise OSError(f'{folder} can not be written: {error.strerror or first_line(error)}') from error
+
+
 def make_folder(out: PathLike) -> Path:
     """Makes a folder and those above it, unless it is there; OSError if it can't be made."""
     try:
@@ -181,4 +205,4 @@ def make_folder(out: PathLike) -> Path:
 
 def atomic_write_text(out: PathLike, text: str) -> None:
     """Writes a text file as `atomic_write` does."""
-    atomic_write(out, lambda path: Path(path).write_text(text))
+    atomic_write(out, lambda path: Path(path).write_text(text, encoding='utf-8'))
