@@ -85,6 +85,7 @@ def hub(
     shutil.rmtree(os.environ['HF_HOME'], ignore_errors=True)
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
     monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', not xet)
+    monkeypatch.setattr('huggingface_hub.utils._xet.XET_CONNECTION_INFO_CACHE', {})
     monkeypatch.setitem(BACKOFF, 'wait', tenacity.wait_none())
     monkeypatch.setitem(BACKOFF, 'stop', tenacity.stop_after_attempt(3))
     yield hub_server

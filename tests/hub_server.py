@@ -11,6 +11,7 @@ import json
 import re
 import socket
 import struct
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -37,7 +38,7 @@ class Fault:
     """What goes wrong with the next requests that match, such as 'GET /_cdn'."""
 
     match: str
-    kind: str  # status, drop, cut, reset, short, long, corrupt, lost, silent, nonsense, loop, etag
+    kind: str  # status, drop, cut, reset, short, long, corrupt, lost, silent, nonsense, loop, etag, elsewhere
     times: int = 1
     status: int = 503
     headers: dict[str, str] = field(default_factory=dict)
@@ -121,17 +122,18 @@ class Hub(ThreadingHTTPServer):
     def end_silence(self) -> None:
         """Hangs up where faults made it silent, and waits for the calls that nobody waits for any more."""
         self.closing.set()
+        if self.xet:
+            sys.modules['huggingface_hub.utils._xet'].abort_xet_session()
         for thread in threading.enumerate():
             if thread.name == 'timm_res2net.hub':
                 thread.join(20)
 
     def files(self, repo_id: str, revision: str = 'main') -> dict[str, bytes]:
-        """What is in a repository."""
+        """What is in a repository, without files that hf_xet keeps."""
         repo = self.repos[repo_id]
-        found = repo.commits[repo.find(revision)][0]
-        return {
-            name: file.data if file.data is not None else self.large[str(file.sha256)] for name, file in found.items()
-        }
+        found = repo.commits[repo.find(revision)][0].items()
+        kept = {name: file for name, file in found if file.sha256 not in self.xet_hashes}
+        return {name: self.large[str(file.sha256)] if file.data is None else file.data for name, file in kept.items()}
 
     def put(self, repo_id: str, files: dict[str, bytes], **settings: Any) -> str:
         """Makes a repository, or a commit in it, without any client."""
@@ -511,14 +513,13 @@ class Handler(BaseHTTPRequestHandler):
     @route('GET', '/api/models/{id}/xet-(?:read|write)-token/{rev}')
     def xet_token(self, repo_id: str, revision: str) -> None:
         self.repo(repo_id)
-        store = f'local://{self.server.xet}'
+        elsewhere = self.fault is not None and self.fault.kind == 'elsewhere'
+        store = f'{self.host}/_store' if elsewhere else f'local://{self.server.xet}'
         told = {'X-Xet-Cas-Url': store, 'X-Xet-Access-Token': 'token', 'X-Xet-Token-Expiration': '4000000000'}
         self.answer({'casUrl': store, 'accessToken': 'token', 'exp': 4_000_000_000}, **told)
 
 
 if __name__ == '__main__':
-    import sys
-
     server = Hub(int(sys.argv[1]))
     print(f'http://127.0.0.1:{server.server_port}', flush=True)
     server.serve_forever()

@@ -27,7 +27,7 @@ from timm.models import (
 from timm.models import _registry as timm_registry
 from torch import nn
 
-from .hub.client import Hub, cached_file
+from .hub.client import Hub, LateError, cached_file, release_locks
 from .models.block import function_of
 from .models.function import Function
 from .models.recompute import FeatureDict, FeatureGetter, FeatureHook, FeatureList
@@ -172,7 +172,9 @@ def bring_from_hub(hub_id: str, name: str, cache_dir: str | Path | None) -> Path
         return Path(hub.call(f'weights of {hub_id}', place))
     except EntryNotFoundError:
         return None  # there is a pickle, perhaps, for timm
-    except ConnectionError:
+    except ConnectionError as error:
+        if isinstance(error, LateError):
+            release_locks(repo_id, cache_dir)
         if cached is None:
             raise
         return cached

@@ -4,7 +4,7 @@ import json
 import logging
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ import torch
 from hub_server import Fault, Hub
 from huggingface_hub import constants, file_download
 from huggingface_hub.errors import HfHubHTTPError
-from huggingface_hub.utils import _http
+from huggingface_hub.utils import _http, _xet
 from support import TINY, slow_but, tiny
 from torch import nn
 
@@ -39,6 +39,7 @@ STEPS = {
         'batch': 'POST .*/objects/batch',
         'upload': 'PUT /_large',
         'verify': 'POST .*/verify',
+        'xet-token': 'GET .*/xet-write-token',
         'commit': 'POST .*/commit/',
     },
     'pull': {
@@ -48,6 +49,7 @@ STEPS = {
         'GET-config': 'GET .*config.json',
         'HEAD-weights': 'HEAD .*model.safetensors',
         'GET-weights': 'GET /_cdn',
+        'xet-token': 'GET .*/xet-read-token',
     },
 }
 # Two letters: what happens if the fault is there once, and if it stays. A dot is success; the letters are those of
@@ -64,6 +66,7 @@ push preupload      HH  HH  HH  HH  HH  .C  .C  .C   .C   .C   HH     CC
 push batch          HH  HH  HH  HH  HH  .C  .C  .C   .C   .C   HH     CC
 push upload         HH  HH  HH  HH  HH  .C  .C  .C   .C   .C   HH     CC   -     -     -      .C    -    -
 push verify         HH  HH  HH  HH  HH  ..  ..  ..   ..   ..   HH     CC
+push xet-token      .C  .C  .C  .C  .C  .C  .C  .C   .C   .C   .C     CC
 push commit         HH  HH  HH  HH  HH  .C  .C  .C   .C   .C   HH     CC   -     -     -      XX    -   ..
 pull head           HH  HH  HH  HH  HH  .H  .H  .H   .C   CC   .C     CC
 pull checksums      HH  HH  HH  HH  HH  .H  .H  .H   .C   CC   HH     CC
@@ -71,6 +74,7 @@ pull HEAD-config    HH  HH  HH  HH  HH  .H  .H  .H   .C   .D   .C     CC   -    
 pull GET-config     HH  HH  HH  HH  HH  .H  .H  .H   .C   .C   .C     CC  .C    .C    .C      .D    -    -
 pull HEAD-weights   HH  HH  HH  HH  HH  .H  .H  .H   .C   .D   .C     CC   -     -     -       -   .D    -
 pull GET-weights    HH  HH  HH  HH  HH  .H  .H  .H   .C   .C   .C     CC  .C    .C    .C      .D    -    -
+pull xet-token      HH  HH  HH  HH  HH  .H  .H  .H   .C   CC   .C     CC
 """
 ERRORS: dict[str, type[Exception]] = {
     'H': HfHubHTTPError,
@@ -98,6 +102,11 @@ FAST |= {('push', 'verify', 'loop', 1), ('push', 'commit', 'drop', 100), ('push'
 FAST |= {('pull', 'head', '400', 1), ('pull', 'checksums', '401', 1), ('pull', 'HEAD-config', 'etag', 100)}
 FAST |= {('pull', 'GET-config', 'short', 100), ('pull', 'HEAD-weights', 'loop', 100), ('pull', 'GET-weights', '503', 1)}
 FAST |= {('pull', 'GET-weights', 'corrupt', 100), ('pull', 'GET-weights', 'reset', 1)}
+FAST |= {('push', 'xet-token', '403', 100), ('pull', 'xet-token', 'drop', 1)}
+
+
+def marks(cell: tuple[str, str, str, int, str]) -> list[pytest.MarkDecorator]:
+    return [] if cell[:4] in FAST else [pytest.mark.slow]
 
 
 @pytest.fixture(scope='module')
@@ -136,9 +145,12 @@ def changed() -> nn.Module:
 
 
 @pytest.mark.parametrize(
-    'cell',
-    slow_but([cell for cell in CELLS if cell[:4] in FAST], CELLS),
-    ids=lambda cell: ' '.join(str(part) for part in cell[:4]),
+    ('hub', 'cell'),
+    [
+        pytest.param('xet' if 'xet' in cell[1] else 'lfs', cell, id=' '.join(map(str, cell[:4])), marks=marks(cell))
+        for cell in CELLS
+    ],
+    indirect=['hub'],
 )
 def test_fault_has_stated_outcome_leaves_nothing_and_next_call_succeeds(
     cell: tuple[str, str, str, int, str],
@@ -153,10 +165,12 @@ def test_fault_has_stated_outcome_leaves_nothing_and_next_call_succeeds(
     temporary.mkdir()
     monkeypatch.setattr(tempfile, 'tempdir', str(temporary))
     old, new, repo_id = tiny(), changed(), 'user/new' if step == 'create' else 'user/net'
-    hub.put('user/net', {**old_files, 'README.md': b'My words.'})
+    hub.put('user/net', {**({} if hub.xet else old_files), 'README.md': b'My words.'})
+    if hub.xet:  # whose store only hf_xet writes to
+        push(old, 'user/net', token='hf_write')
     before = {each: dict(repo.branches) for each, repo in hub.repos.items()}
     commits = len(hub.repos['user/net'].commits) if step != 'create' else 1
-    options: dict[str, Any] = dict(timeout=0.7) if name == 'silent' else {}
+    options: dict[str, Any] = dict(timeout=0.7) if name == 'silent' or (hub.xet and times > 1) else {}
 
     def run(**options: Any) -> dict[str, torch.Tensor]:
         if action == 'pull':
@@ -180,7 +194,7 @@ def test_fault_has_stated_outcome_leaves_nothing_and_next_call_succeeds(
             assert {each: dict(repo.branches) for each, repo in hub.repos.items()} == before
     assert fault.times < times
     assert list(temporary.iterdir()) == []
-    blobs = [path for path in cache.rglob('blobs/*') if path.is_file()]
+    blobs = [path for path in cache.rglob('blobs/[!.]*') if path.is_file()]
     assert all(has_checksum(path.read_bytes(), path.name) for path in blobs)
 
     hub.faults = []
@@ -189,6 +203,33 @@ def test_fault_has_stated_outcome_leaves_nothing_and_next_call_succeeds(
     assert len(hub.repos[repo_id].commits) == commits + (action == 'push') + (outcome == 'X')
     if step != 'create':
         assert b'My words.' in hub.files('user/net')['README.md']
+
+
+STORE_FAULTS = 'silent', 'drop', 'status', 'nonsense'
+
+
+@pytest.mark.parametrize('hub', ['xet'], indirect=True)
+@pytest.mark.parametrize('action', ['push', 'pull'])
+@pytest.mark.parametrize('kind', slow_but(['silent'], STORE_FAULTS))
+def test_store_of_xet_that_fails_ends_the_call_in_time_and_does_not_hold_up_the_next_one(
+    action: str, kind: str, hub: Hub, hasty: None, tmp_path: Path
+) -> None:
+    push(tiny(), 'user/net', token='hf_write')
+    calls: dict[str, Callable[..., object]] = {
+        'push': lambda **options: push(changed(), 'user/net', token='hf_write', **options),
+        'pull': lambda **options: pull('user/net', cache_dir=tmp_path, **options),
+    }
+    hub.faults = [Fault('GET .*/xet-.*-token', 'elsewhere', times=100), Fault('/_store', kind, times=100)]
+    start = time.perf_counter()
+    with pytest.raises(ConnectionError, match=r'^the Hub .*(the commit to|model\.safetensors of) user/net'):
+        calls[action](timeout=0.7)  # hf_xet tries again for longer
+    assert time.perf_counter() - start < 5
+    assert hub.faults[1].times < 100
+    hub.faults = []
+    _xet.XET_CONNECTION_INFO_CACHE.clear()
+    calls[action](timeout=20)
+    expected = changed() if action == 'push' else tiny()
+    torch.testing.assert_close(pull('user/net', cache_dir=tmp_path).state_dict(), expected.state_dict())
 
 
 # What a caller is told, and how long it takes

@@ -11,15 +11,27 @@ from functools import partial
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from huggingface_hub import HfApi, ModelCard, get_token, is_offline_mode
+from huggingface_hub import HfApi, ModelCard, constants, get_token, is_offline_mode
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import tqdm, validate_repo_id  # type: ignore[attr-defined]
 
 from ..weights.download import Deadline, retrying
 from ..weights.errors import first_line
+from ..weights.files import PathLike
 
-__all__ = ['DamagedError', 'Hub', 'has_checksum', 'is_refusal', 'is_transient', 'problems_on_hub', 'require_repo_id']
+__all__ = [
+    'DamagedError',
+    'Hub',
+    'LateError',
+    'has_checksum',
+    'is_refusal',
+    'is_transient',
+    'problems_on_hub',
+    'release_locks',
+    'require_repo_id',
+]
 
 _logger = logging.getLogger(__name__)
 
@@ -159,6 +171,7 @@ class Hub:
 
         Raises:
             DamagedError: If it is wrong each time. The file is not in the cache then.
+            Exception: As `call` does.
         """
         broken: list[Path] = []  # by an earlier attempt
         hub = self
@@ -196,6 +209,9 @@ class Hub:
 
         try:
             return self.call(f'{name} of {repo_id}', attempt)
+        except LateError:
+            release_locks(repo_id, cache)
+            raise
         except DamagedError as error:
             for path in broken:
                 with contextlib.suppress(OSError):
@@ -210,6 +226,18 @@ class Hub:
 
 class LateError(ConnectionError):
     """The deadline has passed."""
+
+
+def release_locks(repo_id: str, cache: PathLike | None) -> None:
+    """Lets the next call have the files of a repository in the cache, after one that was too late.
+
+    huggingface_hub still waits in its thread, hf_xet without end, and holds a lock that the next call would wait for.
+    It writes to a file of its own, so that both may do that at once.
+    """
+    folder = Path(cache or constants.HF_HUB_CACHE, '.locks', repo_folder_name(repo_id=repo_id, repo_type='model'))
+    for path in folder.glob('*.lock'):
+        with contextlib.suppress(OSError):
+            path.unlink()
 
 
 def cached_file(place: Callable[..., str]) -> Path | None:
@@ -275,9 +303,10 @@ def is_transient(error: BaseException) -> bool:
         return True
     # By name, as the HTTP library under huggingface_hub changes with its versions.
     broken = isinstance(error, BROKEN) or any(base.__name__ == 'TransportError' for base in type(error).__mro__)
+    of_xet = type(error) is ConnectionError  # whose errors have no status
     wrapped = error.__cause__ is not None and is_transient(error.__cause__)  # as uploads of large files are
     gone = type(error) is FileNotFoundError  # another process heals the same cache
-    return broken or wrapped or gone or 'Consistency check failed' in str(error)
+    return broken or of_xet or wrapped or gone or 'Consistency check failed' in str(error)
 
 
 def problems_on_hub(text: str, hub: Hub | None = None) -> list[str]:
