@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from support import randomise
 from torch import Tensor, nn
 
 from integration.conftest import make
@@ -67,3 +68,19 @@ def test_grad_cam_gives_finite_map_of_last_stage(library: str, kind: str) -> Non
         assert found.min() >= 0
     assert found.shape == (2, 2)
     assert found.isfinite().all()
+
+
+@pytest.mark.filterwarnings('ignore:Setting forward, backward hooks:UserWarning')
+def test_lrp_of_captum_keeps_no_score_of_residual_networks(kind: str) -> None:
+    rules = pytest.importorskip('captum.attr._utils.lrp_rules')
+    torchvision = pytest.importorskip('torchvision')
+    x = torch.randn(1, 3, 64, 64, dtype=torch.double, requires_grad=True)
+    with pytest.raises(TypeError, match='Identity'):
+        captum.LRP(make(kind, num_classes=3).double().eval()).attribute(x, target=1)
+    for model in (make(kind, num_classes=3), randomise(torchvision.models.resnet18())):
+        model = model.double().eval()
+        for module in model.modules():
+            if isinstance(module, nn.Identity | nn.Flatten):
+                module.rule = rules.EpsilonRule()
+        parts = captum.LRP(model).attribute(x, target=1)
+        assert parts.sum().abs() > 100 * model(x)[0, 1].abs()

@@ -189,3 +189,11 @@ def test_block_drop_path_acts_on_the_branch_before_the_sum() -> None:
     block = Bottle2neck(64, 16, drop_path=Zero())
     x = torch.randn(2, 64, 8, 8)
     torch.testing.assert_close(block(x), F.relu(x), rtol=0, atol=0)
+
+
+def test_block_of_one_split_is_exported_without_splitting() -> None:
+    block = Bottle2neck(16, 8, scale=1, base_width=64, downsample=nn.Conv2d(16, 32, 1)).eval()
+    program = torch.export.export(block, (torch.randn(1, 16, 8, 8),))
+    operators = {str(node.target) for node in program.graph.nodes if node.op == 'call_function'}
+    assert 'aten.conv2d.default' in operators
+    assert not [name for name in operators if 'chunk' in name or 'split' in name or 'cat' in name]

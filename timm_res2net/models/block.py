@@ -188,7 +188,7 @@ class Bottle2neck(Foldable):
             (N, planes * expansion, H / stride, W / stride), sizes rounded up.
         """
         y = self.act1(self.bn1(self.conv1(x)))  # (N, scale * width, H, W); in caffe's style H / stride, W / stride
-        splits = y.chunk(self.scale, dim=1)  # scale x (N, width, H, W)
+        splits = y.chunk(self.scale, dim=1) if self.scale > 1 else [y]  # scale x (N, width, H, W)
         outs: list[Tensor] = []
         for i, (conv, bn, act) in enumerate(zip(self.convs, self.bns, self.acts)):
             y = outs[-1] + splits[i] if self.cascade and i > 0 else splits[i]
