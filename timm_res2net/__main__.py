@@ -785,8 +785,7 @@ def show_results(results: Sequence[Result]) -> None:
         ratio = '-' if each.ratio is None else f'{each.ratio:.2f}'
         memory = '-' if each.peak_memory is None else f'{each.peak_memory / 1e6:.0f}'
         place = each.model, str(each.batch), str(each.size), each.way, each.dtype
-        share = '-' if each.share_of_peak is None else f'{each.share_of_peak:.0%}'
-        rows.append((*place, *numbers, ratio, share, str(each.operators or '-'), memory))
+        rows.append((*place, *numbers, ratio, f'{each.share_of_peak:.0%}', str(each.operators or '-'), memory))
     print_table(rows, left=(0, 3, 4))
 
 

@@ -33,6 +33,7 @@ from timm_res2net.deploy.bench import (
     ours_eager,
     ours_step,
     peak,
+    processor,
     storages_of,
     ways_to_train,
 )
@@ -257,6 +258,18 @@ def test_bench_train_against_inductor_adds_budgets_of_activations(monkeypatch: p
     loss = ours_compiled_step(0.5, 'test_res2net', x, torch.float32)()
     assert seen == {0.5}
     torch.testing.assert_close(loss, ours_step('test_res2net', x, torch.float32)())
+
+
+@pytest.mark.slow
+def test_peak_of_8_bits_is_of_the_order_of_that_of_float32() -> None:
+    eight, whole = (peak(dtype, torch.device('cpu')) for dtype in (torch.int8, torch.float32))
+    assert 0.1 * whole < eight < 20 * whole  # 4 times with VNNI, fewer where instructions for it lack
+
+
+def test_processor_names_the_instruction_sets_that_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    text = 'processor\t: 0\nmodel name\t: Fast One\nflags\t\t: fpu avx2 avx512_vnni amx_int8 sse\n\n'
+    monkeypatch.setattr(Path, 'read_text', lambda path: text)
+    assert processor().endswith(' x Fast One avx2 avx512_vnni amx_int8')
 
 
 def test_bench_training_against_others_raises_value_error() -> None:

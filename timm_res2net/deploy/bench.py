@@ -42,6 +42,7 @@ OPPONENTS = 'timm', 'openvino', 'onnxruntime', 'inductor'
 TIMM = 'timm'  # as people run it: eager, float32, NCHW; ratios are to this
 OURS = 'timm_res2net'
 BUDGETS = 1.0, 0.5  # of torch.compile: the share of the activations that a training step may keep
+INSTRUCTION_SETS = 'avx2', 'avx512f', 'avx512_bf16', 'amx_bf16', 'avx_vnni', 'avx512_vnni', 'amx_int8'
 TOLERANCES = {  # relative to the largest output
     torch.float32: 1e-3,
     torch.bfloat16: 5e-2,
@@ -97,7 +98,7 @@ class Result:
     spread: float  # milliseconds between the quartiles
     images_per_second: float
     ratio: float | None  # to the throughput of timm's own, if timm has the model
-    share_of_peak: float | None  # of the machine's matrix products or convolutions in this data type, if torch has any
+    share_of_peak: float  # of the machine's fastest matrix product or convolution in this data type
     operators: int | None  # of ATen, where PyTorch runs them one by one
     peak_memory: int | None  # bytes beyond weights and input, where they can be known
 
@@ -387,7 +388,7 @@ def bench(
     results = []
     with tqdm(total=len(plans) * rounds, unit='round', disable=None, leave=False) as bar:
         peaks = {}
-        for dtype in dict.fromkeys([torch.float32, *(each for each in dtypes if each != torch.int8)]):
+        for dtype in dict.fromkeys([torch.float32, *dtypes]):
             bar.set_description(f'peak of {str(dtype).removeprefix("torch.")}')
             peaks[dtype] = peak(dtype, device)
         for plan in plans:
@@ -436,7 +437,7 @@ def summarize(
         plan: The model and its input.
         workers: Asked for operators and memory.
         times: Seconds that each worker took.
-        peaks: Floating-point operations per second of the machine.
+        peaks: Operations per second of the machine.
     """
     medians = [statistics.median(measured) for measured in times]
     timms_seconds = {w.way.dtype: seconds for w, seconds in zip(workers, medians) if w.way.name == TIMM}
@@ -454,7 +455,7 @@ def summarize(
             spread=round(quartiles(measured) * 1e3, 2),
             images_per_second=round(plan.batch / seconds, 2),
             ratio=None if baseline is None else round(baseline / seconds, 3),
-            share_of_peak=round(plan.flops / peaks[way.dtype] / seconds, 3) if way.dtype in peaks else None,
+            share_of_peak=round(plan.flops / peaks[way.dtype] / seconds, 3),
             operators=worker.ask(operators) if way.eager else None,
             peak_memory=worker.ask(peak_memory) if way.torch else None,
         )
@@ -491,17 +492,21 @@ def quartiles(values: Sequence[float]) -> float:
 
 
 def peak(dtype: torch.dtype, device: torch.device) -> float:
-    """Floating-point operations per second of the fastest matrix product or 3x3 convolution, found within seconds.
+    """Operations per second of the fastest matrix product or 3x3 convolution, found within seconds.
 
-    Both, as in float16 a CPU's matrix products can be a thirtieth as fast as its convolutions.
+    Both, as in float16 a CPU's matrix products can be a thirtieth as fast as its convolutions. In 8 bits torch has
+    matrix products only.
     """
+    product = torch._int_mm if dtype == torch.int8 else torch.matmul
     best = 0.0
     for n in (256, 512, 1024, 2048):
         a = torch.randn(n, n, device=device).to(dtype)
-        seconds = fastest(partial(torch.matmul, a, a), device)
+        seconds = fastest(partial(product, a, a), device)
         best = max(best, 2 * n**3 / seconds)
         if seconds > 0.05:
             break
+    if dtype == torch.int8:
+        return best
     x = torch.randn(8, 256, 28, 28, device=device).to(dtype, memory_format=torch.channels_last)
     weight = torch.randn(256, 256, 3, 3, device=device).to(dtype, memory_format=torch.channels_last)
     seconds = fastest(partial(F.conv2d, x, weight, padding=1), device)
@@ -584,5 +589,6 @@ def processor() -> str:
     except OSError:
         return platform.processor() or platform.machine()
     fields = {name.strip(): value.strip() for name, _, value in (line.partition(':') for line in lines)}
-    known = [flag for flag in ('avx2', 'avx512f', 'avx512_bf16', 'amx_bf16') if flag in fields.get('flags', '').split()]
+    flags = fields.get('flags', '').split()
+    known = [flag for flag in INSTRUCTION_SETS if flag in flags]
     return ' '.join([f'{os.cpu_count()} x {fields.get("model name", platform.machine())}', *known])
