@@ -301,7 +301,7 @@ def test_optimize_example_of_wrong_channels_raises_error_of_model_without_log(
 def without_nan(model: nn.Module, example_input: Tensor, dtype: torch.dtype) -> Callable[..., Any]:
     """Stands in for OpenVINO, with its treatment of NaN and of an empty batch."""
 
-    def run(images: Any, share_inputs: bool) -> dict[int, Any]:
+    def run(images: Any) -> dict[int, Any]:
         with torch.no_grad():
             outputs = model(torch.from_numpy(images).nan_to_num() if len(images) else example_input[:1])
         return dict(enumerate(output.numpy() for output in ([outputs] if isinstance(outputs, Tensor) else outputs)))

@@ -32,12 +32,12 @@ def optimize(
 
     The model is fused, converted to channels-last memory format and to `dtype`, and compiled by `torch.compile` as one
     graph with frozen weights. Without a working compiler it is not compiled, and the log says why. The first call with
-    another batch size compiles once more, for all other sizes; that takes some seconds.
+    another batch size compiles once more, for all other sizes; that takes some seconds, with OpenVINO less than one.
 
     Args:
         model: A model of this package in evaluation mode. It is not changed.
         example_input: Images (N, C, H, W) of the size that matters most, on the model's device. For `torch.int8` they
-            are also what the quantization is calibrated with: take some 300 real ones.
+            are what the quantization is calibrated with, some 300 real ones, and the first call's batch size matters.
         dtype: Data type to compute in, such as `torch.bfloat16`; the model's if None. `torch.int8` needs OpenVINO.
         compile: Compile it.
         backend: 'openvino' to run it by OpenVINO on the CPU. Its batch size is free, image height and width are those
@@ -66,7 +66,7 @@ def optimize(
         raise ValueError("dtype=torch.int8 needs backend='openvino'")
     optimized: Optimized | OptimizedByOpenVino
     if backend == 'openvino':
-        outputs = run_example(fused.float(), example_input.float())
+        outputs = run_example(fused.float(), example_input[:2].float())
         optimized = OptimizedByOpenVino(fused, example_input.float(), outputs, dtype)
     else:
         optimized = Optimized(fused.to(dtype).to(memory_format=torch.channels_last), dtype)
@@ -151,6 +151,8 @@ class OptimizedByOpenVino(ForInference):
         self.single = isinstance(outputs, Tensor)
         self.run = compile_by_openvino(model, example_input, dtype)
         self.path = f'fused, {str(dtype).removeprefix("torch.")}, OpenVINO'
+        if dtype != torch.int8:  # whose example is all that it was calibrated with, not a batch that will be run
+            self(example_input)
 
     def forward(self, x: Tensor) -> Outputs:
         """Runs the model on (N, C, H, W); outputs have the data type of `x`, and no gradient."""
@@ -160,15 +162,15 @@ class OptimizedByOpenVino(ForInference):
             )
         require_floating_point(x)
         images = x if len(x) else x.new_zeros(1, *self.shape)  # it returns a row for no image
-        results = self.run(images.detach().float().contiguous().numpy(), share_inputs=True)
+        results = self.run(images.detach().float().contiguous().numpy())
         outputs: Any = [torch.from_numpy(results[i])[: len(x)] for i in range(len(results))]
         if self.names is not None:
             outputs = dict(zip(self.names, outputs))
         return finish(outputs[0] if self.single else outputs, x)
 
 
-def compile_by_openvino(model: nn.Module, example_input: Tensor, dtype: torch.dtype) -> Callable[..., Any]:
-    """Compiles a float32 model with OpenVINO for the CPU and any batch size, to compute in a data type.
+def compile_by_openvino(model: nn.Module, example_input: Tensor, dtype: torch.dtype) -> Callable[[Any], Any]:
+    """Makes what runs a float32 model by OpenVINO on the CPU in a data type.
 
     Raises:
         ImportError: If OpenVINO is not installed.
@@ -180,7 +182,7 @@ def compile_by_openvino(model: nn.Module, example_input: Tensor, dtype: torch.dt
             f"backend='openvino' needs it: {error}; pip install openvino, or leave backend out"
         ) from error
     images = example_input if dtype == torch.int8 else None
-    converted = convert_to_openvino(model, example_input, -1, images)
+    converted = convert_to_openvino(model, example_input[:2], -1, images)
     return compile_openvino(converted, str(dtype).removeprefix('torch.'))
 
 

@@ -139,14 +139,21 @@ def load_openvino(path: Path) -> tuple[Run, str]:
     compiled = compile_openvino(model, precision)
 
     def run(images: Tensor) -> list[Tensor]:
-        results = compiled(images.numpy(), share_inputs=True)
+        results = compiled(images.numpy())
         return [torch.from_numpy(results[i].copy()) for i in range(len(results))]
 
     return run, text
 
 
-def compile_openvino(model: Any, precision: str) -> Callable[..., Any]:
-    """Compiles an OpenVINO model for the CPU, with torch's number of threads, to compute in a precision."""
+def compile_openvino(model: Any, precision: str) -> Callable[[Any], Any]:
+    """Makes what runs an OpenVINO model on the CPU, with torch's number of threads, in a precision.
+
+    A model for any batch size is compiled for that of the first call, and at need once more for all others: with a
+    known one, 8 bits are 5 % faster. Each time takes less than a second.
+
+    Returns:
+        Called with an array (N, C, H, W), it returns OpenVINO's results, arrays by the number of the output.
+    """
     import openvino
 
     hints = {
@@ -154,8 +161,17 @@ def compile_openvino(model: Any, precision: str) -> Callable[..., Any]:
         'PERFORMANCE_HINT': 'LATENCY',
         'INFERENCE_NUM_THREADS': torch.get_num_threads(),
     }
-    compiled: Callable[..., Any] = openvino.Core().compile_model(model, 'CPU', hints)
-    return compiled
+    compiled: dict[int, Callable[..., Any]] = {}
+
+    def run(images: Any) -> Any:
+        batch = len(images) if not compiled or len(images) in compiled else -1
+        if batch not in compiled:
+            fixed = model.clone()
+            fixed.reshape([batch, *images.shape[1:]])
+            compiled[batch] = openvino.Core().compile_model(fixed, 'CPU', hints)
+        return compiled[batch](images, share_inputs=True)
+
+    return run
 
 
 def load_torch(path: Path) -> tuple[Run, str]:
