@@ -61,6 +61,15 @@ def test_export_every_trunk_in_8_bits_is_close_and_a_third_as_large(name: str, s
     assert done.images == 24
     weights = sum(parameter.numel() for parameter in model.parameters())
     assert done.bytes < 1.6 * weights + 500_000
+    if suffix == '.xml':
+        assert [kernel for kernel in kernels_of_convolutions(done.file) if not kernel.endswith('I8')] == []
+
+
+def kernels_of_convolutions(file: Path) -> list[str]:
+    """What OpenVINO runs a file's convolutions by, such as 'brgconv_avx512_I8'."""
+    compiled = openvino.Core().compile_model(file, 'CPU')
+    nodes = [node.get_rt_info() for node in compiled.get_runtime_model().get_ops()]
+    return [node['primitiveType'].astype(str) for node in nodes if node['layerType'].astype(str) == 'Convolution']
 
 
 @pytest.mark.parametrize('suffix', FORMATS)
@@ -141,6 +150,23 @@ def test_optimize_int8_by_openvino_is_quantized_and_close() -> None:
     assert not torch.allclose(found, expected, atol=1e-3)
     with pytest.raises(ValueError, match=r"dtype=torch\.int8 needs backend='openvino'"):
         optimize(model, images, dtype=torch.int8)
+
+
+def test_openvino_model_is_compiled_for_the_first_batch_size_and_once_for_all_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    compile_model, shapes = openvino.Core.compile_model, []
+
+    def recorded(core: Any, model: Any, *args: Any) -> Any:
+        shapes.append(str(model.inputs[0].get_partial_shape()))
+        return compile_model(core, model, *args)
+
+    monkeypatch.setattr(openvino.Core, 'compile_model', recorded)
+    optimized = optimize(tiny(), torch.randn(2, 3, 32, 32), backend='openvino')
+    assert shapes == ['[2,3,32,32]']
+    for batch in (2, 1, 5, 2, 3):
+        assert len(optimized(torch.randn(batch, 3, 32, 32))) == batch
+    assert shapes == ['[2,3,32,32]', '[?,3,32,32]']
 
 
 def test_load_exported_without_its_bin_is_refused(tmp_path: Path) -> None:
