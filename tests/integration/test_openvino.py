@@ -1,5 +1,7 @@
 """OpenVINO runs fused models as torch does."""
 
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -45,3 +47,19 @@ def test_optimize_openvino_bfloat16_returns_dtype_of_input() -> None:
     assert found.dtype == torch.bfloat16
     expected = model(images).detach()
     torch.testing.assert_close(found.float(), expected, rtol=0, atol=0.05 * expected.abs().max().item())
+
+
+def test_openvino_models_freed_in_any_order_leave_a_process_that_survives_signals() -> None:
+    program = """
+import os, signal
+import timm, torch
+from timm_res2net import optimize
+x = torch.randn(1, 3, 32, 32)
+models = [optimize(timm.create_model('test_res2net').eval(), x, backend='openvino') for _ in range(2)]
+del models[0]
+del models[0]
+signal.signal(signal.SIGUSR1, lambda number, frame: print('survived'))
+os.kill(os.getpid(), signal.SIGUSR1)
+"""
+    done = subprocess.run([sys.executable, '-c', program], capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (0, 'survived\n'), done.stderr

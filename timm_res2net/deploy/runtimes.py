@@ -3,6 +3,7 @@
 import json
 import zipfile
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -149,7 +150,9 @@ def compile_openvino(model: Any, precision: str) -> Callable[[Any], Any]:
     """Makes what runs an OpenVINO model on the CPU, with torch's number of threads, in a precision.
 
     A model for any batch size is compiled for that of the first call, and at need once more for all others: with a
-    known one, 8 bits are 5 % faster. Each time takes less than a second.
+    known one, 8 bits are 5 % faster. Each time takes less than a second. It is done in a thread of its own, because
+    OpenVINO gives the one that compiles a stack for signals, and leaves it without any memory if several models are
+    freed, the first one first: the next signal, such as that of a process that ended, would end this one.
 
     Returns:
         Called with an array (N, C, H, W), it returns OpenVINO's results, arrays by the number of the output.
@@ -168,7 +171,8 @@ def compile_openvino(model: Any, precision: str) -> Callable[[Any], Any]:
         if batch not in compiled:
             fixed = model.clone()
             fixed.reshape([batch, *images.shape[1:]])
-            compiled[batch] = openvino.Core().compile_model(fixed, 'CPU', hints)
+            with ThreadPoolExecutor(1) as thread:
+                compiled[batch] = thread.submit(openvino.Core().compile_model, fixed, 'CPU', hints).result()
         return compiled[batch](images, share_inputs=True)
 
     return run
