@@ -136,6 +136,7 @@ def test_predict_prints_files_with_their_labels(run: Run, photos: Path, monkeypa
         (('convert', 'text.png', '--dialect', 'caffe'), 2, 'invalid choice'),
         (('bench', '--growth', '--train', '--size', '64'), 2, '--size and --train would have no effect'),
         (('bench', '--train', '--against', 'openvino'), 2, '--against would have no effect'),
+        (('validate', '.', '--weights', 'net.onnx', '--compile'), 2, 'exported models run as they are'),
         (('push', 'test_res2net.digits', 'me/digits', '--model', 'res2net50d'), 2, 'says which model it is'),
         (('recipe', '--out', 'a.yaml'), 2, 'name the recipe'),
         (('card', 'res2net50d.in1k', '--all'), 2, 'NAME would have no effect'),

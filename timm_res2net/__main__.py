@@ -223,6 +223,8 @@ def run_validate(args: argparse.Namespace) -> int:
     """Prints the accuracy of models on a folder; 1 if an image could not be read."""
     if args.confusion is not None:
         require_drawable(args.confusion)
+    if args.weights and all(map(is_exported, args.weights)):
+        refuse(args, 'exported models run as they are', '--compile')
     default = None if args.weights else PHOTO
     rows: list[Sequence[str]] = [('model', 'images', 'top-1', 'top-5')]
     items, failed = [], []

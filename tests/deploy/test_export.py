@@ -23,6 +23,7 @@ from timm_res2net.deploy.runtimes import load_exported
 from timm_res2net.models.block import function_of
 from timm_res2net.models.classifier import class_names
 from timm_res2net.models.function import Function
+from timm_res2net.vision.predict import pretrained_model
 
 pytestmark = pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore::DeprecationWarning')
 SIZE: dict[str, Any] = dict(size=32)
@@ -93,6 +94,10 @@ def test_export_features_returns_them_with_names_and_strides(arguments: dict[str
     expected = model(x)
     expected = list(expected.values()) if isinstance(expected, dict) else expected
     torch.testing.assert_close(loaded(x), [each.detach() for each in expected], rtol=1e-4, atol=1e-4)
+    with pytest.raises(ValueError, match=r'net\.pt2 returns feature maps and no classes'):
+        pretrained_model(None, tmp_path / 'net.pt2')
+    with pytest.raises(ValueError, match='ExportedModel has no Res2Net block'):
+        export(loaded, tmp_path / 'again.pt2', **SIZE)
 
 
 @pytest.mark.parametrize('precision', ['float16', 'bfloat16'])

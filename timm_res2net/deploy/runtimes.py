@@ -96,7 +96,7 @@ def load_exported(file: PathLike) -> ExportedModel:
         record = json.loads(text) if text else None
         if record is not None:
             Function.from_text(record['function'])
-            return ExportedModel(run, record)
+            return ExportedModel(run, record).eval()
     except Exception as error:  # whatever a runtime raises for a file that it can't read
         raise CheckpointError(f'{path} can not be loaded: {first_line(error)}') from error
     raise CheckpointError(f'{path} was not written by timm_res2net.export: it does not say how to preprocess images')

@@ -58,7 +58,10 @@ def pretrained_model(
     if weights is not None and not isinstance(weights, Checkpoint) and is_exported(weights):
         if name is not None or kwargs or str(device) != 'cpu':
             raise ValueError(f'{weights} is an exported model, which runs as it is, on the CPU: give nothing else')
-        return load_exported(weights)
+        exported = load_exported(weights)
+        if exported.record['features']:
+            raise ValueError(f'{weights} returns feature maps and no classes; export it without --features')
+        return exported
     if name is None:
         if weights is None:
             raise ValueError('give the name of a model, or a file of weights')
