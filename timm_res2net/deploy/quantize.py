@@ -33,7 +33,7 @@ def calibration_images(model: nn.Module, images: Images | None, shape: tuple[int
         ValueError: If there is none, or they are of another shape.
     """
     if images is None:
-        raise ValueError('int8 needs images to calibrate with: give images, which is a folder, a DataLoader or a tensor')
+        raise ValueError('int8 needs images to calibrate with: give images: a folder, a DataLoader or a tensor')
     if isinstance(images, str | Path):
         images = folder_batches(model, Path(images), shape)
     batches: Iterable[Any] = [images] if isinstance(images, Tensor) else images
