@@ -1,6 +1,7 @@
 """Whatever a stranger's `config.json` says, a model of just these weights is made, or an error names the key."""
 
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +13,8 @@ import torch
 from safetensors.torch import save
 from support import TINY, tiny
 
-from timm_res2net import CheckpointError
+from timm_res2net import CheckpointError, push
+from timm_res2net.weights.checkpoints import read_checkpoint
 from timm_res2net.weights.config import load_folder, make_model
 
 CONFIG: dict[str, Any] = dict(
@@ -109,7 +111,7 @@ def test_make_model_of_impossible_config_raises_with_key_and_source(path: str, v
         (b'{', 'Expecting property name'),
         (b'[' * 100_000, 'it is nested too deeply'),
         (b'{"num_classes": ' + b'9' * 5000 + b'}', 'digits'),
-        (b'["' + b'x' * 5_000_000 + b'"]', 'it has 5,000,004 bytes'),
+        (b'["' + b'x' * 5_000_000 + b'"]', 'it has more than 5,000,000 bytes'),
         (b'{"architecture": "test_res2net", "pretrained_cfg": {}, "num_classes": Infinity}', 'num_classes is inf'),
     ],
     ids=['list', 'text', 'null', 'encoding', 'cut', 'deep', 'digits', 'large', 'infinity'],
@@ -146,3 +148,28 @@ def test_load_folder_without_files_names_the_missing_one(tmp_path: Path) -> None
     (tmp_path / 'config.json').write_bytes(config())
     with pytest.raises(CheckpointError, match=r'^model\.safetensors of .* can not be read: No such file'):
         load_folder(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='has no pipes with names')
+@pytest.mark.parametrize('name', ['config.json', 'model.safetensors'])
+def test_load_folder_with_a_pipe_or_device_raises_at_once(name: str, tmp_path: Path) -> None:
+    folder = push(tiny(), 'user/net', dry_run=tmp_path / 'folder').folder
+    assert folder is not None
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    with pytest.raises(CheckpointError, match=f'{name} of .* can not be read: It is no regular file'):
+        load_folder(folder)
+    (folder / name).unlink()
+    (folder / name).symlink_to('/dev/zero')
+    with pytest.raises(CheckpointError, match=f'{name} of .* can not be read: It is no regular file'):
+        load_folder(folder)
+
+
+def test_huge_config_is_not_read(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = push(tiny(), 'user/net', dry_run=tmp_path / 'folder').folder
+    assert folder is not None
+    os.truncate(folder / 'config.json', 1 << 33)  # which takes no room
+    with pytest.raises(CheckpointError, match='it has more than 5,000,000 bytes'):
+        load_folder(folder)
+    assert read_checkpoint(folder / 'model.safetensors').num_classes == 4
+    assert 'config.json is not used: it has more than 5,000,000 bytes' in caplog.text

@@ -10,11 +10,11 @@ from typing import Any
 from huggingface_hub import hf_hub_download, is_offline_mode
 from torch import nn
 
-from ..weights.config import LARGEST_CONFIG, checked_config, make_model
+from ..weights.config import checked_config, make_model
 from ..weights.download import LARGEST
 from ..weights.errors import CheckpointError
 from ..weights.files import PathLike, atomic_write_text
-from ..weights.folder import CONFIG_FILE, WEIGHTS_FILE
+from ..weights.folder import CONFIG_FILE, LARGEST_CONFIG, WEIGHTS_FILE
 from .client import CHECKSUM, DamagedError, Hub, cached_file, has_checksum, require_repo_id
 
 __all__ = ['Download', 'download_model', 'pull']

@@ -18,12 +18,12 @@ from ..models.classifier import registered_cfg
 from ..models.variants import ARCHS
 from .errors import CheckpointError, first_line
 from .files import PathLike, temporary_folder
-from .folder import CONFIG_FILE, WEIGHTS_FILE
+from .folder import CONFIG_FILE, LARGEST_CONFIG, WEIGHTS_FILE
 from .loading import adapt_state_dict, describe_mismatch
+from .readers import open_regular
 
-__all__ = ['LARGEST_CONFIG', 'checked_config', 'load_folder', 'make_model']
+__all__ = ['checked_config', 'load_folder', 'make_model']
 
-LARGEST_CONFIG = 5_000_000  # bytes
 LARGEST = {'layers': 200, 'levels': 8, 'scale': 64, 'num_classes': 1_000_000}  # numbers in `model_args`
 LARGEST_OTHER = 4096
 # What decides how weights are loaded is for the caller, not for the file.
@@ -103,7 +103,7 @@ def checked_config(content: bytes, source: str) -> dict[str, Any]:
         return CheckpointError(f'{CONFIG_FILE} of {source} is of no use: {problem}')
 
     if len(content) > LARGEST_CONFIG:
-        raise refuse(f'it has {len(content):,} bytes, and none needs more than {LARGEST_CONFIG:,}')
+        raise refuse(f'it has more than {LARGEST_CONFIG:,} bytes, and none needs as many')
     try:
         config = json.loads(content.decode('utf-8-sig'), parse_constant=float)
     except RecursionError:
@@ -258,9 +258,10 @@ def load_folder(folder: PathLike, **kwargs: Any) -> nn.Module:
         OSError: If the folder for temporary files can't be written.
     """
     files = []
-    for name in (CONFIG_FILE, WEIGHTS_FILE):
+    for name, most in ((CONFIG_FILE, LARGEST_CONFIG + 1), (WEIGHTS_FILE, -1)):
         try:
-            files.append(Path(folder, name).read_bytes())
+            with open_regular(Path(folder, name)) as file:
+                files.append(file.read(most))
         except OSError as error:
             raise CheckpointError(f'{name} of {folder} can not be read: {error.strerror or error}') from error
     return make_model(files[0], files[1], str(folder), **kwargs)

@@ -18,9 +18,18 @@ from ..version import __version__
 from .errors import first_line
 from .files import lock, sha256, sync, temporary_folder
 
-__all__ = ['CONFIG_FILE', 'WEIGHTS_FILE', 'make_config', 'recorded_sha256', 'require_no_model', 'write_folder']
+__all__ = [
+    'CONFIG_FILE',
+    'LARGEST_CONFIG',
+    'WEIGHTS_FILE',
+    'make_config',
+    'recorded_sha256',
+    'require_no_model',
+    'write_folder',
+]
 
 WEIGHTS_FILE, CONFIG_FILE = 'model.safetensors', 'config.json'
+LARGEST_CONFIG = 5_000_000  # bytes
 
 
 def require_no_model(folder: Path) -> None:

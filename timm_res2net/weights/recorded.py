@@ -16,7 +16,7 @@ from ..models.classifier import registered_cfg
 from ..models.variants import ARCHS
 from .errors import first_line, printable
 from .files import PathLike, read_text
-from .folder import CONFIG_FILE, WEIGHTS_FILE
+from .folder import CONFIG_FILE, LARGEST_CONFIG, WEIGHTS_FILE
 from .readers import Contents
 
 __all__ = ['IMAGES', 'Training', 'read_labels', 'recorded_training']
@@ -63,8 +63,10 @@ def config_beside(file: PathLike) -> dict[str, Any]:
     if Path(file).name != WEIGHTS_FILE or not config_file.is_file():
         return {}
     try:
+        if config_file.stat().st_size > LARGEST_CONFIG:
+            raise ValueError(f'it has more than {LARGEST_CONFIG:,} bytes')
         config = json.loads(read_text(config_file))
-    except (ValueError, RecursionError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         _logger.warning('%s is not used: %s', printable(config_file), first_line(error))
         return {}
     return config if isinstance(config, dict) else {}
