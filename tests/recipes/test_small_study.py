@@ -1,4 +1,4 @@
-"""The small study compares networks of similar size, resumes where it was stopped, and its table is up to date."""
+"""The small study compares networks of similar size, and its table is up to date."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,6 @@ from support import ROOT
 from timm_res2net import recipes
 from timm_res2net.recipes import small_study
 from timm_res2net.recipes.small_study import BASE_WIDTHS, TASKS, data, mean_and_error, network, parameters_of, table
-from timm_res2net.vision.explain import radius
 
 ASSETS = Path(recipes.__file__).parents[1] / 'assets'
 
@@ -47,42 +46,6 @@ def test_small_study_held_out_patches_do_not_overlap_training_patches(monkeypatc
     (images, _), (held_out, _) = small_study.patches()
     assert images.max() == 0
     assert held_out.min() == 255
-
-
-def arguments(folder: Path, *more: str) -> list[str]:
-    return [str(folder), '--tasks', 'digits', '--scales', '4', '--seeds', '2', '--epochs', '1', '--workers', '1', *more]
-
-
-@pytest.mark.slow
-def test_small_study_resumes_missing_runs_and_refuses_other_epochs(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    small_study.main(arguments(tmp_path))
-    shown = capsys.readouterr().out
-    lost, kept = tmp_path / 'digits_scale4_seed0.json', tmp_path / 'digits_scale4_seed1.json'
-    first, before = json.loads(lost.read_text()), kept.stat().st_mtime_ns
-    lost.unlink()
-    small_study.main(arguments(tmp_path))
-    assert capsys.readouterr().out == shown
-    assert kept.stat().st_mtime_ns == before
-    assert {**json.loads(lost.read_text()), 'seconds': 0} == {**first, 'seconds': 0}
-
-    document = json.loads((tmp_path / 'study.json').read_text())
-    assert [(run['scale'], run['seed']) for run in document['runs']] == [(4, 0), (4, 1)]
-    assert '\n'.join(table(document['runs'])) + '\n' == shown
-    assert radius(np.array(first['field'])) == pytest.approx(first['radius'], rel=0.02)
-    assert (tmp_path / 'study.png').read_bytes().startswith(b'\x89PNG')
-
-    with pytest.raises(SystemExit, match='2'):
-        small_study.main(arguments(tmp_path, '--epochs', '2'))
-    assert 'digits_scale4_seed0.json is of 1 epochs, not 2; choose another folder' in capsys.readouterr().err
-
-
-@pytest.mark.slow
-def test_small_study_run_is_above_chance() -> None:
-    assert (
-        small_study.run('digits', scale=1, seed=0, epochs=3)['top1'] > 20
-    )  # 10 is chance; norms' statistics are young
 
 
 def test_mean_and_error_returns_mean_and_standard_error() -> None:
