@@ -197,6 +197,17 @@ def test_temporary_folder_of_a_killed_process_is_removed_and_that_of_another_is_
     processes[1].join()
 
 
+def test_what_others_put_where_temporary_folders_are_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / 'mine').mkdir()
+    (tmp_path / 'mine' / 'file').touch()
+    (tmp_path / f'{PREFIX}link').symlink_to(tmp_path / 'mine')
+    os.mkfifo(tmp_path / f'{PREFIX}pipe')  # which is never opened, as that would wait
+    with temporary_folder(tmp_path):
+        pass
+    assert os.listdir(tmp_path / 'mine') == ['file']
+    assert sorted(os.listdir(tmp_path)) == [f'{PREFIX}link', f'{PREFIX}pipe', 'mine']
+
+
 @pytest.mark.parametrize('name', [WEIGHTS_FILE, CONFIG_FILE])
 def test_convert_into_a_folder_with_a_file_of_others_is_refused(name: str, file: Path) -> None:
     out = file.parent / 'out'

@@ -88,7 +88,7 @@ def lock(folder: Path, *, wait: bool = False) -> int:
     """
     if fcntl is None:
         raise OSError('there are no locks of folders here')
-    handle = os.open(folder, os.O_RDONLY)
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except OSError:
