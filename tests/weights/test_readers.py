@@ -294,6 +294,17 @@ def test_read_pickle_with_calls_or_objects_raises_or_drops_them_and_runs_nothing
     assert os.listdir() == ['evil']
 
 
+def test_read_allows_for_a_second_of_garbage_collection(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file({f'{i}': torch.ones(1) for i in range(200)}, tmp_path / 'file')
+    clock = iter([0.0])
+    monkeypatch.setattr('time.thread_time', lambda: next(clock, 1.0))
+    assert len(read(tmp_path / 'file').nested) == 200
+    clock = iter([0.0])
+    monkeypatch.setattr('time.thread_time', lambda: next(clock, 2.0))
+    with pytest.raises(CheckpointError, match='take longer to read'):
+        read(tmp_path / 'file')
+
+
 def test_read_pickle_that_changes_state_of_type_raises(tmp_path: Path) -> None:
     malicious = b'\x80\x04cnumpy\ndtype\n(N}V__init__\nNstb.'
     (tmp_path / 'evil').write_bytes(malicious)

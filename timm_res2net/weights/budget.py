@@ -9,7 +9,9 @@ __all__ = ['Budget']
 # Reading and loading a file takes at most 10 times its size and 100 MB. These are less, as not all of it is counted:
 # the bytes of the file itself, and what Python needs to keep an object.
 TIMES_SIZE, ALLOWANCE = 8, 32_000_000  # bytes
-SECONDS, BYTES_PER_SECOND = 0.5, 20_000_000  # of this thread's own work: a slow disk or a busy machine is no attack
+# Of this thread's own work, as a slow disk or a busy machine is no attack. Most of the time is for what the thread may
+# have to do beside reading: Python's garbage collector looks at all objects of the process, half a second for millions.
+SECONDS, BYTES_PER_SECOND = 1.2, 20_000_000
 DEEPEST = 16  # dicts or sequences within each other
 CHECKED = 64  # so many expenses to one look at the clock
 
