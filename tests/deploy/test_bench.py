@@ -282,6 +282,11 @@ def test_bench_training_against_others_raises_value_error() -> None:
         bench(['test_res2net'], against=('timm', 'openvino'), train=True)
 
 
+def test_bench_training_in_8_bits_raises_value_error() -> None:
+    with pytest.raises(ValueError, match='int8 is for inference on the CPU'):
+        bench(['test_res2net'], dtypes=(torch.int8,), train=True)
+
+
 def test_process_started_with_interrupts_held_back_ignores_them() -> None:
     with interrupts_held_back():
         command = [sys.executable, '-c', 'import os, signal; os.kill(os.getpid(), signal.SIGINT); print("goes on")']

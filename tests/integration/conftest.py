@@ -8,6 +8,8 @@ import torch
 from support import randomise
 from torch import Tensor, nn
 
+from timm_res2net.recipes.digits import split
+
 # One of each kind, small.
 KINDS: dict[str, dict[str, Any]] = {
     'res2net50_26w_4s': dict(layers=(1, 2, 1, 1), base_width=8),
@@ -21,6 +23,13 @@ def make(name: str, **arguments: Any) -> nn.Module:
     """Makes a shallow model with randomised norms."""
     torch.manual_seed(0)
     return randomise(timm.create_model(name, **{**KINDS.get(name, {}), **arguments}))
+
+
+def digits(part: str, count: int) -> Tensor:
+    """Digits as the embedded model takes them."""
+    images = torch.from_numpy(split()[part][0][:count]).float().div(255)  # (N, 8, 8)
+    enlarged = torch.nn.functional.interpolate(images[:, None], size=32, mode='bicubic', antialias=True)
+    return (enlarged.expand(-1, 3, -1, -1) - 0.5) / 0.5
 
 
 def step(model: nn.Module, loss: Tensor) -> list[Tensor]:

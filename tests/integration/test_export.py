@@ -9,8 +9,8 @@ import timm
 import torch
 from PIL import Image
 from support import TRUNKS, built, fitting, tiny
-from torch import Tensor
 
+from integration.conftest import digits
 from timm_res2net import CheckpointError, export, optimize
 from timm_res2net.deploy.runtimes import METADATA, load_exported
 from timm_res2net.recipes.digits import split
@@ -26,13 +26,6 @@ pytestmark = pytest.mark.filterwarnings(
     'ignore::FutureWarning', 'ignore::UserWarning', 'ignore::DeprecationWarning', 'ignore::SyntaxWarning'
 )
 FORMATS = '.onnx', '.xml'
-
-
-def digits(part: str, count: int) -> Tensor:
-    """Digits as the embedded model takes them."""
-    images = torch.from_numpy(split()[part][0][:count]).float().div(255)  # (N, 8, 8)
-    enlarged = torch.nn.functional.interpolate(images[:, None], size=32, mode='bicubic', antialias=True)
-    return (enlarged.expand(-1, 3, -1, -1) - 0.5) / 0.5
 
 
 @pytest.mark.parametrize('suffix', FORMATS)
@@ -149,8 +142,8 @@ def test_optimize_int8_by_openvino_is_quantized_and_close() -> None:
     found, expected = optimized(images[:8]), model(images[:8]).detach()
     torch.testing.assert_close(found, expected, rtol=0, atol=0.2 * float(expected.abs().max()))
     assert not torch.allclose(found, expected, atol=1e-3)
-    with pytest.raises(ValueError, match=r"dtype=torch\.int8 needs backend='openvino'"):
-        optimize(model, images, dtype=torch.int8)
+    with pytest.raises(ValueError, match=r'dtype=torch\.int8 is for a compiled model on the CPU'):
+        optimize(model, images, dtype=torch.int8, backend='openvino', compile=False)
 
 
 def test_openvino_model_is_compiled_for_the_first_batch_size_and_once_for_all_others(

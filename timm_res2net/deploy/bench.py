@@ -120,8 +120,7 @@ def ways_to_infer(own: bool, dtypes: Sequence[torch.dtype], against: Sequence[st
     ways.append(Way(f'{OURS}, as it is', torch.float32, ours_eager, eager=True))
     ways.append(Way(f'{OURS}, fused', torch.float32, ours_fused, eager=True))
     for dtype in dtypes:
-        if dtype != torch.int8:
-            ways.append(Way(f'{OURS}, optimized', dtype, ours_optimized))
+        ways.append(Way(f'{OURS}, optimized', dtype, ours_optimized))
         if 'openvino' in against:
             ways.append(Way(f'{OURS}, OpenVINO', dtype, ours_by_openvino, torch=False))
             if dtype == torch.float32:
@@ -380,8 +379,8 @@ def bench(
         raise ValueError('inductor is for training; what is optimized is compiled by it in any case')
     if unknown := sorted(set(models) - ARCHS.keys()):
         raise UnknownModelError.among(unknown[0], ARCHS, ' in this package')
-    if torch.int8 in dtypes and (train or not {'openvino', 'onnxruntime'} & set(against)):
-        raise ValueError('int8 is for inference by OpenVINO or onnxruntime: name them in against')
+    if torch.int8 in dtypes and (train or device.type != 'cpu'):
+        raise ValueError('int8 is for inference on the CPU')
     if device.type != 'cpu' and others:
         raise ValueError(f'{" and ".join(others)} can be measured on the CPU only')
     plans = [Plan(name, batch, size, train) for name in models for size in sizes for batch in batches]
@@ -572,7 +571,7 @@ def growth(device: str | torch.device = 'cpu', rounds: int = 20) -> dict[str, li
 def environment() -> dict[str, str]:
     """Processor, threads, GPU and versions, on which the figures depend."""
     found = {'processor': processor(), 'threads': str(torch.get_num_threads()), 'python': platform.python_version()}
-    for package in ('timm_res2net', 'torch', 'timm', 'openvino', 'onnxruntime'):
+    for package in ('timm_res2net', 'torch', 'timm', 'openvino', 'nncf', 'onnxruntime'):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

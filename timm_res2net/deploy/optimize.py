@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..weights.errors import first_line
 from .fuse import fuse
-from .quantize import convert_to_openvino
+from .quantize import convert_to_openvino, quantize_torch
 from .runtimes import Outputs, compile_openvino, finish, require_floating_point
 
 __all__ = ['DTYPES', 'compile_by_openvino', 'optimize']
@@ -37,8 +37,8 @@ def optimize(
     Args:
         model: A model of this package in evaluation mode. It is not changed.
         example_input: Images (N, C, H, W) of the size that matters most, on the model's device. For `torch.int8` they
-            are what the quantization is calibrated with, some 300 real ones, and the first call's batch size matters.
-        dtype: Data type to compute in, such as `torch.bfloat16`; the model's if None. `torch.int8` needs OpenVINO.
+            are what the quantization is calibrated with: take some 300 real ones.
+        dtype: Data type to compute in, such as `torch.bfloat16`; the model's if None. `torch.int8` is for CPUs.
         compile: Compile it.
         backend: 'openvino' to run it by OpenVINO on the CPU. Its batch size is free, image height and width are those
             of `example_input`.
@@ -51,7 +51,7 @@ def optimize(
     Raises:
         ValueError: If the model can't be fused, the example is no batch of images or none that the model can run, or
             the backend is not known.
-        ImportError: If OpenVINO, or NNCF for `torch.int8`, is not installed.
+        ImportError: If OpenVINO, or for `torch.int8` NNCF or torchao, is not installed.
     """
     if example_input.dim() != 4 or not example_input.numel():
         raise ValueError(f'example_input is {tuple(example_input.shape)}; give a batch of images, (N, C, H, W)')
@@ -62,12 +62,16 @@ def optimize(
     dtype = dtype or next(fused.parameters()).dtype
     if dtype not in DTYPES:
         raise ValueError(f'dtype={dtype} is not possible; choose {", ".join(map(str, DTYPES))}')
-    if dtype == torch.int8 and backend != 'openvino':
-        raise ValueError("dtype=torch.int8 needs backend='openvino'")
+    if dtype == torch.int8 and (not compile or example_input.device.type != 'cpu'):
+        raise ValueError('dtype=torch.int8 is for a compiled model on the CPU')
     optimized: Optimized | OptimizedByOpenVino
     if backend == 'openvino':
         outputs = run_example(fused.float(), example_input[:2].float())
         optimized = OptimizedByOpenVino(fused, example_input.float(), outputs, dtype)
+    elif dtype == torch.int8:
+        run_example(fused.float(), example_input[:2].float())
+        optimized = Optimized(quantize_torch(fused, example_input.float()), dtype)
+        compile_or_warn(optimized, example_input[:8])  # all are for calibration, not a batch that will be run
     else:
         optimized = Optimized(fused.to(dtype).to(memory_format=torch.channels_last), dtype)
         run_example(optimized, example_input)  # one that the model can't run is no fault of the compiler
@@ -117,7 +121,7 @@ class Optimized(ForInference):
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
         self.model = model
-        self.dtype = dtype
+        self.dtype = torch.float32 if dtype == torch.int8 else dtype  # of what the model takes
         self.context: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.path = f'fused, channels last, {str(dtype).removeprefix("torch.")}'
 

@@ -1,4 +1,4 @@
-"""Quantizes models to 8-bit integers after training, by NNCF and onnxruntime."""
+"""Quantizes models to 8-bit integers after training, by NNCF, onnxruntime and torchao."""
 
 import contextlib
 import logging
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from .runtimes import compile_openvino
 
-__all__ = ['CALIBRATION_IMAGES', 'calibration_images', 'convert_to_openvino', 'quantize_onnx']
+__all__ = ['CALIBRATION_IMAGES', 'calibration_images', 'convert_to_openvino', 'quantize_onnx', 'quantize_torch']
 
 CALIBRATION_IMAGES = 300  # NNCF's own number; more of them change little
 
@@ -169,3 +169,31 @@ def quantize_onnx(file: Path, out: Path, images: Tensor) -> None:
         weight_type=QuantType.QInt8,
         activation_type=QuantType.QUInt8,
     )
+
+
+@torch.no_grad()
+def quantize_torch(model: nn.Module, images: Tensor) -> nn.Module:
+    """Quantizes a fused model by torchao, for what torch.compile makes of it on x86 processors; as it is, it is slow.
+
+    Raises:
+        ImportError: If torchao is not installed.
+    """
+    from torch._inductor import config
+
+    try:
+        with config.patch(pre_grad_custom_pass=config.pre_grad_custom_pass):  # which the import sets, for all models
+            from torchao.quantization.pt2e import allow_exported_model_train_eval
+            from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+            from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+    except ImportError as error:
+        raise ImportError(
+            f"dtype=torch.int8 needs it: {error}; pip install torchao, or give backend='openvino'"
+        ) from error
+    example = images[:1].repeat(2, 1, 1, 1)  # not one image, or the program would be for one
+    program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim('batch', min=1)},)).module()
+    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+    prepared = prepare_pt2e(program, quantizer)
+    for batch in images.split(8):
+        prepared(batch)
+    quantized: nn.Module = allow_exported_model_train_eval(convert_pt2e(prepared))
+    return quantized

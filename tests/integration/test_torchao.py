@@ -1,0 +1,80 @@
+"""torchao's 8 bits, compiled by torch.compile, stay close to the model."""
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+from support import TRUNKS, built, fitting, tiny
+
+from integration.conftest import digits
+from timm_res2net import optimize
+from timm_res2net.recipes.digits import split
+
+pytest.importorskip('torchao')
+
+pytestmark = pytest.mark.filterwarnings('ignore')
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs what would be compiled, which computes the same, as it is."""
+    monkeypatch.setattr(torch, 'compile', lambda model, **settings: model)
+
+
+@pytest.mark.usefixtures('uncompiled')
+def test_optimize_digits_in_8_bits_lose_at_most_a_fifth_of_a_percent() -> None:
+    model = timm.create_model('test_res2net.digits', pretrained=True).eval()
+    optimized = optimize(model, digits('train', 300), dtype=torch.int8)
+    assert optimized.path == 'fused, channels last, int8, compiled'
+    images, truth = digits('val', 599), torch.from_numpy(split()['val'][1])
+    with torch.no_grad():
+        expected, found = model(images), optimized(images)
+    right, right_before = ((logits.argmax(1) == truth).float().mean() for logits in (found, expected))
+    assert right >= right_before - 0.002
+    assert 0.001 < (found - expected).square().mean().sqrt() / expected.square().mean().sqrt() < 0.05
+
+
+@pytest.mark.usefixtures('uncompiled')
+@pytest.mark.parametrize('name', TRUNKS)
+def test_optimize_every_trunk_in_8_bits_is_close_at_any_batch_size(name: str) -> None:
+    model = built(name)
+    images = fitting(name, torch.randn(8, 3, 32, 32))
+    optimized = optimize(model, images, dtype=torch.int8)
+    for x in (images, images[:1], images[:3]):
+        expected = model(x).detach()
+        assert (optimized(x) - expected).square().mean().sqrt() < 0.1 * expected.square().mean().sqrt()
+    with pytest.raises(ValueError, match='train the model that it was made from'):
+        optimized.train()
+
+
+@pytest.mark.usefixtures('uncompiled')
+@pytest.mark.parametrize('arguments', [{}, dict(feature_cls='dict')], ids=str)
+def test_optimize_features_in_8_bits_returns_them_as_the_model_does(arguments: dict[str, Any]) -> None:
+    model, images = tiny(features_only=True, **arguments), torch.randn(4, 3, 32, 32)
+    found, expected = optimize(model, images, dtype=torch.int8)(images), model(images)
+    names = list(expected) if isinstance(expected, dict) else list(range(len(expected)))
+    assert (list(found) if isinstance(found, dict) else list(range(len(found)))) == names
+    for name in names:
+        wanted = expected[name].detach()
+        assert (found[name] - wanted).square().mean().sqrt() < 0.1 * wanted.square().mean().sqrt()
+
+
+@pytest.mark.slow
+def test_optimize_in_8_bits_compiles_to_what_the_program_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, images = tiny(), torch.randn(8, 3, 32, 32)
+    before = torch._inductor.config.pre_grad_custom_pass
+    compiled = optimize(model, images, dtype=torch.int8)
+    assert compiled.path == 'fused, channels last, int8, compiled'
+    assert torch._inductor.config.pre_grad_custom_pass is before
+    monkeypatch.setattr(torch, 'compile', lambda model, **settings: model)
+    expected = optimize(model, images, dtype=torch.int8)(images[:1])
+    torch.testing.assert_close(compiled(images[:1]), expected, rtol=0, atol=0.05 * float(expected.abs().max()))
+
+
+def test_optimize_in_8_bits_without_torchao_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__('sys').modules, 'torchao.quantization.pt2e', None)
+    with pytest.raises(ImportError, match='pip install torchao'):
+        optimize(tiny(), torch.randn(2, 3, 32, 32), dtype=torch.int8)
+    with pytest.raises(ValueError, match=r'torch\.int8 is for a compiled model on the CPU'):
+        optimize(tiny(), torch.randn(2, 3, 32, 32), dtype=torch.int8, compile=False)
