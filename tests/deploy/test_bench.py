@@ -152,13 +152,12 @@ class InlineWorker:
             return self.run().detach() if question is None else question(self.run, self.device)
 
 
-@pytest.fixture(params=['inline', pytest.param('process', marks=pytest.mark.slow)])
-def workers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    if request.param == 'inline':
-        monkeypatch.setattr(timm_res2net.deploy.bench, 'Worker', InlineWorker)
+@pytest.fixture
+def inline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(timm_res2net.deploy.bench, 'Worker', InlineWorker)
 
 
-@pytest.mark.usefixtures('workers')
+@pytest.mark.usefixtures('inline')
 def test_bench_inference_compares_with_timm() -> None:
     results = bench(['res2net50_26w_4s'], batches=(1,), sizes=(32,), dtypes=(), rounds=2)
     assert [each.way for each in results] == ['timm', 'timm_res2net, as it is', 'timm_res2net, fused']
@@ -174,7 +173,7 @@ def test_bench_inference_compares_with_timm() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures('workers')
+@pytest.mark.usefixtures('inline')
 def test_bench_train_measures_timm_ours_and_checkpointing() -> None:
     results = bench(['res2net50_26w_4s'], batches=(2,), sizes=(32,), dtypes=(torch.float32,), train=True, rounds=1)
     assert [each.way for each in results] == ['timm', 'timm_res2net', 'timm_res2net, checkpointing']
@@ -219,7 +218,7 @@ def failing(name: str, x: Tensor, dtype: torch.dtype) -> Run:
     raise KeyError('no such thing')
 
 
-@pytest.mark.usefixtures('workers')
+@pytest.mark.usefixtures('inline')
 def test_bench_way_with_other_output_raises_value_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timm_res2net.deploy.bench, 'ours_fused', shifted)
     problem = r'timm_res2net, fused in torch\.float32 is .* off what timm_res2net, as it is computes'
