@@ -134,3 +134,12 @@ def test_multi_scale_leaves_a_folder_that_is_not_empty(
         main([str(tmp_path), '--fashion-mnist', str(fashion_mnist), '--train', '1', '--val', '1', '--unseen', '1'])
     assert 'is not empty; name another folder' in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ['mine.txt']
+
+
+def test_multi_scale_shows_the_first_canvases(fashion_mnist: Path, tmp_path: Path) -> None:
+    options = f'{tmp_path / "set"} --fashion-mnist {fashion_mnist} --val 1 --unseen 1 --show {tmp_path / "some.png"}'
+    main([*options.split(), '--train', '7'])
+    with Image.open(tmp_path / 'some.png') as picture:
+        pixels = np.asarray(picture)
+    assert pixels.shape[:2] == (2 * 482 + 2, 6 * 482 + 2)  # a second row
+    assert ((pixels == (255, 255, 0)).all(axis=2)).any()  # of boxes

@@ -23,10 +23,11 @@ from torchvision.utils import draw_bounding_boxes, make_grid
 
 from ..weights.files import atomic_write
 
-__all__ = ['AREAS', 'IGNORED', 'CocoImages', 'average_precision', 'draw', 'save_sheet', 'semantic_mask']
+__all__ = ['AREAS', 'IGNORED', 'SHOWN', 'CocoImages', 'average_precision', 'draw', 'save_sheet', 'semantic_mask']
 
 AREAS = 32, 96  # pixels across of a square at which medium and large objects begin; COCO's
 IGNORED = 255  # label of pixels that count for nothing
+SHOWN = 12  # images in a picture
 
 Target = dict[str, Tensor]
 

@@ -31,13 +31,12 @@ from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from ..weights.files import require_writable
 from .arguments import positive
 from .backbones import add_arguments, choices_of, prepare
-from .coco import AREAS, CocoImages, Target, average_precision, draw, save_sheet
+from .coco import AREAS, SHOWN, CocoImages, Target, average_precision, draw, save_sheet
 from .training_loop import Settings, best_weights, distributed, fit, gather, rank, settings_of
 
 __all__ = ['Pyramid', 'create_backbone', 'create_detector', 'evaluate', 'train']
 
 STRIDES = 8, 16, 32  # of the features that the pyramid is built on; two more levels follow
-SHOWN = 12  # images in a picture
 SURE = 0.3  # the score from which on a box is drawn
 
 Batch = tuple[tuple[Tensor, ...], tuple[Target, ...]]

@@ -1,6 +1,6 @@
 """Writes a detection set of objects that differ in size: items of Fashion-MNIST on cluttered photographs.
 
-    python -m timm_res2net.recipes.multi_scale data/multi_scale --fashion-mnist data/fashion-mnist
+    python -m timm_res2net.recipes.multi_scale data/multi_scale --fashion-mnist data/fashion-mnist --show some.png
 
 A canvas has 96 x 96 pixels and shows one to six items, at half to three times their size of 28 x 28 pixels, hardly
 covered by each other. The ground is a piece of one of scikit-image's photographs. In the folder are, in COCO's format,
@@ -29,7 +29,7 @@ import numpy.typing as npt
 from PIL import Image
 from tqdm import tqdm
 
-from ..weights.files import make_folder, temporary_folder
+from ..weights.files import make_folder, require_writable, temporary_folder
 from .arguments import positive
 
 __all__ = ['CLASSES', 'PARTS', 'SEEN', 'SIDE', 'UNSEEN', 'Canvas', 'canvases', 'fashion_mnist', 'write']
@@ -254,6 +254,18 @@ def write(folder: Path, source: Path, counts: dict[str, int], seed: int = 0) -> 
             path.rename(folder / path.name)
 
 
+def show(folder: Path, out: str) -> None:
+    """Draws the first canvases to train with, and the boxes and classes of their items."""
+    from .coco import SHOWN, CocoImages, draw, save_sheet  # pycocotools, which drawing canvases doesn't need
+
+    dataset = CocoImages(folder, 'train')
+    pictures = []
+    for index in range(min(SHOWN, len(dataset))):
+        image, target = dataset[index]
+        pictures.append(draw(image, target['boxes'], [CLASSES[label - 1] for label in target['labels'].tolist()]))
+    save_sheet(pictures, out)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Writes the set."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -262,9 +274,14 @@ def main(argv: list[str] | None = None) -> None:
     for part, (count, _) in PARTS.items():
         parser.add_argument(f'--{part}', type=positive, default=count, help=f'canvases (default: {count})')
     parser.add_argument('--seed', type=int, default=0)
+    parser.add_argument('--show', metavar='PNG', help='draw the first dozen canvases')
     args = parser.parse_args(argv)
     try:
+        if args.show is not None:
+            require_writable(args.show)
         write(args.folder, args.fashion_mnist, {part: getattr(args, part) for part in PARTS}, args.seed)
+        if args.show is not None:
+            show(args.folder, args.show)
     except ImportError as error:
         parser.error(f'{error}; it comes with pip install "timm_res2net[recipes]"')
     except (ValueError, OSError) as error:

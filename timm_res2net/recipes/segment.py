@@ -36,12 +36,11 @@ from torchvision.utils import draw_segmentation_masks
 from ..weights.files import read_text, require_writable
 from .arguments import positive
 from .backbones import add_arguments, choices_of, prepare
-from .coco import IGNORED, CocoImages, save_sheet, semantic_mask
+from .coco import IGNORED, SHOWN, CocoImages, save_sheet, semantic_mask
 from .training_loop import best_weights, distributed, fit, gather, rank, settings_of
 
 __all__ = ['Masked', 'create_segmenter', 'evaluate', 'open_part', 'train_augmentation']
 
-SHOWN = 12  # images in a picture
 STRIDE = 32  # decoders want images that are a multiple of it
 
 Pair = tuple[Tensor, Tensor]
