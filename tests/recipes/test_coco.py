@@ -123,9 +123,9 @@ def test_coco_image_that_is_missing_is_named(tmp_path: Path) -> None:
 
 def test_sheet_pads_drawn_images_of_several_sizes(tmp_path: Path) -> None:
     first = draw(torch.zeros(3, 20, 40), torch.tensor([[1.0, 1, 9, 9]]), ['cat 0.90'], width=80)
-    second = draw(torch.ones(3, 10, 200), torch.empty(0, 4), [])
-    assert (first.shape, second.shape) == ((3, 40, 80), (3, 20, 400))
+    second = draw(torch.ones(3, 10, 100), torch.empty(0, 4), [])
+    assert (first.shape, second.shape) == ((3, 40, 80), (3, 30, 300))
     assert (first == torch.tensor([255, 255, 0], dtype=torch.uint8)[:, None, None]).all(dim=0).any()  # yellow
     save_sheet([first, second], str(tmp_path / 'sheet.png'))
     with Image.open(tmp_path / 'sheet.png') as image:
-        assert image.size == (2 + 400 + 2 + 400 + 2, 2 + 40 + 2)
+        assert image.size == (2 + 300 + 2 + 300 + 2, 2 + 40 + 2)

@@ -141,5 +141,5 @@ def test_multi_scale_shows_the_first_canvases(fashion_mnist: Path, tmp_path: Pat
     main([*options.split(), '--train', '7'])
     with Image.open(tmp_path / 'some.png') as picture:
         pixels = np.asarray(picture)
-    assert pixels.shape[:2] == (2 * 482 + 2, 6 * 482 + 2)  # a second row
+    assert pixels.shape[:2] == (2 * 290 + 2, 6 * 290 + 2)  # a second row
     assert ((pixels == (255, 255, 0)).all(axis=2)).any()  # of boxes

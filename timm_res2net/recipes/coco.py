@@ -140,7 +140,7 @@ def average_precision(
     return dict(zip(('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl'), values))
 
 
-def draw(image: Tensor, boxes: Tensor, texts: Sequence[str], width: int = 480) -> Tensor:
+def draw(image: Tensor, boxes: Tensor, texts: Sequence[str], width: int = 300) -> Tensor:
     """An image (3, H, W) in 0..1, enlarged to a width, with boxes and their texts; (3, h, w) of bytes."""
     factor = max(1, width // image.shape[2])
     large = image.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
