@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -212,9 +213,26 @@ def finish(outputs: T, images: Tensor) -> T:
 
     A compiler's and OpenVINO's maximum of NaN and 0 is 0, so that a damaged image would get the score of another.
     """
+    finite = all_finite(images)
+    whole = finite.is_cpu and bool(finite.all())  # a GPU would have to be waited for
+
+    def finished(output: Tensor) -> Tensor:
+        output = output.to(images.dtype)
+        return output if whole else output.where(finite.reshape(-1, *[1] * (output.dim() - 1)), torch.nan)
+
     if isinstance(outputs, dict):
-        return {name: finish(output, images) for name, output in outputs.items()}  # type: ignore[return-value]
-    if not isinstance(outputs, Tensor):
-        return [finish(output, images) for output in outputs]  # type: ignore[return-value]
-    finite = images.isfinite().flatten(1).all(dim=1).reshape(-1, *[1] * (outputs.dim() - 1))
-    return outputs.to(images.dtype).where(finite, torch.nan)  # type: ignore[return-value]
+        return {name: finished(output) for name, output in outputs.items()}  # type: ignore[return-value]
+    if isinstance(outputs, list):
+        return [finished(output) for output in outputs]  # type: ignore[return-value]
+    return finished(outputs)  # type: ignore[return-value]
+
+
+def all_finite(images: Tensor) -> Tensor:
+    """Whether all values of each image are finite, (N,).
+
+    By numpy where that can: torch's threads, once woken up, keep a core busy for 4 ms while they wait for more work, a
+    quarter of the time that OpenVINO needs for an image in 8 bits.
+    """
+    if images.is_cpu and images.dtype != torch.bfloat16:  # which numpy doesn't have
+        return torch.from_numpy(np.isfinite(images.detach().numpy()).all(axis=(1, 2, 3)))
+    return images.isfinite().flatten(1).all(dim=1)
