@@ -8,6 +8,7 @@ import random
 import signal
 import statistics
 import time
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -324,6 +325,7 @@ def interrupts_held_back() -> Iterator[None]:
 
 def work(connection: Any, way: Way, plan: Plan, device: torch.device) -> None:
     """The main function of a worker's process: makes the run, then answers questions until the connection ends."""
+    warnings.simplefilter('ignore')  # what other packages find deprecated in each other, a dozen times
     try:
         torch.backends.cudnn.benchmark = True
         shape = plan.batch, 3, plan.size, plan.size
