@@ -281,7 +281,8 @@ def test_optimize_without_compiler_skips_compilation_and_logs_reason(
         (dict(example_input=torch.zeros(0, 3, 32, 32)), r'example_input is \(0, 3, 32, 32\)'),
         (dict(example_input=torch.zeros(1, 3, 32, 32, dtype=torch.uint8)), 'floating-point'),
         (dict(backend='tensorrt'), "backend='tensorrt'"),
-        (dict(dtype=torch.int8), 'torch.int8'),
+        (dict(dtype=torch.int8, compile=False), 'torch.int8'),
+        (dict(dtype=torch.int64), 'torch.int64'),
     ],
     ids=str,
 )
