@@ -18,26 +18,12 @@ from timm_res2net.models.cifar import Res2NetCifar
 from timm_res2net.models.dla import Res2NetDla
 from timm_res2net.models.resnet import Res2Net
 from timm_res2net.models.variants import ARCHS
+from timm_res2net.recipes.eight_bits import randomise as randomise
 
 ROOT = Path(__file__).parents[1]
 
 # A network of 9,000 parameters, for what has to be done many times.
 TINY: dict[str, Any] = dict(layers=(1, 2, 1, 1), channels=(8, 8, 8, 8), stem_width=8, base_width=32, scale=3)
-
-
-def randomise(model: nn.Module) -> nn.Module:
-    """Gives every norm statistics, weights and biases that show when they are wrong.
-
-    timm zero-initialises the last norm of a block, so on a fresh model a comparison passes with all branches deleted.
-    """
-    for norm in model.modules():
-        if getattr(norm, 'running_mean', None) is not None:
-            nn.init.normal_(norm.running_mean, std=0.3)
-            nn.init.uniform_(norm.running_var, 0.5, 2.0)
-        if isinstance(norm, nn.BatchNorm2d | nn.GroupNorm):
-            nn.init.uniform_(norm.weight, 0.5, 1.5)
-            nn.init.normal_(norm.bias, std=0.2)
-    return model
 
 
 # Arguments that leave as few blocks and channels as show all that a trunk does. All else of a registered model stays.
