@@ -348,6 +348,27 @@ def test_readme_of_models_lists_feature_strides_and_channels_of_every_model() ->
         assert f'| {", ".join(names)} | {pyramid} | {possible} |' in TEXTS['models']
 
 
+def test_readme_of_recipes_table_of_memory_equals_speed_json() -> None:
+    results = json.loads((ASSETS / 'speed.json').read_text())['training']
+    assert len(results) == 5
+    for each in results:
+        assert f'| {each["way"]} | {each["ratio"]:.2f} | {each["peak_memory"] / 1e6:,.0f} |\n' in TEXTS['recipes']
+    model = timm.create_model(results[0]['model'], device='meta')
+    gradients_and_momenta = 2 * 4 * sum(parameter.numel() for parameter in model.parameters())
+    assert f'{gradients_and_momenta / 1e6:.0f} MB\nare gradients and momenta' in TEXTS['recipes']
+
+
+def test_readme_speed_is_the_range_of_speed_json() -> None:
+    results = json.loads((ASSETS / 'speed.json').read_text())['inference']
+    for dtype, name in (('float32', 'in float32'), ('bfloat16', 'in bfloat16'), ('int8', 'in 8 bits')):
+        ratios = [
+            each['ratio'] for each in results if (each['way'], each['dtype']) == ('timm_res2net, OpenVINO', dtype)
+        ]
+        assert len(ratios) == 8
+        range_of_ratios = f'{min(ratios):.1f} to {max(ratios):.1f} times'
+        assert re.search(rf'{range_of_ratios}( as fast as timm\S* own)? {name}', ' '.join(TEXTS['top'].split()))
+
+
 def test_readme_of_deploy_speed_table_equals_speed_json() -> None:
     rows: dict[str, list[str]] = {}
     for each in json.loads((ASSETS / 'speed.json').read_text())['inference']:

@@ -573,7 +573,7 @@ def growth(device: str | torch.device = 'cpu', rounds: int = 20) -> dict[str, li
 def environment() -> dict[str, str]:
     """Processor, threads, GPU and versions, on which the figures depend."""
     found = {'processor': processor(), 'threads': str(torch.get_num_threads()), 'python': platform.python_version()}
-    for package in ('timm_res2net', 'torch', 'timm', 'openvino', 'nncf', 'onnxruntime'):
+    for package in ('timm_res2net', 'torch', 'torchao', 'timm', 'openvino', 'nncf', 'onnxruntime'):
         try:
             found[package] = version(package)
         except PackageNotFoundError:
