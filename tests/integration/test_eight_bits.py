@@ -10,6 +10,7 @@ from timm_res2net.recipes.eight_bits import cost
 pytest.importorskip('nncf')
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore')
 def test_cost_of_8_bits_is_that_of_the_table() -> None:
     rows = {row['model']: row for row in json.loads((ASSETS / 'int8.json').read_text())['results']}
