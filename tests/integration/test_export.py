@@ -43,9 +43,7 @@ def test_export_every_trunk_runs_in_its_runtime_at_any_batch_size(name: str, suf
         loaded(images[..., :8])
 
 
-@pytest.mark.parametrize(
-    ('name', 'suffix'), [*((name, '.onnx') for name in TRUNKS), ('test_res2net', '.xml'), ('dla60_res2net', '.xml')]
-)
+@pytest.mark.parametrize(('name', 'suffix'), [*((name, '.onnx') for name in TRUNKS), ('dla60_res2net', '.xml')])
 def test_export_every_trunk_in_8_bits_is_close_and_a_third_as_large(name: str, suffix: str, tmp_path: Path) -> None:
     model = built(name)
     images = fitting(name, torch.randn(8, 3, 32, 32))
@@ -121,8 +119,12 @@ def test_export_in_half_precision_is_half_as_large(suffix: str, precision: str, 
 @pytest.mark.parametrize('suffix', FORMATS)
 def test_export_digits_in_8_bits_lose_at_most_a_fifth_of_a_percent(suffix: str, tmp_path: Path) -> None:
     model = timm.create_model('test_res2net.digits', pretrained=True).eval()
-    done = export(model, tmp_path / f'net{suffix}', precision='int8', images=digits('train', 200))
+    done = export(
+        model, tmp_path / f'net{suffix}', precision='int8', images=digits('train', 200 if suffix == '.onnx' else 100)
+    )
     assert done.mean_difference < 0.035
+    if suffix == '.xml':
+        assert [kernel for kernel in kernels_of_convolutions(done.file) if not kernel.endswith('I8')] == []
     for i, (image, label) in enumerate(zip(*split()['val'])):
         (tmp_path / 'val' / str(label)).mkdir(exist_ok=True, parents=True)
         Image.fromarray(image).save(tmp_path / 'val' / str(label) / f'{i}.png')
@@ -136,7 +138,7 @@ def test_export_digits_in_8_bits_lose_at_most_a_fifth_of_a_percent(suffix: str, 
 
 def test_optimize_int8_by_openvino_is_quantized_and_close() -> None:
     model = timm.create_model('test_res2net.digits', pretrained=True).eval()
-    images = digits('train', 100)
+    images = digits('train', 16)
     optimized = optimize(model, images, dtype=torch.int8, backend='openvino')
     assert optimized.path == 'fused, int8, OpenVINO'
     found, expected = optimized(images[:8]), model(images[:8]).detach()
