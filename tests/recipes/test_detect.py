@@ -15,7 +15,9 @@ from PIL import Image
 from support import torchrun
 from torch import nn
 
+from timm_res2net.recipes import detect
 from timm_res2net.recipes.backbones import prepare
+from timm_res2net.recipes.coco import CocoImages, draw
 from timm_res2net.recipes.detect import Mirrored, create_backbone, create_detector, main
 
 QUICK = [
@@ -126,6 +128,24 @@ def test_detect_with_bad_input_is_one_line_and_writes_nothing(
     assert not (tmp_path / 'run').exists()
 
 
+def test_show_draws_the_surest_object_of_a_place_and_none_that_is_unsure(
+    simple_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    boxes = torch.tensor([[1.0, 1, 20, 20], [2, 1, 20, 21], [30, 30, 40, 40], [40, 1, 60, 20], [1, 1, 20, 20]])
+    scores = torch.tensor([0.7, 0.8, 0.2, 0.4, 0.9])
+    found = dict(boxes=boxes, scores=scores, labels=torch.tensor([1, 2, 1, 1, 0]))  # 0 is the background
+    drawn: list[list[str]] = []
+
+    def drawing(image: torch.Tensor, boxes: torch.Tensor, texts: list[str]) -> torch.Tensor:
+        drawn.append(texts)
+        return draw(image, boxes, texts)
+
+    monkeypatch.setattr(detect, 'draw', drawing)
+    images = CocoImages(simple_set, 'train')
+    detect.show(lambda images: [found], images, str(tmp_path / 'found.png'), torch.device('cpu'))
+    assert drawn == [[f'{images.names[1]} 0.80', f'{images.names[0]} 0.40']] * 12
+
+
 @pytest.mark.slow
 def test_detector_learns_and_draws_what_it_finds(simple_set: Path, tmp_path: Path) -> None:
     folder, picture = tmp_path / 'run', tmp_path / 'found.png'
@@ -164,4 +184,4 @@ def test_detector_trains_in_two_processes(simple_set: Path, tmp_path: Path) -> N
     history = json.loads((tmp_path / 'run' / 'history.json').read_text())
     assert len(history) == 2
     assert history[1]['loss'] < history[0]['loss']
-    assert done.stdout.count("'epoch': 2") == 1
+    assert done.stdout.count(f'epoch 2: loss {history[1]["loss"]:.2f}, AP ') == 1

@@ -163,4 +163,4 @@ def test_segmenter_learns_resumes_and_draws_what_it_finds(simple_set: Path, tmp_
     resumed = torch.load(folder / 'last.pth')
     assert all(torch.equal(value, resumed['model'][name]) for name, value in whole['model'].items())
     with Image.open(picture) as image:
-        assert image.size == (6 * (2 * 64 + 2) + 2, 2 * (64 + 2) + 2)
+        assert image.size == (6 * (2 * 256 + 2) + 2, 2 * (256 + 2) + 2)

@@ -1,6 +1,7 @@
 """What detectors and segmenters do with a backbone before training: take weights, freeze stages and norms."""
 
 import argparse
+import os
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser, backbone: str) -> None:
     source.add_argument('--weights', help='begin with the weights in this file, of whatever code base')
     parser.add_argument('--frozen-stages', type=int, default=-1, help='0: the stem, 1: and the first stage, ...')
     parser.add_argument('--frozen-norms', action='store_true', help="don't train the backbone's norms")
-    parser.add_argument('--workers', type=int, default=4, help='processes that read images (default: 4)')
+    workers = min(4, os.cpu_count() or 1)
+    parser.add_argument('--workers', type=int, default=workers, help='processes to read images (default: %(default)s)')
     parser.add_argument('--device', type=torch.device, default=torch.device('cpu'))
     parser.add_argument('--resume', action='store_true', help='go on with the run in the folder')
     parser.add_argument('--show', metavar='PNG', help='at the end, draw what the best model finds')

@@ -23,7 +23,17 @@ from torchvision.utils import draw_bounding_boxes, make_grid
 
 from ..weights.files import atomic_write
 
-__all__ = ['AREAS', 'IGNORED', 'SHOWN', 'CocoImages', 'average_precision', 'draw', 'save_sheet', 'semantic_mask']
+__all__ = [
+    'AREAS',
+    'IGNORED',
+    'SHOWN',
+    'CocoImages',
+    'average_precision',
+    'draw',
+    'enlarge',
+    'save_sheet',
+    'semantic_mask',
+]
 
 AREAS = 32, 96  # pixels across of a square at which medium and large objects begin; COCO's
 IGNORED = 255  # label of pixels that count for nothing
@@ -140,12 +150,17 @@ def average_precision(
     return dict(zip(('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl'), values))
 
 
+def enlarge(image: Tensor, width: int = 300) -> Tensor:
+    """An image (3, H, W) in 0..1 to one of bytes, as many whole times larger as a width allows."""
+    factor = max(1, width // image.shape[2])
+    return F.to_dtype(image, torch.uint8, scale=True).repeat_interleave(factor, 1).repeat_interleave(factor, 2)
+
+
 def draw(image: Tensor, boxes: Tensor, texts: Sequence[str], width: int = 300) -> Tensor:
     """An image (3, H, W) in 0..1, enlarged to a width, with boxes and their texts; (3, h, w) of bytes."""
-    factor = max(1, width // image.shape[2])
-    large = image.repeat_interleave(factor, 1).repeat_interleave(factor, 2)
-    canvas = F.to_dtype(large, torch.uint8, scale=True)
-    return draw_bounding_boxes(canvas, boxes * factor, list(texts), colors='yellow', width=2) if len(boxes) else canvas
+    large = enlarge(image, width)
+    boxes = boxes * (large.shape[2] / image.shape[2])
+    return draw_bounding_boxes(large, boxes, list(texts), colors='yellow', width=2) if len(boxes) else large
 
 
 def save_sheet(pictures: Sequence[Tensor], out: str) -> None:

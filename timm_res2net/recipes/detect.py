@@ -25,14 +25,14 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler, Subset
 from torchvision.models.detection import FCOS
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
-from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops import FeaturePyramidNetwork, nms
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from ..weights.files import require_writable
 from .arguments import positive
 from .backbones import add_arguments, choices_of, prepare
 from .coco import AREAS, SHOWN, CocoImages, Target, average_precision, draw, save_sheet
-from .training_loop import Settings, best_weights, distributed, fit, gather, rank, settings_of
+from .training_loop import Settings, best_weights, distributed, fit, gather, rank, report, settings_of
 
 __all__ = ['Pyramid', 'create_backbone', 'create_detector', 'evaluate', 'train']
 
@@ -206,16 +206,17 @@ def train(
 
 
 def show(model: nn.Module, dataset: CocoImages, out: str, device: torch.device) -> None:
-    """Draws what a detector finds in the first images of a set, with classes and scores."""
+    """Draws what a detector finds in the first images of a set, with classes and scores; the surest of one place."""
     pictures = []
     with torch.no_grad():
         for index in range(min(SHOWN, len(dataset))):
             image = dataset.image(index)
             found = objects(model([image.to(device)])[0])
-            sure = found['scores'] >= SURE
-            labels, scores = found['labels'][sure].tolist(), found['scores'][sure].tolist()
+            kept = nms(found['boxes'], found['scores'], 0.5)  # a detector does that for each class
+            kept = kept[found['scores'][kept] >= SURE]
+            labels, scores = found['labels'][kept].tolist(), found['scores'][kept].tolist()
             texts = [f'{dataset.names[label - 1]} {score:.2f}' for label, score in zip(labels, scores)]
-            pictures.append(draw(image, found['boxes'][sure], texts))
+            pictures.append(draw(image, found['boxes'][kept].cpu(), texts))
     save_sheet(pictures, out)
 
 
@@ -256,7 +257,7 @@ def main(argv: list[str] | None = None) -> None:
             resume=args.resume,
         )
         if rank()[0] == 0:
-            print('\n'.join(str(each) for each in history))
+            print(report(history))
             if args.show is not None:
                 model.load_state_dict(best_weights(Path(args.out)))
                 show(model.eval(), dataset, args.show, device)

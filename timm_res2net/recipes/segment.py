@@ -36,8 +36,8 @@ from torchvision.utils import draw_segmentation_masks
 from ..weights.files import read_text, require_writable
 from .arguments import positive
 from .backbones import add_arguments, choices_of, prepare
-from .coco import IGNORED, SHOWN, CocoImages, save_sheet, semantic_mask
-from .training_loop import best_weights, distributed, fit, gather, rank, settings_of
+from .coco import IGNORED, SHOWN, CocoImages, enlarge, save_sheet, semantic_mask
+from .training_loop import best_weights, distributed, fit, gather, rank, report, settings_of
 
 __all__ = ['Masked', 'create_segmenter', 'evaluate', 'open_part', 'train_augmentation']
 
@@ -226,8 +226,9 @@ def show(model: nn.Module, dataset: Masked, out: str, device: torch.device) -> N
         for index in range(min(SHOWN, len(dataset))):
             image, _ = dataset[index]
             found = model(image[None].to(device)).argmax(dim=1).cpu()
-            masks = found == torch.arange(1, dataset.classes)[:, None, None]
-            pixels = (image * 255).to(torch.uint8)
+            pixels = enlarge(image)
+            labels = F.interpolate(found[None].float(), pixels.shape[1:])[0]
+            masks = labels == torch.arange(1, dataset.classes)[:, None, None]
             pictures.append(torch.cat([pixels, draw_segmentation_masks(pixels, masks, alpha=0.6)], dim=2))
     save_sheet(pictures, out)
 
@@ -265,7 +266,7 @@ def main(argv: list[str] | None = None) -> None:
         options: dict[str, Any] = dict(about=about, resume=args.resume, device=device)
         history = fit(model.to(device), batches, partial(loss, device), check, settings, Path(args.out), **options)
         if rank()[0] == 0:
-            print('\n'.join(str(each) for each in history))
+            print(report(history))
             if args.show is not None:
                 model.load_state_dict(best_weights(Path(args.out)))
                 show(model.eval(), dataset, args.show, device)

@@ -14,7 +14,7 @@ resumed ends at the very same weights.
 import argparse
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Protocol
@@ -29,7 +29,18 @@ from tqdm import tqdm
 
 from ..weights.files import atomic_write, atomic_write_text, make_folder, read_text
 
-__all__ = ['Batches', 'Settings', 'add_settings', 'best_weights', 'distributed', 'fit', 'gather', 'rank', 'settings_of']
+__all__ = [
+    'Batches',
+    'Settings',
+    'add_settings',
+    'best_weights',
+    'distributed',
+    'fit',
+    'gather',
+    'rank',
+    'report',
+    'settings_of',
+]
 
 DTYPES = {'float32': None, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
 
@@ -196,6 +207,12 @@ def fit(
             states = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), history=history)
             save_epoch(folder, model, states, next(iter(metrics)))
     return history
+
+
+def report(history: Sequence[dict[str, Any]]) -> str:
+    """A line for each epoch with its loss and metrics."""
+    texts = [', '.join(f'{name} {each[name]:.2f}' for name in each if name not in ('epoch', 'lr')) for each in history]
+    return '\n'.join(f'epoch {each["epoch"]}: {text}' for each, text in zip(history, texts))
 
 
 def open_run(folder: Path, wanted: dict[str, Any], resume: bool) -> Path | None:
