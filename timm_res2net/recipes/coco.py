@@ -151,7 +151,7 @@ def average_precision(
 
 
 def enlarge(image: Tensor, width: int = 300) -> Tensor:
-    """An image (3, H, W) in 0..1 to one of bytes, as many whole times larger as a width allows."""
+    """An image (3, H, W), in 0..1 or of bytes, to one of bytes, as many whole times larger as a width allows."""
     factor = max(1, width // image.shape[2])
     return F.to_dtype(image, torch.uint8, scale=True).repeat_interleave(factor, 1).repeat_interleave(factor, 2)
 

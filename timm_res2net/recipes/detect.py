@@ -216,7 +216,7 @@ def show(model: nn.Module, dataset: CocoImages, out: str, device: torch.device) 
             kept = kept[found['scores'][kept] >= SURE]
             labels, scores = found['labels'][kept].tolist(), found['scores'][kept].tolist()
             texts = [f'{dataset.names[label - 1]} {score:.2f}' for label, score in zip(labels, scores)]
-            pictures.append(draw(image, found['boxes'][kept].cpu(), texts))
+            pictures.append(draw(image, found['boxes'][kept], texts))
     save_sheet(pictures, out)
 
 

@@ -226,10 +226,10 @@ def show(model: nn.Module, dataset: Masked, out: str, device: torch.device) -> N
         for index in range(min(SHOWN, len(dataset))):
             image, _ = dataset[index]
             found = model(image[None].to(device)).argmax(dim=1).cpu()
-            pixels = enlarge(image)
-            labels = F.interpolate(found[None].float(), pixels.shape[1:])[0]
-            masks = labels == torch.arange(1, dataset.classes)[:, None, None]
-            pictures.append(torch.cat([pixels, draw_segmentation_masks(pixels, masks, alpha=0.6)], dim=2))
+            masks = found == torch.arange(1, dataset.classes)[:, None, None]
+            pixels = (image * 255).round().to(torch.uint8)
+            both = torch.cat([pixels, draw_segmentation_masks(pixels, masks, alpha=0.6)], dim=2)
+            pictures.append(enlarge(both, width=600))
     save_sheet(pictures, out)
 
 
