@@ -186,7 +186,7 @@ def test_read_every_format_returns_written_tensors(kind: str, tmp_path: Path) ->
 
 SMALL = tiny('paddle').state_dict()
 WRITTEN = {kind: write(SMALL) for kind, write in FORMATS.items()}
-# A dozen examples in every run, and 80 in the slow tests.
+# A dozen examples in every run, and 40 in the slow tests.
 number_of_examples = pytest.mark.parametrize('examples', [12, pytest.param(40, marks=pytest.mark.slow)])
 
 
