@@ -29,7 +29,7 @@ from .hub.pull import download_model
 from .hub.push import push
 from .models.classifier import class_names, model_name, registered_cfg
 from .models.function import FIRST_BLOCKS, STYLES, Function
-from .models.variants import ARCHS, WEIGHTS
+from .models.variants import ARCHS, EMBEDDED, WEIGHTS
 from .recipes.arguments import positive
 from .version import __version__
 from .vision.explain import explain
@@ -59,7 +59,6 @@ from .weights.recorded import IMAGES, Training, read_labels
 Commands: TypeAlias = 'argparse._SubParsersAction[argparse.ArgumentParser]'
 
 DTYPE_NAMES = {str(dtype).removeprefix('torch.'): dtype for dtype in DTYPES}
-EMBEDDED = 'test_res2net.digits'
 PHOTO = 'res2net50d.in1k'
 RECIPES = Path(__file__).parent / 'recipes'
 SORT_KEYS: dict[str, Callable[[dict[str, Any]], Any]] = {

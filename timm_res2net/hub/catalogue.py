@@ -1,7 +1,7 @@
 """The catalogue of the family: `hub_cards/README.md`, a table of all architectures and one of all weights."""
 
 from ..models.classifier import registered_cfg
-from ..models.variants import ARCHS, WEIGHTS
+from ..models.variants import ARCHS, EMBEDDED, WEIGHTS
 
 __all__ = ['catalogue']
 
@@ -11,7 +11,6 @@ AUTHORS = {  # by a part of the address that the weights come from
     'mindcv': 'MindCV',
 }
 LICENCES = {'apache-2.0': 'Apache-2.0', 'cc-by-nc-sa-4.0': 'CC BY-NC-SA 4.0'}
-EMBEDDED = 'test_res2net.digits'
 
 TEXT = """\
 # Models and weights

@@ -13,9 +13,10 @@ from .dla import Res2NetDla
 from .resnet import Res2Net
 from .trunk import Trunk
 
-__all__ = ['ARCHS', 'ASSETS', 'WEIGHTS', 'Arch', 'Weights', 'default_cfg']
+__all__ = ['ARCHS', 'ASSETS', 'EMBEDDED', 'WEIGHTS', 'Arch', 'Weights', 'default_cfg']
 
 ASSETS = Path(__file__).parents[1] / 'assets'
+EMBEDDED = 'test_res2net.digits'  # whose weights this package contains
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,6 @@ goes on where it was stopped.
 
 import argparse
 import json
-from collections.abc import Iterator
-from importlib.resources import files
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -25,17 +23,17 @@ from ..deploy.bench import environment
 from ..deploy.export import export
 from ..deploy.runtimes import load_exported
 from ..models.classifier import class_names
+from ..models.variants import EMBEDDED
 from ..vision.validate import labelled_images, validate
 from ..weights.files import atomic_write_text
 from . import digits
-from .multi_scale import PHOTOGRAPHS
+from .multi_scale import whole_photographs
 
 MODELS = (
     *('res2net50_48w_2s', 'res2net50_26w_4s', 'res2net50_26w_6s', 'res2net50_26w_8s'),  # the scale
     *('res2net50d', 'res2net50_vd_26w_4s', 'seres2net50_26w_4s', 'res2next50'),  # the block
     *('dla60_res2net', 'blres2net50_26w_4s', 'res2next29_6c_24w_4s'),  # the trunk
 )
-DIGITS = 'test_res2net.digits'  # which this package contains
 SUFFIXES = {'openvino': '.xml', 'onnx': '.onnx'}
 SIDE = 128  # pixels of a crop, of which each photograph gives two
 
@@ -68,14 +66,7 @@ def crops(model: nn.Module) -> Tensor:
     config = resolve_model_data_config(model)
     side = min(SIDE, config['input_size'][1])
     transform: Any = create_transform(**{**config, 'input_size': (3, side, side), 'crop_pct': 1.0})
-    return torch.stack([transform(corner) for photograph in photographs() for corner in corners(photograph)])
-
-
-def photographs() -> Iterator[Image.Image]:
-    """scikit-image's photographs."""
-    for name in PHOTOGRAPHS:
-        with (files('skimage.data') / name).open('rb') as file:
-            yield Image.open(file).convert('RGB')
+    return torch.stack([transform(corner) for photograph in whole_photographs('RGB') for corner in corners(photograph)])
 
 
 def corners(photograph: Image.Image) -> list[Image.Image]:
@@ -98,11 +89,11 @@ def cost(name: str) -> dict[str, Any]:
 
 def cost_for_digits() -> dict[str, Any]:
     """What 8 bits cost the embedded model: differences as in `cost`, and its accuracy on the held-out digits, in %."""
-    model = timm.create_model(DIGITS, pretrained=True).eval()
+    model = timm.create_model(EMBEDDED, pretrained=True).eval()
     with TemporaryDirectory() as folder:
         digits.main([f'{folder}/digits'])
         images = labelled_images(f'{folder}/digits/val', class_names(model))
-        found: dict[str, Any] = dict(model=DIGITS, top1=round(validate(model, images).top1, 2))
+        found: dict[str, Any] = dict(model=EMBEDDED, top1=round(validate(model, images).top1, 2))
         for runtime, suffix in SUFFIXES.items():
             done = export(model, f'{folder}/net{suffix}', precision='int8', images=f'{folder}/digits/train')
             found[runtime] = round(done.mean_difference, 4)
@@ -117,9 +108,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--models', nargs='+', choices=MODELS, default=MODELS, metavar='NAME', help='default: all')
     args = parser.parse_args(argv)
     results = json.loads(args.file.read_text())['results'] if args.file.exists() else []
-    for name in (*args.models, DIGITS):
+    for name in (*args.models, EMBEDDED):
         if name not in [each['model'] for each in results]:
-            results.append(cost_for_digits() if name == DIGITS else cost(name))
+            results.append(cost_for_digits() if name == EMBEDDED else cost(name))
             document = dict(environment=environment(), results=results)
             atomic_write_text(args.file, json.dumps(document, indent=1) + '\n')
     for each in results:

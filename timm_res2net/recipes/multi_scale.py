@@ -18,7 +18,7 @@ and downloaded by torchvision to a folder without them. On Debian the package `d
 import argparse
 import gzip
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -32,7 +32,18 @@ from tqdm import tqdm
 from ..weights.files import make_folder, require_writable, temporary_folder
 from .arguments import positive
 
-__all__ = ['CLASSES', 'PARTS', 'SEEN', 'SIDE', 'UNSEEN', 'Canvas', 'canvases', 'fashion_mnist', 'write']
+__all__ = [
+    'CLASSES',
+    'PARTS',
+    'SEEN',
+    'SIDE',
+    'UNSEEN',
+    'Canvas',
+    'canvases',
+    'fashion_mnist',
+    'whole_photographs',
+    'write',
+]
 
 Bytes = npt.NDArray[np.uint8]
 
@@ -101,6 +112,17 @@ def fashion_mnist(folder: Path, train: bool) -> tuple[Bytes, Bytes]:
     return found[0].reshape(count, ITEM, ITEM), found[1]
 
 
+def whole_photographs(mode: str) -> Iterator[Image.Image]:
+    """scikit-image's photographs, in one of Pillow's modes.
+
+    Raises:
+        ImportError: If scikit-image is not installed.
+    """
+    for name in PHOTOGRAPHS:
+        with (files('skimage.data') / name).open('rb') as file:
+            yield Image.open(file).convert(mode)
+
+
 def photographs(train: bool) -> list[Image.Image]:
     """The left two thirds of each photograph to train, else the right third, in grey.
 
@@ -108,9 +130,7 @@ def photographs(train: bool) -> list[Image.Image]:
         ImportError: If scikit-image is not installed.
     """
     halves = []
-    for name in PHOTOGRAPHS:
-        with (files('skimage.data') / name).open('rb') as file:
-            photograph = Image.open(file).convert('L')
+    for photograph in whole_photographs('L'):
         cut = photograph.width * 2 // 3
         box = (0, 0, cut, photograph.height) if train else (cut, 0, photograph.width, photograph.height)
         halves.append(photograph.crop(box))
@@ -262,7 +282,7 @@ def show(folder: Path, out: str) -> None:
     pictures = []
     for index in range(min(SHOWN, len(dataset))):
         image, target = dataset[index]
-        pictures.append(draw(image, target['boxes'], [CLASSES[label - 1] for label in target['labels'].tolist()]))
+        pictures.append(draw(image, target['boxes'], [dataset.names[label - 1] for label in target['labels'].tolist()]))
     save_sheet(pictures, out)
 
 
