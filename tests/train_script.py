@@ -21,7 +21,7 @@ from timm.loss import SoftTargetCrossEntropy
 from timm.models import resume_checkpoint
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
-from timm.utils import CheckpointSaver, ModelEmaV3, ParseKwargs, init_distributed_device
+from timm.utils import CheckpointSaver, ModelEmaV3, ParseKwargs, init_distributed_device, random_seed
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> list[float]:
     """Trains; the loss of each step, a mean over processes."""
     args = options(argv)
     device: Any = init_distributed_device(args)  # sets rank, world_size and distributed
-    torch.manual_seed(0)
+    random_seed(0)  # NumPy's, too, for mixup
     model = timm.create_model(
         args.model,
         pretrained=args.pretrained,
