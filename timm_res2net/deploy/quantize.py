@@ -61,15 +61,13 @@ def folder_batches(model: nn.Module, folder: Path, shape: tuple[int, ...]) -> It
         dataset: Any = create_dataset('', root=str(folder), input_img_mode='L' if shape[0] == 1 else 'RGB')
     except RuntimeError as error:
         raise ValueError(f'there is no image in {folder} to calibrate with') from error
-    step = max(1, len(dataset) // CALIBRATION_IMAGES)
     config = {**resolve_model_data_config(model), 'input_size': shape}
-    loader: Iterable[Any] = create_loader(
+    loader: Any = create_loader(
         dataset, batch_size=16, num_workers=0, use_prefetcher=False, persistent_workers=False, **config
     )
-    if step == 1:
-        return loader
-    chosen = torch.utils.data.Subset(loader.dataset, range(0, len(dataset), step))  # type: ignore[attr-defined]
-    return torch.utils.data.DataLoader(chosen, batch_size=16)
+    count = min(len(dataset), CALIBRATION_IMAGES)
+    chosen = [i * len(dataset) // count for i in range(count)]  # of all classes: they are in order of their folders
+    return torch.utils.data.DataLoader(torch.utils.data.Subset(loader.dataset, chosen), batch_size=16)
 
 
 def convert_to_openvino(model: nn.Module, example_input: Tensor, batch: int, images: Tensor | None = None) -> Any:
