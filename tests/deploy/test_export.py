@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import timm
 import torch
+from PIL import Image
 from support import tiny
 from timm.data import resolve_model_data_config
 from torch import nn
@@ -16,7 +17,7 @@ from torch import nn
 import timm_res2net
 from timm_res2net import CheckpointError, export, fuse
 from timm_res2net.deploy import export as export_module
-from timm_res2net.deploy import runtimes
+from timm_res2net.deploy import quantize, runtimes
 from timm_res2net.deploy.export import PRECISIONS
 from timm_res2net.deploy.quantize import calibration_images
 from timm_res2net.deploy.runtimes import load_exported
@@ -190,6 +191,21 @@ def test_export_that_computes_something_else_is_not_kept(tmp_path: Path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
+def test_export_whose_last_features_are_not_a_number_is_not_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong(model: nn.Module) -> nn.Module:
+        fused = fuse(model)
+        nn.init.constant_(next(reversed(list(fused.parameters()))), torch.nan)
+        return fused
+
+    model = tiny(features_only=True)
+    monkeypatch.setattr(export_module, 'fuse', wrong)
+    with pytest.raises(ValueError, match=r'computes something else than the model, up to nan%'):
+        export(model, tmp_path / 'net.pt2', **SIZE)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_export_missing_runtime_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ('onnxruntime', 'openvino'):
         monkeypatch.setitem(__import__('sys').modules, name, None)
@@ -215,8 +231,6 @@ def test_load_exported_other_files_are_refused_with_the_reason(tmp_path: Path) -
 
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')  # timm leaves files open
 def test_calibration_images_come_from_tensors_loaders_and_folders(tmp_path: Path) -> None:
-    from PIL import Image
-
     model = timm.create_model('test_res2net.digits', pretrained=True)
     x = torch.randn(500, 3, 32, 32)
     assert torch.equal(calibration_images(model, x, (3, 32, 32)), x[:300])
@@ -229,6 +243,17 @@ def test_calibration_images_come_from_tensors_loaders_and_folders(tmp_path: Path
     found = calibration_images(model, tmp_path, (3, 32, 32))
     assert found.shape == (3, 3, 32, 32)
     assert sorted(round(value, 2) for value in found[:, 0, 0, 0].tolist()) == [-1.0, -0.22, 0.57]
+
+
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')  # timm leaves files open
+def test_calibration_images_are_of_all_classes_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quantize, 'CALIBRATION_IMAGES', 5)
+    for i in range(9):
+        (tmp_path / str(i // 3)).mkdir(exist_ok=True)
+        Image.new('L', (8, 8), i * 28).save(tmp_path / str(i // 3) / f'{i}.png')
+    found = calibration_images(timm.create_model('test_res2net.digits'), tmp_path, (3, 32, 32))
+    shades = found[:, 0, 0, 0].mul(127.5).add(127.5).div(28).round().tolist()
+    assert shades == [0, 1, 3, 5, 7]
 
 
 def test_every_format_and_precision_has_a_tolerance_and_a_reader() -> None:

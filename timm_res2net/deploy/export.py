@@ -68,8 +68,9 @@ def export(
 
     The file takes float32 images, preprocessed, and returns float32. It says in its own metadata, under the key
     `timm_res2net`, what it is: architecture and function, precision, preprocessing, class names, licence and origin,
-    names and strides of its outputs, the SHA-256 of the weights, and the version of this package. It is loaded by its
-    own runtime and compared with the model, at two batch sizes if those are free, and only then gets its name.
+    names and strides of its outputs, the SHA-256 of the weights (of the state dict in the order of its names, as
+    `safetensors.torch.save` writes it), and the version of this package. It is loaded by its own runtime and compared
+    with the model, at two batch sizes if those are free, and only then gets its name.
 
     Args:
         model: A model of this package in evaluation mode, also one with `features_only`. It is not changed.
@@ -108,8 +109,8 @@ def export(
                 f'{model_name(model)} can not be exported to {path.suffix}, {precision}: {first_line(error)}'
             ) from error
         result = verify(Exportable(model, torch.float32).eval(), unverified, record, given, compile)
-        for suffix in ('.bin', path.suffix) if path.suffix == '.xml' else (path.suffix,):
-            os.replace(unverified.with_suffix(suffix), path.with_suffix(suffix))
+        for part in reversed(parts_of(path)):  # what names the other one comes last
+            os.replace(folder / part.name, part)
     return Export(path, **result)
 
 
@@ -122,11 +123,16 @@ def require_possible(path: Path, precision: str, compile: bool) -> None:
         raise ValueError(f'precision={precision!r} is not possible in {path.suffix}; choose from {choices}')
     if compile and path.suffix != '.pt2':
         raise ValueError(f'compile is for .pt2, and {path} is another format')
-    for part in {path, path.with_suffix('.bin')} if path.suffix == '.xml' else {path}:
+    for part in parts_of(path):
         if os.path.lexists(part):
             raise ValueError(f'there is a {part} already; name another file, or move it away')
     if not path.parent.is_dir():
         raise FileNotFoundError(f'there is no folder {path.parent} to write {path.name} to')
+
+
+def parts_of(path: Path) -> list[Path]:
+    """All files that are written for one."""
+    return [path, path.with_suffix('.bin')] if path.suffix == '.xml' else [path]
 
 
 def describe(
@@ -139,6 +145,8 @@ def describe(
     channels = next(parameter.shape[1] for parameter in model.parameters() if parameter.dim() == 4)
     info: Any = getattr(model, 'feature_info', None)
     features = not hasattr(model, 'forward_head')
+    if features and info is None:
+        raise ValueError(f'{model_name(model)} is no model of timm; export that which is in it')
     function = function_of(model)
     assert function is not None  # or `fuse` would have refused the model
     keys = ('license', 'origin_url', 'tag', 'hf_hub_id')
@@ -287,8 +295,10 @@ def verify(
     ours = [torch.cat(outputs) for outputs in zip(*found)]
     if [output.shape for output in ours] != [output.shape for output in theirs]:
         raise ValueError(f'{file.name} returns other shapes than the model, and was not kept')
-    difference = max(float((a - b).abs().max() / b.abs().max()) for a, b in zip(ours, theirs))
-    mean = max(float((a - b).square().mean().sqrt() / b.square().mean().sqrt()) for a, b in zip(ours, theirs))
+    pairs = list(zip(ours, theirs))
+    # Of tensors max() passes NaN on, Python's own does not.
+    difference = torch.stack([(a - b).abs().max() / b.abs().max() for a, b in pairs]).max().item()
+    mean = torch.stack([((a - b).square().mean() / b.square().mean()).sqrt() for a, b in pairs]).max().item()
     tolerance = TOLERANCES[record['precision']]
     if not difference <= tolerance:
         raise ValueError(
@@ -297,10 +307,8 @@ def verify(
         )
     same = None if record['features'] else float((ours[0].argmax(1) == theirs[0].argmax(1)).float().mean())
     path = ['fused', record['format'], record['precision'], *(['compiled'] if compiled else [])]
-    parts = [part for part in file.parent.glob(f'{file.stem}.*') if part.suffix in (file.suffix, '.bin')]
-    size = sum(part.stat().st_size for part in parts)
     return dict(
-        bytes=size,
+        bytes=sum(part.stat().st_size for part in parts_of(file)),
         largest_difference=difference,
         mean_difference=mean,
         agreement=same,
