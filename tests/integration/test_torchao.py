@@ -80,5 +80,5 @@ def test_optimize_in_8_bits_without_torchao_names_it(monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, 'torchao.quantization.pt2e', None)
     with pytest.raises(ImportError, match='pip install torchao'):
         optimize(tiny(), torch.randn(2, 3, 32, 32), dtype=torch.int8)
-    with pytest.raises(ValueError, match=r'torch\.int8 is for a compiled model on the CPU'):
+    with pytest.raises(ValueError, match=r'compile=False has no meaning for .*torch\.int8'):
         optimize(tiny(), torch.randn(2, 3, 32, 32), dtype=torch.int8, compile=False)

@@ -39,7 +39,7 @@ def optimize(
         example_input: Images (N, C, H, W) of the size that matters most, on the model's device. For `torch.int8` they
             are what the quantization is calibrated with: take some 300 real ones.
         dtype: Data type to compute in, such as `torch.bfloat16`; the model's if None. `torch.int8` is for CPUs.
-        compile: Compile it.
+        compile: Compile it by torch.compile; OpenVINO and `torch.int8` always compile.
         backend: 'openvino' to run it by OpenVINO on the CPU. Its batch size is free, image height and width are those
             of `example_input`.
 
@@ -62,8 +62,10 @@ def optimize(
     dtype = dtype or next(fused.parameters()).dtype
     if dtype not in DTYPES:
         raise ValueError(f'dtype={dtype} is not possible; choose {", ".join(map(str, DTYPES))}')
-    if dtype == torch.int8 and (not compile or example_input.device.type != 'cpu'):
-        raise ValueError('dtype=torch.int8 is for a compiled model on the CPU')
+    if not compile and (backend or dtype == torch.int8):
+        raise ValueError(f'compile=False has no meaning for backend={backend!r}, dtype={dtype}; leave it out')
+    if example_input.device.type != 'cpu' and (backend or dtype == torch.int8):
+        raise ValueError(f'example_input is on {example_input.device}; OpenVINO and torch.int8 are for the CPU')
     optimized: Optimized | OptimizedByOpenVino
     if backend == 'openvino':
         outputs = run_example(fused.float(), example_input[:2].float())
