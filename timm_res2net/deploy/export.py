@@ -21,7 +21,7 @@ from ..models.block import function_of
 from ..models.classifier import class_names, model_name
 from ..version import __version__
 from ..weights.errors import first_line
-from ..weights.files import PathLike, temporary_folder
+from ..weights.files import PathLike, sync, temporary_folder
 from .fuse import fuse
 from .quantize import Images, calibration_images, convert_to_openvino, quantize_onnx
 from .runtimes import METADATA, SUFFIXES, load_exported, require_runtime
@@ -110,7 +110,9 @@ def export(
             ) from error
         result = verify(Exportable(model, torch.float32).eval(), unverified, record, given, compile)
         for part in reversed(parts_of(path)):  # what names the other one comes last
+            sync(folder / part.name)
             os.replace(folder / part.name, part)
+        sync(path.parent)
     return Export(path, **result)
 
 
