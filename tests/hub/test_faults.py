@@ -16,7 +16,7 @@ import pytest
 import timm
 import torch
 from hub_server import Fault, Hub
-from huggingface_hub import constants, file_download
+from huggingface_hub import ModelCard, constants, file_download
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import _http, _xet
 from support import TINY, slow_but, tiny
@@ -25,7 +25,7 @@ from torch import nn
 import timm_res2net.hub.push
 from timm_res2net import CheckpointError, pull, push
 from timm_res2net.hub.cards import signature
-from timm_res2net.hub.client import has_checksum
+from timm_res2net.hub.client import has_checksum, problems_on_hub
 from timm_res2net.hub.pull import download_model
 from timm_res2net.hub.push import Commit
 
@@ -299,12 +299,26 @@ def test_token_with_white_space_around_is_used_without(hub: Hub, hasty: None) ->
     assert push(tiny(), 'user/net', token=' hf_write\n').url
 
 
-def test_token_that_the_hub_quotes_is_not_in_the_error(hub: Hub, hasty: None, tmp_path: Path) -> None:
+@pytest.mark.parametrize('token', ['hf_write', None, True])
+def test_token_that_the_hub_quotes_is_not_in_the_error(
+    token: Any, hub: Hub, hasty: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if token != 'hf_write':
+        monkeypatch.setenv('HF_TOKEN', 'hf_write')
     hub.put('user/net', {'config.json': b'{}'})
     quoting = {'X-Error-Message': 'no Bearer hf_write here'}
     hub.faults = [Fault('GET /api/models', 'status', status=400, headers=quoting)]
     with pytest.raises(HfHubHTTPError, match=r'no Bearer \*\*\* here'):
-        pull('user/net', token='hf_write', cache_dir=tmp_path)
+        pull('user/net', token=token, cache_dir=tmp_path)
+
+
+def test_token_that_the_hub_quotes_about_a_card_is_not_in_the_error(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(card: ModelCard) -> None:
+        raise ValueError('no Bearer hf_write here')
+
+    monkeypatch.setenv('HF_TOKEN', 'hf_write')
+    monkeypatch.setattr(ModelCard, 'validate', refuse)
+    assert problems_on_hub(CARD) == ['no Bearer *** here']
 
 
 @pytest.mark.parametrize('repo_id', ['brandnew', '', 'a b/c d', 'a/b/c', '../net', 'user/net.git', 'user/'])

@@ -62,9 +62,10 @@ class Hub:
     """
 
     def __init__(self, token: str | bool | None = None, timeout: float | None = None) -> None:
-        self.token = clean_token(token)
+        token = token.strip() if isinstance(token, str) else token
+        self.secret = token_to_send(token)
         self.deadline = Deadline(timeout)
-        self.api = HfApi(token=self.token, library_name='timm_res2net')
+        self.api = HfApi(token=token, library_name='timm_res2net')
 
     def call(self, awaited: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
         """Calls a function of huggingface_hub, with retries after transient errors.
@@ -134,8 +135,8 @@ class Hub:
     def one_line(self, error: BaseException) -> str:
         """The text of an error in one line, without the token, and cut if it is long."""
         text = ' '.join(str(error).split()) or type(error).__name__
-        if isinstance(self.token, str):
-            text = text.replace(self.token, '***')
+        if self.secret is not None:
+            text = text.replace(self.secret, '***')
         return (text if len(text) <= 500 else f'{text[:500]} ...').rstrip('.')
 
     def commit(self, repo_id: str, revision: str | None) -> str:
@@ -248,20 +249,19 @@ def cached_file(place: Callable[..., str]) -> Path | None:
         return None
 
 
-def clean_token(token: str | bool | None) -> str | bool | None:
-    """A token without white space around it.
+def token_to_send(token: str | bool | None) -> str | None:
+    """The token that huggingface_hub sends: a given one, none for False, else that of the environment or a login.
 
     Raises:
         ValueError: If it can't be one; the message doesn't quote it. It would be sent, and quoted in errors.
     """
-    cleaned = token.strip() if isinstance(token, str) else token
-    used = get_token() if cleaned is None else cleaned
-    if isinstance(used, str) and not TOKEN.fullmatch(used):
+    sent = token if isinstance(token, str) else None if token is False else get_token()
+    if sent is not None and not TOKEN.fullmatch(sent):
         raise ValueError(
             'the token for the Hub is none: it is empty, or has characters that no token has. Copy it again from '
             'https://huggingface.co/settings/tokens'
         )
-    return cleaned
+    return sent
 
 
 def require_repo_id(repo_id: str, revision: str | None = None) -> None:
@@ -320,13 +320,14 @@ def problems_on_hub(text: str, hub: Hub | None = None) -> list[str]:
         try:
             ModelCard(text, ignore_metadata_errors=True).validate()
         except ValueError as error:
-            return [' '.join(str(error).split())[:500]]
+            return [asked.one_line(error)]
         return []
 
     if is_offline_mode():
         return []
+    asked = hub or Hub()
     try:
-        return (hub or Hub()).call('the check of the card', ask)
+        return asked.call('the check of the card', ask)
     except (ConnectionError, HfHubHTTPError) as error:
         if hub and isinstance(error, ConnectionError):
             raise
