@@ -93,6 +93,8 @@ def test_activation_name_is_timms(name: str) -> None:
         (dict(dilations=(1, 1, 1, True)), 'must be positive integers'),
         (dict(deformable=(None, None, None, 'v3')), "deformable='v3' is not known; choose from None, v1, v2"),
         (dict(dilate_first=False), 'dilate_first=False has no effect without dilations'),
+        (dict(dilate_first=torch.zeros(2)), 'must be True or False'),
+        (dict(stem_ceil_mode='yes'), "stem_ceil_mode='yes' must be True or False"),
         (dict(act_layer=nn.ReLU), 'must be the name of an activation'),
         (dict(norm_eps=-1), 'norm_eps=-1 must be a number from 0 to 1'),
         (dict(norm_eps=torch.zeros(2)), 'must be a number'),
@@ -102,3 +104,9 @@ def test_activation_name_is_timms(name: str) -> None:
 def test_function_that_is_not_possible_raises_value_error(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         Function(**fields)
+
+
+@pytest.mark.parametrize('layer', [5, True, [1], {'a': 1}, '', 'warp', torch.zeros(2)], ids=repr)
+def test_arguments_with_what_is_no_activation_raise_value_error(layer: object) -> None:
+    with pytest.raises(ValueError, match=r'act_layer=.* is no activation of timm'):
+        Function.from_arguments(dict(act_layer=layer))

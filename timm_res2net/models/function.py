@@ -89,6 +89,9 @@ class Function:
         numbers = [*self.strides, *(each for dilation in self.dilations for each in as_sequence(dilation))]
         if not all(type(number) is int and number > 0 for number in numbers):
             raise ValueError(f'strides={self.strides} and dilations={self.dilations} must be positive integers')
+        for name in ('dilate_first', 'stem_ceil_mode'):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f'{name}={getattr(self, name)!r} must be True or False')
         if not self.dilate_first and self.dilations == Function.dilations:
             raise ValueError('dilate_first=False has no effect without dilations')
         if not isinstance(self.act_layer, str):
@@ -134,9 +137,12 @@ class Function:
         stated = {name: args[name] for name in vars(Function()) if args.get(name) is not None}
         if 'act_layer' in stated:
             try:
-                stated['act_layer'] = activation_name(get_act_layer(stated['act_layer']))
-            except KeyError as error:
-                raise ValueError(f'act_layer={stated["act_layer"]!r} is no activation of timm') from error
+                layer = get_act_layer(stated['act_layer'])  # itself if it is no name
+            except KeyError:
+                layer = None
+            if not callable(layer):
+                raise ValueError(f'act_layer={stated["act_layer"]!r} is no activation of timm')
+            stated['act_layer'] = activation_name(layer)
         return Function(**stated)
 
 
