@@ -321,6 +321,18 @@ def test_token_that_the_hub_quotes_about_a_card_is_not_in_the_error(hub: Hub, mo
     assert problems_on_hub(CARD) == ['no Bearer *** here']
 
 
+def test_text_of_the_hub_that_controls_a_terminal_is_escaped_in_the_error(
+    hub: Hub, hasty: None, tmp_path: Path
+) -> None:
+    hub.put('user/net', {'config.json': b'{}'})
+    evil = {'X-Error-Message': 'a \x1b]0;evil\x07 b'}
+    hub.faults = [Fault('GET /api/models', 'status', status=400, headers=evil)]
+    with pytest.raises(HfHubHTTPError) as error:
+        pull('user/net', cache_dir=tmp_path)
+    assert r'a \x1b]0;evil\x07 b' in str(error.value)
+    assert str(error.value).isprintable()
+
+
 @pytest.mark.parametrize('repo_id', ['brandnew', '', 'a b/c d', 'a/b/c', '../net', 'user/net.git', 'user/'])
 def test_name_that_is_no_repository_is_refused_before_any_request(repo_id: str, hub: Hub, tmp_path: Path) -> None:
     for options in ({}, dict(dry_run=tmp_path / 'folder')):

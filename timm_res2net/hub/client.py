@@ -18,7 +18,7 @@ from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import tqdm, validate_repo_id  # type: ignore[attr-defined]
 
 from ..weights.download import Deadline, retrying
-from ..weights.errors import first_line
+from ..weights.errors import first_line, printable
 from ..weights.files import PathLike
 
 __all__ = [
@@ -133,11 +133,11 @@ class Hub:
         return ConnectionError(f'the Hub answers what makes no sense for {awaited}: {kind}: {self.one_line(chain[-1])}')
 
     def one_line(self, error: BaseException) -> str:
-        """The text of an error in one line, without the token, and cut if it is long."""
+        """The text of an error in one line, without the token and what a terminal obeys, and cut if it is long."""
         text = ' '.join(str(error).split()) or type(error).__name__
         if self.secret is not None:
             text = text.replace(self.secret, '***')
-        return (text if len(text) <= 500 else f'{text[:500]} ...').rstrip('.')
+        return printable(text, 500).rstrip('.')
 
     def commit(self, repo_id: str, revision: str | None) -> str:
         """The commit that a branch, tag or commit of a repository is at."""
