@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -268,6 +269,14 @@ def test_timeout_that_is_no_positive_number_is_refused(
     with pytest.raises(ValueError, match='timeout is 0; give a positive number'):
         push(tiny(), 'user/net', timeout=0)
     assert hub.log == []
+
+
+@pytest.mark.parametrize('seconds', [1e9, 1e300, math.inf])
+def test_timeout_that_no_socket_can_hold_is_waited_for(
+    seconds: float, hub: Hub, old_files: dict[str, bytes], tmp_path: Path
+) -> None:
+    hub.put('user/net', old_files)
+    assert pull('user/net', timeout=seconds, cache_dir=tmp_path).num_classes == 4
 
 
 def test_retries_write_no_line_of_huggingface_hub(

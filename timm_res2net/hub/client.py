@@ -44,6 +44,7 @@ REVISION = re.compile(r'(?!.*\.\.)[\w][^\s~^:?*\[\\\x00-\x20\x7f]*')  # a name t
 THREAD = 'timm_res2net.hub'
 BROKEN = BrokenPipeError, ConnectionAbortedError, ConnectionRefusedError, ConnectionResetError, TimeoutError
 UPLOAD = 1_000_000  # bytes a second, for which the deadline of a push is moved
+LONGEST_WAIT = 1_000_000  # seconds, some days; a socket takes no infinity
 
 
 class DamagedError(ValueError):
@@ -197,7 +198,7 @@ class Hub:
             found = None if broken else cached_file(place)
             if found is None:
                 told = self.api.get_hf_file_metadata(
-                    url=self.api_url(repo_id, name, commit), timeout=self.deadline.left + 0.01
+                    url=self.api_url(repo_id, name, commit), timeout=min(self.deadline.left + 0.01, LONGEST_WAIT)
                 )
                 if (told.etag, told.commit_hash) != (checksum, commit):  # they become paths in the cache
                     raise DamagedError(f'{name} of {repo_id} is announced with another checksum than the Hub lists')
