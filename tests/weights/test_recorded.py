@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from support import TINY, tiny
 from timm.data import resolve_data_config, resolve_model_data_config
 
-from timm_res2net import CheckpointError, load_checkpoint, load_model
+from timm_res2net import CheckpointError, load_checkpoint, load_model, push
 from timm_res2net.__main__ import main
 from timm_res2net.deploy.runtimes import load_exported
 from timm_res2net.models.classifier import class_names
@@ -115,6 +115,20 @@ def test_convert_keeps_preparation_and_names_also_for_a_file_of_its_folder(tmp_p
     ):
         assert json.dumps(resolve_model_data_config(model)) == json.dumps(IMAGES)  # JSON has no tuples
         assert class_names(model) == CLASSES
+
+
+@pytest.mark.parametrize('channels', [1, 4])
+def test_images_of_other_channels_get_the_mean_of_the_means(channels: int, tmp_path: Path) -> None:
+    file = saved(tmp_path, kwargs={**TINY, 'in_chans': channels}, mean=[0.1, 0.2, 0.6], std=[0.2, 0.3, 0.4])
+    convert(file, tmp_path / 'net')
+    push(load_model(file), 'user/net', dry_run=tmp_path / 'pushed')
+    for model in (
+        *(load_model(file), load_model(file, features_only=True)),
+        *(timm.create_model(f'local-dir:{tmp_path}/{folder}', pretrained=True) for folder in ('net', 'pushed')),
+    ):
+        config = resolve_model_data_config(model)
+        assert config['input_size'] == (channels, 32, 32)
+        assert [*config['mean'], *config['std']] == pytest.approx([0.3] * channels + [0.3] * channels)
 
 
 def test_configuration_beside_weights_that_is_none_is_left_out_with_a_warning(

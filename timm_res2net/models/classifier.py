@@ -1,6 +1,6 @@
 """The static type of the family's models, whatever their trunk."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
 from timm.data import ImageNetInfo, infer_imagenet_subset
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from .trunk import FeatureInfo
 
-__all__ = ['Classifier', 'as_classifier', 'class_names', 'model_name', 'registered_cfg']
+__all__ = ['Classifier', 'as_classifier', 'class_names', 'model_name', 'registered_cfg', 'with_channels']
 
 
 class Classifier(nn.Module):
@@ -58,6 +58,20 @@ def registered_cfg(name: str) -> PretrainedCfg:
     cfg = get_pretrained_cfg(name)
     assert cfg is not None  # every model of the family, and of timm, has one
     return cfg
+
+
+def with_channels(cfg: Mapping[str, Any], channels: int) -> dict[str, Any]:
+    """timm's configuration for images of so many channels.
+
+    timm's own has three means and deviations whatever `in_chans` is, and can't normalise other images then. If they are
+    not as many as channels, each channel gets their mean.
+    """
+    fitted = {**cfg, 'input_size': (channels, *cfg['input_size'][1:])}
+    for key in ('mean', 'std'):
+        values = cfg.get(key) or ()
+        if len(values) not in (0, channels):
+            fitted[key] = (sum(values) / len(values),) * channels
+    return fitted
 
 
 def class_names(model: nn.Module) -> list[str]:

@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from ..models.classifier import Classifier
+from ..models.classifier import Classifier, with_channels
 from ..models.function import Function
 from ..version import __version__
 from .errors import first_line
@@ -64,13 +64,13 @@ def make_config(
         cfg: timm's configuration of the weights.
         **record: What this package records of them, under a key of its own.
     """
-    input_size = (args.get('in_chans', 3), *cfg['input_size'][1:])
+    cfg = with_channels(cfg, args.get('in_chans', 3))
     return dict(
         architecture=name,
         num_classes=model.num_classes,
         num_features=model.num_features,
         **({'model_args': dict(args)} if args else {}),
-        pretrained_cfg={**cfg, 'custom_load': False, 'num_classes': model.num_classes, 'input_size': input_size},
+        pretrained_cfg={**cfg, 'custom_load': False, 'num_classes': model.num_classes},
         timm_res2net=dict(version=__version__, **record),
     )
 

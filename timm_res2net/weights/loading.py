@@ -14,7 +14,7 @@ from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
 from ..models.block import function_of
-from ..models.classifier import model_name, registered_cfg
+from ..models.classifier import model_name, registered_cfg, with_channels
 from ..models.function import Function
 from ..models.resnet import Res2Net
 from ..models.variants import ARCHS
@@ -169,6 +169,8 @@ def load_model(
     names = checkpoint.training.labels if kwargs['num_classes'] == checkpoint.num_classes else ()
     overlay = {**checkpoint.training.images, 'label_names': names or None, **kwargs.pop('pretrained_cfg_overlay', {})}
     model = timm.create_model(name, pretrained_cfg_overlay=overlay, **kwargs)
+    cfg: Any = model.pretrained_cfg
+    cfg.update(with_channels(cfg, kwargs.get('in_chans', 3)))
     assumed = f'; assumed, as nothing in it tells: {", ".join(checkpoint.assumed)}' if checkpoint.assumed else ''
     images = f'; images: {checkpoint.training.images or "as is usual for the model, nothing in it tells"}'
     shown = printable(checkpoint.file)
