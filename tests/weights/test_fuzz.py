@@ -17,6 +17,7 @@ import sys
 import tarfile
 import time
 import zipfile
+from argparse import Namespace
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -29,6 +30,8 @@ from test_hostile import DOUBLING, Child
 from test_readers import FORMATS, SMALL, WRITTEN, field
 
 from timm_res2net import CheckpointError, load_checkpoint, load_model
+from timm_res2net.models.function import Function
+from timm_res2net.weights.recorded import IMAGES
 
 SECONDS = float(os.environ.get('FUZZ_SECONDS', 60)) / len(FORMATS)
 SEED = int(os.environ.get('FUZZ_SEED', 0))
@@ -250,6 +253,16 @@ MUTATIONS: dict[str, Callable[[bytes, random.Random], bytes]] = {
 }
 
 
+def some_arguments(random: random.Random) -> dict[str, Any]:
+    """What timm's train script or Lightning states of a network beside its weights, with values that neither does."""
+    values = *VALUES, torch.ones(3), [torch.ones(3)], [('a', torch.ones(3))], {'a': torch.ones(3)}
+    keys = *vars(Function()), *IMAGES, 'img_size', 'data_dir', 'dataset', 'class_map'
+    odd = {random.choice(keys): random.choice(values) for _ in range(2)}
+    if random.random() < 0.3:
+        return dict(hyper_parameters={'model': 'test_res2net', **odd})
+    return dict(arch='test_res2net', args=Namespace(model_kwargs=random.choice((odd, *values)), **odd))
+
+
 def mutate_network(kind: str, random: random.Random) -> bytes:
     """Writes a network with a tensor of another name, type, shape or value, or with others beside it."""
     state = dict(SMALL)
@@ -297,6 +310,8 @@ def mutate_network(kind: str, random: random.Random) -> bytes:
             state[name] = tensor.flatten()[:1].expand(tensor.shape)
     if kind == 'safetensors':  # which has no tensors that share memory
         state = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
+    if kind.startswith('torch') and random.random() < 0.3:
+        return FORMATS[kind]({'state_dict': state, **some_arguments(random)})
     return FORMATS[kind](state)
 
 

@@ -17,8 +17,10 @@ from timm_res2net import CheckpointError, load_checkpoint, load_model, push
 from timm_res2net.__main__ import main
 from timm_res2net.deploy.runtimes import load_exported
 from timm_res2net.models.classifier import class_names
+from timm_res2net.models.function import Function
 from timm_res2net.weights.checkpoints import read_checkpoint
 from timm_res2net.weights.convert import convert
+from timm_res2net.weights.readers import read
 from timm_res2net.weights.recorded import read_labels
 
 VD = 'res2net50_vd_26w_4s'
@@ -85,6 +87,20 @@ def test_impossible_arguments_are_left_out_with_a_warning(
 ) -> None:
     assert read_checkpoint(saved(tmp_path, **{**STATED, **wrong})).training.images == {}
     assert 'states of its images is not used' in caplog.text
+
+
+@pytest.mark.parametrize('key', [*STATED, 'crop_mode', 'data_dir', 'dataset', 'class_map', 'model_kwargs'])
+def test_tensor_among_the_arguments_is_left_out(key: str, tmp_path: Path) -> None:
+    file = saved(tmp_path)
+    recorded = torch.load(file, weights_only=False)
+    tensor = torch.ones(2)
+    setattr(recorded['args'], key, tensor)
+    recorded['args'].nested = {'a': tensor, 'b': [('c', tensor), 1]}  # a pair is how Paddle names an array
+    torch.save(recorded, file)
+    args = read(file).nested['args']
+    assert not hasattr(args, key)
+    assert args.nested == {'b': (1,)}
+    assert read_checkpoint(file).num_classes == 4
 
 
 def test_load_model_names_classes_after_the_data_folder_but_not_other_classes(tmp_path: Path, data: Path) -> None:
@@ -267,3 +283,16 @@ def test_read_checkpoint_takes_the_model_from_the_configuration_of_transformers_
     assert (function.first_block, function.norm_eps) == ('paddle', 1e-3)
     (tmp_path / 'config.json').write_text('[' * 100_000)
     assert read_checkpoint(tmp_path / 'model.safetensors').function.first_block == 'official'
+
+
+PAIRS = [[('a', torch.ones(2)), ('b', torch.zeros(2))], 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ('key', 'value'), [*((key, torch.ones(2)) for key in vars(Function())), ('strides', PAIRS), ('deformable', PAIRS)]
+)
+def test_tensor_among_the_hyper_parameters_of_lightning_is_refused(key: str, value: object, tmp_path: Path) -> None:
+    parameters = {'model_name': 'test_res2net', key: value}
+    torch.save({'state_dict': tiny().state_dict(), 'hyper_parameters': parameters}, tmp_path / 'last.ckpt')
+    with pytest.raises(CheckpointError, match='what it states of its network is not possible'):
+        read_checkpoint(tmp_path / 'last.ckpt')

@@ -134,7 +134,7 @@ def checked(value: Any, budget: Budget, load: Callable[[str], Array] | None = No
         depth: Of the value.
 
     Returns:
-        A dict with texts as keys, a tensor, options, or None.
+        A dict with texts as keys, a tensor, options without tensors, or None.
 
     Raises:
         CheckpointError: If it is nested too deep, too large, or a tensor's type, shape and size are not possible.
@@ -146,7 +146,7 @@ def checked(value: Any, budget: Budget, load: Callable[[str], Array] | None = No
     elif isinstance(value, Variable):
         value = value.array or find_variable(value, load)
     elif isinstance(value, Options):
-        return Namespace(**checked(require_dict(value.values or {}), budget, load, depth))
+        return Namespace(**without_tensors(checked(require_dict(value.values or {}), budget, load, depth)))
     if isinstance(value, Array):
         return tensor(value, budget)
     if isinstance(value, dict):
@@ -155,9 +155,19 @@ def checked(value: Any, budget: Budget, load: Callable[[str], Array] | None = No
             raise CheckpointError(f'it holds a name of {len(too_long[0]):,} characters: {printable(too_long[0])}')
         return {name: checked(value[key], budget, load, depth + 1) for key, name in names.items()}
     if isinstance(value, list | tuple):
-        options = value[:LONGEST_OPTION]
-        return tuple(checked(each, budget, load, depth + 1) for each in options if not isinstance(each, Array | dict))
+        options = [each for each in value[:LONGEST_OPTION] if not isinstance(each, Array | dict)]
+        found = (checked(each, budget, load, depth + 1) for each in options)
+        return tuple(each for each in found if not isinstance(each, Tensor))
     return value if type(value) in ATOMS else None
+
+
+def without_tensors(options: dict[str, Any]) -> dict[str, Any]:
+    """Options without tensors, which no script has among its arguments: they are neither true nor false."""
+    return {
+        name: without_tensors(value) if isinstance(value, dict) else value
+        for name, value in options.items()
+        if not isinstance(value, Tensor)
+    }
 
 
 def require_dict(value: Any) -> dict[str, Any]:
