@@ -480,6 +480,28 @@ def test_predict_and_explain_weights_without_model_use_the_model_that_they_fit(
 
 
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')  # timm leaves image files open
+def test_weights_of_one_channel_go_through_every_command(run: Run, tmp_path: Path, monkeypatch: Patch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for i, (image, label) in enumerate(bundled_digits()[:20]):
+        (tmp_path / 'digits' / label).mkdir(parents=True, exist_ok=True)
+        image.save(tmp_path / 'digits' / label / f'{i}.png')
+    torch.save(tiny(in_chans=1, channels=(8, 16, 24, 32)).state_dict(), 'grey.pth')
+    (tmp_path / 'labels.txt').write_text(''.join(f'{file.relative_to("digits")} 0\n' for file in Path().glob('*/*/*')))
+    assert run('export', 'grey.pth', 'grey.pt2', '--images', 'digits').status == 0
+    assert run('convert', 'grey.pth').status == 0
+    for arguments in (
+        ('predict', '--weights', 'grey.pth'),
+        ('predict', 'digits', '--weights', 'grey.pt2'),
+        ('validate', 'digits', '--labels', 'labels.txt', '--weights', 'grey.pth', 'grey.pt2'),
+        ('explain', '--weights', 'grey.pth', '--out', 'a.png'),
+        ('features', 'digits/0/0.png', '--model', 'local-dir:grey', '--out', 'b.png'),
+    ):
+        done = run(*arguments)
+        assert done.status == 0, done.err
+        assert 'mean 0.5, std 0.5' in done.err or arguments[0] == 'features'
+
+
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')  # timm leaves image files open
 def test_export_then_validate_and_predict_use_the_file(run: Run, tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.chdir(tmp_path)
     for i, (image, label) in enumerate(bundled_digits()):

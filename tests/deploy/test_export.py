@@ -101,6 +101,17 @@ def test_export_features_returns_them_with_names_and_strides(arguments: dict[str
         export(loaded, tmp_path / 'again.pt2', **SIZE)
 
 
+@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')  # timm leaves files open
+@pytest.mark.parametrize('features_only', [False, True])
+def test_export_of_one_channel_says_one_mean_and_reads_a_folder_as_grey(features_only: bool, tmp_path: Path) -> None:
+    (tmp_path / 'photos').mkdir()
+    Image.new('RGB', (40, 40), 'red').save(tmp_path / 'photos' / 'a.png')
+    model = tiny(in_chans=1, features_only=features_only)
+    export(model, tmp_path / 'net.pt2', images=tmp_path / 'photos')
+    cfg = load_exported(tmp_path / 'net.pt2').pretrained_cfg
+    assert (cfg['input_size'], cfg['mean'], cfg['std']) == ([1, 32, 32], [0.5], [0.5])
+
+
 @pytest.mark.parametrize('precision', ['float16', 'bfloat16'])
 def test_export_torch_in_half_precision_takes_and_returns_float32(precision: str, tmp_path: Path) -> None:
     model = tiny()

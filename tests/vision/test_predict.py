@@ -12,6 +12,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
+from support import tiny
 from timm.data import create_transform, resolve_model_data_config
 
 from timm_res2net import CheckpointError
@@ -295,6 +296,19 @@ def test_preprocess_returns_the_image_as_it_looks(digits_model: Any) -> None:
     image = bundled_digits()[20][0].resize((32, 32))
     _, visible = preprocess(digits_model, image)
     torch.testing.assert_close(visible, torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255, rtol=0, atol=1e-6)
+
+
+def test_preprocess_for_one_channel_returns_greys() -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+    x, visible = preprocess(tiny(in_chans=1), Image.fromarray(pixels))
+    greys = torch.from_numpy(np.array(Image.fromarray(pixels).convert('L')))[None] / 255
+    torch.testing.assert_close(x, (greys - 0.5) / 0.5)
+    torch.testing.assert_close(visible, greys.expand(3, -1, -1))
+
+
+def test_predict_by_a_model_of_four_channels_raises_with_reason() -> None:
+    with pytest.raises(ValueError, match='test_res2net takes images of 4 channels, and files have 3, or 1'):
+        next(predict(tiny(in_chans=4), [Image.new('RGB', (8, 8))], read=lambda image: image))
 
 
 def test_predict_topk_beyond_the_classes_returns_all(digits_model: Any) -> None:

@@ -18,7 +18,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from ..models.block import function_of
-from ..models.classifier import class_names, model_name
+from ..models.classifier import class_names, model_name, with_channels
 from ..version import __version__
 from ..weights.errors import first_line
 from ..weights.files import PathLike, sync, temporary_folder
@@ -142,9 +142,9 @@ def describe(
 ) -> dict[str, Any]:
     """What a file says of itself."""
     cfg: dict[str, Any] = getattr(model, 'pretrained_cfg', None) or {}
-    config = resolve_model_data_config(model)
-    height, width = (size, size) if isinstance(size, int) else size or config['input_size'][1:]
     channels = next(parameter.shape[1] for parameter in model.parameters() if parameter.dim() == 4)
+    config = with_channels(resolve_model_data_config(model), channels)
+    height, width = (size, size) if isinstance(size, int) else size or config['input_size'][1:]
     info: Any = getattr(model, 'feature_info', None)
     features = not hasattr(model, 'forward_head')
     if features and info is None:

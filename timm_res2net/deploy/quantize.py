@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import create_dataset, create_loader, resolve_model_data_config
+from timm.data import create_dataset, create_loader
 from torch import Tensor, nn
 
+from ..models.classifier import image_config
 from .runtimes import compile_openvino
 
 __all__ = ['CALIBRATION_IMAGES', 'calibration_images', 'convert_to_openvino', 'quantize_onnx', 'quantize_torch']
@@ -61,7 +62,7 @@ def folder_batches(model: nn.Module, folder: Path, shape: tuple[int, ...]) -> It
         dataset: Any = create_dataset('', root=str(folder), input_img_mode='L' if shape[0] == 1 else 'RGB')
     except RuntimeError as error:
         raise ValueError(f'there is no image in {folder} to calibrate with') from error
-    config = {**resolve_model_data_config(model), 'input_size': shape}
+    config = {**image_config(model, shape[0]), 'input_size': shape}
     loader: Any = create_loader(
         dataset, batch_size=16, num_workers=0, use_prefetcher=False, persistent_workers=False, **config
     )

@@ -3,14 +3,22 @@
 from collections.abc import Callable, Mapping
 from typing import Any, cast
 
-from timm.data import ImageNetInfo, infer_imagenet_subset
+from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
 from timm.layers import SelectAdaptivePool2d
 from timm.models import PretrainedCfg, get_pretrained_cfg
 from torch import Tensor, nn
 
 from .trunk import FeatureInfo
 
-__all__ = ['Classifier', 'as_classifier', 'class_names', 'model_name', 'registered_cfg', 'with_channels']
+__all__ = [
+    'Classifier',
+    'as_classifier',
+    'class_names',
+    'image_config',
+    'model_name',
+    'registered_cfg',
+    'with_channels',
+]
 
 
 class Classifier(nn.Module):
@@ -72,6 +80,26 @@ def with_channels(cfg: Mapping[str, Any], channels: int) -> dict[str, Any]:
         if len(values) not in (0, channels):
             fitted[key] = (sum(values) / len(values),) * channels
     return fitted
+
+
+def image_config(model: nn.Module, channels: int | None = None) -> dict[str, Any]:
+    """timm's configuration of a model's images, for images in files.
+
+    Args:
+        model: The model.
+        channels: Of its images; those that it says itself if None.
+
+    Raises:
+        ValueError: If these are not three, or one, for which an image is read as grey.
+    """
+    config = resolve_model_data_config(model)
+    channels = channels or getattr(model, 'in_chans', config['input_size'][0])
+    if channels not in (1, 3):
+        raise ValueError(
+            f'{model_name(model)} takes images of {channels} channels, and files have 3, or 1 if read as grey; '
+            'give it tensors'
+        )
+    return with_channels(config, channels)
 
 
 def class_names(model: nn.Module) -> list[str]:

@@ -2,20 +2,23 @@
 
 import glob
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
-from timm.data import create_transform, resolve_model_data_config
+from timm.data import create_transform
 from torch import Tensor, nn
+from torchvision.transforms import Compose, Grayscale
 
+from ..models.classifier import image_config
 from ..models.variants import ASSETS
 from ..weights.files import PathLike
 
-__all__ = ['Found', 'bundled_digits', 'find_images', 'preprocess', 'read_image']
+__all__ = ['Found', 'bundled_digits', 'find_images', 'image_transform', 'preprocess', 'read_image']
 
 RECOGNISED = {'BUFR', 'GRIB', 'HDF5', 'MPEG'}  # by Pillow, which has no decoder for them
 DIGIT_SIZE = 8  # pixels; digits.png has a row of held-out digits for each of the ten labels
@@ -121,16 +124,22 @@ def read_image(path: PathLike) -> Image.Image:
     return image
 
 
+def image_transform(config: Mapping[str, Any]) -> Callable[[Image.Image], Tensor]:
+    """What makes a model's input, (C, H, W), of an RGB image; `config` is that of `image_config`."""
+    transform: Callable[[Image.Image], Tensor] = create_transform(**config)
+    return Compose([Grayscale(), transform]) if config['input_size'][0] == 1 else transform
+
+
 def preprocess(model: nn.Module, image: Image.Image) -> tuple[Tensor, Tensor]:
-    """Preprocesses an image for a model.
+    """Preprocesses an RGB image for a model.
 
     Returns:
-        The model's input, (3, H, W), and the same without normalisation, in 0..1, to look at.
+        The model's input, (C, H, W), and the same without normalisation, (3, H, W) in 0..1, to look at.
     """
-    config = resolve_model_data_config(model)
-    x = create_transform(**config)(image)
+    config = image_config(model)
+    x = image_transform(config)(image)
     mean, std = (torch.tensor(config[key])[:, None, None] for key in ('mean', 'std'))
-    return x, (x * std + mean).clamp(0, 1)
+    return x, (x * std + mean).clamp(0, 1).expand(3, -1, -1)
 
 
 def bundled_digits() -> list[tuple[Image.Image, str]]:

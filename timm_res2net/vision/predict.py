@@ -9,19 +9,18 @@ from typing import Any, TypeVar
 import timm
 import torch
 from PIL import Image
-from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..deploy.optimize import optimize
 from ..deploy.runtimes import SUFFIXES, load_exported
-from ..models.classifier import class_names, registered_cfg
+from ..models.classifier import class_names, image_config, registered_cfg
 from ..weights.checkpoints import Checkpoint
 from ..weights.convert import require_as_many_labels
 from ..weights.errors import UnknownModelError, first_line
 from ..weights.files import PathLike
 from ..weights.loading import load_model
-from .images import preprocess, read_image
+from .images import image_transform, preprocess, read_image
 
 __all__ = ['Prediction', 'classify', 'feature_pyramid', 'is_exported', 'name_classes', 'predict', 'pretrained_model']
 
@@ -142,7 +141,7 @@ def classify(
 
     For more than a handful of images the model is fused, and several processes read images.
     """
-    config = resolve_model_data_config(model)
+    config = image_config(model)
     parameter = next(model.parameters(), None)  # an exported model has none
     device = torch.device('cpu') if parameter is None else parameter.device
     fixed = getattr(model, 'record', {'input': (None,)})['input'][0]  # the only batch size of an exported model
@@ -154,7 +153,7 @@ def classify(
         except ValueError as error:  # timm's other models have nothing to fuse
             _logger.debug('%s runs as it is: %s', type(model).__name__, error)
     loader: DataLoader[Any] = DataLoader(
-        ReadImages(images, read, create_transform(**config)),
+        ReadImages(images, read, image_transform(config)),
         batch_size=fixed or batch_size,
         num_workers=min(4, os.cpu_count() or 1) if many and read is read_image else 0,
         collate_fn=list,
