@@ -479,6 +479,19 @@ def test_predict_and_explain_weights_without_model_use_the_model_that_they_fit(
     assert (done.status, Path('a.png').exists()) == (0, True)
 
 
+@pytest.mark.parametrize(
+    'arguments', [('predict',), ('predict', 'three.png'), ('validate', '.'), ('explain',), ('predict', '--labels', '.')]
+)
+def test_weights_without_a_classifier_are_refused_in_one_line(
+    arguments: tuple[str, ...], run: Run, photos: Path, tmp_path: Path, monkeypatch: Patch
+) -> None:
+    monkeypatch.chdir(photos)
+    file = str(tmp_path / 'backbone.pth')
+    torch.save(tiny(num_classes=0).state_dict(), file)
+    message = f'timm-res2net: {file} has no classifier to predict classes with; give weights that have one\n'
+    assert run(*arguments, '--weights', file) == Done(1, '', message)
+
+
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')  # timm leaves image files open
 def test_weights_of_one_channel_go_through_every_command(run: Run, tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.chdir(tmp_path)

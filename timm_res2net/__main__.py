@@ -191,6 +191,8 @@ def make_classifier(
         file, told = weights.file, weights.training
     else:  # an exported model tells all that it uses
         told = Training(dict(cfg), tuple(cfg.get('label_names') or ()), str(file))
+    if not model.num_classes:
+        raise ValueError(f'{file or name} has no classifier to predict classes with; give weights that have one')
     if names is not None:
         name_classes(model, names)
     if file is not None:
