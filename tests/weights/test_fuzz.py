@@ -311,7 +311,8 @@ def mutate_network(kind: str, random: random.Random) -> bytes:
     if kind == 'safetensors':  # which has no tensors that share memory
         state = {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in state.items()}
     if kind.startswith('torch') and random.random() < 0.3:
-        return FORMATS[kind]({'state_dict': state, **some_arguments(random)})
+        contents: dict[str, Any] = dict(state_dict=state, **some_arguments(random))
+        return FORMATS[kind](contents)
     return FORMATS[kind](state)
 
 
