@@ -72,7 +72,7 @@ def test_make_model_of_other_architectures_of_timm_is_the_same_as_timms() -> Non
         ('timm_res2net', None, 'timm_res2net is None, and should be a mapping'),
         ('model_args', [], r'model_args is \[\], and should be a mapping'),
         ('model_args.layers', 3000, 'model_args.layers is 3000, and should be made of numbers from 0 to 200'),
-        ('model_args.layers', [200, 200, 200, 200], 'model_args.layers is .* a far larger network'),
+        ('model_args.layers', [200, 200, 200, 200], 'far more tensors than the [0-9]+ of its weights'),
         ('model_args.scale', 100_000, 'model_args.scale is 100000'),
         ('model_args.base_width', 1_000_000, 'model_args.base_width is 1000000'),
         ('model_args.base_width', 4096, 'describes a network of [0-9,]+ numbers, and its weights have only 12,'),
@@ -99,6 +99,26 @@ def test_make_model_of_impossible_config_raises_with_key_and_source(path: str, v
     assert 'user/net' in str(error.value)
     assert '\n' not in str(error.value)
     assert time.perf_counter() - start < 2
+
+
+@pytest.mark.parametrize(
+    ('name', 'arguments'),
+    [
+        ('dla60_res2net', dict(levels=[1, 1, 8, 8, 8, 8])),
+        ('dla60_res2net', dict(levels=[1, 1, 5, 5, 5, 5], scale=64)),
+        ('vit_tiny_patch16_224', dict(depth=4096)),
+        ('res2net50_26w_4s', dict(layers=[200, 200, 200, 200], scale=64)),
+    ],
+    ids=str,
+)
+def test_make_model_of_a_network_far_larger_than_its_weights_raises_at_once(
+    name: str, arguments: dict[str, Any]
+) -> None:
+    content = json.dumps(dict(architecture=name, model_args=arguments, pretrained_cfg={})).encode()
+    start = time.thread_time()
+    with pytest.raises(CheckpointError, match=r'user/net .* far more tensors than the 2 of its weights'):
+        make_model(content, save({'a': torch.ones(1), 'b': torch.ones(1)}), 'user/net')
+    assert time.thread_time() - start < 1
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ import timm
 from safetensors import SafetensorError
 from timm.models import PretrainedCfg, build_model_with_cfg
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from ..models.classifier import registered_cfg
 from ..models.variants import ARCHS
@@ -26,6 +27,7 @@ __all__ = ['checked_config', 'load_folder', 'make_model']
 
 LARGEST = {'layers': 200, 'levels': 8, 'scale': 64, 'num_classes': 1_000_000}  # numbers in `model_args`
 LARGEST_OTHER = 4096
+CALLS_PER_TENSOR = 40  # of torch, while a network is made; 4 to 12 for those of timm
 # What decides how weights are loaded is for the caller, not for the file.
 ARGUMENTS = inspect.signature(build_model_with_cfg).parameters
 FORBIDDEN = {'pretrained', 'features_only', 'out_indices', 'pruned', *ARGUMENTS}
@@ -183,20 +185,31 @@ def checked_weights(content: bytes, source: str) -> dict[str, Tensor]:
     return state
 
 
+class Meter(TorchFunctionMode):
+    """Raises a ValueError if this thread calls torch far more often than for making a network of so many tensors.
+
+    Making one, also without memory, takes as long as the network is large. torch's hooks of new parameters would tell
+    more exactly, but those of one thread disturb the others.
+    """
+
+    def __init__(self, tensors: int) -> None:
+        super().__init__()
+        self.tensors, self.left = tensors, CALLS_PER_TENSOR * tensors + 4000
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.left -= 1
+        if self.left < 0:
+            raise ValueError(f'it would have far more tensors than the {self.tensors:,} of its weights')
+        return func(*args, **(kwargs or {}))
+
+
 def require_fit(config: Mapping[str, Any], state: dict[str, Tensor], source: str) -> None:
     """Raises a CheckpointError unless weights are those of a configuration, before the model takes any memory."""
     args = config.get('model_args', {})
-    layers = [args.get('layers', 0)] if not isinstance(args.get('layers'), list) else args['layers']
-    blocks = sum(layer for layer in layers if is_number(layer))
-    for key, wanted in (('layers', blocks), ('scale', args.get('scale', 0))):
-        if is_number(wanted) and wanted * max(1, blocks if key == 'scale' else 1) > 4 * len(state):
-            raise CheckpointError(
-                f'{CONFIG_FILE} of {source} is of no use: model_args.{key} is {args[key]!r}, which is a far larger '
-                f'network than one of the {len(state)} tensors of its weights'
-            )
     classes = config.get('num_classes', config['pretrained_cfg'].get('num_classes', 1000))
     try:
-        model = timm.create_model(config['architecture'], device='meta', **{**args, 'num_classes': classes})
+        with Meter(len(state)):
+            model = timm.create_model(config['architecture'], device='meta', **{**args, 'num_classes': classes})
     except Exception as error:  # a network can refuse its arguments in any way
         raise CheckpointError(f'{CONFIG_FILE} of {source} describes no network: {first_line(error)}') from error
     wanted = model.state_dict()
