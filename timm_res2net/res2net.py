@@ -14,8 +14,6 @@ from typing import Any
 import timm.models.dla
 import timm.models.res2net
 import torch
-from huggingface_hub import hf_hub_download, hf_hub_url, is_offline_mode
-from huggingface_hub.errors import EntryNotFoundError
 from timm.models import (
     PretrainedCfg,
     build_model_with_cfg,
@@ -27,7 +25,7 @@ from timm.models import (
 from timm.models import _registry as timm_registry
 from torch import nn
 
-from .hub.client import Hub, LateError, cached_file, release_locks
+from .hub.pull import bring_file
 from .models.block import function_of
 from .models.function import Function
 from .models.recompute import FeatureDict, FeatureGetter, FeatureHook, FeatureList
@@ -139,7 +137,7 @@ def read_weights(cfg: PretrainedCfg, cache_dir: str | Path | None) -> Checkpoint
         path = Path(str(cfg.file), WEIGHTS_FILE)
         return read_checkpoint(path) if path.is_file() else None
     if cfg.hf_hub_id and (cfg.source == 'hf-hub' or not cfg.file):
-        found = bring_from_hub(cfg.hf_hub_id, cfg.hf_hub_filename or WEIGHTS_FILE, cache_dir)
+        found = bring_file(cfg.hf_hub_id, cfg.hf_hub_filename or WEIGHTS_FILE, cache_dir)
         return None if found is None else replace(read_checkpoint(found), file=f'{found.name} of {cfg.hf_hub_id}')
     if cfg.file:
         return read_checkpoint(cfg.file)
@@ -148,36 +146,6 @@ def read_weights(cfg: PretrainedCfg, cache_dir: str | Path | None) -> Checkpoint
     url = cfg.url
     folder = cache_dir or Path(torch.hub.get_dir(), 'checkpoints')
     return download(url, folder, lambda path: replace(read_checkpoint(path), file=url))
-
-
-def bring_from_hub(hub_id: str, name: str, cache_dir: str | Path | None) -> Path | None:
-    """Brings weights from the Hub to the cache, and returns where they are; None if the Hub has no such file.
-
-    timm would wait for a silent Hub without end, and write dozens of lines about one that can't be reached.
-
-    Raises:
-        ConnectionError: If the Hub can't be reached, and the weights are not in the cache.
-        HfHubHTTPError: If the Hub refuses.
-    """
-    repo_id, _, revision = hub_id.partition('@')
-    place = partial(hf_hub_download, repo_id, name, revision=revision or None, cache_dir=cache_dir)
-    cached = cached_file(place)
-    if is_offline_mode():
-        return cached
-    hub = Hub()
-    try:
-        if cached is None:  # or huggingface_hub takes it if the Hub can't be asked
-            url = hf_hub_url(repo_id, name, revision=revision or None)
-            hub.call(f'weights of {hub_id}', hub.api.get_hf_file_metadata, url=url)
-        return Path(hub.call(f'weights of {hub_id}', place))
-    except EntryNotFoundError:
-        return None  # there is a pickle, perhaps, for timm
-    except ConnectionError as error:
-        if isinstance(error, LateError):
-            release_locks(repo_id, cache_dir)
-        if cached is None:
-            raise
-        return cached
 
 
 def loaded_trunk(

@@ -17,7 +17,7 @@ import pytest
 import timm
 import torch
 from hub_server import Fault, Hub
-from huggingface_hub import ModelCard, constants, file_download
+from huggingface_hub import ModelCard, constants, file_download, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import _http, _xet
 from support import TINY, slow_but, tiny
@@ -548,7 +548,7 @@ def test_create_model_without_the_hub_says_so_in_one_line_and_takes_the_cache(
 ) -> None:
     hub.put('user/net', old_files)
     hub.faults = [Fault('.*', 'drop', times=1000)]
-    with pytest.raises(ConnectionError, match=r'the Hub can not be reached: .* \(weights of user/net\)'):
+    with pytest.raises(ConnectionError, match=r'the Hub can not be reached: .* \(model\.safetensors of user/net\)'):
         timm.create_model('test_res2net', **of_hub('user/net'), cache_dir=str(tmp_path))
     assert hub_lines == []
     faults, hub.faults = hub.faults, []
@@ -597,3 +597,63 @@ def test_create_model_of_damaged_weights_on_the_hub_raises_checkpoint_error(
 def test_create_model_of_hub_that_refuses_raises_its_error(hub: Hub, hasty: None, tmp_path: Path) -> None:
     with pytest.raises(HfHubHTTPError, match='Repository Not Found'):
         timm.create_model('test_res2net', **of_hub('user/absent'), cache_dir=str(tmp_path))
+
+
+def test_create_model_believes_no_checksum_that_is_a_path(
+    hub: Hub, hasty: None, old_files: dict[str, bytes], tmp_path: Path
+) -> None:
+    hub.put('user/net', old_files)
+    cache = tmp_path / 'cache'
+    hub.faults = [Fault('(HEAD|GET) .*/resolve/.*', 'etag', times=100)]
+    with pytest.raises(ConnectionError, match=r"'\.\./\.\./\.\./outside' is no checksum"):
+        timm.create_model('test_res2net', **of_hub('user/net'), cache_dir=str(cache))
+    assert not [path for path in tmp_path.rglob('*') if path.is_file()]
+    hub.faults = []
+    model = timm.create_model('test_res2net', **of_hub('user/net'), cache_dir=str(cache))
+    torch.testing.assert_close(model.state_dict(), tiny().state_dict(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('name', ['test_res2net', 'hf-hub:user/net'])
+def test_create_model_downloads_damaged_weights_again_and_leaves_none_in_the_cache(
+    name: str, hub: Hub, hasty: None, old_files: dict[str, bytes], tmp_path: Path
+) -> None:
+    hub.put('user/net', old_files)
+    options = dict(cache_dir=str(tmp_path), **(of_hub('user/net') if name == 'test_res2net' else dict(pretrained=True)))
+    hub.faults = [Fault('GET /_cdn', 'corrupt', times=100)]
+    with pytest.raises(CheckpointError, match=r'model\.safetensors of user/net has another checksum'):
+        timm.create_model(name, **options)
+    assert not list(tmp_path.rglob('model.safetensors'))
+    hub.faults[0].times = 1
+    model = timm.create_model(name, **options)
+    assert hub.faults[0].times == 0
+    torch.testing.assert_close(model.state_dict(), tiny().state_dict(), rtol=0, atol=0)
+
+
+def test_create_model_heals_damaged_weights_in_the_cache_and_refuses_them_without_the_hub(
+    hub: Hub, hasty: None, old_files: dict[str, bytes], tmp_path: Path
+) -> None:
+    hub.put('user/net', {**old_files, 'a/b.safetensors': old_files['model.safetensors']})
+    options = of_hub('user/net')
+    options['pretrained_cfg_overlay']['hf_hub_filename'] = 'a/b.safetensors'
+    timm.create_model('test_res2net', **options, cache_dir=str(tmp_path))
+    cached(tmp_path, 'a/b.safetensors').write_bytes(b'damaged')
+    hub.faults = [Fault('.*', 'drop', times=100)]
+    with pytest.raises(CheckpointError, match=r'a/b\.safetensors of user/net is damaged in the cache'):
+        timm.create_model('test_res2net', **options, cache_dir=str(tmp_path))
+    hub.faults = []
+    model = timm.create_model('test_res2net', **options, cache_dir=str(tmp_path))
+    torch.testing.assert_close(model.state_dict(), tiny().state_dict(), rtol=0, atol=0)
+
+
+def test_create_model_takes_what_others_have_brought_to_the_cache_after_one_question(
+    hub: Hub, hasty: None, old_files: dict[str, bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hub.put('user/net', old_files)
+    hf_hub_download('user/net', 'model.safetensors', cache_dir=tmp_path)
+    monkeypatch.setattr(constants, 'HF_HUB_ETAG_TIMEOUT', 0.4)
+    for kind in ('', 'silent', 'drop', 'status', 'etag'):
+        hub.log.clear()
+        hub.faults = [Fault('HEAD', kind, times=100)] if kind else []
+        model = timm.create_model('test_res2net', **of_hub('user/net'), cache_dir=str(tmp_path))
+        torch.testing.assert_close(model.state_dict(), tiny().state_dict(), rtol=0, atol=0)
+        assert len(hub.log) == 1

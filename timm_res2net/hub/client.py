@@ -11,13 +11,22 @@ from functools import partial
 from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from huggingface_hub import HfApi, ModelCard, constants, get_token, is_offline_mode
+from huggingface_hub import (
+    HfApi,
+    HfFileMetadata,
+    ModelCard,
+    constants,
+    get_token,
+    hf_hub_download,
+    hf_hub_url,
+    is_offline_mode,
+)
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
 from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import tqdm, validate_repo_id  # type: ignore[attr-defined]
 
-from ..weights.download import Deadline, retrying
+from ..weights.download import LARGEST, Deadline, retrying
 from ..weights.errors import first_line, printable
 from ..weights.files import PathLike
 
@@ -25,11 +34,12 @@ __all__ = [
     'DamagedError',
     'Hub',
     'LateError',
+    'cache_folder',
+    'cached_file',
     'has_checksum',
     'is_refusal',
     'is_transient',
     'problems_on_hub',
-    'release_locks',
     'require_repo_id',
 ]
 
@@ -57,19 +67,21 @@ class Hub:
     Args:
         token: For the Hub. That of `hf auth login` if None.
         timeout: Seconds for all calls together, see `Deadline`.
+        retries: Try again after transient errors.
 
     Raises:
         ValueError: If the token can't be one, or the timeout is not positive.
     """
 
-    def __init__(self, token: str | bool | None = None, timeout: float | None = None) -> None:
+    def __init__(self, token: str | bool | None = None, timeout: float | None = None, retries: bool = True) -> None:
         token = token.strip() if isinstance(token, str) else token
         self.secret = token_to_send(token)
         self.deadline = Deadline(timeout)
+        self.retries = retries
         self.api = HfApi(token=token, library_name='timm_res2net')
 
     def call(self, awaited: str, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
-        """Calls a function of huggingface_hub, with retries after transient errors.
+        """Calls a function of huggingface_hub, with retries after transient errors if they are wanted.
 
         It runs in a thread of its own, as huggingface_hub waits for a silent server without end.
 
@@ -87,7 +99,7 @@ class Hub:
         """
         attempt = partial(self.in_time, awaited, partial(function, *args, **kwargs))
         try:
-            return retrying(is_transient, self.deadline)(attempt)
+            return retrying(is_transient, self.deadline)(attempt) if self.retries else attempt()
         except Exception as error:
             problem = self.documented(awaited, error)
             raise problem from (error if type(problem) in (ConnectionError, OSError) else None)
@@ -159,6 +171,21 @@ class Hub:
 
         return self.call(f'the checksums of {repo_id}', ask)
 
+    def latest(self, repo_id: str, name: str, revision: str | None) -> tuple[str, str, int]:
+        """Commit, checksum and size of a file at a branch, tag or commit, by one request."""
+
+        def ask() -> tuple[str, str, int]:
+            told = self.announced(repo_id, name, revision)
+            size = LARGEST if told.size is None else told.size
+            return require_checksum(told.commit_hash, 40), require_checksum(told.etag), size
+
+        return self.call(f'{name} of {repo_id}', ask)
+
+    def announced(self, repo_id: str, name: str, revision: str | None) -> HfFileMetadata:
+        """What huggingface_hub is told of a file before it downloads it, and believes."""
+        url = hf_hub_url(repo_id, name, revision=revision, endpoint=self.api.endpoint)
+        return self.api.get_hf_file_metadata(url=url, timeout=min(self.deadline.left + 0.01, LONGEST_WAIT))
+
     def has(self, repo_id: str, commit: str, folder: Path, names: Iterable[str]) -> bool:
         """Whether a commit on the Hub has these files of a folder."""
         told = self.checksums(repo_id, commit, names)
@@ -175,6 +202,7 @@ class Hub:
             DamagedError: If it is wrong each time. The file is not in the cache then.
             Exception: As `call` does.
         """
+        folder = cache_folder(repo_id, cache)
         broken: list[Path] = []  # by an earlier attempt
         hub = self
 
@@ -191,18 +219,19 @@ class Hub:
                 return super().update(n)
 
         def attempt() -> tuple[Path, bytes]:
-            place = partial(self.api.hf_hub_download, repo_id, name, revision=commit, cache_dir=cache)
             for path in broken:  # its link may point at another file than the Hub's, which a download leaves as it is
                 path.unlink(missing_ok=True)
-                (path.parents[2] / 'trees' / f'{commit}.json').unlink(missing_ok=True)  # what an earlier answer said
-            found = None if broken else cached_file(place)
+                (folder / 'trees' / f'{commit}.json').unlink(missing_ok=True)  # what an earlier answer said
+            found = None if broken else cached_file(repo_id, name, commit, cache)
             if found is None:
-                told = self.api.get_hf_file_metadata(
-                    url=self.api_url(repo_id, name, commit), timeout=min(self.deadline.left + 0.01, LONGEST_WAIT)
-                )
+                told = self.announced(repo_id, name, commit)
                 if (told.etag, told.commit_hash) != (checksum, commit):  # they become paths in the cache
                     raise DamagedError(f'{name} of {repo_id} is announced with another checksum than the Hub lists')
-                found = Path(place(force_download=bool(broken), tqdm_class=Bar))
+                found = Path(
+                    self.api.hf_hub_download(
+                        repo_id, name, revision=commit, cache_dir=cache, force_download=bool(broken), tqdm_class=Bar
+                    )
+                )
             content = found.read_bytes()
             if not has_checksum(content, checksum):
                 broken.append(found)
@@ -218,12 +247,8 @@ class Hub:
             for path in broken:
                 with contextlib.suppress(OSError):
                     path.unlink(missing_ok=True)
-                    (path.parents[2] / 'blobs' / checksum).unlink(missing_ok=True)
+                    (folder / 'blobs' / checksum).unlink(missing_ok=True)
             raise DamagedError(f'{error}, each time; try again later') from error
-
-    def api_url(self, repo_id: str, name: str, commit: str) -> str:
-        """The address of a file."""
-        return f'{self.api.endpoint}/{repo_id}/resolve/{commit}/{name}'
 
 
 class LateError(ConnectionError):
@@ -236,16 +261,21 @@ def release_locks(repo_id: str, cache: PathLike | None) -> None:
     huggingface_hub still waits in its thread, hf_xet without end, and holds a lock that the next call would wait for.
     It writes to a file of its own, so that both may do that at once.
     """
-    folder = Path(cache or constants.HF_HUB_CACHE, '.locks', repo_folder_name(repo_id=repo_id, repo_type='model'))
-    for path in folder.glob('*.lock'):
+    folder = cache_folder(repo_id, cache)
+    for path in (folder.parent / '.locks' / folder.name).glob('*.lock'):
         with contextlib.suppress(OSError):
             path.unlink()
 
 
-def cached_file(place: Callable[..., str]) -> Path | None:
+def cache_folder(repo_id: str, cache: PathLike | None) -> Path:
+    """Where a cache keeps what it has of a repository."""
+    return Path(cache or constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo_id, repo_type='model'))
+
+
+def cached_file(repo_id: str, name: str, revision: str | None, cache: str | None) -> Path | None:
     """The file that is in the cache already, None if there is none."""
     try:
-        return Path(place(local_files_only=True))
+        return Path(hf_hub_download(repo_id, name, revision=revision, cache_dir=cache, local_files_only=True))
     except FileNotFoundError:
         return None
 

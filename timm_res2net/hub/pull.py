@@ -3,11 +3,11 @@
 import logging
 import os
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import hf_hub_download, is_offline_mode
+from huggingface_hub import constants, is_offline_mode
+from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from torch import nn
 
 from ..weights.config import checked_config, make_model
@@ -15,9 +15,9 @@ from ..weights.download import LARGEST
 from ..weights.errors import CheckpointError
 from ..weights.files import PathLike, atomic_write_text
 from ..weights.folder import CONFIG_FILE, LARGEST_CONFIG, WEIGHTS_FILE
-from .client import CHECKSUM, DamagedError, Hub, cached_file, has_checksum, require_repo_id
+from .client import CHECKSUM, DamagedError, Hub, cache_folder, cached_file, has_checksum, require_repo_id
 
-__all__ = ['Download', 'download_model', 'pull']
+__all__ = ['Download', 'bring_file', 'download_model', 'pull']
 
 _logger = logging.getLogger(__name__)
 
@@ -117,21 +117,35 @@ def pulled_model(hub: Hub, repo_id: str, revision: str | None, cache: str | None
             names = hub.call(f'the files of {repo_id}', hub.api.list_repo_files, repo_id, revision=commit)
             raise CheckpointError(f'{repo_id} has no {name}{advise_on_pickle(names)}')
     files = {}
-    for name, most in zip(FILES, (LARGEST_CONFIG, LARGEST)):
-        size = told[name][1]
-        if size > most:
-            raise CheckpointError(f'{name} of {repo_id} has {size:,} bytes, and none needs more than {most:,}')
-        try:
-            path, files[name] = hub.download(repo_id, name, commit, *told[name], cache)
-        except DamagedError as error:
-            raise CheckpointError(str(error)) from error
-    if revision != commit:
-        remember(path.parents[2] / 'refs' / (revision or 'main'), commit)
+    for name in FILES:
+        path, files[name] = downloaded(hub, repo_id, name, commit, *told[name], cache)
+    remember(repo_id, revision, commit, cache)
     return Download(path.parent, commit, files)
 
 
-def remember(ref: Path, commit: str) -> None:
+def downloaded(
+    hub: Hub, repo_id: str, name: str, commit: str, checksum: str, size: int, cache: str | None
+) -> tuple[Path, bytes]:
+    """Brings one file to the cache and verifies it; where it is, and its content.
+
+    Raises:
+        CheckpointError: If it is too large, or damaged each time.
+        Exception: As `Hub.call` does.
+    """
+    most = LARGEST_CONFIG if name == CONFIG_FILE else LARGEST
+    if size > most:
+        raise CheckpointError(f'{name} of {repo_id} has {size:,} bytes, and none needs more than {most:,}')
+    try:
+        return hub.download(repo_id, name, commit, checksum, size, cache)
+    except DamagedError as error:
+        raise CheckpointError(str(error)) from error
+
+
+def remember(repo_id: str, revision: str | None, commit: str, cache: str | None) -> None:
     """Writes which commit a revision is at, for when the Hub can't be asked. A cache may be there for reading only."""
+    if revision == commit:
+        return
+    ref = cache_folder(repo_id, cache) / 'refs' / (revision or 'main')
     try:
         ref.parent.mkdir(parents=True, exist_ok=True)
         atomic_write_text(ref, commit)
@@ -141,27 +155,72 @@ def remember(ref: Path, commit: str) -> None:
 
 def cached_model(repo_id: str, revision: str | None, cache: str | None) -> Download:
     """Takes a model's files from the cache, and verifies those whose checksum is known there."""
-
-    def place(name: str) -> Path:
-        path = cached_file(partial(hf_hub_download, repo_id, name, revision=revision, cache_dir=cache))
+    files = {}
+    for name in FILES:
+        path = cached_file(repo_id, name, revision, cache)
         if path is None:
             at = f' at {revision}' if revision else ''
             raise ConnectionError(
                 f'{name} of {repo_id}{at} is not in the cache, and HF_HUB_OFFLINE says that the Hub must not be asked'
             )
-        return path
+        folder, files[name] = path.parent, verified(path, repo_id, name)
+    return Download(folder, folder.name, files)
 
-    files = {}
-    for name in FILES:
-        path = place(name)
-        files[name] = path.read_bytes()
-        # The cache has links to files that are named after their checksums, where the file system has links.
-        checksum = Path(os.readlink(path)).name if path.is_symlink() else ''
-        if not CHECKSUM.fullmatch(checksum):
-            _logger.warning('%s of %s can not be verified without the Hub', name, repo_id)
-        elif not has_checksum(files[name], checksum):
-            raise CheckpointError(f'{name} of {repo_id} is damaged in the cache; pull it again when the Hub is there')
-    return Download(path.parent, path.parent.name, files)
+
+def verified(path: Path, repo_id: str, name: str) -> bytes:
+    """The content of a file in the cache, after a look at its checksum if that is known there; else with a warning.
+
+    Raises:
+        CheckpointError: If it is damaged.
+    """
+    content = path.read_bytes()
+    # The cache has links to files that are named after their checksums, where the file system has links.
+    checksum = Path(os.readlink(path)).name if path.is_symlink() else ''
+    if not CHECKSUM.fullmatch(checksum):
+        _logger.warning('%s of %s can not be verified without the Hub', name, repo_id)
+    elif not has_checksum(content, checksum):
+        raise CheckpointError(f'{name} of {repo_id} is damaged in the cache; pull it again when the Hub is there')
+    return content
+
+
+def bring_file(hub_id: str, name: str, cache_dir: PathLike | None = None) -> Path | None:
+    """Brings a file from the Hub to the cache and verifies it, as `pull` does, and returns where it is.
+
+    timm would wait for a silent Hub without end, write dozens of lines about one that can't be reached, and believe
+    whatever comes. If the Hub can't be asked or refuses, what is in the cache is taken.
+
+    Args:
+        hub_id: 'user/name', or 'user/name@revision'.
+        name: The file's.
+        cache_dir: See `pull`.
+
+    Returns:
+        The file, None if the Hub, or without the Hub the cache, has none of this name.
+
+    Raises:
+        Exception: As `pull` does.
+    """
+    repo_id, _, rest = hub_id.partition('@')
+    revision = rest or None
+    require_repo_id(repo_id, revision)
+    cache = None if cache_dir is None else os.fspath(cache_dir)
+    cached = cached_file(repo_id, name, revision, cache)
+    if not is_offline_mode():
+        hub = Hub()
+        asked = Hub(timeout=constants.HF_HUB_ETAG_TIMEOUT, retries=False) if cached else hub
+        try:
+            commit, checksum, size = asked.latest(repo_id, name, revision)
+            path, _ = downloaded(hub, repo_id, name, commit, checksum, size, cache)
+            remember(repo_id, revision, commit, cache)
+            return path
+        except EntryNotFoundError:
+            return None
+        except (ConnectionError, HfHubHTTPError):
+            if cached is None:
+                raise
+    if cached is not None:
+        verified(cached, repo_id, name)
+    return cached
 
 
 def advise_on_pickle(names: list[str]) -> str:
