@@ -193,6 +193,25 @@ def test_predict_folder_names_what_it_skips_and_succeeds(run: Run, tmp_path: Pat
     ]
 
 
+def test_validate_names_what_it_leaves_out(run: Run, tmp_path: Path, monkeypatch: Patch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for label in '38':
+        Path('data', label).mkdir(parents=True)
+    bundled_digits()[20][0].save('data/3/three.png')
+    Path('data/3/a.heic').touch()
+    Path('data/3/lost.jpg').symlink_to('nowhere.jpg')
+    done = run('validate', 'data', '--model', 'test_res2net.digits')
+    assert done.status == 1
+    assert done.err.splitlines() == [
+        'timm-res2net: skipped, no image of a format that Pillow reads: 1: data/3/a.heic',
+        'timm-res2net: skipped, a link to nothing: 1: data/3/lost.jpg',
+        'timm-res2net: data/8: there is no image in this folder',
+    ]
+    done = run('validate', 'data', '--model', 'test_res2net.digits', '--json')
+    assert [each['file'] for each in json.loads(done.out)['skipped']] == ['data/3/a.heic', 'data/3/lost.jpg']
+    assert [each['file'] for each in json.loads(done.out)['failed']] == ['data/8']
+
+
 def test_list_shows_every_architecture_and_its_weights(run: Run) -> None:
     done = run('list')
     assert done.status == 0

@@ -164,14 +164,25 @@ def run_predict(args: argparse.Namespace) -> int:
                     print(f'  {prediction.probability:7.2%}  {prediction.label}')
     if args.json:
         items = [dict(file=file, predictions=[vars(prediction) for prediction in found]) for file, found in results]
-        errors = [dict(file=file, error=error) for file, error in failed]
-        left_out = [dict(file=file, reason=reason) for file, reason in skipped]
-        print(json.dumps(dict(model=name, results=items, failed=errors, skipped=left_out), indent=2))
+        print(json.dumps(dict(model=name, results=items, **left_out(failed, skipped)), indent=2))
+    return report_left_out(failed, skipped)
+
+
+def left_out(failed: Sequence[tuple[str, str]], skipped: Sequence[tuple[str, str]]) -> dict[str, Any]:
+    """Files that were not looked at, for JSON."""
+    return dict(
+        failed=[dict(file=file, error=error) for file, error in failed],
+        skipped=[dict(file=file, reason=reason) for file, reason in skipped],
+    )
+
+
+def report_left_out(failed: Sequence[tuple[str, str]], skipped: Sequence[tuple[str, str]]) -> int:
+    """Names files that were not looked at, with the reasons; 1 if one of them should have been."""
     for reason in dict.fromkeys(reason for _, reason in skipped):
         names = [file for file, why in skipped if why == reason]
         print(f'timm-res2net: skipped, {reason}: {summarize_names(names)}', file=sys.stderr)
-    for name, error in failed:
-        print(f'timm-res2net: {name}: {error}', file=sys.stderr)
+    for file, error in failed:
+        print(f'timm-res2net: {file}: {error}', file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -221,7 +232,7 @@ def add_validate(commands: Commands) -> None:
 
 
 def run_validate(args: argparse.Namespace) -> int:
-    """Prints the accuracy of models on a folder; 1 if an image could not be read."""
+    """Prints the accuracy of models on a folder; 1 if an image could not be read, or a class has none."""
     if args.confusion is not None:
         require_drawable(args.confusion)
     if args.weights and all(map(is_exported, args.weights)):
@@ -233,22 +244,19 @@ def run_validate(args: argparse.Namespace) -> int:
         model = make_classifier(args.model or default, read_weights(weights), device=args.device)
         name = str(weights or args.model or default)
         images = labelled_images(args.folder, class_names(model), args.labels)
-        bar = partial(tqdm, total=len(images), desc=name, unit='image', disable=None, leave=False)
+        bar = partial(tqdm, total=len(images.files), desc=name, unit='image', disable=None, leave=False)
         found = validate(model, images, args.batch_size, args.compile, bar)
         rows.append((name, str(found.images), f'{found.top1:.2f} %', f'{found.top5:.2f} %'))
         items.append(dict(model=name, images=found.images, top1=found.top1, top5=found.top5))
         failed += [failure for failure in found.failed if failure not in failed]
     if args.json:
-        errors = [dict(file=file, error=error) for file, error in failed]
-        print(json.dumps(dict(results=items, failed=errors), indent=2))
+        print(json.dumps(dict(results=items, **left_out(failed, found.skipped)), indent=2))
     else:
         print_table(rows, left=(0,))
     if args.confusion is not None:
         plot_confusion(found.confusion, class_names(model), f'{name}: {found.top1:.2f} % right', args.confusion)
         print(f'\ndrawn to {args.confusion}', file=sys.stderr if args.json else sys.stdout)
-    for file, error in failed:
-        print(f'timm-res2net: {file}: {error}', file=sys.stderr)
-    return 1 if failed else 0
+    return report_left_out(failed, found.skipped)
 
 
 def show_digits(name: str, rows: list[tuple[str, Any]], as_json: bool) -> None:

@@ -17,7 +17,7 @@ from timm_res2net.recipes.digits import split
 from timm_res2net.vision.figures import plot_confusion
 from timm_res2net.vision.images import bundled_digits
 from timm_res2net.vision.predict import HANDFUL, classify, predict
-from timm_res2net.vision.validate import labelled_images, validate
+from timm_res2net.vision.validate import LabelledImages, labelled_images, validate
 
 
 @pytest.fixture(scope='module')
@@ -70,7 +70,7 @@ def test_validate_counts_top1_top5_confusion_and_failures_of_a_known_case(tmp_pa
 def test_labelled_images_by_folders_of_other_names_are_in_the_order_of_timm(tmp_path: Path) -> None:
     write_images(tmp_path, ['n10/a.png', 'n2/b.png', '.hidden/c.png'])
     found = labelled_images(tmp_path, ['cat', 'dog'])
-    assert [(file.name, index) for file, index in found] == [('b.png', 0), ('a.png', 1)]
+    assert [(file.name, index) for file, index in zip(found.files, found.classes)] == [('b.png', 0), ('a.png', 1)]
 
 
 def test_labelled_images_by_a_file_that_is_no_text_raises_with_its_name(tmp_path: Path) -> None:
@@ -83,7 +83,7 @@ def test_labelled_images_by_a_file_take_names_and_numbers(tmp_path: Path) -> Non
     write_images(tmp_path, ['a.png', 'deep/b.png'])
     (tmp_path / 'labels.txt').write_text('a.png tabby cat\n\ndeep/b.png 0\n')
     found = labelled_images(tmp_path, ['dog', 'tabby cat'], tmp_path / 'labels.txt')
-    assert [(file.name, index) for file, index in found] == [('a.png', 1), ('b.png', 0)]
+    assert [(file.name, index) for file, index in zip(found.files, found.classes)] == [('a.png', 1), ('b.png', 0)]
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_labelled_images_that_do_not_fit_raise_with_reason(
 
 def test_validate_without_any_readable_image_raises(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match='none of 1 images could be read; the first one: there is no such file'):
-        validate(Constant([1.0, 0.0]).eval(), [(tmp_path / 'none.png', 0)])
+        validate(Constant([1.0, 0.0]).eval(), LabelledImages([tmp_path / 'none.png'], classes=[0]))
 
 
 def test_classify_many_images_by_processes_equals_few_in_order_with_errors(digits: nn.Module, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,17 @@ from torch import Tensor, nn
 
 from ..models.classifier import class_names
 from ..weights.files import PathLike, read_text
-from .images import find_images, read_image
+from .images import Found, find_images, read_image
 from .predict import classify
 
-__all__ = ['Validation', 'labelled_images', 'validate']
+__all__ = ['LabelledImages', 'Validation', 'labelled_images', 'validate']
+
+
+@dataclass
+class LabelledImages(Found):
+    """What `labelled_images` found."""
+
+    classes: list[int] = field(default_factory=list)  # of the files
 
 
 @dataclass(frozen=True)
@@ -26,10 +33,11 @@ class Validation:
     top1: float  # % whose likeliest class is right
     top5: float  # % whose class is among the five likeliest
     confusion: Tensor  # (classes, classes), images of the first class that were taken for the second
-    failed: list[tuple[str, str]]  # files that could not be read, with the reason
+    failed: list[tuple[str, str]]  # files and folders that could not be read or are empty, and why
+    skipped: list[tuple[str, str]]  # what the folders hold beside images, and why
 
 
-def labelled_images(folder: PathLike, names: Sequence[str], labels: PathLike | None = None) -> list[tuple[Path, int]]:
+def labelled_images(folder: PathLike, names: Sequence[str], labels: PathLike | None = None) -> LabelledImages:
     """Finds images and their classes.
 
     Args:
@@ -45,7 +53,7 @@ def labelled_images(folder: PathLike, names: Sequence[str], labels: PathLike | N
         raise ValueError(f'{root} is no folder')
     index = {name: i for i, name in enumerate(names)}
     if labels is not None:
-        pairs = []
+        images = LabelledImages()
         for number, line in enumerate(read_text(labels).splitlines(), 1):
             if not line.strip():
                 continue
@@ -54,10 +62,11 @@ def labelled_images(folder: PathLike, names: Sequence[str], labels: PathLike | N
             which = index.get(label, int(label) if label.isdecimal() else -1)
             if not 0 <= which < len(names):
                 raise ValueError(f'line {number} of {labels} gives {name} the class {label!r}, which the model lacks')
-            pairs.append((root / name, which))
-        if not pairs:
+            images.files.append(root / name)
+            images.classes.append(which)
+        if not images.files:
             raise ValueError(f'{labels} has no line with an image and its class')
-        return pairs
+        return images
     folders = [each.name for each in os.scandir(root) if each.is_dir() and not each.name.startswith('.')]
     classes = sorted(folders, key=natural_key)
     if not classes:
@@ -69,15 +78,15 @@ def labelled_images(folder: PathLike, names: Sequence[str], labels: PathLike | N
                 f'{root} has {len(classes)} folders and the model {len(names)} classes, of which none is {strange}'
             )
         index = {name: i for i, name in enumerate(classes)}
-    pairs = [(file, index[name]) for name in classes for file in find_images([str(root / name)]).files]
-    if not pairs:
+    found = find_images(str(root / name) for name in classes)
+    if not found.files:
         raise ValueError(f'there is no image in {root}')
-    return pairs
+    return LabelledImages(**vars(found), classes=[index[file.relative_to(root).parts[0]] for file in found.files])
 
 
 def validate(
     model: nn.Module,
-    images: Sequence[tuple[Path, int]],
+    images: LabelledImages,
     batch_size: int = 16,
     compile: bool = False,
     progress: Any = iter,
@@ -86,7 +95,7 @@ def validate(
 
     Args:
         model: A model as timm makes it in evaluation mode, or an exported one.
-        images: Files and their classes, see `labelled_images`.
+        images: What `labelled_images` found.
         batch_size: Number of images that are classified at once.
         compile: Compile the model first.
         progress: Wraps the iterator over images, to show a bar.
@@ -96,18 +105,18 @@ def validate(
     """
     count = len(class_names(model))
     confusion = torch.zeros(count, count, dtype=torch.long)
-    failed, right, among_five = [], 0, 0
-    files = [file for file, _ in images]
-    scores: Iterable[Tensor | ValueError] = progress(classify(model, files, read_image, batch_size, compile))
-    for (file, truth), found in zip(images, scores):
+    unread, right, among_five = [], 0, 0
+    scores: Iterable[Tensor | ValueError] = progress(classify(model, images.files, read_image, batch_size, compile))
+    for file, truth, found in zip(images.files, images.classes, scores):
         if isinstance(found, ValueError):
-            failed.append((str(file), str(found)))
+            unread.append((str(file), str(found)))
             continue
         best = found.topk(min(5, count)).indices.tolist()
         right += best[0] == truth
         among_five += truth in best
         confusion[truth, best[0]] += 1
-    done = len(images) - len(failed)
+    done = len(images.files) - len(unread)
     if not done:
-        raise ValueError(f'none of {len(images)} images could be read; the first one: {failed[0][1]}')
-    return Validation(done, 100 * right / done, 100 * among_five / done, confusion, failed)
+        raise ValueError(f'none of {len(unread)} images could be read; the first one: {unread[0][1]}')
+    failed = images.failed + unread
+    return Validation(done, 100 * right / done, 100 * among_five / done, confusion, failed, images.skipped)
