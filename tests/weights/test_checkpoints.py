@@ -32,7 +32,7 @@ from timm_res2net.weights.convert import convert
 from timm_res2net.weights.dialects import PARTS
 from timm_res2net.weights.files import sha256
 from timm_res2net.weights.folder import write_folder
-from timm_res2net.weights.loading import load_model
+from timm_res2net.weights.loading import adapt_state_dict, load_model
 from timm_res2net.weights.readers import read
 
 References = Callable[[str], Path]
@@ -542,6 +542,26 @@ def test_load_checkpoint_tensor_that_can_be_no_weight_is_refused_and_changes_not
     state = tiny().state_dict()
     file = save_checkpoint({**state, 'fc.weight': change(state['fc.weight'])}, tmp_path)
     assert_refused_and_unchanged(tiny(), file, f'fc.weight .*{message}')
+
+
+@pytest.mark.parametrize(
+    ('dtype', 'value', 'message'),
+    [
+        (torch.float16, 1e6, r'1 hold numbers too large for its torch\.float16 \(first: fc\.bias\)'),
+        (torch.bfloat16, 3.4e38, r'too large for its torch\.bfloat16'),
+    ],
+)
+def test_weights_too_large_for_the_models_type_are_refused(
+    dtype: torch.dtype, value: float, message: str, tmp_path: Path
+) -> None:
+    state = {**tiny().state_dict(), 'fc.bias': torch.full((4,), value)}
+    file = save_checkpoint(state, tmp_path)
+    assert_refused_and_unchanged(tiny().to(dtype), file, message)
+    with pytest.raises(CheckpointError, match=message):
+        load_model(file, dtype=dtype)
+    with pytest.raises(CheckpointError, match=message):  # as timm calls it
+        adapt_state_dict(state, tiny().to(dtype))
+    load_checkpoint(tiny(), file)
 
 
 def test_load_checkpoint_two_tensors_with_one_target_name_are_refused(tmp_path: Path) -> None:

@@ -46,6 +46,7 @@ DEFAULTS: dict[str, Any] = {
         'channels',
     )
 }
+NARROW = torch.float16, torch.bfloat16  # types of models in which a number of float32 can become infinite
 MOST_BLOCKS = 128  # of a network that is made for a file; Res2Net-200 has 66
 
 
@@ -206,14 +207,18 @@ def adapt_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> dict[st
     state_dict = {key: each.clone() if isinstance(each, Tensor) else each for key, each in state_dict.items()}
     dialect, prefix, _ = find_network(state_dict)
     if dialect == 'official' and not prefix:  # timm's names, but for the modules that the authors' DLA never runs
-        return {
+        state = {
             key: to_float32(key, tensor, Counter(), ours=key)
             for key, tensor in state_dict.items()
             if isinstance(tensor, Tensor) and not is_dead(key, state_dict, DIALECTS[dialect])
         }
-    checkpoint = recognise(Contents(state_dict), 'the file')
-    require_same_function(model, checkpoint)
-    return checkpoint.state
+    else:
+        checkpoint = recognise(Contents(state_dict), 'the file')
+        require_same_function(model, checkpoint)
+        state = checkpoint.state
+    if problem := describe_overflow(model.state_dict(), state):
+        raise CheckpointError(f'the file does not fit {model_name(model)}: {problem}')
+    return state
 
 
 def require_same_function(model: nn.Module, checkpoint: Checkpoint) -> None:
@@ -266,7 +271,16 @@ def describe_mismatch(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor])
         name = shapes[0]
         sizes = f'{tuple(given[name].shape)} for {tuple(wanted[name].shape)}'
         problems.append(f'{len(shapes)} have another shape (first: {name}, {sizes})')
+    if overflow := describe_overflow(wanted, given):
+        problems.append(overflow)
     return ', '.join(problems)
+
+
+def describe_overflow(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
+    """Describes which finite numbers would be infinite in a model of narrower types, '' if none."""
+    narrow = {name: tensor.dtype for name, tensor in wanted.items() if tensor.dtype in NARROW and name in given}
+    names = [name for name, dtype in narrow.items() if not given[name].to(dtype).isfinite().all()]
+    return f'{len(names)} hold numbers too large for its {narrow[names[0]]} (first: {names[0]})' if names else ''
 
 
 def suggest_model(checkpoint: Checkpoint) -> str:
