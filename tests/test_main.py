@@ -474,6 +474,17 @@ def test_main_with_closed_standard_output_prints_one_line(run: Run, monkeypatch:
     assert run('list') == Done(1, '', 'timm-res2net: standard output is closed\n')
 
 
+def test_main_with_closed_standard_error_keeps_messages_off_standard_output(
+    tmp_path: Path, monkeypatch: Patch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, 'stderr', None)
+    monkeypatch.setattr('timm_res2net.__main__.WEIGHTS', ['test_res2net.digits'])
+    assert main(['card', '--all', '--out', str(tmp_path)]) == 0
+    assert main(['card', 'absent']) == 2
+    sys.stderr.close()
+    assert capsys.readouterr().out == f'wrote 1 cards and README.md to {tmp_path}\n'
+
+
 @pytest.mark.parametrize('arguments', [['list'], ['convert', '--list-dialects'], ['card', 'res2net50d.in1k']], ids=str)
 def test_main_with_full_disk_prints_one_line(run: Run, arguments: list[str], monkeypatch: Patch) -> None:
     with open('/dev/full', 'w') as full:  # closing it would raise if something were left in it

@@ -896,6 +896,8 @@ def main(argv: list[str] | None = None) -> int:
     Returns:
         0, or 1 if something failed, or 2 for a wrong call.
     """
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, 'w')  # noqa: SIM115 - tqdm writes to it until the end
     if sys.stdout is None:
         print('timm-res2net: standard output is closed', file=sys.stderr)
         return 1
