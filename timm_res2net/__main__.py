@@ -199,15 +199,16 @@ def make_classifier(
     model: Any = pretrained_model(name, weights, device)
     file, cfg = weights, model.pretrained_cfg
     if isinstance(weights, Checkpoint):
-        file, told = weights.file, weights.training
+        file, training = weights.file, weights.training
     else:  # an exported model tells all that it uses
-        told = Training(dict(cfg), tuple(cfg.get('label_names') or ()), str(file))
+        training = Training(dict(cfg), tuple(cfg.get('label_names') or ()), str(file))
     if not model.num_classes:
         raise ValueError(f'{file or name} has no classifier to predict classes with; give weights that have one')
     if names is not None:
         name_classes(model, names)
     if file is not None:
-        print('\n'.join([f'weights      {file}', *describe_training(told, cfg, model.num_classes)]), file=sys.stderr)
+        lines = [f'weights      {file}', *describe_training(training, cfg, model.num_classes)]
+        print('\n'.join(lines), file=sys.stderr)
     return model
 
 
@@ -330,10 +331,10 @@ def run_list(args: argparse.Namespace) -> int:
 def family() -> list[dict[str, Any]]:
     """All sets of weights, and the architectures without any."""
     entries = []
-    for arch, made in ARCHS.items():
+    for arch, variant in ARCHS.items():
         for name in [key for key in WEIGHTS if key.split('.')[0] == arch] or [arch]:
             weights, cfg = WEIGHTS.get(name), registered_cfg(name)
-            entry = dict(name=name, arch=arch, params=made.params, gmacs=made.gmacs)
+            entry = dict(name=name, arch=arch, params=variant.params, gmacs=variant.gmacs)
             entry.update(top1=None, top1_on=None, licence=None, weights=None)
             if weights is not None:
                 where = 'in this package' if cfg.file else str(cfg.url or f'hf-hub:{cfg.hf_hub_id}')
@@ -594,25 +595,25 @@ def show_conversion(done: Conversion) -> None:
         print(f'\n{done.folder / WEIGHTS_FILE}\n  sha256 {record["sha256"]}')
 
 
-def describe_training(told: Training, cfg: Mapping[str, Any], num_classes: int) -> list[str]:
+def describe_training(training: Training, cfg: Mapping[str, Any], num_classes: int) -> list[str]:
     """Says how images are prepared and what classes are called, and whether a file tells that or it is assumed.
 
     Args:
-        told: What the file tells.
+        training: What the file tells.
         cfg: What is used: timm's configuration, with `label_names`.
         num_classes: Classes.
     """
     size = ' x '.join(map(str, cfg['input_size'][1:]))
     mean, std = (', '.join(f'{value:g}' for value in cfg[key]) for key in ('mean', 'std'))
     shown = f'{size}, {cfg["interpolation"]}, crop {cfg["crop_pct"]:g}, mean {mean}, std {std}'
-    unsaid = [key for key in IMAGES if key not in told.images]
+    unsaid = [key for key in IMAGES if key not in training.images]
     how = 'as the file says' + (f', but for {", ".join(unsaid)}: assumed, the usual' if unsaid else '')
-    if not told.images:
+    if not training.images:
         how = 'assumed, the usual; the file does not tell'
     names = tuple(cfg.get('label_names') or ())
     named = ', without names'
     if names:
-        source = f'named in {told.labels_from}' if told.labels == names else 'named as given'
+        source = f'named in {training.labels_from}' if training.labels == names else 'named as given'
         named = f', {source}: {", ".join(names[:3])}{", ..." if len(names) > 3 else ""}'
     elif infer_imagenet_subset({'num_classes': num_classes}):
         named = ", named as ImageNet's: assumed, there are as many"
