@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatch
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, TextIO, TypeAlias
 
@@ -20,7 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .deploy.bench import MODELS, OPPONENTS, Result, bench, environment, growth
-from .deploy.export import TOLERANCES, export
+from .deploy.export import PRECISIONS, export
 from .deploy.optimize import DTYPES
 from .hub.cards import card, problems_of
 from .hub.catalogue import catalogue
@@ -499,7 +500,8 @@ def add_export(commands: Commands) -> None:
     command.add_argument('source', metavar='SOURCE', help='a name, a file of weights, or a folder that convert made')
     command.add_argument('out', metavar='OUT', help='what to write; the suffix says the format')
     command.add_argument('--model', metavar='NAME', help='the model that the file fits (default: found out)')
-    command.add_argument('--precision', choices=TOLERANCES, default='float32', help='default: float32')
+    choices = dict.fromkeys(chain.from_iterable(PRECISIONS.values()))  # in their order, each once
+    command.add_argument('--precision', choices=choices, default='float32', help='default: float32')
     command.add_argument('--images', metavar='FOLDER', help='images to calibrate int8 with, and to compare with')
     command.add_argument('--batch', type=positive, metavar='N', help='the only batch size (default: any)')
     command.add_argument('--size', type=positive, metavar='PX', help="height and width (default: the model's)")
