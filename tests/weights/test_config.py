@@ -162,6 +162,16 @@ def test_make_model_of_bad_weights_raises_checkpoint_error(content: Callable[[],
         make_model(config(), content(), 'user/net')
 
 
+@pytest.mark.parametrize('dtype', [torch.complex64, torch.float8_e5m2, torch.uint64], ids=str)
+@pytest.mark.parametrize('name', ['test_res2net', 'test_resnet'])
+def test_make_model_of_tensors_of_types_that_no_weights_have_raises(name: str, dtype: torch.dtype) -> None:
+    state = timm.create_model(name, num_classes=3).state_dict()
+    state['fc.bias'] = torch.ones(3).to(dtype)
+    content = json.dumps(dict(architecture=name, num_classes=3, pretrained_cfg={})).encode()
+    with pytest.raises(CheckpointError, match=f'model.safetensors of user/net has fc.bias of {dtype}'):
+        make_model(content, save(state), 'user/net')
+
+
 def test_load_folder_without_files_names_the_missing_one(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r'^config\.json of .* can not be read: No such file'):
         load_folder(tmp_path)

@@ -21,7 +21,7 @@ from .errors import CheckpointError, first_line
 from .files import PathLike, temporary_folder
 from .folder import CONFIG_FILE, LARGEST_CONFIG, WEIGHTS_FILE
 from .loading import adapt_state_dict, describe_mismatch
-from .readers import open_regular
+from .readers import NUMBERS, open_regular
 
 __all__ = ['checked_config', 'load_folder', 'make_model']
 
@@ -171,7 +171,7 @@ def checked_weights(content: bytes, source: str) -> dict[str, Tensor]:
     """Reads `model.safetensors`.
 
     Raises:
-        CheckpointError: If it holds something else, or numbers that are not finite.
+        CheckpointError: If it holds something else, or numbers that are not finite or of a type that no weights have.
     """
     try:
         state = safetensors.torch.load(content)
@@ -180,6 +180,10 @@ def checked_weights(content: bytes, source: str) -> dict[str, Tensor]:
             f'{WEIGHTS_FILE} of {source} is cut, or is no file of safetensors: {first_line(error)}'
         ) from None
     for name, tensor in state.items():
+        if tensor.dtype not in NUMBERS:
+            raise CheckpointError(
+                f'{WEIGHTS_FILE} of {source} has {name} of {tensor.dtype}; save plain floating-point tensors'
+            )
         if tensor.is_floating_point() and not tensor.float().isfinite().all():
             raise CheckpointError(f'{WEIGHTS_FILE} of {source} has NaN or infinity in {name}')
     return state
