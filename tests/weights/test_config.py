@@ -180,6 +180,15 @@ def test_load_folder_without_files_names_the_missing_one(tmp_path: Path) -> None
         load_folder(tmp_path)
 
 
+def test_load_folder_with_other_weights_than_recorded_raises(tmp_path: Path) -> None:
+    folder = push(tiny(), 'user/net', dry_run=tmp_path / 'folder').folder
+    assert folder is not None
+    load_folder(folder)
+    (folder / 'model.safetensors').write_bytes(weights())
+    with pytest.raises(CheckpointError, match=r'folder is not the file that its config\.json was written with'):
+        load_folder(folder)
+
+
 @pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='has no pipes with names')
 @pytest.mark.parametrize('name', ['config.json', 'model.safetensors'])
 def test_load_folder_with_a_pipe_or_device_raises_at_once(name: str, tmp_path: Path) -> None:

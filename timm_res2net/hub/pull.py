@@ -10,7 +10,7 @@ from huggingface_hub import constants, is_offline_mode
 from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
 from torch import nn
 
-from ..weights.config import checked_config, make_model
+from ..weights.config import make_model, require_recorded_weights
 from ..weights.download import LARGEST
 from ..weights.errors import CheckpointError
 from ..weights.files import PathLike, atomic_write_text
@@ -98,13 +98,7 @@ def download_model(
     cache = None if cache_dir is None else os.fspath(cache_dir)
     hub = Hub(token, timeout)
     found = cached_model(repo_id, revision, cache) if is_offline_mode() else pulled_model(hub, repo_id, revision, cache)
-    record = checked_config(found.files[CONFIG_FILE], repo_id).get('timm_res2net', {})
-    recorded = record.get('sha256')
-    if recorded is not None and not has_checksum(found.files[WEIGHTS_FILE], str(recorded)):
-        raise CheckpointError(
-            f'{WEIGHTS_FILE} of {repo_id} is not the file that its {CONFIG_FILE} was written with: it should have '
-            f'SHA-256 {str(recorded)[:80]}. Somebody replaced one of them; ask the owner'
-        )
+    require_recorded_weights(found.files[CONFIG_FILE], found.files[WEIGHTS_FILE], repo_id)
     return found
 
 

@@ -1,5 +1,6 @@
 """What a `config.json` may say, checked before anything is built of it, and the model that such a folder makes."""
 
+import hashlib
 import inspect
 import json
 import math
@@ -23,7 +24,7 @@ from .folder import CONFIG_FILE, LARGEST_CONFIG, WEIGHTS_FILE
 from .loading import adapt_state_dict, describe_mismatch
 from .readers import NUMBERS, open_regular
 
-__all__ = ['checked_config', 'load_folder', 'make_model']
+__all__ = ['load_folder', 'make_model', 'require_recorded_weights']
 
 LARGEST = {'layers': 200, 'levels': 8, 'scale': 64, 'num_classes': 1_000_000}  # numbers in `model_args`
 LARGEST_OTHER = 4096
@@ -267,11 +268,23 @@ def make_model(config: bytes, weights: bytes, source: str, **kwargs: Any) -> nn.
     return model.eval()
 
 
+def require_recorded_weights(config: bytes, weights: bytes, source: str) -> None:
+    """Raises a CheckpointError if this package wrote a `config.json` with other weights, or if it is of no use."""
+    recorded = checked_config(config, source).get('timm_res2net', {}).get('sha256')
+    if recorded is not None and recorded != hashlib.sha256(weights).hexdigest():
+        raise CheckpointError(
+            f'{WEIGHTS_FILE} of {source} is not the file that its {CONFIG_FILE} was written with: it should have '
+            f'SHA-256 {str(recorded)[:80]}. Somebody replaced one of them: ask the owner, or, if it was you, '
+            '`timm-res2net convert` the weights to a new folder'
+        )
+
+
 def load_folder(folder: PathLike, **kwargs: Any) -> nn.Module:
     """Makes the model of a folder that `convert`, `push` or `pull` wrote, see `make_model`.
 
     Raises:
-        CheckpointError: If a file is missing, can't be read or is of no use.
+        CheckpointError: If a file is missing, can't be read or is of no use, or the weights are not those that the
+            configuration was written with.
         OSError: If the folder for temporary files can't be written.
     """
     files = []
@@ -281,4 +294,5 @@ def load_folder(folder: PathLike, **kwargs: Any) -> nn.Module:
                 files.append(file.read(most))
         except OSError as error:
             raise CheckpointError(f'{name} of {folder} can not be read: {error.strerror or error}') from error
+    require_recorded_weights(files[0], files[1], str(folder))
     return make_model(files[0], files[1], str(folder), **kwargs)

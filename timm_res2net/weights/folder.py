@@ -23,7 +23,6 @@ __all__ = [
     'LARGEST_CONFIG',
     'WEIGHTS_FILE',
     'make_config',
-    'recorded_sha256',
     'require_no_model',
     'write_folder',
 ]
@@ -73,13 +72,6 @@ def make_config(
         pretrained_cfg={**cfg, 'custom_load': False, 'num_classes': model.num_classes},
         timm_res2net=dict(version=__version__, **record),
     )
-
-
-def recorded_sha256(folder: Path) -> str | None:
-    """The SHA-256 of the weights that `config.json` was written with, None if this package didn't write it."""
-    config = json.loads((folder / CONFIG_FILE).read_text())
-    recorded = config.get('timm_res2net', {}).get('sha256')
-    return None if recorded is None else str(recorded)
 
 
 def write_folder(folder: Path, state: dict[str, Tensor], config: dict[str, Any], function: Function | None) -> None:
