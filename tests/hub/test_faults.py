@@ -1,6 +1,7 @@
 """What becomes of a push and a pull for each fault at each step: one table."""
 
 import copy
+import io
 import json
 import logging
 import math
@@ -29,6 +30,7 @@ from timm_res2net.hub.cards import signature
 from timm_res2net.hub.client import has_checksum, problems_on_hub
 from timm_res2net.hub.pull import download_model
 from timm_res2net.hub.push import Commit
+from timm_res2net.vision.predict import pretrained_model
 
 STEPS = {
     'push': {
@@ -657,3 +659,35 @@ def test_create_model_takes_what_others_have_brought_to_the_cache_after_one_ques
         model = timm.create_model('test_res2net', **of_hub('user/net'), cache_dir=str(tmp_path))
         torch.testing.assert_close(model.state_dict(), tiny().state_dict(), rtol=0, atol=0)
         assert len(hub.log) == 1
+
+
+@pytest.mark.parametrize(
+    ('name', 'kind', 'message'),
+    [
+        ('hf-hub:user/net', 'drop', r'the Hub can not be reached: .* \(config\.json of user/net\)'),
+        ('hf_hub:user/net', 'status', '.*503 Service Unavailable'),
+    ],
+)
+def test_pretrained_model_without_the_hub_writes_no_line_and_takes_the_cache(
+    name: str, kind: str, message: str, hub: Hub, hasty: None, old_files: dict[str, bytes], hub_lines: list[str]
+) -> None:
+    hub.put('user/net', old_files)
+    fault = Fault('.*', kind, times=1000)
+    hub.faults = [fault]
+    with pytest.raises(ValueError, match=f'weights of {name} can not be had: {message}'):
+        pretrained_model(name)
+    assert hub_lines == []
+    hub.faults = []
+    pretrained_model(name)
+    hub.faults = [fault]
+    torch.testing.assert_close(pretrained_model(name).state_dict(), tiny().state_dict())
+    assert hub_lines == []
+
+
+def test_pretrained_model_of_another_family_comes_from_the_hub(hub: Hub, hasty: None) -> None:
+    model = timm.create_model('test_resnet', num_classes=3)
+    weights = io.BytesIO()
+    torch.save(model.state_dict(), weights)
+    config = dict(architecture='test_resnet', num_classes=3, pretrained_cfg={'num_classes': 3})
+    hub.put('user/net', {'config.json': json.dumps(config).encode(), 'pytorch_model.bin': weights.getvalue()})
+    torch.testing.assert_close(pretrained_model('hf-hub:user/net').state_dict(), model.state_dict())

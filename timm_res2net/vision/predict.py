@@ -9,16 +9,19 @@ from typing import Any, TypeVar
 import timm
 import torch
 from PIL import Image
+from timm.models import parse_model_name
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
 from ..deploy.optimize import optimize
 from ..deploy.runtimes import SUFFIXES, load_exported
+from ..hub.pull import bring_file
 from ..models.classifier import class_names, image_config, registered_cfg
 from ..weights.checkpoints import Checkpoint
 from ..weights.convert import require_as_many_labels
 from ..weights.errors import UnknownModelError, first_line
 from ..weights.files import PathLike
+from ..weights.folder import CONFIG_FILE
 from ..weights.loading import load_model
 from .images import image_transform, preprocess, read_image
 
@@ -80,7 +83,8 @@ def pretrained_model(
     if not published:
         raise ValueError(f'there are no published weights of {name}; give yours with --weights FILE')
     try:
-        return timm.create_model(name, pretrained=True, **kwargs).to(device).eval()
+        source = commit_in_cache(name, kwargs.get('cache_dir'))
+        return timm.create_model(source, pretrained=True, **kwargs).to(device).eval()
     except Exception as error:  # a download fails in as many ways as libraries take part in it
         _logger.debug('no weights of %s', name, exc_info=True)
         problem = f'weights of {name} can not be had: {first_line(error)}'
@@ -90,6 +94,16 @@ def pretrained_model(
             )
             problem += 'no network'
         raise ValueError(problem) from error
+
+
+def commit_in_cache(name: str, cache_dir: PathLike | None) -> str:
+    """The name of a model on the Hub with its last commit, whose verified configuration is in the cache then.
+
+    timm takes it from there without asking; by itself it would ask for half a minute, with a line each time.
+    """
+    source, hub_id = parse_model_name(name)
+    found = bring_file(hub_id, CONFIG_FILE, cache_dir) if source == 'hf-hub' else None
+    return name if found is None else f'hf-hub:{hub_id.partition("@")[0]}@{found.parent.name}'
 
 
 def is_exported(file: PathLike) -> bool:
