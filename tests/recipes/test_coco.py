@@ -10,7 +10,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from timm_res2net.recipes.coco import IGNORED, CocoImages, average_precision, draw, save_sheet, semantic_mask
+from timm_res2net.recipes.coco import (
+    IGNORED,
+    CocoImages,
+    average_precision,
+    draw,
+    require_sheet,
+    save_sheet,
+    semantic_mask,
+)
 
 SQUARES = {'big': [0, 0, 40, 40], 'little': [10, 10, 20, 20], 'apart': [50, 50, 10, 10]}
 
@@ -99,7 +107,7 @@ def test_average_precision_counts_overlaps_above_each_threshold(tmp_path: Path) 
         ('{"images": [], "annotations": [], "categories": []}', 'has no images or no categories'),
         (
             '{"images": [{"id": 1, "file_name": "1.png"}], "categories": [{"id": 1, "name": "cat"}],'
-            ' "annotations": [{"id": 1, "image_id": 1, "category_id": 2}]}',
+            ' "annotations": [{"id": 1, "image_id": 1, "category_id": 2, "bbox": [0, 0, 1, 1]}]}',
             'has an object of category 2, which it does not define',
         ),
     ],
@@ -114,6 +122,21 @@ def test_coco_images_of_other_files_is_a_value_error(tmp_path: Path, content: st
         CocoImages(tmp_path, 'val')
 
 
+@pytest.mark.parametrize('key', ['bbox', 'category_id'])
+def test_coco_objects_without_what_is_needed_are_no_annotations(tmp_path: Path, key: str) -> None:
+    whole = square(SQUARES['big'], 7)
+    with pytest.raises(ValueError, match=f"has no annotations in COCO's format: KeyError\\('{key}'\\)"):
+        write_set(tmp_path, [{name: value for name, value in whole.items() if name != key}])
+
+
+def test_coco_objects_without_area_and_crowd_are_evaluated_by_their_boxes(tmp_path: Path) -> None:
+    whole = square(SQUARES['big'], 3)
+    dataset = write_set(tmp_path, [{name: whole[name] for name in ('category_id', 'bbox')}])
+    assert average_precision(dataset, [(10, found((SQUARES['big'], 1, 0.9)))])['APm'] == 100
+    with pytest.raises(ValueError, match=r'0\.png has an object without segmentation, number 1'):
+        semantic_mask(dataset, 0, (64, 80))
+
+
 def test_coco_image_that_is_missing_is_named(tmp_path: Path) -> None:
     dataset = write_set(tmp_path, [])
     (tmp_path / 'val' / '1.png').unlink()
@@ -126,6 +149,11 @@ def test_sheet_pads_drawn_images_of_several_sizes(tmp_path: Path) -> None:
     second = draw(torch.ones(3, 10, 100), torch.empty(0, 4), [])
     assert (first.shape, second.shape) == ((3, 40, 80), (3, 30, 300))
     assert (first == torch.tensor([255, 255, 0], dtype=torch.uint8)[:, None, None]).all(dim=0).any()  # yellow
-    save_sheet([first, second], str(tmp_path / 'sheet.png'))
-    with Image.open(tmp_path / 'sheet.png') as image:
-        assert image.size == (2 + 300 + 2 + 300 + 2, 2 + 40 + 2)
+    for name in ('sheet.png', 'sheet.JPG', 'sheet'):
+        require_sheet(str(tmp_path / name))
+        assert not (tmp_path / name).exists()
+        save_sheet([first, second], str(tmp_path / name))
+        with Image.open(tmp_path / name) as image:
+            assert image.size == (2 + 300 + 2 + 300 + 2, 2 + 40 + 2)
+    with pytest.raises(ValueError, match=r'sheet\.xyz can not be written: unknown file extension: \.xyz'):
+        require_sheet(str(tmp_path / 'sheet.xyz'))

@@ -6,7 +6,6 @@ A set is a folder with `NAME/` for the images and `annotations/instances_NAME.js
 
 import contextlib
 import io
-import json
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -15,8 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 from torchvision.utils import draw_bounding_boxes, make_grid
@@ -31,6 +28,7 @@ __all__ = [
     'average_precision',
     'draw',
     'enlarge',
+    'require_sheet',
     'save_sheet',
     'semantic_mask',
 ]
@@ -53,9 +51,12 @@ class CocoImages(torch.utils.data.Dataset[tuple[Tensor, Target]]):
 
     Raises:
         ValueError: If there is no such part, or its annotations can't be read.
+        ImportError: If pycocotools is not installed.
     """
 
     def __init__(self, folder: Path, name: str) -> None:
+        from pycocotools.coco import COCO
+
         file = folder / 'annotations' / f'instances_{name}.json'
         if not file.is_file() or not (folder / name).is_dir():
             raise ValueError(f"{folder} is no set in COCO's format with a part {name}: it has no {name}/ or no {file}")
@@ -67,8 +68,13 @@ class CocoImages(torch.utils.data.Dataset[tuple[Tensor, Target]]):
             categories = self.coco.loadCats(sorted(self.coco.cats))
             self.labels = {each['id']: i + 1 for i, each in enumerate(categories)}
             self.names = [str(each['name']) for each in categories]
+            self.files = [str(self.coco.imgs[each]['file_name']) for each in self.ids]
             unknown = {each['category_id'] for each in self.coco.anns.values()} - self.labels.keys()
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, AssertionError) as error:
+            for each in self.coco.anns.values():  # what evaluation and masks take for given
+                _, _, width, height = each['bbox']
+                each.setdefault('area', width * height)
+                each.setdefault('iscrowd', 0)
+        except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
             raise ValueError(f"{file} has no annotations in COCO's format: {error!r}") from error
         if not self.ids or not self.names:
             raise ValueError(f'{file} has no images or no categories')
@@ -80,12 +86,7 @@ class CocoImages(torch.utils.data.Dataset[tuple[Tensor, Target]]):
 
     def image(self, index: int) -> Tensor:
         """An image, (3, H, W) in 0..1; ValueError if it can't be read."""
-        path = self.images / self.coco.imgs[self.ids[index]]['file_name']
-        try:
-            with Image.open(path) as image:
-                return F.to_dtype(F.to_image(image.convert('RGB')), torch.float32, scale=True).as_subclass(Tensor)
-        except OSError as error:
-            raise ValueError(f'{path} can not be read: {error}') from error
+        return read_image(self.images / self.files[index])
 
     def annotations(self, index: int) -> list[dict[str, Any]]:
         """COCO's descriptions of the objects in an image."""
@@ -94,7 +95,7 @@ class CocoImages(torch.utils.data.Dataset[tuple[Tensor, Target]]):
     def __getitem__(self, index: int) -> tuple[Tensor, Target]:
         image = self.image(index)
         height, width = image.shape[1:]
-        found = [each for each in self.annotations(index) if not each.get('iscrowd')]
+        found = [each for each in self.annotations(index) if not each['iscrowd']]
         corners = torch.tensor([each['bbox'] for each in found], dtype=torch.float32).reshape(-1, 4)
         corners[:, 2:] += corners[:, :2]
         corners[:, 0::2].clamp_(0, width)
@@ -104,12 +105,27 @@ class CocoImages(torch.utils.data.Dataset[tuple[Tensor, Target]]):
         return image, dict(boxes=corners[kept], labels=labels[kept], image_id=torch.tensor(self.ids[index]))
 
 
+def read_image(path: Path) -> Tensor:
+    """Reads an image, (3, H, W) in 0..1; ValueError if that is not possible."""
+    try:
+        with Image.open(path) as image:
+            return F.to_dtype(F.to_image(image.convert('RGB')), torch.float32, scale=True).as_subclass(Tensor)
+    except OSError as error:
+        raise ValueError(f'{path} can not be read: {error}') from error
+
+
 def semantic_mask(dataset: CocoImages, index: int, size: tuple[int, int]) -> Tensor:
-    """The label of each pixel, (H, W): 0 for none, that of the smallest object, `IGNORED` for crowds."""
+    """The label of each pixel, (H, W): 0 for none, that of the smallest object, `IGNORED` for crowds.
+
+    Raises:
+        ValueError: If an object has no outline.
+    """
     mask = np.zeros(size, np.uint8)
     for each in sorted(dataset.annotations(index), key=lambda each: -each['area']):
+        if not each.get('segmentation'):
+            raise ValueError(f'{dataset.files[index]} has an object without segmentation, number {each["id"]}')
         covered = dataset.coco.annToMask(each).astype(bool)
-        mask[covered] = IGNORED if each.get('iscrowd') else dataset.labels[each['category_id']]
+        mask[covered] = IGNORED if each['iscrowd'] else dataset.labels[each['category_id']]
     return torch.from_numpy(mask)
 
 
@@ -125,8 +141,10 @@ def average_precision(
 
     Returns:
         AP (mean over overlaps of 0.5 to 0.95), AP50 and AP75, and AP of small, medium and large objects, -1 if there
-        are none of them.
+        are none of them in the set; all are 0 if nothing was found.
     """
+    from pycocotools.cocoeval import COCOeval
+
     categories = {label: category for category, label in dataset.labels.items()}
     results = [
         dict(image_id=image_id, category_id=categories[label], bbox=[x, y, right - x, bottom - y], score=score)
@@ -163,9 +181,20 @@ def draw(image: Tensor, boxes: Tensor, texts: Sequence[str], width: int = 300) -
     return draw_bounding_boxes(large, boxes, list(texts), colors='yellow', width=2) if len(boxes) else large
 
 
-def save_sheet(pictures: Sequence[Tensor], out: str) -> None:
-    """Writes pictures, (3, h, w) of bytes, side by side in rows of six."""
+def require_sheet(out: str) -> None:
+    """Raises the error that `save_sheet` would, before the work whose picture it is to be."""
+    save_sheet([torch.zeros(3, 1, 1, dtype=torch.uint8)], out, replace=False)
+
+
+def save_sheet(pictures: Sequence[Tensor], out: str, replace: bool = True) -> None:
+    """Writes pictures, (3, h, w) of bytes, side by side in rows of six, in the format of the suffix, PNG without one.
+
+    Raises:
+        ValueError: If Pillow can't write the format.
+        OSError: If the file can't be written.
+    """
     height, width = (max(each.shape[side] for each in pictures) for side in (1, 2))
     padded = [F.pad(each, [0, 0, width - each.shape[2], height - each.shape[1]], fill=255) for each in pictures]
     sheet = make_grid(torch.stack(padded), nrow=6, pad_value=255)
-    atomic_write(out, lambda path: F.to_pil_image(sheet).save(path, format=Path(out).suffix[1:] or 'png'))
+    kind = None if Path(out).suffix else 'png'
+    atomic_write(out, lambda path: F.to_pil_image(sheet).save(path, format=kind), replace)
