@@ -13,6 +13,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from .arguments import reported
+
 
 def split() -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """Splits the digits into 'train' (1198) and 'val' (599, the held-out third).
@@ -36,12 +38,13 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folder', type=Path, help='where to write')
     folder = parser.parse_args(argv).folder
-    for part, (images, labels) in split().items():
-        for i, (image, label) in enumerate(zip(images, labels)):
-            path = folder / part / str(label) / f'{i:04}.png'
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(image).save(path)
-        print(f'{len(images)} images in {folder / part}')
+    with reported(parser):
+        for part, (images, labels) in split().items():
+            for i, (image, label) in enumerate(zip(images, labels)):
+                path = folder / part / str(label) / f'{i:04}.png'
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.fromarray(image).save(path)
+            print(f'{len(images)} images in {folder / part}')
 
 
 if __name__ == '__main__':

@@ -25,8 +25,9 @@ from ..deploy.runtimes import load_exported
 from ..models.classifier import class_names
 from ..models.variants import EMBEDDED
 from ..vision.validate import labelled_images, validate
-from ..weights.files import atomic_write_text
+from ..weights.files import atomic_write_text, read_text, require_writable
 from . import digits
+from .arguments import reported
 from .multi_scale import whole_photographs
 
 MODELS = (
@@ -107,12 +108,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('file', type=Path, help='JSON to write to')
     parser.add_argument('--models', nargs='+', choices=MODELS, default=MODELS, metavar='NAME', help='default: all')
     args = parser.parse_args(argv)
-    results = json.loads(args.file.read_text())['results'] if args.file.exists() else []
-    for name in (*args.models, EMBEDDED):
-        if name not in [each['model'] for each in results]:
-            results.append(cost_for_digits() if name == EMBEDDED else cost(name))
-            document = dict(environment=environment(), results=results)
-            atomic_write_text(args.file, json.dumps(document, indent=1) + '\n')
+    with reported(parser):
+        require_writable(args.file)
+        results = json.loads(read_text(args.file))['results'] if args.file.exists() else []
+        for name in (*args.models, EMBEDDED):
+            if name not in [each['model'] for each in results]:
+                results.append(cost_for_digits() if name == EMBEDDED else cost(name))
+                document = dict(environment=environment(), results=results)
+                atomic_write_text(args.file, json.dumps(document, indent=1) + '\n')
     for each in results:
         accuracy = f', {each["top1"]} %: {each["openvino_top1"]} %, {each["onnx_top1"]} %' if 'top1' in each else ''
         print(f'{each["model"]}: OpenVINO {each["openvino"]:.1%}, ONNX {each["onnx"]:.1%}{accuracy}')
