@@ -53,7 +53,7 @@ def test_multi_scale_boxes_and_areas_are_those_of_the_masks(detection_set: Path,
 def test_canvas_shows_items_within_masks_and_ground_elsewhere(
     fashion_mnist: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(multi_scale, 'ground', lambda rng, photographs, side: np.full((side, side), 7, np.uint8))
+    monkeypatch.setattr(multi_scale, 'ground', lambda rng, photographs: np.full((SIDE, SIDE), 7, np.uint8))
     draw = canvases(fashion_mnist, 'train')
     for index in range(20):
         canvas = draw(index)
@@ -123,7 +123,7 @@ def test_fashion_mnist_that_is_cut_or_lacks_a_file_is_an_error(
     with pytest.raises(SystemExit, match='2'):
         main([str(tmp_path / 'new'), '--fashion-mnist', str(tmp_path / 'nowhere')])
     assert 'can not be downloaded' in capsys.readouterr().err
-    assert list((tmp_path / 'new').iterdir()) == []
+    assert not (tmp_path / 'new').exists()
 
 
 def test_multi_scale_leaves_a_folder_that_is_not_empty(
@@ -134,6 +134,23 @@ def test_multi_scale_leaves_a_folder_that_is_not_empty(
         main([str(tmp_path), '--fashion-mnist', str(fashion_mnist), '--train', '1', '--val', '1', '--unseen', '1'])
     assert 'is not empty; name another folder' in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ['mine.txt']
+
+
+def test_multi_scale_that_is_interrupted_leaves_nothing_and_can_be_written_again(
+    fashion_mnist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*args: Any) -> dict[str, Any]:
+        raise KeyboardInterrupt
+
+    (tmp_path / 'set').mkdir()
+    with monkeypatch.context() as patched:
+        patched.setattr(multi_scale, 'annotation', interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            write(tmp_path / 'set', fashion_mnist, COUNTS)
+    assert list((tmp_path / 'set').iterdir()) == []
+    write(tmp_path / 'set', fashion_mnist, COUNTS)
+    assert sorted(path.name for path in (tmp_path / 'set').iterdir()) == ['annotations', 'train', 'unseen', 'val']
+    assert [path.name for path in tmp_path.iterdir()] == ['set']
 
 
 def test_multi_scale_shows_the_first_canvases(fashion_mnist: Path, tmp_path: Path) -> None:

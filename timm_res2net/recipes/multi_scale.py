@@ -18,6 +18,8 @@ and downloaded by torchvision to a folder without them. On Debian the package `d
 import argparse
 import gzip
 import json
+import os
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -29,8 +31,9 @@ import numpy.typing as npt
 from PIL import Image
 from tqdm import tqdm
 
-from ..weights.files import make_folder, require_writable, temporary_folder
-from .arguments import positive
+from ..weights.files import make_folder, temporary_folder
+from .arguments import positive, reported
+from .coco import SHOWN, CocoImages, draw, require_sheet, save_sheet
 
 __all__ = [
     'CLASSES',
@@ -90,8 +93,8 @@ def fashion_mnist(folder: Path, train: bool) -> tuple[Bytes, Bytes]:
     """
     part, count = ('train', 60_000) if train else ('t10k', 10_000)
     names = f'{part}-images-idx3-ubyte', f'{part}-labels-idx1-ubyte'
-    places = folder, folder / 'FashionMNIST' / 'raw'
-    if not any((place / f'{names[0]}{suffix}').is_file() for place in places for suffix in ('', '.gz')):
+    folders = folder, folder / 'FashionMNIST' / 'raw'
+    if not any((each / f'{names[0]}{suffix}').is_file() for each in folders for suffix in ('', '.gz')):
         from torchvision.datasets import FashionMNIST
 
         try:
@@ -100,11 +103,11 @@ def fashion_mnist(folder: Path, train: bool) -> tuple[Bytes, Bytes]:
             raise OSError(f'{folder} has no {names[0]}, and it can not be downloaded: {error}') from error
     found = []
     for name, header, size in zip(names, (16, 8), (count * ITEM**2, count)):
-        paths = [place / f'{name}{suffix}' for place in places for suffix in ('', '.gz')]
+        paths = [each / f'{name}{suffix}' for each in folders for suffix in ('', '.gz')]
         path = next((path for path in paths if path.is_file()), paths[0])
         try:
             content = gzip.decompress(path.read_bytes()) if path.suffix == '.gz' else path.read_bytes()
-        except (gzip.BadGzipFile, EOFError) as error:
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
             raise ValueError(f'{path} is damaged: {error}') from error
         if len(content) != header + size:
             raise ValueError(f'{path} has {len(content)} bytes instead of {header + size}; fetch it again')
@@ -129,17 +132,15 @@ def photographs(train: bool) -> list[Image.Image]:
     Raises:
         ImportError: If scikit-image is not installed.
     """
-    halves = []
+    parts = []
     for photograph in whole_photographs('L'):
         cut = photograph.width * 2 // 3
         box = (0, 0, cut, photograph.height) if train else (cut, 0, photograph.width, photograph.height)
-        halves.append(photograph.crop(box))
-    return halves
+        parts.append(photograph.crop(box))
+    return parts
 
 
-def canvases(
-    folder: Path, part: str, items: tuple[int, int] = (1, 6), seed: int = 0, side: int = SIDE
-) -> Callable[[int], Canvas]:
+def canvases(folder: Path, part: str, items: tuple[int, int] = (1, 6), seed: int = 0) -> Callable[[int], Canvas]:
     """Makes a function that draws the canvas of an index, always the same.
 
     Args:
@@ -147,7 +148,6 @@ def canvases(
         part: A key of PARTS: which items and grounds, at which sizes.
         items: The smallest and largest number of items on a canvas.
         seed: Of all that is random.
-        side: Pixels of a canvas.
 
     Raises:
         ImportError: If scikit-image is not installed.
@@ -161,7 +161,7 @@ def canvases(
 
     def draw(index: int) -> Canvas:
         rng = np.random.default_rng([seed, number_of_part, index])
-        canvas = ground(rng, grounds, side)
+        canvas = ground(rng, grounds)
         chosen: list[int] = []
         masks: list[npt.NDArray[np.bool_]] = []
         sizes = []
@@ -169,9 +169,9 @@ def canvases(
         for size in sorted((random_size(rng, ranges) for _ in range(wanted)), reverse=True):  # small ones fit between
             item = int(rng.integers(len(images)))
             grey, silhouette = magnified(images[item], size)
-            if placed := place(rng, silhouette, masks, side):
+            if placed := place(rng, silhouette, masks):
                 rows, columns = placed
-                mask = np.zeros((side, side), bool)
+                mask = np.zeros((SIDE, SIDE), bool)
                 mask[rows, columns] = silhouette
                 canvas[rows, columns][silhouette] = grey[silhouette]
                 masks = [before & ~mask for before in masks] + [mask]
@@ -182,12 +182,12 @@ def canvases(
     return draw
 
 
-def ground(rng: np.random.Generator, photographs: Sequence[Image.Image], side: int) -> Bytes:
+def ground(rng: np.random.Generator, photographs: Sequence[Image.Image]) -> Bytes:
     """A random square of a random photograph, mirrored or not."""
     photograph = photographs[int(rng.integers(len(photographs)))]
-    across = int(rng.integers(side // 2, min(photograph.size) + 1))
+    across = int(rng.integers(SIDE // 2, min(photograph.size) + 1))
     left, top = (int(rng.integers(length - across + 1)) for length in photograph.size)
-    square = photograph.resize((side, side), Image.Resampling.BILINEAR, (left, top, left + across, top + across))
+    square = photograph.resize((SIDE, SIDE), Image.Resampling.BILINEAR, (left, top, left + across, top + across))
     pixels = np.array(square)
     return pixels[:, ::-1].copy() if rng.random() < 0.5 else pixels
 
@@ -206,12 +206,12 @@ def magnified(item: Bytes, size: int) -> tuple[Bytes, npt.NDArray[np.bool_]]:
 
 
 def place(
-    rng: np.random.Generator, silhouette: npt.NDArray[np.bool_], masks: Sequence[npt.NDArray[np.bool_]], side: int
+    rng: np.random.Generator, silhouette: npt.NDArray[np.bool_], masks: Sequence[npt.NDArray[np.bool_]]
 ) -> tuple[slice, slice] | None:
     """Rows and columns where an item covers not more than a tenth of any other; None if there seem to be none."""
     size = len(silhouette)
     for _ in range(TRIES):
-        top, left = (int(start) for start in rng.integers(side - size + 1, size=2))
+        top, left = (int(start) for start in rng.integers(SIDE - size + 1, size=2))
         rows, columns = slice(top, top + size), slice(left, left + size)
         if all((mask[rows, columns] & silhouette).sum() <= COVERED * mask.sum() for mask in masks):
             return rows, columns
@@ -248,11 +248,11 @@ def write(folder: Path, source: Path, counts: dict[str, int], seed: int = 0) -> 
         ValueError: If a file of Fashion-MNIST is damaged.
         OSError: If the folder isn't empty or can't be written, or Fashion-MNIST can't be had.
     """
-    make_folder(folder)
-    if any(folder.iterdir()):
+    if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f'{folder} is not empty; name another folder')
-    with temporary_folder(folder) as temporary:
-        (temporary / 'annotations').mkdir()
+    with temporary_folder(make_folder(folder.parent)) as parent:
+        temporary = parent / 'set'
+        (temporary / 'annotations').mkdir(parents=True)
         for part, count in counts.items():
             draw = canvases(source, part, seed=seed)
             (temporary / part).mkdir()
@@ -268,16 +268,13 @@ def write(folder: Path, source: Path, counts: dict[str, int], seed: int = 0) -> 
             categories = [dict(id=i + 1, name=name) for i, name in enumerate(CLASSES)]
             document = dict(images=images, annotations=annotations, categories=categories)
             (temporary / 'annotations' / f'instances_{part}.json').write_text(json.dumps(document))
-        for path in sorted(
-            temporary.iterdir(), reverse=True
-        ):  # annotations, of which nothing is found before, come last
-            path.rename(folder / path.name)
+        if folder.exists():
+            folder.rmdir()
+        temporary.rename(folder)
 
 
 def show(folder: Path, out: str) -> None:
     """Draws the first canvases to train with, and the boxes and classes of their items."""
-    from .coco import SHOWN, CocoImages, draw, save_sheet  # pycocotools, which drawing canvases doesn't need
-
     dataset = CocoImages(folder, 'train')
     pictures = []
     for index in range(min(SHOWN, len(dataset))):
@@ -296,16 +293,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--seed', type=int, default=0)
     parser.add_argument('--show', metavar='PNG', help='draw the first dozen canvases')
     args = parser.parse_args(argv)
-    try:
+    with reported(parser):
         if args.show is not None:
-            require_writable(args.show)
+            require_sheet(args.show)
         write(args.folder, args.fashion_mnist, {part: getattr(args, part) for part in PARTS}, args.seed)
         if args.show is not None:
             show(args.folder, args.show)
-    except ImportError as error:
-        parser.error(f'{error}; it comes with pip install "timm_res2net[recipes]"')
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
 
 
 if __name__ == '__main__':
