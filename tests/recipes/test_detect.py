@@ -18,7 +18,7 @@ from torch import nn
 from timm_res2net.recipes import detect
 from timm_res2net.recipes.backbones import prepare
 from timm_res2net.recipes.coco import CocoImages, draw
-from timm_res2net.recipes.detect import Mirrored, create_backbone, create_detector, main
+from timm_res2net.recipes.detect import AREAS, Mirrored, create_backbone, create_detector, evaluate, main
 
 QUICK = [
     *('--backbone', 'test_res2net', '--channels', '64', '--workers', '0'),
@@ -70,6 +70,23 @@ def test_frozen_stages_and_norms_stay_as_they_are(images: torch.Tensor) -> None:
         prepare(body, frozen_stages=5)
 
 
+@pytest.mark.parametrize(
+    ('name', 'stages', 'trained'),
+    [
+        ('efficientnet_b0', 1, ('blocks.2.', 'blocks.3.', 'blocks.4.', 'blocks.5.', 'blocks.6.')),
+        ('convnext_atto', 0, ('stages_1.', 'stages_2.', 'stages_3.')),
+        ('dla60_res2net', 1, ('level2.', 'level3.', 'level4.', 'level5.')),
+        ('blres2net50_26w_4s', 1, ('layer1.', 'layer2.', 'layer3.', 'layer4.')),
+    ],
+)
+def test_frozen_stages_are_those_of_the_features_of_any_model(name: str, stages: int, trained: tuple[str, ...]) -> None:
+    with torch.device('meta'):
+        body: Any = timm.create_model(name, features_only=True)
+        prepare(body, frozen_stages=stages)
+    left = [name for name, each in body.named_parameters() if each.requires_grad]
+    assert {next((start for start in trained if each.startswith(start)), each) for each in left} == set(trained)
+
+
 def test_weights_of_a_file_arrive_in_the_backbone(tmp_path: Path) -> None:
     model: nn.Module = timm.create_model('test_res2net', num_classes=3)
     torch.save(model.state_dict(), tmp_path / 'mine.pth')
@@ -116,6 +133,11 @@ def test_detector_takes_normalisation_of_the_backbone_and_keywords_of_fcos() -> 
         (['--channels', '32'], 'channels=32 is not possible'),
         (['--batch-size', '999'], '48 images are less than a batch of 999'),
         (['--show', 'no/folder/found.png'], 'there is no folder no/folder'),
+        (['--show', 'found.xyz'], 'found.xyz can not be written: unknown file extension'),
+        (['--opt', 'sdg'], 'sdg'),
+        (['--epochs', '0'], '0 is not above zero'),
+        (['--sched', 'plateau'], 'plateau'),
+        (['--device', 'warp'], 'warp can not be used here'),
     ],
 )
 def test_detect_with_bad_input_is_one_line_and_writes_nothing(
@@ -178,10 +200,15 @@ def test_detector_killed_and_resumed_ends_at_the_same_weights(simple_set: Path, 
 
 @pytest.mark.slow
 def test_detector_trains_in_two_processes(simple_set: Path, tmp_path: Path) -> None:
-    options = [*QUICK, *SMALL, '--val', 'train', '--epochs', '2', '--batch-size', '4']
+    options = [*QUICK, *SMALL, '--val', 'train', '--epochs', '6', '--batch-size', '4']
     done = torchrun('-m', 'timm_res2net.recipes.detect', str(simple_set), str(tmp_path / 'run'), *options)
     assert done.returncode == 0, done.stderr
     history = json.loads((tmp_path / 'run' / 'history.json').read_text())
-    assert len(history) == 2
-    assert history[1]['loss'] < history[0]['loss']
-    assert done.stdout.count(f'epoch 2: loss {history[1]["loss"]:.2f}, AP ') == 1
+    assert len(history) == 6
+    assert history[-1]['loss'] < history[0]['loss']
+    assert done.stdout.count(f'epoch 6: loss {history[-1]["loss"]:.2f}, AP ') == 1
+    model = create_detector(create_backbone('test_res2net'), 2, 64, min_size=64, max_size=64)
+    model.load_state_dict(torch.load(tmp_path / 'run' / 'last.pth')['model'])
+    with torch.no_grad():  # the metrics are of the model that was saved
+        found = evaluate(CocoImages(simple_set, 'train'), AREAS, 4, 0, torch.device('cpu'), model.eval())
+    assert found == {name: pytest.approx(history[-1][name], abs=0.02) for name in found}

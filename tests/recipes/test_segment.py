@@ -1,6 +1,9 @@
 """A segmenter learns; masks are read from sets of three kinds; mean intersection over union is exact."""
 
 import json
+import pickle
+import re
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +13,8 @@ import torch
 from PIL import Image
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
+from torchvision.tv_tensors import Image as ImageTensor
+from torchvision.tv_tensors import Mask
 
 from timm_res2net.recipes.coco import IGNORED
 from timm_res2net.recipes.segment import Masked, create_segmenter, evaluate, main, open_part, train_augmentation
@@ -71,7 +76,7 @@ def test_augmentation_moves_masks_with_images_and_ignores_what_it_fills_in() -> 
     image = torch.zeros(3, 40, 60)
     mask = torch.zeros(40, 60, dtype=torch.uint8)
     image[:, 10:30, 20:30], mask[10:30, 20:30] = 1.0, 1
-    dataset = Masked(lambda index: (image, mask), 1, 2, train_augmentation(64))
+    dataset = Masked(lambda index: (image, mask), ['one'], 2, train_augmentation(64))
     torch.manual_seed(0)
     left = set()
     for _ in range(20):
@@ -80,7 +85,7 @@ def test_augmentation_moves_masks_with_images_and_ignores_what_it_fills_in() -> 
         assert labels.dtype == torch.int64
         for label in (0, 1):
             if (labels == label).sum() > 99:
-                assert shown[0][labels == label].mean() == pytest.approx(label, abs=0.1)  # edges are interpolated
+                assert shown[0][labels == label].mean() == pytest.approx(label, abs=0.15)  # edges are interpolated
         assert (shown[0][labels == IGNORED] == 0.5).all()
         if (labels == 1).any():
             left.add(int((labels == 1).nonzero()[:, 1].min()))
@@ -97,7 +102,7 @@ def test_mean_intersection_over_union_of_a_worked_case() -> None:
             return torch.nn.functional.one_hot(found[index], 3).permute(2, 0, 1)[None].float()
 
     images = [torch.full((3, *mask.shape), float(i)) for i, mask in enumerate(masks)]
-    dataset = Masked(lambda index: (images[index], masks[index]), 2, 3)
+    dataset = Masked(lambda index: (images[index], masks[index]), ['first', 'second'], 3)
     scores = evaluate(dataset, 0, torch.device('cpu'), Prepared())
     # Of 0: 3 + 1 hits, and 1 + 2 others. Of 1: 2 + 2 hits, and 2 + 1 others. 2 is nowhere.
     assert scores == {'mIoU': pytest.approx(100 * 4 / 7, abs=1e-3), 'pixels': pytest.approx(100 * 8 / 11, abs=1e-3)}
@@ -140,20 +145,57 @@ def test_masks_that_do_not_fit_are_named(tmp_path: Path) -> None:
         open_part(tmp_path, 'val', None)
     with pytest.raises(ValueError, match='has no part test'):
         open_part(tmp_path, 'test', 3)
-    with pytest.raises(ValueError, match='mask 2 has label 2, of 2 classes'):
+    with pytest.raises(ValueError, match=r'the mask of .*2\.png has label 2, of 2 classes'):
         open_part(tmp_path, 'val', 2)[2]
     Image.new('RGB', (50, 40)).save(tmp_path / 'masks' / 'val' / '0.png')
-    with pytest.raises(ValueError, match=r'0\.png has colours; a mask has one channel'):
+    with pytest.raises(ValueError, match=r'0\.png has colours or fractions; a mask has one channel'):
         open_part(tmp_path, 'val', 3)[0]
     Image.new('L', (40, 40)).save(tmp_path / 'masks' / 'val' / '0.png')
-    with pytest.raises(ValueError, match=r'image 0 has \(40, 50\) pixels, and its mask \(40, 40\)'):
+    with pytest.raises(ValueError, match=r'0\.png has \(40, 50\) pixels, and its mask \(40, 40\)'):
         open_part(tmp_path, 'val', 3)[0]
+
+
+def test_masks_of_16_bits_are_not_cut_to_8(tmp_path: Path) -> None:
+    write_pairs(tmp_path / 'images' / 'val', tmp_path / 'masks' / 'val', count=1)
+    Image.fromarray(np.full((40, 50), 256, np.uint16)).save(tmp_path / 'masks' / 'val' / '0.png')
+    with pytest.raises(ValueError, match=r'0\.png has label 256, of 3 classes'):
+        open_part(tmp_path, 'val', 3)[0]
+    with pytest.raises(ValueError, match='there are 300 classes, and labels are 0 to 254'):
+        open_part(tmp_path, 'val', 300)
+
+
+def test_augmentation_is_half_to_twice_the_own_size_of_an_image() -> None:
+    change = train_augmentation(64)
+    torch.manual_seed(0)
+    for side in (60, 200):
+        image, mask = torch.zeros(3, side, side), torch.zeros(side, side, dtype=torch.uint8)
+        mask[:, :: side // 10] = 1  # lines, so many pixels apart
+        apart = [change(ImageTensor(image), Mask(mask))[1][0].eq(1).nonzero().diff(dim=0) for _ in range(100)]
+        found = torch.cat(apart).float()
+        assert found.min() < 0.6 * side // 10
+        assert found.max() > 1.7 * side // 10
+
+
+def test_datasets_go_to_workers_that_are_spawned(detection_set: Path) -> None:
+    dataset = pickle.loads(pickle.dumps(open_part(detection_set, 'val', None, train_augmentation(64))))
+    assert dataset[0][0].shape == (3, 64, 64)
+
+
+def test_image_that_a_worker_can_not_read_is_one_line(
+    detection_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(detection_set, tmp_path / 'set')
+    for path in (tmp_path / 'set' / 'train').iterdir():
+        path.write_bytes(b'no image')
+    assert run(str(tmp_path / 'set'), str(tmp_path / 'run'), *QUICK, '--workers', '1') == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if 'error: ' in line]
+    assert re.search(r'error: ValueError: .*train/\d+\.png can not be read', lines[-1])
 
 
 @pytest.mark.slow
 def test_segmenter_learns_resumes_and_draws_what_it_finds(simple_set: Path, tmp_path: Path) -> None:
     folder, picture = tmp_path / 'run', tmp_path / 'found.png'
-    arguments = [str(simple_set), str(folder), '--val', 'train', *QUICK, '--epochs', '8']
+    arguments = [str(simple_set), str(folder), '--val', 'train', *QUICK, '--epochs', '12', '--seed', '1']
     assert run(*arguments) == 0
     history = json.loads((folder / 'history.json').read_text())
     assert history[-1]['mIoU'] > 80  # all ground is 28

@@ -91,6 +91,9 @@ def test_learning_rate_warms_up_and_falls(tmp_path: Path) -> None:
     _, history = run(tmp_path / 'multistep', settings)
     rates = [each['lr'] for each in history]  # of the last step of an epoch, which timm takes for the next one's
     assert rates == pytest.approx([0.1, 0.01, 0.001, 0.001])
+    _, history = run(tmp_path / 'poly', replace(SETTINGS, sched='poly', decay_rate=0.9, warmup_epochs=0))
+    rates = [each['lr'] for each in history]
+    assert rates == pytest.approx([0.1 * (1 - (3 * epoch - 1) / 12) ** 0.9 for epoch in (1, 2, 3, 4)], rel=1e-3)
 
 
 def test_run_in_a_folder_with_another_one_is_refused(tmp_path: Path) -> None:
@@ -112,3 +115,11 @@ def test_loss_that_is_not_finite_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match='the loss of step 0 of epoch 1 is inf; try a smaller --lr'):
         fit(network(), Noise(), loss, lambda model: {}, SETTINGS, tmp_path, progress=False)
     assert not (tmp_path / 'last.pth').exists()
+    _, history = run(tmp_path, replace(SETTINGS, lr=0.05))  # in the same folder, which lost no epoch
+    assert len(history) == 4
+
+
+def test_optimizer_that_is_unknown_leaves_no_run(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match='sdg'):
+        run(tmp_path / 'run', replace(SETTINGS, opt='sdg'))
+    assert not (tmp_path / 'run').exists()

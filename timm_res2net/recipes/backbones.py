@@ -4,10 +4,10 @@ import argparse
 import os
 from typing import Any
 
-import torch
 from timm.utils.model import freeze, freeze_batch_norm_2d
 
 from ..weights.loading import load_checkpoint
+from .arguments import device
 from .training_loop import add_settings
 
 __all__ = ['add_arguments', 'choices_of', 'prepare']
@@ -22,11 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser, backbone: str) -> None:
     source = parser.add_mutually_exclusive_group()
     source.add_argument('--pretrained', action='store_true', help="begin with timm's weights of that name")
     source.add_argument('--weights', help='begin with the weights in this file, of whatever code base')
-    parser.add_argument('--frozen-stages', type=int, default=-1, help='0: the stem, 1: and the first stage, ...')
-    parser.add_argument('--frozen-norms', action='store_true', help="don't train the backbone's norms")
+    parser.add_argument('--frozen-stages', type=int, default=-1, help='features not to train, with all before: 0, ...')
+    parser.add_argument('--frozen-norms', action='store_true', help="don't train the backbone's batch norms")
     workers = min(4, os.cpu_count() or 1)
     parser.add_argument('--workers', type=int, default=workers, help='processes to read images (default: %(default)s)')
-    parser.add_argument('--device', type=torch.device, default=torch.device('cpu'))
+    parser.add_argument('--device', type=device, default='cpu')
     parser.add_argument('--resume', action='store_true', help='go on with the run in the folder')
     parser.add_argument('--show', metavar='PNG', help='at the end, draw what the best model finds')
     add_settings(parser)
@@ -44,9 +44,9 @@ def prepare(body: Any, weights: str | None = None, frozen_stages: int = -1, froz
     Args:
         body: A model of timm with `features_only`.
         weights: File to load.
-        frozen_stages: Features, with all that leads to them, that are not trained: -1 for none, 0 for the stem, 1 for
-            the stem and the first stage, and so on.
-        frozen_norms: Don't train norms anywhere.
+        frozen_stages: The last of the model's features that is not trained, with all that leads to it: -1 for none, 0
+            for the first one, which is of the stem, 1 for that of the first stage, and so on.
+        frozen_norms: Don't train batch norms anywhere.
 
     Raises:
         ValueError: If there is no such stage.
@@ -60,7 +60,26 @@ def prepare(body: Any, weights: str | None = None, frozen_stages: int = -1, froz
         modules = [each['module'] for each in body.feature_info.info]
         if frozen_stages >= len(modules):
             raise ValueError(f'there is no stage {frozen_stages} to freeze; the last one is {len(modules) - 1}')
-        names = [child for child, _ in root.named_children()]
-        freeze(root, names[: names.index(modules[frozen_stages].split('.')[0]) + 1])
+        freeze(root, names_up_to(root, modules[frozen_stages].split('.')))
     if frozen_norms:
         freeze_batch_norm_2d(root)
+
+
+def names_up_to(root: Any, path: list[str]) -> list[str]:
+    """The modules that come before one, and that itself, by their dotted names.
+
+    Args:
+        root: What holds them.
+        path: The names that lead to it; timm joins some of them by underscores.
+
+    Raises:
+        ValueError: If there is none.
+    """
+    names: list[str] = []
+    for name, child in root.named_children():
+        for depth in range(1, len(path) + 1):
+            if name == '_'.join(path[:depth]):
+                rest = path[depth:]
+                return [*names, *(f'{name}.{each}' for each in names_up_to(child, rest))] if rest else [*names, name]
+        names.append(name)
+    raise ValueError(f'{type(root).__name__} has no module {".".join(path)} to freeze')

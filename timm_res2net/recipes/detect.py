@@ -22,17 +22,27 @@ import torch
 from timm.data import resolve_model_data_config
 from timm.utils import ParseKwargs
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler, Subset
+from torch.utils.data import DataLoader, Dataset
 from torchvision.models.detection import FCOS
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork, nms
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from ..weights.files import require_writable
-from .arguments import positive
+from .arguments import positive, reported
 from .backbones import add_arguments, choices_of, prepare
-from .coco import AREAS, SHOWN, CocoImages, Target, average_precision, draw, save_sheet
-from .training_loop import Settings, best_weights, distributed, fit, gather, rank, report, settings_of
+from .coco import AREAS, SHOWN, CocoImages, Target, average_precision, draw, require_sheet, save_sheet
+from .training_loop import (
+    Settings,
+    batches_of,
+    best_weights,
+    fit,
+    gather,
+    join_processes,
+    rank,
+    report,
+    settings_of,
+    share_of,
+)
 
 __all__ = ['Pyramid', 'create_backbone', 'create_detector', 'evaluate', 'train']
 
@@ -151,10 +161,8 @@ def evaluate(
     model: nn.Module,
 ) -> dict[str, float]:
     """COCO's average precisions of a detector on a set; each process runs it on a share of the images."""
-    first, step = rank()
-    share = Subset(dataset, range(first, len(dataset), step))
     found = []
-    for images, targets in DataLoader(share, batch_size, num_workers=workers, collate_fn=collate):
+    for images, targets in DataLoader(share_of(dataset), batch_size, num_workers=workers, collate_fn=collate):
         outputs = model([image.to(device) for image in images])
         for target, output in zip(targets, outputs):
             found.append((int(target['image_id']), objects(output)))
@@ -190,17 +198,11 @@ def train(
         Learning rate, loss and average precisions of each epoch.
 
     Raises:
-        ValueError: See `fit`.
+        ValueError: See `batches_of` and `fit`.
         OSError: If the folder can't be written.
     """
     device = device or torch.device('cpu')
-    mirrored = Mirrored(images)
-    sampler = DistributedSampler(mirrored, seed=settings.seed) if rank()[1] > 1 else RandomSampler(mirrored)
-    batches = DataLoader(
-        mirrored, settings.batch_size, sampler=sampler, num_workers=workers, collate_fn=collate, drop_last=True
-    )
-    if not len(batches):
-        raise ValueError(f'{len(mirrored)} images are less than a batch of {settings.batch_size} for each process')
+    batches = batches_of(Mirrored(images), settings, workers, collate)
     check = partial(evaluate, dataset, areas, settings.batch_size, workers, device)
     return fit(model.to(device), batches, partial(losses, device), check, settings, folder, device=device, **options)
 
@@ -233,11 +235,11 @@ def main(argv: list[str] | None = None) -> None:
     add_arguments(parser, 'res2net50d')
     args = parser.parse_args(argv)
     about = choices_of(args, 'channels', 'areas', 'model_kwargs', 'detector_kwargs')
-    device = distributed(args.device)
-    torch.manual_seed(args.seed)  # of the new weights
-    try:
+    with reported(parser):
+        join_processes(args.device)
+        torch.manual_seed(args.seed)  # of the new weights
         if args.show is not None:
-            require_writable(args.show)
+            require_sheet(args.show)
         images, dataset = CocoImages(args.data, args.train), CocoImages(args.data, args.val)
         if images.names != dataset.names:
             raise ValueError(f'{args.train} and {args.val} have other categories')
@@ -252,17 +254,15 @@ def main(argv: list[str] | None = None) -> None:
             Path(args.out),
             areas=tuple(args.areas),
             workers=args.workers,
-            device=device,
+            device=args.device,
             about=about,
             resume=args.resume,
         )
-        if rank()[0] == 0:
+        if rank() == 0:
             print(report(history))
             if args.show is not None:
                 model.load_state_dict(best_weights(Path(args.out)))
-                show(model.eval(), dataset, args.show, device)
-    except (ValueError, TypeError, OSError, RuntimeError) as error:
-        parser.error(str(error))
+                show(model.eval(), dataset, args.show, args.device)
 
 
 if __name__ == '__main__':

@@ -15,7 +15,7 @@ several processes.
 """
 
 import argparse
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,17 +27,27 @@ from PIL import Image
 from timm.data import resolve_model_data_config
 from timm.utils import ParseKwargs
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler, Subset
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 from torchvision.tv_tensors import Image as ImageTensor
 from torchvision.tv_tensors import Mask
 from torchvision.utils import draw_segmentation_masks
 
-from ..weights.files import read_text, require_writable
-from .arguments import positive
+from ..weights.files import read_text
+from .arguments import positive, reported
 from .backbones import add_arguments, choices_of, prepare
-from .coco import IGNORED, SHOWN, CocoImages, enlarge, save_sheet, semantic_mask
-from .training_loop import best_weights, distributed, fit, gather, rank, report, settings_of
+from .coco import IGNORED, SHOWN, CocoImages, enlarge, read_image, require_sheet, save_sheet, semantic_mask
+from .training_loop import (
+    batches_of,
+    best_weights,
+    fit,
+    gather,
+    join_processes,
+    rank,
+    report,
+    settings_of,
+    share_of,
+)
 
 __all__ = ['Masked', 'create_segmenter', 'evaluate', 'open_part', 'train_augmentation']
 
@@ -52,42 +62,50 @@ class Masked(Dataset[Pair]):
 
     Args:
         read: Returns the image and the mask of an index.
-        count: How many there are.
+        names: Of the images.
         classes: Labels that there can be, with the background.
         augment: Changes both.
+
+    Raises:
+        ValueError: If there can't be so many classes.
     """
 
     def __init__(
-        self, read: Callable[[int], Pair], count: int, classes: int, augment: Augmentation | None = None
+        self, read: Callable[[int], Pair], names: Sequence[str], classes: int, augment: Augmentation | None = None
     ) -> None:
-        self.read, self.count, self.classes, self.augment = read, count, classes, augment
+        if classes > IGNORED:
+            raise ValueError(f'there are {classes} classes, and labels are 0 to {IGNORED - 1}')
+        self.read, self.names, self.classes, self.augment = read, names, classes, augment
 
     def __len__(self) -> int:
-        return self.count
+        return len(self.names)
 
     def __getitem__(self, index: int) -> Pair:
         image, mask = self.read(index)
+        name = self.names[index]
         if image.shape[1:] != mask.shape:
-            raise ValueError(f'image {index} has {tuple(image.shape[1:])} pixels, and its mask {tuple(mask.shape)}')
-        wrong = mask[(mask >= self.classes) & (mask != IGNORED)]
+            raise ValueError(f'{name} has {tuple(image.shape[1:])} pixels, and its mask {tuple(mask.shape)}')
+        wrong = mask[((mask < 0) | (mask >= self.classes)) & (mask != IGNORED)]
         if len(wrong):
-            raise ValueError(f'mask {index} has label {int(wrong[0])}, of {self.classes} classes')
+            raise ValueError(f'the mask of {name} has label {int(wrong[0])}, of {self.classes} classes')
         if self.augment is None:
             return image, mask.long()
-        changed, changed_mask = self.augment(ImageTensor(image), Mask(mask))
+        changed, changed_mask = self.augment(ImageTensor(image), Mask(mask.to(torch.uint8)))
         return changed.as_subclass(Tensor), changed_mask.as_subclass(Tensor).long()
 
 
 def train_augmentation(size: int) -> Augmentation:
-    """Half to twice the size, cropped or filled to a square, and mirrored."""
+    """Makes what resizes to half to twice the own size, crops or fills to a square of `size` pixels, and mirrors."""
     fill: Any = {ImageTensor: 0.5, Mask: IGNORED}
-    return v2.Compose(
-        [
-            v2.ScaleJitter((size, size), (0.5, 2.0)),
-            v2.RandomCrop((size, size), pad_if_needed=True, fill=fill),
-            v2.RandomHorizontalFlip(),
-        ]
-    )
+    crop = v2.RandomCrop((size, size), pad_if_needed=True, fill=fill)
+    return partial(augment, v2.Compose([crop, v2.RandomHorizontalFlip()]))
+
+
+def augment(crop: Augmentation, image: ImageTensor, mask: Mask) -> tuple[ImageTensor, Mask]:
+    """Resizes an image and its mask by chance, and crops them."""
+    factor = 0.5 + 1.5 * torch.rand(()).item()
+    height, width = (max(1, round(side * factor)) for side in mask.shape)
+    return crop(*v2.Resize((height, width))(image, mask))
 
 
 def open_part(folder: Path, name: str, classes: int | None, augment: Augmentation | None = None) -> Masked:
@@ -100,22 +118,17 @@ def open_part(folder: Path, name: str, classes: int | None, augment: Augmentatio
         augment: Changes images and masks.
 
     Raises:
-        ValueError: If it is no set of a known kind, or the number of classes isn't known.
+        ValueError: If it is no set of a known kind, or the number of classes isn't known, or not possible.
     """
     if (folder / 'annotations').is_dir():
         dataset = CocoImages(folder, name)
         if classes not in (None, len(dataset.names) + 1):
             raise ValueError(f'{folder} has {len(dataset.names)} categories and the background; leave --classes out')
-
-        def read(index: int) -> Pair:
-            image = dataset.image(index)
-            return image, semantic_mask(dataset, index, (image.shape[1], image.shape[2]))
-
-        return Masked(read, len(dataset), len(dataset.names) + 1, augment)
+        return Masked(partial(read_coco, dataset), dataset.files, len(dataset.names) + 1, augment)
     if classes is None:
         raise ValueError(f'{folder} does not say how many classes its masks have; give --classes')
     files = files_of(folder, name)
-    return Masked(partial(read_files, files), len(files), classes, augment)
+    return Masked(partial(read_files, files), [str(image) for image, _ in files], classes, augment)
 
 
 def files_of(folder: Path, name: str) -> list[tuple[Path, Path]]:
@@ -137,18 +150,21 @@ def files_of(folder: Path, name: str) -> list[tuple[Path, Path]]:
 
 def read_files(files: list[tuple[Path, Path]], index: int) -> Pair:
     """Reads an image and its mask; ValueError if that is not possible."""
-    path = files[index][0]
+    pixels, path = read_image(files[index][0]), files[index][1]
     try:
-        with Image.open(path) as image:
-            pixels = v2.functional.to_dtype(v2.functional.to_image(image.convert('RGB')), torch.float32, scale=True)
-        path = files[index][1]
         with Image.open(path) as mask:
-            labels = torch.from_numpy(np.array(mask))
+            labels = np.array(mask)
     except OSError as error:
         raise ValueError(f'{path} can not be read: {error}') from error
-    if labels.ndim != 2:
-        raise ValueError(f'{path} has colours; a mask has one channel, whose levels are labels')
-    return pixels.as_subclass(Tensor), labels.to(torch.uint8)
+    if labels.ndim != 2 or labels.dtype.kind not in 'biu':
+        raise ValueError(f'{path} has colours or fractions; a mask has one channel of integers, which are labels')
+    return pixels, torch.from_numpy(labels.astype(np.int64))
+
+
+def read_coco(dataset: CocoImages, index: int) -> Pair:
+    """Reads an image of a set of COCO, and the labels of its pixels; ValueError if that is not possible."""
+    image = dataset.image(index)
+    return image, semantic_mask(dataset, index, (image.shape[1], image.shape[2]))
 
 
 class Segmenter(nn.Module):
@@ -185,7 +201,8 @@ def create_segmenter(
 
     Raises:
         ImportError: If segmentation_models_pytorch is not installed.
-        KeyError: If there is no such architecture or backbone.
+        KeyError: If there is no such architecture.
+        RuntimeError: If timm has no such model.
     """
     import segmentation_models_pytorch as smp
 
@@ -206,10 +223,9 @@ def evaluate(dataset: Masked, workers: int, device: torch.device, model: nn.Modu
 
     Each process looks at a share of the images, one at a time, in their own size.
     """
-    first, step = rank()
     classes = dataset.classes
     confusion = torch.zeros(classes * classes, dtype=torch.int64)  # truth, found
-    for image, mask in DataLoader(Subset(dataset, range(first, len(dataset), step)), num_workers=workers):
+    for image, mask in DataLoader(share_of(dataset), num_workers=workers):
         found = model(image.to(device)).argmax(dim=1).cpu()
         counts = mask != IGNORED
         confusion += torch.bincount(mask[counts] * classes + found[counts], minlength=classes * classes)
@@ -245,11 +261,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     settings = settings_of(args)
     about = choices_of(args, 'classes', 'architecture', 'architecture_kwargs', 'size')
-    device = distributed(args.device)
-    torch.manual_seed(args.seed)  # of the new weights
-    try:
+    with reported(parser):
+        join_processes(args.device)
+        torch.manual_seed(args.seed)  # of the new weights
         if args.show is not None:
-            require_writable(args.show)
+            require_sheet(args.show)
         if args.size % STRIDE:
             raise ValueError(f'--size {args.size} is no multiple of {STRIDE}')
         images = open_part(args.data, args.train, args.classes, train_augmentation(args.size))
@@ -258,22 +274,17 @@ def main(argv: list[str] | None = None) -> None:
             args.architecture, args.backbone, images.classes, args.pretrained, **args.architecture_kwargs
         )
         prepare(model.model.get_submodule('encoder.model'), args.weights, args.frozen_stages, args.frozen_norms)
-        sampler = DistributedSampler(images, seed=settings.seed) if rank()[1] > 1 else RandomSampler(images)
-        batches = DataLoader(images, settings.batch_size, sampler=sampler, num_workers=args.workers, drop_last=True)
-        if not len(batches):
-            raise ValueError(f'{len(images)} images are less than a batch of {settings.batch_size} for each process')
-        check = partial(evaluate, dataset, args.workers, device)
-        options: dict[str, Any] = dict(about=about, resume=args.resume, device=device)
-        history = fit(model.to(device), batches, partial(loss, device), check, settings, Path(args.out), **options)
-        if rank()[0] == 0:
+        batches = batches_of(images, settings, args.workers)
+        check = partial(evaluate, dataset, args.workers, args.device)
+        options: dict[str, Any] = dict(about=about, resume=args.resume, device=args.device)
+        history = fit(
+            model.to(args.device), batches, partial(loss, args.device), check, settings, Path(args.out), **options
+        )
+        if rank() == 0:
             print(report(history))
             if args.show is not None:
                 model.load_state_dict(best_weights(Path(args.out)))
-                show(model.eval(), dataset, args.show, device)
-    except ImportError as error:
-        parser.error(f'{error}; pip install "timm_res2net[recipes]"')
-    except (ValueError, TypeError, KeyError, OSError, RuntimeError) as error:
-        parser.error(str(error))
+                show(model.eval(), dataset, args.show, args.device)
 
 
 if __name__ == '__main__':

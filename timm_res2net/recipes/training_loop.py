@@ -7,8 +7,8 @@ It is made of torch's parts and timm's optimizers and schedulers. A run lives in
     best.pth       the model of the best epoch
     history.json   learning rate, loss and metrics of each epoch
 
-All that is random in an epoch follows from the seed and the epoch's number, so a run that was killed at any moment and
-resumed ends at the very same weights.
+All that is random in an epoch follows from the seed, the epoch's number, and the numbers of processes and of workers
+that read, so a run that was killed at any moment and resumed ends at the very same weights.
 """
 
 import argparse
@@ -25,21 +25,26 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler, Subset
 from tqdm import tqdm
 
 from ..weights.files import atomic_write, atomic_write_text, make_folder, read_text
+from .arguments import positive
 
 __all__ = [
     'Batches',
     'Settings',
     'add_settings',
+    'batches_of',
     'best_weights',
-    'distributed',
     'fit',
     'gather',
+    'join_processes',
     'rank',
     'report',
     'settings_of',
+    'share_of',
+    'world_size',
 ]
 
 DTYPES = {'float32': None, 'bfloat16': torch.bfloat16, 'float16': torch.float16}
@@ -54,14 +59,15 @@ def setting(default: Any, text: str, **options: Any) -> Any:
 class Settings:
     """How to train. Each is an option of the same name."""
 
-    epochs: int = setting(12, 'passes over the training images')
-    batch_size: int = setting(16, 'images in a step, for each process')
+    epochs: int = setting(12, 'passes over the training images', type=positive)
+    batch_size: int = setting(16, 'images in a step, for each process', type=positive)
     opt: str = setting('sgd', "timm's name of the optimizer")
     lr: float = setting(0.01, 'learning rate after the warm-up')
     momentum: float = setting(0.9, "the optimizer's")
     weight_decay: float = setting(1e-4, 'of weights, not of norms and biases')
-    sched: str = setting('cosine', "timm's name of the schedule, such as cosine or multistep")
-    decay_milestones: tuple[int, ...] = setting((8, 11), 'epochs before which multistep divides by ten', nargs='+')
+    sched: str = setting('cosine', 'schedule of the learning rate', choices=['cosine', 'multistep', 'poly'])
+    decay_milestones: tuple[int, ...] = setting((8, 11), 'epochs before which multistep decays', nargs='+')
+    decay_rate: float = setting(0.1, 'what multistep multiplies by then; the power of poly')
     warmup_epochs: float = setting(0.5, 'in which the learning rate grows')
     clip_grad: float = setting(0.0, 'largest norm of the gradient, 0 for any')
     amp: str = setting('float32', 'data type of autocast', choices=list(DTYPES))
@@ -78,7 +84,8 @@ def add_settings(parser: argparse.ArgumentParser, **defaults: Any) -> None:
     for each in fields(Settings):
         default = defaults.get(each.name, each.default)
         kind = int if isinstance(default, tuple) else type(default)
-        group.add_argument(f'--{each.name.replace("_", "-")}', type=kind, default=default, **each.metadata)
+        options: dict[str, Any] = dict(type=kind) | dict(each.metadata)
+        group.add_argument(f'--{each.name.replace("_", "-")}', default=default, **options)
 
 
 def settings_of(args: argparse.Namespace) -> Settings:
@@ -88,30 +95,55 @@ def settings_of(args: argparse.Namespace) -> Settings:
     return Settings(**values)
 
 
-def rank() -> tuple[int, int]:
-    """The number of this process, and how many there are."""
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+def rank() -> int:
+    """The number of this process."""
+    return dist.get_rank() if dist.is_initialized() else 0
 
 
-def distributed(device: torch.device) -> torch.device:
-    """Joins the processes that torchrun has started, if it has, and returns the device of this one."""
-    if 'LOCAL_RANK' not in os.environ:
-        return device
+def world_size() -> int:
+    """How many processes there are."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def join_processes(device: torch.device) -> None:
+    """Joins the processes that torchrun has started, if it has; `device` is that of this one."""
+    if 'LOCAL_RANK' not in os.environ or dist.is_initialized():
+        return
     if device.type == 'cuda':
-        device = torch.device('cuda', int(os.environ['LOCAL_RANK']))
         torch.cuda.set_device(device)
-    if not dist.is_initialized():
-        dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
-    return device
+    dist.init_process_group('nccl' if device.type == 'cuda' else 'gloo')
 
 
 def gather(found: list[Any]) -> list[Any]:
     """What all processes have found, in each of them."""
-    if rank()[1] == 1:
+    if world_size() == 1:
         return found
-    parts: list[Any] = [None] * rank()[1]
+    parts: list[Any] = [None] * world_size()
     dist.all_gather_object(parts, found)
     return [each for part in parts for each in part]
+
+
+def batches_of(
+    images: Dataset[Any], settings: Settings, workers: int, collate_fn: Callable[[Any], Any] | None = None
+) -> DataLoader[Any]:
+    """Batches to train with, in an order of chance; each process has its own.
+
+    Raises:
+        ValueError: If there are too few images for one.
+    """
+    sampler = DistributedSampler(images, seed=settings.seed) if world_size() > 1 else RandomSampler(images)  # type: ignore[arg-type]
+    batches = DataLoader(
+        images, settings.batch_size, sampler=sampler, num_workers=workers, collate_fn=collate_fn, drop_last=True
+    )
+    if not len(batches):
+        count = len(images)  # type: ignore[arg-type]
+        raise ValueError(f'{count} images are less than a batch of {settings.batch_size} for each process')
+    return batches
+
+
+def share_of(dataset: Dataset[Any]) -> Subset[Any]:
+    """The part of a set that this process evaluates."""
+    return Subset(dataset, range(rank(), len(dataset), world_size()))  # type: ignore[arg-type]
 
 
 def fit(
@@ -150,8 +182,7 @@ def fit(
         OSError: If the folder can't be written.
     """
     device = device or torch.device('cpu')
-    first = rank()[0] == 0
-    last = open_run(folder, {**asdict(settings), **(about or {})}, resume)
+    first = rank() == 0
     optimizer = create_optimizer_v2(
         model, settings.opt, lr=settings.lr, weight_decay=settings.weight_decay, momentum=settings.momentum
     )
@@ -161,6 +192,7 @@ def fit(
         settings.sched,
         num_epochs=settings.epochs,
         decay_milestones=list(settings.decay_milestones),
+        decay_rate=settings.decay_rate,
         warmup_epochs=settings.warmup_epochs,  # type: ignore[arg-type]  # any number
         warmup_lr=settings.lr * 1e-3,
         step_on_epochs=False,
@@ -168,16 +200,17 @@ def fit(
     )
     scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == 'float16')
     history: list[dict[str, Any]] = []
+    last = open_run(folder, {**asdict(settings), 'processes': world_size(), **(about or {})}, resume)
     if last is not None:
         saved: dict[str, Any] = torch.load(last, map_location=device, weights_only=True)
         model.load_state_dict(saved['model'])
         optimizer.load_state_dict(saved['optimizer'])
         scaler.load_state_dict(saved['scaler'])
         history = saved['history']
-    wrapped = DistributedDataParallel(model) if rank()[1] > 1 else model
+    wrapped = DistributedDataParallel(model) if world_size() > 1 else model
     for epoch in range(len(history), settings.epochs):
-        torch.manual_seed(settings.seed * 10_000 + epoch * rank()[1] + rank()[0])
-        if isinstance(sampler := getattr(batches, 'sampler', None), torch.utils.data.DistributedSampler):
+        torch.manual_seed(settings.seed * 10_000 + epoch * world_size() + rank())
+        if isinstance(sampler := getattr(batches, 'sampler', None), DistributedSampler):
             sampler.set_epoch(epoch)
         wrapped.train()
         total = 0.0
@@ -199,9 +232,11 @@ def fit(
             total += value.item()
             bar.set_postfix(loss=f'{value:.3f}')
         model.eval()
+        for buffer in model.buffers() if world_size() > 1 else ():
+            dist.broadcast(buffer, 0)  # as before each step of training: all evaluate the model that is saved
         with torch.no_grad():
             metrics = evaluate(model)
-        mean = sum(gather([total])) / len(batches) / rank()[1]
+        mean = sum(gather([total])) / len(batches) / world_size()
         history.append(dict(epoch=epoch + 1, lr=optimizer.param_groups[0]['lr'], loss=round(mean, 5), **metrics))
         if first:
             states = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), history=history)
@@ -216,7 +251,7 @@ def report(history: Sequence[dict[str, Any]]) -> str:
 
 
 def open_run(folder: Path, wanted: dict[str, Any], resume: bool) -> Path | None:
-    """Begins a run in a folder, or finds the one that is there.
+    """Begins a run in a folder, or finds the one that is there; one without an epoch that ended is begun anew.
 
     Returns:
         Its last epoch, None if there is none.
@@ -227,7 +262,7 @@ def open_run(folder: Path, wanted: dict[str, Any], resume: bool) -> Path | None:
     """
     file, last = folder / 'settings.json', folder / 'last.pth'
     wanted = json.loads(json.dumps(wanted))  # lists for tuples
-    begun = file.exists()
+    begun = last.exists()
     if begun and not resume:
         raise ValueError(f'{folder} holds a run; add --resume to go on with it, or name another folder')
     found: dict[str, Any] = json.loads(read_text(file)) if begun else wanted
@@ -236,11 +271,11 @@ def open_run(folder: Path, wanted: dict[str, Any], resume: bool) -> Path | None:
             raise ValueError(
                 f'{folder} holds a run with {name} {found.get(name)}, not {wanted.get(name)}; name another folder'
             )
-    if rank()[1] > 1:
+    if world_size() > 1:
         dist.barrier()  # all have looked before the first one writes
-    if not begun and rank()[0] == 0:
-        atomic_write_text(make_folder(folder) / 'settings.json', json.dumps(wanted, indent=1) + '\n')
-    return last if last.exists() else None
+    if not begun and rank() == 0:
+        atomic_write_text(make_folder(folder) / file.name, json.dumps(wanted, indent=1) + '\n')
+    return last if begun else None
 
 
 def save_epoch(folder: Path, model: nn.Module, states: dict[str, Any], metric: str) -> None:
