@@ -1,1 +1,1 @@
-"""Fast inference: fold norms, compile, and measure beside timm."""
+"""Fast inference: fold norms, compile, quantize, export to files, and measure beside timm."""
