@@ -78,6 +78,7 @@ def test_train_script_with_an_unknown_model_tells_only_what_it_states(tmp_path: 
     'wrong',
     [
         *(dict(img_size=-3), dict(img_size='48'), dict(mean=['a']), dict(mean=[1, 2]), dict(std=[0])),
+        *(dict(img_size=5000), dict(input_size=[3, 48, 5000]), dict(crop_pct=1e-4), dict(crop_pct=100)),
         *(dict(crop_pct='x'), dict(interpolation='warp'), dict(input_size=[1, 2])),
     ],
     ids=str,

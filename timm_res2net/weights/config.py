@@ -23,6 +23,7 @@ from .files import PathLike, temporary_folder
 from .folder import CONFIG_FILE, LARGEST_CONFIG, WEIGHTS_FILE
 from .loading import adapt_state_dict, describe_mismatch
 from .readers import NUMBERS, open_regular
+from .recorded import LARGEST_CROP, LARGEST_SIZE, SMALLEST_CROP
 
 __all__ = ['load_folder', 'make_model', 'require_recorded_weights']
 
@@ -51,7 +52,12 @@ def is_count(value: object) -> bool:
 
 def is_size(value: object) -> bool:
     """Whether a value is a size of images or feature maps."""
-    return is_list(value, lambda item: isinstance(item, int) and is_number(item, 100_000)) and len(value) <= 3  # type: ignore[arg-type]
+    return is_list(value, lambda item: isinstance(item, int) and is_number(item, LARGEST_SIZE)) and len(value) <= 3  # type: ignore[arg-type]
+
+
+def is_crop(value: object) -> bool:
+    """Whether a value is the part of an image's side that a crop keeps."""
+    return is_number(value, LARGEST_CROP) and value >= SMALLEST_CROP  # type: ignore[operator]
 
 
 def is_list(value: object, of: Callable[[object], bool]) -> bool:
@@ -76,9 +82,10 @@ def is_channels(value: object) -> bool:
 
 KINDS: dict[str, tuple[Callable[[object], bool], str]] = {  # of values in `pretrained_cfg`
     **dict.fromkeys(('num_classes', 'label_offset'), (is_count, 'a number of classes')),
-    **dict.fromkeys(('crop_pct', 'test_crop_pct'), (is_number, 'a number')),
+    **dict.fromkeys(('crop_pct', 'test_crop_pct'), (is_crop, f'a number from {SMALLEST_CROP} to {LARGEST_CROP}')),
     **dict.fromkeys(
-        ('input_size', 'test_input_size', 'min_input_size', 'pool_size', 'test_pool_size'), (is_size, 'a size')
+        ('input_size', 'test_input_size', 'min_input_size', 'pool_size', 'test_pool_size'),
+        (is_size, f'a size of at most {LARGEST_SIZE}'),
     ),
     **dict.fromkeys(('mean', 'std'), (is_channels, 'a number for each channel')),
     **dict.fromkeys(('first_conv', 'classifier', 'paper_ids', 'notes'), (is_texts, 'a text or a list of texts')),

@@ -24,6 +24,8 @@ __all__ = ['IMAGES', 'Training', 'read_labels', 'recorded_training']
 _logger = logging.getLogger(__name__)
 
 IMAGES = 'input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode'
+# An image is resized to its size divided by crop_pct, then cropped: a small file can state what takes all memory.
+LARGEST_SIZE, SMALLEST_CROP, LARGEST_CROP = 4096, 0.5, 2
 
 
 @dataclass(frozen=True)
@@ -102,8 +104,12 @@ def checked_images(config: Mapping[str, Any]) -> dict[str, Any]:
         crop_mode=str(config['crop_mode']),
     )
     channels, height, width = images['input_size']
-    if min(channels, height, width) < 1 or images['crop_pct'] <= 0 or min(images['std']) <= 0:
-        raise ValueError(f'{images} are no settings of images')
+    sizes_fit = min(channels, height, width) >= 1 and max(channels, height, width) <= LARGEST_SIZE
+    if not (sizes_fit and SMALLEST_CROP <= images['crop_pct'] <= LARGEST_CROP and min(images['std']) > 0):
+        raise ValueError(
+            f'{images} are no settings of images: sizes are from 1 to {LARGEST_SIZE}, crop_pct is from {SMALLEST_CROP} '
+            f'to {LARGEST_CROP}, and std is positive'
+        )
     create_transform(**images)
     return images
 
