@@ -114,7 +114,7 @@ def test_readme_has_as_many_examples_as_are_tested() -> None:
     tested = {
         'top': 2,
         'hub_cards': 0,
-        'deploy': 2,
+        'deploy': 3,
         'hub': 2,
         'models': 6,
         'recipes': 0,
@@ -296,6 +296,15 @@ def test_readme_export_example_computes_the_same(tmp_path: Path, monkeypatch: py
     x = torch.randn(3, 3, 32, 32)
     torch.testing.assert_close(made['exported'](x), made['model'](x).detach(), rtol=0, atol=1e-4)
     assert (made['done'].agreement, (tmp_path / 'digits.pt2').exists()) == (1, True)
+
+
+@pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore::UserWarning', 'ignore::DeprecationWarning')
+def test_readme_example_of_8_bits_in_process_quantizes() -> None:
+    pytest.importorskip('nncf')
+    made = run('deploy', 'dtype=torch.int8', res2net50_26w_4s='test_res2net')
+    assert made['fast'].path == 'fused, int8, OpenVINO'
+    found, expected = (made[name](made['images']).detach() for name in ('fast', 'model'))
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.2 * float(expected.abs().max()))
 
 
 def test_readme_of_deploy_table_of_formats_is_that_of_the_code() -> None:
