@@ -1,6 +1,7 @@
 """The study compares networks of equal size on equal batches and resumes runs, and its statistics are exact."""
 
 import json
+import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +106,25 @@ def test_study_resumes_missing_runs_and_refuses_other_lengths(
     assert not any(path.is_dir() for path in tmp_path.iterdir())
     with pytest.raises(SystemExit, match='2'):
         study.main(arguments(tmp_path, fashion_mnist, '--epochs', '2'))
-    assert 'sizes_scale4_seed0.json is of 1 epochs' in capsys.readouterr().err
+    assert 'sizes_scale4_seed0.json is of 1 epochs and 128 images, not of 2 and 128' in capsys.readouterr().err
+    study.main(arguments(tmp_path, fashion_mnist, '--scales', '1', '--seeds', '1'))
+    document = json.loads((tmp_path / 'study.json').read_text())
+    assert [(run['scale'], run['seed']) for run in document['runs']] == [(1, 0), (4, 0), (4, 1)]
+
+
+@pytest.mark.slow
+def test_study_ends_at_once_if_a_run_fails(
+    fashion_mnist: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / 'sizes_scale4_seed0'  # the run of other settings
+    other.mkdir()
+    (other / 'settings.json').write_text('{"epochs": 3}')
+    (other / 'last.pth').write_bytes(b'')
+    with pytest.raises(SystemExit, match='2'):
+        study.main(arguments(tmp_path, fashion_mnist, '--seeds', '9'))
+    assert 'sizes_scale4_seed0 holds a run with epochs 3, not 1' in capsys.readouterr().err
+    assert list(tmp_path.glob('*.json')) == []
+    assert not multiprocessing.active_children()
 
 
 @pytest.mark.slow

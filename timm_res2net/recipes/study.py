@@ -26,12 +26,14 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
 import statistics
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
@@ -52,7 +54,7 @@ from ..vision.explain import radius, receptive_field
 from ..vision.figures import new_figure, save
 from ..weights.files import atomic_write_text, make_folder
 from . import detect, multi_scale
-from .arguments import positive
+from .arguments import positive, reported
 from .coco import CocoImages
 from .training_loop import Settings, fit
 
@@ -60,11 +62,11 @@ __all__ = ['BASE_WIDTHS', 'PARTS', 'network', 'plot', 'run', 'study', 'table']
 
 TRUNK: dict[str, Any] = dict(layers=(2, 2, 2, 2), channels=(16, 32, 64, 96))
 BASE_WIDTHS = {1: 64, 4: 26.2, 8: 14.75}  # of each scale, for the number of parameters of scale 1
-CLASSIFICATION = Settings(epochs=8, batch_size=64, opt='adamw', lr=3e-3, weight_decay=0.05, amp='bfloat16')
-DETECTION = Settings(epochs=5, batch_size=16, lr=0.02, clip_grad=5.0, amp='bfloat16')
+CLASSIFICATION = Settings(epochs=6, batch_size=64, opt='adamw', lr=3e-3, weight_decay=0.05, amp='bfloat16')
+DETECTION = Settings(epochs=4, batch_size=16, lr=0.02, clip_grad=5.0, amp='bfloat16')
 EDGES = 25, 46  # pixels across at which medium and large items begin; thirds of the range of sizes
 AREAS = 16, 32  # the same for COCO's AP, whose sizes are those of the silhouettes: roots of their areas
-SHOWN = 20_000, 4_000  # canvases of one item to train with, and to test with for each range of sizes
+CANVASES = 20_000, 4_000  # of one item, to train with, and to test with for each range of sizes
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,7 @@ PARTS = {
         3,
         {'AP': 'AP', 'APs': 'small', 'APm': 'medium', 'APl': 'large', 'unseen': 'AP at sizes never seen'},
     ),
-    'fashion_mnist': Part(replace(CLASSIFICATION, epochs=4), 5, {'top1': 'top-1, %'}),
+    'fashion_mnist': Part(replace(CLASSIFICATION, epochs=3), 5, {'top1': 'top-1, %'}),
 }
 
 
@@ -168,36 +170,36 @@ def fashion_mnist(source: Path, train: bool) -> tuple[Tensor, Tensor]:
     return torch.from_numpy(images.copy()), torch.from_numpy(labels.astype(np.int64))
 
 
-def right(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """Whether each image is classified right, (N,) of 0 and 100."""
+def correct(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
+    """Whether each image is classified correctly, (N,) of 0 and 100."""
     found = torch.cat([model(normalised(part)).argmax(dim=1) for part in images.split(256)])
     return 100.0 * (found == labels)
 
 
-def percent(values: Tensor) -> float:
-    """The mean."""
+def rounded_mean(values: Tensor) -> float:
+    """The mean, to three places."""
     return round(values.mean().item(), 3)
 
 
 def top1(images: Tensor, labels: Tensor, model: nn.Module) -> dict[str, float]:
     """Accuracy on a test set."""
-    return dict(top1=percent(right(model, images, labels)))
+    return dict(top1=rounded_mean(correct(model, images, labels)))
 
 
 def top1_by_size(
     seen: tuple[Tensor, Tensor, Tensor], unseen: tuple[Tensor, Tensor, Tensor], model: nn.Module
 ) -> dict[str, float]:
     """Accuracy on canvases of one item, by its size."""
-    values, sizes = right(model, *seen[:2]), seen[2]
+    values, sizes = correct(model, *seen[:2]), seen[2]
     small, large = sizes < EDGES[0], sizes >= EDGES[1]
-    others, smaller = right(model, *unseen[:2]), unseen[2] < multi_scale.ITEM
+    others, smaller = correct(model, *unseen[:2]), unseen[2] < multi_scale.ITEM
     return dict(
-        top1=percent(values),
-        small=percent(values[small]),
-        medium=percent(values[~small & ~large]),
-        large=percent(values[large]),
-        smaller=percent(others[smaller]),
-        larger=percent(others[~smaller]),
+        top1=rounded_mean(values),
+        small=rounded_mean(values[small]),
+        medium=rounded_mean(values[~small & ~large]),
+        large=rounded_mean(values[large]),
+        smaller=rounded_mean(others[smaller]),
+        larger=rounded_mean(others[~smaller]),
     )
 
 
@@ -216,13 +218,14 @@ def train_classifier(
         test_images, test_labels = fashion_mnist(source, False)
         check = partial(top1, doubled(test_images[:images]), test_labels[:images])
     else:
-        counts = [min(count, images or count) for count in SHOWN]
+        counts = [min(count, images or count) for count in CANVASES]
         train, augment = single_items(source, 'train', counts[0])[:2], unchanged
         seen, unseen = (single_items(source, name, counts[1]) for name in ('val', 'unseen'))
         check = partial(top1_by_size, seen, unseen)
     batches = Shuffled(train[0][:images], train[1][:images], settings.batch_size, augment)
     model = network(scale, in_chans=1, num_classes=10).to(memory_format=torch.channels_last)
-    history = fit(model, batches, cross_entropy, check, settings, folder, resume=True, progress=False)
+    options: dict[str, Any] = dict(about=dict(images=images), resume=True, progress=False)
+    history = fit(model, batches, cross_entropy, check, settings, folder, **options)
     return model, history[-1]
 
 
@@ -237,7 +240,7 @@ def train_detector(
     model = detect.create_detector(body, len(train.names), channels, min_size=side, max_size=side)
     model.head = FCOSHead(channels, 1, len(train.names) + 1, num_convs=2)
     some = Subset(train, range(min(len(train), images or len(train))))
-    options: dict[str, Any] = dict(areas=AREAS, resume=True, progress=False)
+    options: dict[str, Any] = dict(areas=AREAS, about=dict(images=images), resume=True, progress=False)
     history = detect.train(model.to(memory_format=torch.channels_last), some, val, settings, folder, **options)
     model.eval()
     with torch.no_grad():
@@ -299,7 +302,7 @@ def study(
     images: int | None = None,
     workers: int = 1,
 ) -> list[dict[str, Any]]:
-    """Runs what the folder does not hold yet, and returns all runs in order.
+    """Runs what the folder does not hold yet, and returns all runs that it holds, in order.
 
     Args:
         folder: Where to write.
@@ -317,7 +320,7 @@ def study(
         OSError: If the folder can't be written.
     """
     make_folder(folder)
-    data = folder / 'multi_scale'
+    data = folder / ('multi_scale' if images is None else f'multi_scale_{images}')
     if 'detection' in parts and not data.exists():
         multi_scale.write(
             data, source, {part: min(count, images or count) for part, (count, _) in multi_scale.PARTS.items()}
@@ -333,23 +336,37 @@ def study(
     paths = {each: folder / f'{each[0]}_scale{each[1]}_seed{each[2]}.json' for each in wanted}
     done = {each: json.loads(path.read_text()) for each, path in paths.items() if path.exists()}
     for each, record in done.items():
-        length = epochs or PARTS[each[0]].settings.epochs
-        if (record['epochs'], record['images']) != (length, images):
-            raise ValueError(f'{paths[each]} is of {record["epochs"]} epochs; name another folder, or remove it')
+        found, length = (record['epochs'], record['images']), (epochs or PARTS[each[0]].settings.epochs, images)
+        if found != length:
+            raise ValueError(
+                f'{paths[each]} is of {found[0]} epochs and {found[1] or "all"} images, not of {length[0]} and '
+                f'{images or "all"}; name another folder, or remove it'
+            )
     pool = ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), initializer=end_with_parent)
-    with pool, tqdm(total=len(wanted), initial=len(done), unit='run', disable=None) as bar:
+    with pool, ended_on_error(), tqdm(total=len(wanted), initial=len(done), unit='run', disable=None) as bar:
         futures = {}
         for each in wanted:
             if each not in done:
                 where = data if each[0] == 'detection' else source
                 futures[pool.submit(run, *each, epochs, images, where, paths[each].with_suffix(''))] = each
         for future in as_completed(futures):
-            each, record = futures[future], future.result()
-            done[each] = record
-            atomic_write_text(paths[each], json.dumps(record) + '\n')
-            shutil.rmtree(paths[each].with_suffix(''))
+            path = paths[futures[future]]
+            atomic_write_text(path, json.dumps(future.result()) + '\n')
+            shutil.rmtree(path.with_suffix(''))
             bar.update()
-    return sorted(done.values(), key=lambda record: (record['part'], record['scale'], record['seed']))
+    records = [json.loads(path.read_text()) for path in folder.glob('*_scale*_seed*.json')]
+    return sorted(records, key=lambda record: (record['part'], record['scale'], record['seed']))
+
+
+@contextmanager
+def ended_on_error() -> Iterator[None]:
+    """Ends the workers if one fails, or the study is interrupted: what they have is resumed when it is run again."""
+    try:
+        yield
+    except BaseException:
+        for worker in multiprocessing.active_children():
+            worker.terminate()
+        raise
 
 
 def end_with_parent() -> None:
@@ -360,6 +377,7 @@ def end_with_parent() -> None:
             parent.join()
         os._exit(1)
 
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of Ctrl-C, which the study hears, too
     threading.Thread(target=wait, daemon=True).start()
 
 
@@ -441,11 +459,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--part', nargs='+', choices=PARTS, default=list(PARTS), help='(default: all)')
     parser.add_argument('--scales', nargs='+', type=int, choices=BASE_WIDTHS, default=list(BASE_WIDTHS))
     parser.add_argument('--seeds', type=positive, help='runs of each (default: 5, of detection 3)')
-    parser.add_argument('--epochs', type=positive, help='of a run (default: 8, of detection 5, of fashion_mnist 4)')
+    parser.add_argument('--epochs', type=positive, help='of a run (default: 6, of detection 4, of fashion_mnist 3)')
     parser.add_argument('--images', type=positive, help='train and test with the first ones only, for a quick look')
     parser.add_argument('--workers', type=positive, default=os.cpu_count(), help='runs at a time (default: one a core)')
     args = parser.parse_args(argv)
-    try:
+    with reported(parser):
         runs = study(
             args.folder, args.fashion_mnist, args.part, args.scales, args.seeds, args.epochs, args.images, args.workers
         )
@@ -455,10 +473,6 @@ def main(argv: list[str] | None = None) -> None:
         for part in args.part:
             plot(runs, part, str(args.folder / f'{part}.png'))
             print('\n'.join([f'\n{part}\n', *table(runs, part)]))
-    except ImportError as error:
-        parser.error(f'{error}; pip install "timm_res2net[recipes]"')
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
 
 
 if __name__ == '__main__':
