@@ -139,6 +139,27 @@ def test_write_files_replaces_all_or_none_and_keeps_permissions(tmp_path: Path) 
     assert mode(tmp_path / 'a') == 0o600
 
 
+@pytest.mark.parametrize('make', [os.mkfifo, os.mkdir, lambda path: os.symlink('absent/file', path)])
+def test_write_files_onto_what_is_no_file_writes_none(make: Callable[[Path], object], tmp_path: Path) -> None:
+    (tmp_path / 'a').write_bytes(b'old')
+    make(tmp_path / 'b')
+    before = (tmp_path / 'b').lstat()
+    with pytest.raises(OSError, match=r'/b can not be written: it is|there is no folder .*absent to write file to'):
+        write_files(tmp_path, {'a': b'new', 'b': b'new'})
+    assert (tmp_path / 'a').read_bytes() == b'old'
+    assert (tmp_path / 'b').lstat() == before
+    assert sorted(os.listdir(tmp_path)) == ['a', 'b']
+
+
+def test_write_files_follows_links(tmp_path: Path) -> None:
+    (tmp_path / 'out').mkdir()
+    (tmp_path / 'out' / 'a').symlink_to('../target')
+    for content in (b'first', b'second'):  # a link to nothing, and one to a file
+        write_files(tmp_path / 'out', {'a': content, 'b': content})
+        assert (tmp_path / 'target').read_bytes() == (tmp_path / 'out' / 'b').read_bytes() == content
+    assert (tmp_path / 'out' / 'a').is_symlink()
+
+
 @pytest.mark.parametrize('renames', [0, 1])
 def test_convert_killed_at_a_rename_into_a_folder_is_done_by_the_next_convert_and_leaves_nothing(
     renames: int, file: Path

@@ -174,19 +174,23 @@ def atomic_write(out: PathLike, write: Callable[[str], object], replace: bool = 
 def write_files(folder: PathLike, files: Mapping[str, bytes]) -> None:
     """Writes files to a folder, which is made if it does not exist: all of them, or none if one can't be written.
 
+    Links are followed.
+
     Raises:
         OSError: If that is not possible; what was there before still is.
     """
     is_new, place = not os.path.isdir(folder), make_folder(folder)
+    paths = {name: output_path(place / name) for name in files}
     try:
         with ExitStack() as stack:
-            temporary = {name: stack.enter_context(temporary_sibling(place / name)) for name in files}
+            temporary = {name: stack.enter_context(temporary_sibling(path)) for name, path in paths.items()}
             for name, content in files.items():
                 Path(temporary[name]).write_bytes(content)
                 sync(temporary[name])
-            for name in files:
-                os.replace(temporary[name], place / name)
-            sync(place)
+            for name, path in paths.items():
+                os.replace(temporary[name], path)
+            for parent in {path.parent for path in paths.values()}:
+                sync(parent)
     except OSError as error:
         with suppress(OSError):  # if it has files after all
             if is_new:
