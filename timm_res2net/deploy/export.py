@@ -96,10 +96,10 @@ def export(
     shape = tuple(record['input'][1:])
     given = calibration_images(model, images, shape) if images is not None or precision == 'int8' else None
     program = Exportable(fused, getattr(torch, precision if precision != 'int8' else 'float32')).eval()
-    with _in_temporary_folder(path) as folder:
+    with in_temporary_folder(path) as folder:
         unverified = folder / path.name
         try:
-            with _quiet():
+            with quiet():
                 write(program, unverified, record, given, compile)
         except (OSError, ImportError):
             raise
@@ -320,7 +320,7 @@ def verify(
 
 
 @contextlib.contextmanager
-def _in_temporary_folder(path: Path) -> Iterator[Path]:
+def in_temporary_folder(path: Path) -> Iterator[Path]:
     """Makes a temporary folder beside a file; an OSError is of the file that can't be written."""
     try:
         with temporary_folder(path.parent) as folder:
@@ -330,7 +330,7 @@ def _in_temporary_folder(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps exporters' warnings and progress from the user, to whom they say nothing."""
     with warnings.catch_warnings(), open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(nowhere):
         warnings.simplefilter('ignore')
