@@ -114,7 +114,7 @@ def test_readme_has_as_many_examples_as_are_tested() -> None:
     tested = {
         'top': 2,
         'hub_cards': 0,
-        'deploy': 3,
+        'deploy': 5,
         'hub': 2,
         'models': 6,
         'recipes': 0,
@@ -305,6 +305,26 @@ def test_readme_example_of_8_bits_in_process_quantizes() -> None:
     assert made['fast'].path == 'fused, int8, OpenVINO'
     found, expected = (made[name](made['images']).detach() for name in ('fast', 'model'))
     torch.testing.assert_close(found, expected, rtol=0, atol=0.2 * float(expected.abs().max()))
+
+
+@pytest.mark.filterwarnings('default')  # of its own deprecated parts, as in integration/test_mobile.py
+def test_readme_executorch_example_computes_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runtime = pytest.importorskip('executorch.runtime').Runtime.get()
+    monkeypatch.chdir(tmp_path)
+    model = run('deploy', 'XnnpackPartitioner')['model']
+    x = torch.randn(1, 3, 32, 32)
+    (found,) = runtime.load_program('digits.pte').load_method('forward').execute([x])
+    torch.testing.assert_close(found, model(x).detach(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.filterwarnings('default')
+def test_readme_litert_example_computes_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip('litert_torch')
+    monkeypatch.chdir(tmp_path)
+    made = run('deploy', 'litert_torch')
+    x = torch.randn(1, 3, 32, 32)
+    torch.testing.assert_close(torch.as_tensor(made['lite'](x)), made['model'](x).detach(), rtol=0, atol=1e-4)
+    assert Path('digits.tflite').stat().st_size > 500_000
 
 
 def test_readme_of_deploy_table_of_formats_is_that_of_the_code() -> None:
