@@ -21,7 +21,7 @@ from support import tiny
 from timm_res2net import CheckpointError, export_checkpoint, push
 from timm_res2net.weights.config import load_folder
 from timm_res2net.weights.convert import convert
-from timm_res2net.weights.files import PREFIX, atomic_write_text, temporary_folder, write_files
+from timm_res2net.weights.files import PREFIX, atomic_write_text, lock, temporary_folder, write_files
 from timm_res2net.weights.folder import CONFIG_FILE, WEIGHTS_FILE
 
 resource = pytest.importorskip('resource')
@@ -216,6 +216,26 @@ def test_temporary_folder_of_a_killed_process_is_removed_and_that_of_another_is_
         assert folders[1].exists()
     processes[1].kill()
     processes[1].join()
+
+
+def test_temporary_folder_that_another_process_takes_for_left_is_not_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken: dict[str, int] = {}
+    make = tempfile.mkdtemp
+
+    def take_the_first(**options: Any) -> str:
+        folder = make(**options)
+        if not taken:
+            taken[folder] = lock(Path(folder))  # by which the other begins to remove it
+        return folder
+
+    monkeypatch.setattr(tempfile, 'mkdtemp', take_the_first)
+    with temporary_folder(tmp_path) as folder:
+        assert str(folder) not in taken
+        assert folder.exists()
+    os.close(*taken.values())
+    assert os.listdir(tmp_path) == []
 
 
 def test_what_others_put_where_temporary_folders_are_is_left_alone(tmp_path: Path) -> None:

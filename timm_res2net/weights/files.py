@@ -68,9 +68,13 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
         folder = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
         handle: int | None = None
         try:
-            with suppress(OSError):
+            try:
                 handle = lock(folder)
-            if not folder.exists():  # another process took it for left before it was locked
+            except BlockingIOError:  # another process took it for left, and is removing it
+                continue
+            except OSError:  # there are no locks here
+                pass
+            if not folder.exists():  # as that process has removed it
                 continue
             yield folder
             return
