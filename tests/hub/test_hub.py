@@ -32,6 +32,7 @@ import timm_res2net
 from timm_res2net import CheckpointError, load_checkpoint, pull, push
 from timm_res2net.hub.push import Commit
 from timm_res2net.vision.images import bundled_digits
+from timm_res2net.vision.predict import predict
 from timm_res2net.weights.config import load_folder
 from timm_res2net.weights.files import sha256
 
@@ -91,6 +92,8 @@ def test_pull_embedded_model_classifies_every_bundled_digit(hub: Hub, tmp_path: 
     with torch.inference_mode():
         found = model(torch.stack([transform(image) for image in images])).argmax(dim=1)
     assert [str(index) for index in found.tolist()] == list(truths)
+    likeliest = [each[0].label for each in predict(model, images, read=lambda image: image) if isinstance(each, list)]
+    assert likeliest == list(truths)
 
 
 @pytest.mark.parametrize('prefix', ['hf-hub:user/net', 'local-dir:'])

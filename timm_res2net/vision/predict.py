@@ -158,7 +158,8 @@ def classify(
     config = image_config(model)
     parameter = next(model.parameters(), None)  # an exported model has none
     device = torch.device('cpu') if parameter is None else parameter.device
-    fixed = getattr(model, 'record', {'input': (None,)})['input'][0]  # the only batch size of an exported model
+    exported: Any = model
+    fixed = exported.record['input'][0] if parameter is None else None  # the only batch size of an exported model
     many = len(images) > HANDFUL
     if parameter is not None and (many or compile):
         example = torch.zeros(min(batch_size, len(images)), *config['input_size'], device=device, dtype=parameter.dtype)
