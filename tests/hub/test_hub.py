@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -29,7 +30,7 @@ from support import randomise, tiny
 from torch import nn
 
 import timm_res2net
-from timm_res2net import CheckpointError, load_checkpoint, pull, push
+from timm_res2net import CheckpointError, load_checkpoint, load_model, pull, push
 from timm_res2net.hub.push import Commit
 from timm_res2net.vision.images import bundled_digits
 from timm_res2net.vision.predict import predict
@@ -221,6 +222,29 @@ def test_pull_then_push_keeps_what_is_known_of_weights_until_they_change(hub: Hu
     push(model, 'user/changed', **WRITE)
     assert json.loads(hub.files('user/changed')['config.json'])['timm_res2net'].keys() == {'version', 'sha256'}
     assert '91.50' not in hub.files('user/changed')['README.md'].decode()
+
+
+def test_push_of_a_file_beside_its_config_keeps_what_is_known_of_weights_until_they_change(tmp_path: Path) -> None:
+    told: dict[str, Any] = dict(
+        tag='mine', results={'accuracy': 91.5}, license=('Ours', 'https://a.org'), recipe='Hand'
+    )
+    push(tiny(), 'user/net', labels=list('abcd'), dry_run=tmp_path / 'net', **told)
+    file = tmp_path / 'net' / 'model.safetensors'
+    push(load_model(file), 'user/copy', dry_run=tmp_path / 'copy')
+    config, copy = (json.loads((tmp_path / name / 'config.json').read_text()) for name in ('net', 'copy'))
+    assert copy['timm_res2net'] == config['timm_res2net']
+    assert copy['pretrained_cfg']['tag'] == 'mine'
+    assert '| accuracy | 91.50 % |' in (tmp_path / 'copy' / 'README.md').read_text()
+    changed = load_model(file)
+    with torch.no_grad():
+        changed.fc.bias.add_(1)
+    push(changed, 'user/changed', dry_run=tmp_path / 'changed')
+    shutil.copy(tmp_path / 'changed' / 'model.safetensors', file)
+    for name, model in (('changed', changed), ('others', load_model(file))):
+        push(model, f'user/{name}', dry_run=tmp_path / f'{name} again')
+        config = json.loads((tmp_path / f'{name} again' / 'config.json').read_text())
+        assert config['timm_res2net'].keys() == {'version', 'sha256'}
+        assert config['pretrained_cfg'].get('tag') != 'mine'
 
 
 def test_push_leaves_out_records_that_can_not_be_on_a_card(hub: Hub, tmp_path: Path) -> None:

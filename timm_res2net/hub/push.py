@@ -71,8 +71,9 @@ def push(
 
     Before anything is sent, the folder is loaded, and the loaded model has to compute the same, bit for bit. Afterwards
     the Hub's checksums are compared with the files. If the Hub's answer is lost but the files are there, the push has
-    succeeded. A card that somebody wrote keeps its text and gets the new metadata. A model that `pull` made and that
-    was not changed since keeps its tag, results, dataset, licence, base model and recipe, where no others are given.
+    succeeded. A card that somebody wrote keeps its text and gets the new metadata. A model that `pull` made, or
+    `load_model` of a file beside its `config.json`, and that was not changed since keeps its tag, results, dataset,
+    licence, base model and recipe, where no others are given.
 
     Args:
         model: A model of this package, made by `timm.create_model`.

@@ -5,7 +5,7 @@ import logging
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import timm
 import torch
@@ -135,7 +135,8 @@ def load_model(
 
     Other image channels and classes are adapted as timm does: the first convolution's weights are summed or repeated,
     and a classifier for other classes is a new one. What the file tells of its images and classes, as those of timm's
-    train script do, is in the model's `pretrained_cfg`.
+    train script do, is in the model's `pretrained_cfg`. Its attribute `record` is what this package recorded of the
+    weights, if it wrote them with the `config.json` beside them.
 
     Args:
         file: A file, or the checkpoint that `read_checkpoint` returned.
@@ -169,9 +170,9 @@ def load_model(
     # The names that are registered are of the classes of other weights.
     names = checkpoint.training.labels if kwargs['num_classes'] == checkpoint.num_classes else ()
     overlay = {**checkpoint.training.images, 'label_names': names or None, **kwargs.pop('pretrained_cfg_overlay', {})}
-    model = timm.create_model(name, pretrained_cfg_overlay=overlay, **kwargs)
-    cfg: Any = model.pretrained_cfg
-    cfg.update(with_channels(cfg, kwargs.get('in_chans', 3)))
+    model: Any = timm.create_model(name, pretrained_cfg_overlay=overlay, **kwargs)
+    model.pretrained_cfg.update(with_channels(model.pretrained_cfg, kwargs.get('in_chans', 3)))
+    model.record = dict(checkpoint.training.record)
     assumed = f'; assumed, as nothing in it tells: {", ".join(checkpoint.assumed)}' if checkpoint.assumed else ''
     images = f'; images: {checkpoint.training.images or "as is usual for the model, nothing in it tells"}'
     shown = printable(checkpoint.file)
@@ -184,7 +185,7 @@ def load_model(
         first_conv = f'{registered_cfg(name).first_conv}.weight'
         state[first_conv] = adapt_input_conv(kwargs['in_chans'], state[first_conv], base_chans=in_chans)
     load_checkpoint(model, replace(checkpoint, translation=replace(checkpoint.translation, state=state)))
-    return model
+    return cast(nn.Module, model)
 
 
 def told_arguments(checkpoint: Checkpoint, name: str) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from timm.utils import natural_key
 from ..models.classifier import registered_cfg
 from ..models.variants import ARCHS
 from .errors import first_line, printable
-from .files import PathLike, read_text
+from .files import PathLike, read_text, sha256
 from .folder import CONFIG_FILE, LARGEST_CONFIG, WEIGHTS_FILE
 from .readers import Contents
 
@@ -30,11 +30,12 @@ LARGEST_SIZE, SMALLEST_CROP, LARGEST_CROP = 4096, 0.5, 2
 
 @dataclass(frozen=True)
 class Training:
-    """How images are prepared and what classes are called; empty where that is not known."""
+    """How images are prepared, what classes are called, and what a push recorded; empty where that is not known."""
 
     images: Mapping[str, Any] = field(default_factory=dict)  # some of `IMAGES`, as in timm's configuration of weights
     labels: tuple[str, ...] = ()
     labels_from: str = ''
+    record: Mapping[str, Any] = field(default_factory=dict)  # results, licence and others, as `push` takes them
 
 
 def recorded_training(contents: Contents, file: PathLike, num_classes: int, config: Mapping[str, Any]) -> Training:
@@ -53,10 +54,19 @@ def recorded_training(contents: Contents, file: PathLike, num_classes: int, conf
         images = checked_images(resolve_data_config(pretrained_cfg=config['pretrained_cfg']))
         names = config.get('label_names') or ()
         labels = tuple(map(str, names)) if isinstance(names, list) and len(names) == num_classes else ()
+        record = record_of_weights(file, config)
     except Exception as error:  # whatever an unknown configuration makes timm raise
         _logger.warning('%s is not used: %s', printable(config_file), first_line(error))
         return Training()
-    return Training(images, labels, str(config_file) if labels else '')
+    return Training(images, labels, str(config_file) if labels else '', record)
+
+
+def record_of_weights(file: PathLike, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What this package recorded of weights in the configuration beside them; nothing if it was of other weights."""
+    record = config.get('timm_res2net')
+    if not isinstance(record, dict) or 'sha256' not in record or record['sha256'] != sha256(file):
+        return {}
+    return {'tag': config['pretrained_cfg'].get('tag'), **record}
 
 
 def config_beside(file: PathLike) -> dict[str, Any]:
