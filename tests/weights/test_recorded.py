@@ -251,6 +251,11 @@ def test_labels_for_other_classes_are_refused(
     assert 'labels has 2 names for 4 classes' in capsys.readouterr().err
 
 
+def test_read_labels_leaves_out_the_mark_that_windows_puts_before_a_text(tmp_path: Path) -> None:
+    (tmp_path / 'names.txt').write_text('cat\ndog\n', encoding='utf-8-sig')
+    assert read_labels(str(tmp_path / 'names.txt')) == ['cat', 'dog']
+
+
 def test_read_labels_of_absent_file_raises_with_its_name() -> None:
     with pytest.raises(ValueError, match=r'absent\.txt can not be opened'):
         read_labels('absent.txt')

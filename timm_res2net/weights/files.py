@@ -44,9 +44,9 @@ def sha256(path: PathLike) -> str:
 
 
 def read_text(path: PathLike) -> str:
-    """Reads a text file; ValueError if that is not possible."""
+    """Reads a text file, also with the mark that Windows puts before one; ValueError if that is not possible."""
     try:
-        return Path(path).read_text(encoding='utf-8')
+        return Path(path).read_text(encoding='utf-8-sig')
     except OSError as error:
         raise ValueError(f'{path} can not be opened: {error.strerror}') from error
     except UnicodeDecodeError:
