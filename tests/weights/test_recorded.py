@@ -111,10 +111,23 @@ def test_load_model_names_classes_after_the_data_folder_but_not_other_classes(tm
 
 
 def test_class_map_names_classes_and_only_a_text_file_does(tmp_path: Path, data: Path) -> None:
-    (data / 'map.txt').write_text('d\nc\nb\na\n')
-    (data / 'credentials').write_text('d\nc\nb\na\n')
-    assert class_names(load_model(saved(tmp_path, data_dir=str(data), class_map='map.txt'))) == list('dcba')
-    assert read_checkpoint(saved(tmp_path, data_dir=str(data), class_map='credentials')).training.labels == ()
+    for name in ('map.txt', 'map'):
+        (data / name).write_text('\n'.join(CLASSES[::-1]))
+    for class_map in ('map.txt', str(data / 'map.txt')):
+        assert class_names(load_model(saved(tmp_path, data_dir=str(data), class_map=class_map))) == CLASSES[::-1]
+    assert read_checkpoint(saved(tmp_path, data_dir=str(data), class_map='map')).training.labels == ()
+
+
+def test_text_that_a_file_calls_its_class_map_tells_nothing_but_names_of_folders(
+    tmp_path: Path, data: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for folder in (tmp_path, data):
+        (folder / 'keys.txt').write_text('secret1\nsecret2\nsecret3\nother\n')
+    with caplog.at_level('INFO'):
+        for class_map in ('keys.txt', '../keys.txt', str(tmp_path / 'keys.txt')):
+            assert read_checkpoint(saved(tmp_path, data_dir=str(data), class_map=class_map)).training.labels == ()
+    assert caplog.text.count('not all of its lines are names of folders') == 3
+    assert 'secret' not in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -135,16 +135,24 @@ def labels_of_data(args: Mapping[str, Any], num_classes: int) -> tuple[tuple[str
     sources = [folder]
     if isinstance(class_map, str) and class_map:
         paths = (path for path in (class_map, os.path.join(folder, class_map)) if os.path.isfile(path))
-        sources = [path for path in paths if path.endswith('.txt')][:1]  # no other file of whoever reads this
+        sources = [path for path in paths if path.endswith('.txt')][:1]
     for source in sources:
         try:
-            labels = read_labels(source)
+            folders = read_labels(folder)
+            labels = folders if source == folder else read_labels(source)
         except ValueError as error:
             _logger.info('the classes have no names: %s', first_line(error))
         else:
-            if len(labels) == num_classes:
+            # A stranger's file can name any folder and text of whoever reads it, and a push publishes what comes of
+            # that. So a text tells no more than the order of folders, as it does in timm, which has no images of other
+            # lines; and of folders only the names are taken, of those that have images, if as many as the classes.
+            if not {*labels} <= {*folders}:
+                shown = printable(source), printable(folder)
+                _logger.info('%s is no class map: not all of its lines are names of folders in %s', *shown)
+            elif len(labels) == num_classes:
                 return tuple(labels), source
-            _logger.info('%s has %d classes and the weights have %d', printable(source), len(labels), num_classes)
+            else:
+                _logger.info('%s has %d classes and the weights have %d', printable(source), len(labels), num_classes)
     return (), ''
 
 
