@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from support import tiny
 from timm.data import create_transform, resolve_model_data_config
 
-from timm_res2net import CheckpointError
+from timm_res2net import CheckpointError, load_model
 from timm_res2net.models.block import function_of
 from timm_res2net.models.classifier import class_names
 from timm_res2net.models.variants import WEIGHTS
@@ -212,9 +212,14 @@ def test_find_images_in_unreadable_folder_keeps_those_beside_it(
         ('res2net50d.in22k', 'res2net50d.in1k'),
     ],
 )
-def test_pretrained_model_unknown_name_raises_with_suggestion(name: str, hint: str) -> None:
+def test_pretrained_model_and_load_model_of_unknown_name_raise_with_suggestion(
+    name: str, hint: str, tmp_path: Path
+) -> None:
     with pytest.raises(UnknownModelError, match=hint):
         pretrained_model(name)
+    save_file(timm.create_model('test_res2net').state_dict(), tmp_path / 'weights.safetensors')
+    with pytest.raises(UnknownModelError, match=hint):
+        load_model(tmp_path / 'weights.safetensors', name)
 
 
 def test_pretrained_model_takes_number_of_classes_from_file(tmp_path: Path) -> None:

@@ -19,10 +19,10 @@ from ..hub.pull import bring_file
 from ..models.classifier import class_names, image_config, registered_cfg
 from ..weights.checkpoints import Checkpoint
 from ..weights.convert import require_as_many_labels
-from ..weights.errors import UnknownModelError, first_line
+from ..weights.errors import first_line
 from ..weights.files import PathLike
 from ..weights.folder import CONFIG_FILE
-from ..weights.loading import load_model
+from ..weights.loading import load_model, require_known
 from .images import image_transform, preprocess, read_image
 
 __all__ = ['Prediction', 'classify', 'feature_pyramid', 'is_exported', 'name_classes', 'predict', 'pretrained_model']
@@ -64,23 +64,12 @@ def pretrained_model(
         if exported.record['features']:
             raise ValueError(f'{weights} returns feature maps and no classes; export it without --features')
         return exported
-    if name is None:
-        if weights is None:
-            raise ValueError('give the name of a model, or a file of weights')
-        return load_model(weights, **kwargs).to(device).eval()
-    arch, _, tag = name.partition('.')
-    hosted = ':' in name  # hf-hub:..., local-dir:...
-    if not hosted and not timm.is_model(arch):
-        raise UnknownModelError.among(arch, timm.list_models())
-    try:
-        published = hosted or registered_cfg(name).has_weights
-    except RuntimeError:
-        tags = ', '.join(timm.list_pretrained(f'{arch}.*'))
-        raise UnknownModelError(f'there are no weights {tag} of {arch}; there are {tags or "none"}') from None
-
     if weights is not None:
         return load_model(weights, name, **kwargs).to(device).eval()
-    if not published:
+    if name is None:
+        raise ValueError('give the name of a model, or a file of weights')
+    require_known(name)
+    if ':' not in name and not registered_cfg(name).has_weights:
         raise ValueError(f'there are no published weights of {name}; give yours with --weights FILE')
     try:
         source = commit_in_cache(name, kwargs.get('cache_dir'))

@@ -20,7 +20,7 @@ from ..models.resnet import Res2Net
 from ..models.variants import ARCHS
 from .checkpoints import Checkpoint, read_checkpoint, recognise
 from .dialects import DIALECTS, find_network, is_dead, to_float32
-from .errors import CheckpointError, printable
+from .errors import CheckpointError, UnknownModelError, printable
 from .files import PathLike
 from .readers import Contents
 
@@ -30,6 +30,7 @@ __all__ = [
     'format_create_model',
     'load_checkpoint',
     'load_model',
+    'require_known',
     'require_same_function',
 ]
 
@@ -151,7 +152,11 @@ def load_model(
 
     Raises:
         CheckpointError: If the file can't be read, or fits no model, or not the named one.
+        UnknownModelError: If there is no such model; the message names those most alike.
+        TypeError: If the named model holds no Res2Net.
     """
+    if name is not None:
+        require_known(name)
     given = Function.from_arguments(kwargs)
     checkpoint = read_once(file, dialect, prefix).stating(
         **{key: getattr(given, key) for key in vars(given) if key in kwargs}
@@ -186,6 +191,20 @@ def load_model(
         state[first_conv] = adapt_input_conv(kwargs['in_chans'], state[first_conv], base_chans=in_chans)
     load_checkpoint(model, replace(checkpoint, translation=replace(checkpoint.translation, state=state)))
     return cast(nn.Module, model)
+
+
+def require_known(name: str) -> None:
+    """Raises an UnknownModelError if `timm.create_model` knows no model of a name, or no weights of its tag."""
+    arch, _, tag = name.partition('.')
+    if ':' in name:  # hf-hub:..., local-dir:...
+        return
+    if not timm.is_model(arch):
+        raise UnknownModelError.among(arch, timm.list_models())
+    try:
+        registered_cfg(name)
+    except RuntimeError:
+        tags = ', '.join(timm.list_pretrained(f'{arch}.*'))
+        raise UnknownModelError(f'there are no weights {tag} of {arch}; there are {tags or "none"}') from None
 
 
 def told_arguments(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
