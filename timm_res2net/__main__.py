@@ -31,7 +31,7 @@ from .hub.push import push
 from .models.classifier import class_names, model_name, registered_cfg
 from .models.function import FIRST_BLOCKS, STYLES, Function
 from .models.variants import ARCHS, EMBEDDED, WEIGHTS
-from .recipes.arguments import positive
+from .recipes.arguments import device, positive
 from .version import __version__
 from .vision.explain import explain
 from .vision.figures import (
@@ -50,7 +50,7 @@ from .weights.checkpoints import Checkpoint, read_checkpoint
 from .weights.config import load_folder
 from .weights.convert import Conversion, convert, export_checkpoint
 from .weights.dialects import DIALECTS, EXPORTS
-from .weights.errors import UnknownModelError, first_line, printable
+from .weights.errors import UnknownModelError, printable
 from .weights.files import atomic_write_text, make_folder, read_text, require_writable, sha256, write_files
 from .weights.folder import CONFIG_FILE, WEIGHTS_FILE
 from .weights.loading import format_create_model, load_model
@@ -94,15 +94,6 @@ def show_help(args: argparse.Namespace) -> int:
     """Shows what commands there are."""
     parser().print_help()
     return 0
-
-
-def device(text: str) -> torch.device:
-    """An argument that is a device of this machine."""
-    try:
-        torch.empty(0, device=text).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise argparse.ArgumentTypeError(f'{text} can not be used here: {first_line(error)}') from None
-    return torch.device(text)
 
 
 def refuse(args: argparse.Namespace, why: str, *options: str) -> None:
