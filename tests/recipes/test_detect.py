@@ -17,8 +17,8 @@ from torch import nn
 
 from timm_res2net.recipes import detect
 from timm_res2net.recipes.backbones import prepare
-from timm_res2net.recipes.coco import CocoImages, draw
-from timm_res2net.recipes.detect import AREAS, Mirrored, create_backbone, create_detector, evaluate, main
+from timm_res2net.recipes.coco import AREAS, CocoImages, draw
+from timm_res2net.recipes.detect import Mirrored, create_backbone, create_detector, evaluate, main
 
 QUICK = [
     *('--backbone', 'test_res2net', '--channels', '64', '--workers', '0'),
