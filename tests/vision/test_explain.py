@@ -109,6 +109,15 @@ def test_receptive_field_has_size_of_image_or_of_block_input() -> None:
     assert radii[3] < radii[0] < radii[1] < radii[2]
 
 
+def test_class_activation_map_and_receptive_field_refuse_training_mode() -> None:
+    model = timm.create_model('test_res2net')
+    with pytest.raises(ValueError, match=r'is in training mode.*; call its \.eval\(\) first'):
+        class_activation_map(model, torch.randn(2, 3, 32, 32))
+    with pytest.raises(ValueError, match='is in training mode'):
+        receptive_field(model, 'layer2.0', torch.randn(2, 3, 32, 32))
+    assert model.get_buffer('bn1.num_batches_tracked') == 0
+
+
 def test_radius_of_one_pixel_is_zero_and_of_ring_is_its_radius() -> None:
     field = np.zeros((9, 9), np.float32)
     assert radius(field) == 0

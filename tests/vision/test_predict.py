@@ -47,6 +47,22 @@ def test_predict_embedded_model_has_published_accuracy(digits_model: Any) -> Non
     )  # another processor may round otherwise
 
 
+def test_predict_in_training_mode_raises_and_changes_nothing() -> None:
+    model = timm.create_model('test_res2net')
+    images = [image for image, _ in bundled_digits()]
+    for some in (images[:2], images):
+        with pytest.raises(ValueError, match=r'is in training mode.*; call its \.eval\(\) first'):
+            next(predict(model, some, read=lambda image: image))
+    assert model.get_buffer('bn1.num_batches_tracked') == 0
+
+
+def test_predict_few_images_by_a_model_of_half_precision(digits_model: Any) -> None:
+    images = [image for image, _ in bundled_digits()[:3]]
+    expected = list(predict(digits_model, images, read=lambda image: image, topk=1))
+    found = list(predict(digits_model.bfloat16(), images, read=lambda image: image, topk=1))
+    assert [each[0].label for each in found] == [each[0].label for each in expected]
+
+
 def test_bundled_digits_are_held_out_digits_with_their_labels() -> None:
     pixels, truth = split()['val']
     held_out = {(image.tobytes(), str(label)) for image, label in zip(pixels, truth)}

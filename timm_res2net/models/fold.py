@@ -20,11 +20,11 @@ FoldableT = TypeVar('FoldableT', bound='Foldable')
 
 
 def require_eval_mode(module: nn.Module) -> None:
-    """Raises a ValueError for a module in training mode, whose norms use batch statistics that can't be folded."""
+    """Raises a ValueError for a module in training mode, whose norms take, and keep, statistics of each batch."""
     if any(submodule.training for submodule in module.modules()):
         raise ValueError(
             f'this {type(module).__name__} is in training mode, where its norms take the statistics of each batch; '
-            'fuse it after .eval()'
+            'call its .eval() first'
         )
 
 

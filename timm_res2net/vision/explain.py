@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..models.block import Bottle2neck
 from ..models.classifier import as_classifier, class_names
+from ..models.fold import require_eval_mode
 from .images import preprocess
 from .predict import Prediction
 
@@ -36,8 +37,9 @@ def class_activation_map(model: nn.Module, images: Tensor, classes: Sequence[int
         (N, H / 32, W / 32), sizes rounded up, or less with `output_stride`; in the unit of scores before softmax.
 
     Raises:
-        ValueError: If the classifier is not linear in the mean of the features.
+        ValueError: If the model is in training mode, or the classifier not linear in the mean of the features.
     """
+    require_eval_mode(model)
     get_classifier = getattr(model, 'get_classifier', None)
     weight = getattr(get_classifier() if get_classifier else None, 'weight', None)
     pool_type = getattr(getattr(model, 'global_pool', None), 'pool_type', '')
@@ -69,11 +71,12 @@ def receptive_field(model: nn.Module, block: str, images: Tensor, of_block: bool
 
     Returns:
         (splits, H, W), or (splits, h, w) at the resolution of the block's input; each split sums to 1. The last split
-        is the one that the block doesn't convolve.
+        is the one that the block doesn't convolve, but for first blocks of `'group'`, which convolve all.
 
     Raises:
-        ValueError: If there is no such block.
+        ValueError: If the model is in training mode, or there is no such block.
     """
+    require_eval_mode(model)
     names = blocks_in(model, '')
     if block not in names:
         raise ValueError(f'there is no block {block}; there are {", ".join(names) or "none"}')
@@ -163,6 +166,7 @@ def explain(model: nn.Module, image: Image.Image, stage: int, dense: nn.Module |
     names = blocks_of(model, stage)
     block = names[min(1, len(names) - 1)]
     x, visible = preprocess(model, image)
+    x = x.to(next(model.parameters()).device)
     with torch.no_grad():
         probabilities = model(x[None]).softmax(dim=1)[0]
     best = probabilities.topk(min(3, len(probabilities)))
@@ -172,6 +176,6 @@ def explain(model: nn.Module, image: Image.Image, stage: int, dense: nn.Module |
     ]
     (activation_map,) = class_activation_map(dense or model, x[None], [predictions[0].index])
     size = max(visible.shape[1], 96)
-    noise = torch.randn(4, x.shape[0], size, size, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(4, x.shape[0], size, size, generator=torch.Generator().manual_seed(0)).to(x.device)
     fields = receptive_field(model, block, noise)
     return Explanation(visible.permute(1, 2, 0).numpy(), predictions, activation_map, block, fields)

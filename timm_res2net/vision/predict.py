@@ -17,6 +17,7 @@ from ..deploy.optimize import optimize
 from ..deploy.runtimes import SUFFIXES, load_exported
 from ..hub.pull import bring_file
 from ..models.classifier import class_names, image_config, registered_cfg
+from ..models.fold import require_eval_mode
 from ..weights.checkpoints import Checkpoint
 from ..weights.convert import require_as_many_labels
 from ..weights.errors import first_line
@@ -118,7 +119,7 @@ def predict(
     """Classifies images, preprocessed as the model's own configuration says.
 
     Args:
-        model: A model with a `pretrained_cfg`, as timm makes it, or an exported one.
+        model: A model with a `pretrained_cfg`, as timm makes it, in evaluation mode, or an exported one.
         images: Files, or other arguments of `read`.
         read: Reads one of them as an RGB image.
         topk: Number of classes to return, of all that there are.
@@ -127,6 +128,9 @@ def predict(
 
     Yields:
         For each image, in order, its likeliest classes, or the error that prevented it.
+
+    Raises:
+        ValueError: If the model is in training mode.
     """
     labels = class_names(model)
     for scores in classify(model, images, read, batch_size, compile):
@@ -144,14 +148,15 @@ def classify(
 
     For more than a handful of images the model is fused, and several processes read images.
     """
+    require_eval_mode(model)
     config = image_config(model)
     parameter = next(model.parameters(), None)  # an exported model has none
-    device = torch.device('cpu') if parameter is None else parameter.device
+    device, dtype = (torch.device('cpu'), torch.float32) if parameter is None else (parameter.device, parameter.dtype)
     exported: Any = model
     fixed = exported.record['input'][0] if parameter is None else None  # the only batch size of an exported model
     many = len(images) > HANDFUL
     if parameter is not None and (many or compile):
-        example = torch.zeros(min(batch_size, len(images)), *config['input_size'], device=device, dtype=parameter.dtype)
+        example = torch.zeros(min(batch_size, len(images)), *config['input_size'], device=device, dtype=dtype)
         try:
             model = optimize(model, example, compile=compile)
         except ValueError as error:  # timm's other models have nothing to fuse
@@ -167,7 +172,7 @@ def classify(
         if inputs:
             x = torch.stack(inputs + inputs[:1] * ((fixed or 0) - len(inputs)))
             with torch.inference_mode():
-                probabilities = model(x.to(device)).float().softmax(dim=1).cpu()  # (N, classes)
+                probabilities = model(x.to(device, dtype)).float().softmax(dim=1).cpu()  # (N, classes)
         rows = iter(probabilities) if inputs else iter(())
         for image in batch:
             yield next(rows) if isinstance(image, Tensor) else image
