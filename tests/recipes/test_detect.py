@@ -15,10 +15,13 @@ from PIL import Image
 from support import torchrun
 from torch import nn
 
+from timm_res2net import load_model
+from timm_res2net.models.block import function_of
 from timm_res2net.recipes import detect
 from timm_res2net.recipes.backbones import prepare
 from timm_res2net.recipes.coco import AREAS, CocoImages, draw
 from timm_res2net.recipes.detect import Mirrored, create_backbone, create_detector, evaluate, main
+from timm_res2net.recipes.training_loop import save_epoch
 
 QUICK = [
     *('--backbone', 'test_res2net', '--channels', '64', '--workers', '0'),
@@ -94,6 +97,19 @@ def test_weights_of_a_file_arrive_in_the_backbone(tmp_path: Path) -> None:
     prepare(body, str(tmp_path / 'mine.pth'))
     theirs = model.state_dict()
     assert all(torch.equal(value, theirs[name]) for name, value in body.state_dict().items())
+
+
+def test_best_model_tells_what_its_backbone_computes(tmp_path: Path) -> None:
+    arguments = dict(first_block='paddle')
+    model = create_detector(create_backbone('test_res2net', **arguments), 2, 64)
+    about = dict(backbone='test_res2net', model_kwargs=arguments)
+    save_epoch(tmp_path, model, dict(history=[dict(AP=1.0)]), 'AP', about)
+    backbone = load_model(tmp_path / 'best.pth', features_only=True)
+    function = function_of(backbone)
+    assert function is not None
+    assert function.first_block == 'paddle'
+    weights = model.backbone.body.state_dict()
+    assert all(torch.equal(value, weights[name]) for name, value in backbone.state_dict().items())
 
 
 def test_mirrored_moves_boxes_with_their_pixels() -> None:

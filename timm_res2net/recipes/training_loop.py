@@ -240,7 +240,7 @@ def fit(
         history.append(dict(epoch=epoch + 1, lr=optimizer.param_groups[0]['lr'], loss=round(mean, 5), **metrics))
         if first:
             states = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), history=history)
-            save_epoch(folder, model, states, next(iter(metrics)))
+            save_epoch(folder, model, states, next(iter(metrics)), about or {})
     return history
 
 
@@ -278,16 +278,23 @@ def open_run(folder: Path, wanted: dict[str, Any], resume: bool) -> Path | None:
     return last if begun else None
 
 
-def save_epoch(folder: Path, model: nn.Module, states: dict[str, Any], metric: str) -> None:
-    """Writes what an epoch has led to. The last epoch comes last: killed before, it is run again."""
+def save_epoch(folder: Path, model: nn.Module, states: dict[str, Any], metric: str, about: Mapping[str, Any]) -> None:
+    """Writes what an epoch has led to. The last epoch comes last: killed before, it is run again.
+
+    The best model has the name and arguments of its backbone where Lightning has them, for names of weights don't tell
+    what it computes.
+    """
     history, weights = states['history'], model.state_dict()
     if history[-1][metric] >= max(each[metric] for each in history):
-        atomic_write(folder / 'best.pth', lambda path: torch.save(weights, path))
+        backbone = {'backbone': about.get('backbone'), **about.get('model_kwargs', {})}
+        best = dict(state_dict=weights, hyper_parameters=backbone)
+        atomic_write(folder / 'best.pth', lambda path: torch.save(best, path))
     atomic_write_text(folder / 'history.json', json.dumps(history, indent=1) + '\n')
     atomic_write(folder / 'last.pth', lambda path: torch.save(dict(model=weights, **states), path))
 
 
-def best_weights(folder: Path) -> dict[str, Tensor]:
+def best_weights(folder: str | Path) -> dict[str, Tensor]:
     """The weights of a run's best epoch."""
-    weights: dict[str, Tensor] = torch.load(folder / 'best.pth', map_location='cpu', weights_only=True)
+    best: dict[str, Any] = torch.load(Path(folder, 'best.pth'), map_location='cpu', weights_only=True)
+    weights: dict[str, Tensor] = best['state_dict']
     return weights
