@@ -102,6 +102,8 @@ def test_predict_prints_files_with_their_labels(run: Run, photos: Path, monkeypa
     ('arguments', 'status', 'message'),
     [
         (('predict', '--model', 'res2nt50_26w_4s'), 2, 'did you mean res2net50_26w_4s'),
+        (('predict', '--model', 'res2net101_v1b_26w_4s'), 2, 'did you mean res2net101d?'),
+        (('push', 'mine.pth', 'me/net', '--result', 'accuracy'), 2, "'accuracy' is no WHAT=PERCENT, such as accuracy="),
         (('predict', '--weights', 'absent.pth'), 1, 'absent.pth can not be opened: No such file'),
         (('predict', 'china.jpg', '--model', 'res2net50d'), 1, 'weights of res2net50d can not be had'),
         (('predict', '--model', 'res2net152d'), 1, 'no published weights of res2net152d'),
@@ -453,6 +455,7 @@ def test_card_command_prints_writes_and_validates_cards(run: Run, hub: Hub, tmp_
 
 def test_recipe_out_in_absent_folder_prints_one_line(run: Run, tmp_path: Path, monkeypatch: Patch) -> None:
     monkeypatch.chdir(tmp_path)
+    assert run('recipe', 'digits.yaml').out == run('recipe', 'digits').out
     done = run('recipe', 'digits', '--out', 'absent/digits.yaml')
     assert (done.status, done.err) == (1, 'timm-res2net: there is no folder absent to write digits.yaml to\n')
 
@@ -507,6 +510,10 @@ def test_predict_and_explain_weights_without_model_use_the_model_that_they_fit(
     assert re.search(r'\d+ of 60 are right', done.out)
     done = run('explain', '--weights', 'mine.pth', '--out', 'a.png')
     assert (done.status, Path('a.png').exists()) == (0, True)
+    geometry = dict(strides=(1, 2, 2, 1), dilations=(1, 1, 1, 2))  # which can't be dilated once more
+    state = tiny(num_classes=10, **geometry).state_dict()
+    torch.save(dict(state_dict=state, hyper_parameters=dict(backbone='test_res2net', **geometry)), 'dilated.pth')
+    assert run('explain', '--weights', 'dilated.pth', '--out', 'b.png').status == 0
 
 
 @pytest.mark.parametrize(
@@ -535,7 +542,7 @@ def test_weights_of_one_channel_go_through_every_command(run: Run, tmp_path: Pat
     for arguments in (
         ('predict', '--weights', 'grey.pth'),
         ('predict', 'digits', '--weights', 'grey.pt2'),
-        ('validate', 'digits', '--labels', 'labels.txt', '--weights', 'grey.pth', 'grey.pt2'),
+        ('validate', 'digits', '--truth', 'labels.txt', '--weights', 'grey.pth', 'grey.pt2'),
         ('explain', '--weights', 'grey.pth', '--out', 'a.png'),
         ('features', 'digits/0/0.png', '--model', 'local-dir:grey', '--out', 'b.png'),
     ):

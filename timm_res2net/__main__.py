@@ -211,11 +211,13 @@ def add_validate(commands: Commands) -> None:
         help='measure accuracy on a folder of images',
         description='Measures top-1 and top-5 on images in a folder for each class, or listed in a file. With several '
         'files of weights, such as a model and its export to 8 bits, their results stand side by side.',
+        usage='timm-res2net validate FOLDER [--model NAME] [--weights FILE ...] [OPTION ...]',  # FOLDER before FILE ...
     )
     command.add_argument('folder', metavar='FOLDER', help='a folder for each class, or all images')
     command.add_argument('--model', metavar='NAME', help=f'default: {PHOTO}, or what each FILE fits')
     command.add_argument('--weights', nargs='+', metavar='FILE', help='files of weights, or exported models')
-    command.add_argument('--labels', metavar='FILE', help='a line for each image: path, space, name or number of class')
+    command.add_argument('--truth', metavar='FILE', help='a line for each image: path, space, name or number of class')
+    add_labels(command)
     command.add_argument('--confusion', metavar='PNG', help='draw which classes the last one takes for which')
     command.add_argument('--compile', action='store_true', help='compile first, for thousands of images')
     command.add_argument('--device', type=device, default='cpu', metavar='D', help='such as cuda (default: cpu)')
@@ -234,9 +236,9 @@ def run_validate(args: argparse.Namespace) -> int:
     rows: list[Sequence[str]] = [('model', 'images', 'top-1', 'top-5')]
     items, failed = [], []
     for weights in args.weights or [None]:
-        model = make_classifier(args.model or default, read_weights(weights), device=args.device)
+        model = make_classifier(args.model or default, read_weights(weights), args.labels, args.device)
         name = str(weights or args.model or default)
-        images = labelled_images(args.folder, class_names(model), args.labels)
+        images = labelled_images(args.folder, class_names(model), args.truth)
         bar = partial(tqdm, total=len(images.files), desc=name, unit='image', disable=None, leave=False)
         found = validate(model, images, args.batch_size, args.compile, bar)
         rows.append((name, str(found.images), f'{found.top1:.2f} %', f'{found.top5:.2f} %'))
@@ -339,7 +341,7 @@ def family() -> list[dict[str, Any]]:
 def add_features(commands: Commands) -> None:
     """Adds the arguments of `features`."""
     command = commands.add_parser(
-        'features', help='show feature maps', description='Show the feature maps of an image.'
+        'features', help='show feature maps', description="Prints sizes of an image's feature maps, and draws them."
     )
     command.add_argument('image', metavar='IMAGE', help='a file')
     command.add_argument('--model', default=PHOTO, metavar='NAME', help=f'default: {PHOTO}')
@@ -402,7 +404,10 @@ def run_explain(args: argparse.Namespace) -> int:
         raise ValueError(f'{weights} is an exported model, in which nothing can be looked at; give what it was made of')
     model = make_classifier(name, weights, args.labels)
     arch = ARCHS.get(model_name(model))
-    dense = pretrained_model(name, weights, **arch.trunk.densest) if arch else None
+    try:
+        dense = pretrained_model(name, weights, **arch.trunk.densest) if arch else None
+    except ValueError:  # a geometry of its own, which leaves the map at the resolution that it has
+        dense = None
     explanation = explain(model, image, args.stage, dense)
     plot_explanation(explanation, args.out)
     for prediction in explanation.predictions:
@@ -421,9 +426,11 @@ def add_convert(commands: Commands) -> None:
         description='Converts a file of weights, of any known code base, to a folder for timm. Prints whose names the '
         'file has, which model it fits, how sure that is, and what was changed.',
     )
-    command.add_argument('file', metavar='FILE', help='.safetensors, .pth, .pdparams, .pkl, .ckpt or .tar')
+    command.add_argument('file', metavar='FILE', help='of a code base that --list-dialects names, in any format')
     command.add_argument('--model', metavar='NAME', help='the model that it fits (default: found out)')
-    command.add_argument('--out', metavar='DIR', help='what to write (default: named after FILE, in this folder)')
+    command.add_argument(
+        '--out', metavar='DIR', help='what to write, a file with --to (default: named after FILE, here)'
+    )
     command.add_argument('--dialect', choices=DIALECTS, help='whose names it has (default: recognised)')
     add_function(command)
     add_labels(command)
@@ -687,7 +694,10 @@ def run_push(args: argparse.Namespace) -> int:
 def result(text: str) -> tuple[str, float]:
     """An argument that is a name and a percentage."""
     name, _, value = text.partition('=')
-    return name, float(value)
+    try:
+        return name, float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'{text!r} is no WHAT=PERCENT, such as accuracy=99.5') from None
 
 
 def add_pull(commands: Commands) -> None:
@@ -833,6 +843,7 @@ def run_recipe(args: argparse.Namespace) -> int:
         for name, text in recipes.items():
             print(f'{name:{max(map(len, recipes))}}  {text.splitlines()[0].removeprefix("# ").rstrip(":")}')
         return 0
+    args.name = args.name.removesuffix('.yaml')
     if args.name not in recipes:
         parser().error(f'there is no recipe {args.name}; there are {", ".join(recipes)}')
     if args.out is None:

@@ -90,7 +90,7 @@ def test_labelled_images_by_a_file_take_names_and_numbers(tmp_path: Path) -> Non
     ('images', 'labels', 'message'),
     [
         (['a/x.png', 'b/x.png', 'c/x.png'], None, '3 folders and the model 2 classes, of which none is a'),
-        (['x.png'], None, 'has no folder for a class; give the classes of its images by a file of labels'),
+        (['x.png'], None, 'has no folder for a class; give the classes of its images by a file, --truth'),
         (['x.png'], 'x.png 2', "line 1 of .* gives x.png the class '2', which the model lacks"),
         (['x.png'], 'x.png', "the class '', which the model lacks"),
         (['x.png'], '\n', 'has no line with an image'),
@@ -109,6 +109,18 @@ def test_labelled_images_that_do_not_fit_raise_with_reason(
         labelled_images(tmp_path / 'empty', ['cat', 'dog'])
     with pytest.raises(ValueError, match='is no folder'):
         labelled_images(tmp_path / 'none', ['cat', 'dog'])
+
+
+def test_labelled_images_by_a_name_of_two_classes_raise(tmp_path: Path) -> None:
+    names = ['crane', 'dog', 'crane']  # as in ImageNet, the bird and the machine
+    write_images(tmp_path / 'data', ['crane/x.png', 'dog/y.png'])
+    with pytest.raises(ValueError, match=r"'crane' in .* is the name of several classes; give numbers by a file"):
+        labelled_images(tmp_path / 'data', names)
+    (tmp_path / 'truth.txt').write_text('crane/x.png crane\n')
+    with pytest.raises(ValueError, match=r"line 1 of .*'crane' is the name of several classes; give a number"):
+        labelled_images(tmp_path / 'data', names, tmp_path / 'truth.txt')
+    (tmp_path / 'truth.txt').write_text('crane/x.png 0\ndog/y.png dog\n')
+    assert labelled_images(tmp_path / 'data', names, tmp_path / 'truth.txt').classes == [0, 1]
 
 
 def test_validate_without_any_readable_image_raises(tmp_path: Path) -> None:

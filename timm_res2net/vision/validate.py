@@ -37,40 +37,44 @@ class Validation:
     skipped: list[tuple[str, str]]  # what the folders hold beside images, and why
 
 
-def labelled_images(folder: PathLike, names: Sequence[str], labels: PathLike | None = None) -> LabelledImages:
+def labelled_images(folder: PathLike, names: Sequence[str], truth: PathLike | None = None) -> LabelledImages:
     """Finds images and their classes.
 
     Args:
-        folder: A folder for each class, or all images together with a file of labels.
+        folder: A folder for each class, or all images together with a file of their classes.
         names: Names of a model's classes. Folders have these names, or are as many, in timm's order: 'c2' before 'c10'.
-        labels: A text file with a line for each image: path in the folder, space, name or number of the class.
+        truth: A text file with a line for each image: path in the folder, space, name or number of the class.
 
     Raises:
-        ValueError: If there is no image, the labels can't be read, or their classes are not those of the model.
+        ValueError: If there is no image, the file can't be read, or its classes are not those of the model, or a name
+            is that of several.
     """
     root = Path(folder)
     if not root.is_dir():
         raise ValueError(f'{root} is no folder')
     index = {name: i for i, name in enumerate(names)}
-    if labels is not None:
+    shared = {name for name in index if names.count(name) > 1} if len(index) < len(names) else set()
+    if truth is not None:
         images = LabelledImages()
-        for number, line in enumerate(read_text(labels).splitlines(), 1):
+        for number, line in enumerate(read_text(truth).splitlines(), 1):
             if not line.strip():
                 continue
             name, _, label = line.strip().partition(' ')
             label = label.strip()
             which = index.get(label, int(label) if label.isdecimal() else -1)
             if not 0 <= which < len(names):
-                raise ValueError(f'line {number} of {labels} gives {name} the class {label!r}, which the model lacks')
+                raise ValueError(f'line {number} of {truth} gives {name} the class {label!r}, which the model lacks')
+            if label in shared:
+                raise ValueError(f'line {number} of {truth}: {label!r} is the name of several classes; give a number')
             images.files.append(root / name)
             images.classes.append(which)
         if not images.files:
-            raise ValueError(f'{labels} has no line with an image and its class')
+            raise ValueError(f'{truth} has no line with an image and its class')
         return images
     folders = [each.name for each in os.scandir(root) if each.is_dir() and not each.name.startswith('.')]
     classes = sorted(folders, key=natural_key)
     if not classes:
-        raise ValueError(f'{root} has no folder for a class; give the classes of its images by a file of labels')
+        raise ValueError(f'{root} has no folder for a class; give the classes of its images by a file, --truth')
     if not set(classes) <= index.keys():
         if len(classes) != len(names):
             strange = next(name for name in classes if name not in index)
@@ -78,6 +82,8 @@ def labelled_images(folder: PathLike, names: Sequence[str], labels: PathLike | N
                 f'{root} has {len(classes)} folders and the model {len(names)} classes, of which none is {strange}'
             )
         index = {name: i for i, name in enumerate(classes)}
+    elif unclear := shared & {*classes}:
+        raise ValueError(f'{min(unclear)!r} in {root} is the name of several classes; give numbers by a file, --truth')
     found = find_images(str(root / name) for name in classes)
     if not found.files:
         raise ValueError(f'there is no image in {root}')
