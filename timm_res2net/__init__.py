@@ -12,12 +12,14 @@ from .hub.push import push
 from .res2net import register, unregister
 from .version import __version__
 from .vision.explain import class_activation_map, receptive_field
+from .weights.checkpoints import read_checkpoint
 from .weights.convert import export_checkpoint
-from .weights.errors import CheckpointError
+from .weights.errors import CheckpointError, UnknownModelError
 from .weights.loading import load_checkpoint, load_model
 
 __all__ = [
     'CheckpointError',
+    'UnknownModelError',
     '__version__',
     'card',
     'class_activation_map',
@@ -29,6 +31,7 @@ __all__ = [
     'optimize',
     'pull',
     'push',
+    'read_checkpoint',
     'receptive_field',
     'register',
     'unregister',

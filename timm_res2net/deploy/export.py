@@ -83,6 +83,10 @@ def export(
         size: Height and width in pixels; those of the model's configuration if None.
         compile: Compile by AOTInductor to machine code of this machine; `.pt2` only.
 
+    Returns:
+        `file` and its `bytes`, `largest_difference` and `mean_difference` from the model, the `agreement` of likeliest
+        classes (None for features), how many `images` were compared, and the `path` to it: what was done.
+
     Raises:
         ValueError: If an argument is not possible, the model can't be exported, or the file computes something else.
         ImportError: If the format's runtime is not installed.

@@ -97,7 +97,8 @@ def push(
             If None, those in the environment variable TIMM_RES2NET_TIMEOUT, or 120.
 
     Returns:
-        The commit, and the checksums of the files.
+        `url` and `revision` of the commit, None for a dry run; `hashes`, the SHA-256 of each file; and a dry run's
+        `folder`.
 
     Raises:
         ValueError: If the model can't be made again from a configuration, or an argument is wrong.
