@@ -26,6 +26,12 @@ weights; `--max-params`, `--sort` and `--json` help to choose, and `--plot` draw
 |---|---:|---:|---:|
 {architectures}
 
+In a name, `26w_4s` is 4 splits of 26 channels each in the first stage. `res2net50d`, `101d` and `152d` are the authors'
+v1b (`res2net50_v1b_26w_4s`): with a deep stem and average-pooled shortcuts. `pd` and `vd` are PaddleClas' own plain and
+v1b-like networks, whose first blocks compute [something else](../timm_res2net/weights/README.md). `se` is
+squeeze-and-excitation, `bl` Big-Little Net, `res2next` has groups: 6 of them in `res2next29_6c_24w_4s`, which is for
+CIFAR. Weights are tagged by data and origin: `in1k` is ImageNet-1k, `ssld_in1k` distilled by PaddleClas.
+
 Numbers are of the architecture as registered; a test recomputes each. GMACs are at 224 x 224, of the 29-layer networks
 for CIFAR-100 at 32 x 32. Top-1 is that of the default weights. `blresnet50` and `resnext29_8c_64w` are plain
 bottlenecks in the same code, baselines that timm lacks. The docstrings of `timm_res2net/models/cifar.py` and

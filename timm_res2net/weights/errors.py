@@ -1,6 +1,7 @@
 """Errors of a bad file and of an unknown model, and how a message quotes what others wrote."""
 
 import difflib
+import re
 from collections.abc import Iterable
 
 __all__ = ['CheckpointError', 'UnknownModelError', 'first_line', 'printable']
@@ -36,6 +37,8 @@ class UnknownModelError(ValueError):
     def among(cls, name: str, known: Iterable[str], where: str = '') -> 'UnknownModelError':
         """The error that names the known models most like it; `where` says where it is not."""
         alike = difflib.get_close_matches(name, list(known))
+        if v1b := re.fullmatch(r'(res2net\d+)_v1b_26w_4s', name):  # the authors' name, which is most like Paddle's
+            alike = [f'{v1b[1]}d']
         hint = f'did you mean {" or ".join(alike)}?' if alike else '`timm-res2net list` shows the family'
         return cls(f'there is no model {name}{where}; {hint}')
 
