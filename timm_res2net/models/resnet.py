@@ -45,9 +45,10 @@ class Res2Net(Foldable, ResNet):
             with the usual strides, so first blocks keep their function; `strides` and `dilations` are for networks that
             were trained with them.
         dilate_pool: Dilate the average pools, too, where stages are dilated. Weights then compute, on a denser grid,
-            what they compute in the undilated network. timm leaves the pools as they are, so with `output_stride=8`
-            its features are some percent off; that is the default here, for equality with timm. Attention that pools
-            over the whole image differs on a denser grid in any case.
+            what they compute in the undilated network. timm leaves the pools as they are, so its features are some
+            percent off with `output_stride=8`, and more with 16 where the map at stride 16 has an odd side; that is the
+            default here, for equality with timm. Attention that pools over the whole image differs on a denser grid in
+            any case.
         act_layer: Activation class or its name in timm.
         norm_layer: Norm class or its name in timm; also one that takes no device and dtype, as torchvision's.
         norm_eps: Added to the variances of norms, the norm class's own default if None.
