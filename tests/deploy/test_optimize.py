@@ -16,6 +16,7 @@ from timm.data import resolve_model_data_config
 from timm.layers import BatchNormAct2d
 from timm.models import reparameterize_model
 from torch import Tensor, nn
+from torchvision.models._utils import IntermediateLayerGetter
 
 from timm_res2net import fuse, optimize
 from timm_res2net.models.block import Bottle2neck
@@ -133,6 +134,14 @@ def test_fuse_model_around_backbone_keeps_output_and_leaves_no_norm(images: Tens
     fused = fuse(whole)
     require_equal(fused, whole, images)
     assert count(fused, NORMS) == 0
+
+
+def test_fuse_layers_that_torchvision_takes_from_a_model_leaves_no_norm(images: Tensor) -> None:
+    body = IntermediateLayerGetter(tiny(), {'layer2': '0', 'layer4': '1'}).eval()
+    fused = fuse(body)
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
+    for ours, wanted in zip(fused(images).values(), body(images).values()):
+        torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-5 * float(wanted.detach().abs().max()))
 
 
 def test_fuse_model_in_training_mode_raises_value_error() -> None:

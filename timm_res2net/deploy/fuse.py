@@ -5,6 +5,7 @@ from functools import partial
 from timm.models import FeatureDictNet, FeatureHookNet, reparameterize_model
 from timm.models.resnet import ResNet
 from torch import nn
+from torchvision.models._utils import IntermediateLayerGetter
 
 from ..models.block import Bottle2neck
 from ..models.dla import DlaRoot
@@ -14,13 +15,14 @@ from ..models.trunk import Trunk
 __all__ = ['fuse']
 
 # Modules that run their children in the order of registration.
-SEQUENTIAL = nn.Sequential, DlaRoot, Trunk, ResNet, FeatureDictNet, FeatureHookNet
+SEQUENTIAL = nn.Sequential, DlaRoot, Trunk, ResNet, FeatureDictNet, FeatureHookNet, IntermediateLayerGetter
 
 
 def fuse(model: nn.Module) -> nn.Module:
     """Makes a model for inference that computes the same, up to rounding (1e-5 of the largest output).
 
-    Every batch norm is folded into the convolution before it, all over the model. In blocks without a cascade the
+    Every batch norm of a network of this package, and of what runs its modules in order, as `nn.Sequential` does, is
+    folded into the convolution before it; a module of other code keeps its norms. In blocks without a cascade the
     convolutions that run side by side and the pool beside them become one grouped convolution, where one can compute
     the same: not with an activation other than ReLU, and not for Paddle's pool, which doesn't count the padding.
     `timm.models.reparameterize_model` does the same to the blocks alone.
