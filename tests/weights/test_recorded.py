@@ -12,6 +12,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from support import TINY, tiny
 from timm.data import resolve_data_config, resolve_model_data_config
+from timm.models import save_for_hf
+from torch import Tensor
 
 from timm_res2net import CheckpointError, load_checkpoint, load_model, push
 from timm_res2net.__main__ import main
@@ -60,6 +62,51 @@ def test_load_model_prepares_images_as_the_train_script_did(tmp_path: Path) -> N
     for options in ({}, dict(name='test_res2net', **TINY), dict(features_only=True)):
         config = resolve_model_data_config(load_model(file, **options))
         assert config == IMAGES
+
+
+WIDE: dict[str, Any] = dict(TINY, channels=(8, 16, 24, 32))  # in which a dilated stage has a shortcut, too
+
+
+@pytest.mark.parametrize(
+    ('use', 'args'),
+    [
+        (dict(output_stride=8), {}),
+        (dict(output_stride=16, dilate_pool=True, avg_down=True), {}),
+        (dict(global_pool='max'), dict(gp='max')),
+        (dict(global_pool='catavgmax'), dict(gp='catavgmax')),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize('beside', [False, True], ids=['train script', 'configuration beside'])
+def test_load_model_and_convert_dilate_and_pool_as_the_file_states(
+    use: dict[str, Any], args: dict[str, Any], beside: bool, tmp_path: Path, images: Tensor
+) -> None:
+    model = tiny(**WIDE, **use)
+    if beside:
+        save_for_hf(model, tmp_path, model_args={**WIDE, **use}, safe_serialization=True)
+        file = tmp_path / 'model.safetensors'
+    else:
+        kwargs = {**WIDE, **({} if args else use)}
+        recorded = dict(arch='test_res2net', state_dict=model.state_dict(), args=Namespace(model_kwargs=kwargs, **args))
+        file = tmp_path / 'last.pth.tar'
+        torch.save(recorded, file)
+    convert(file, tmp_path / 'out')
+    converted = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
+    for loaded in (load_model(file), load_model(file, 'test_res2net', **WIDE), converted):
+        torch.testing.assert_close(loaded.eval()(images), model(images), rtol=0, atol=0)
+
+
+def test_arguments_of_the_caller_win_over_what_a_file_states_of_its_use(tmp_path: Path) -> None:
+    file = saved(tmp_path, kwargs={**WIDE, 'output_stride': 8}, gp='max')
+    model = load_model(file, output_stride=32, global_pool='avg')
+    assert model.global_pool.pool_type == 'avg'
+    assert model.feature_info[-1]['reduction'] == 32
+
+
+@pytest.mark.parametrize('wrong', [dict(gp='warp'), dict(gp=['max']), dict(gp=3)], ids=str)
+def test_impossible_pooling_in_a_train_script_is_refused(wrong: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match='states of its network is not possible: global_pool='):
+        read_checkpoint(saved(tmp_path, **wrong))
 
 
 def test_train_script_arguments_that_say_nothing_mean_the_models_usual(tmp_path: Path) -> None:

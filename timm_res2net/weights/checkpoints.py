@@ -7,8 +7,8 @@ from typing import Any
 from torch import Tensor
 
 from ..models.deformable import VERSIONS
-from ..models.function import Function
-from ..models.variants import ARCHS
+from ..models.function import Function, require_one_of
+from ..models.variants import ARCHS, Arch
 from .dialects import DIALECTS, Translation, flatten, translate
 from .errors import CheckpointError
 from .files import PathLike
@@ -17,6 +17,14 @@ from .readers import Contents, read
 from .recorded import Training, config_beside, recorded_training
 
 __all__ = ['Checkpoint', 'read_checkpoint', 'recognise']
+
+# Arguments that change what a model returns and are no part of its function, and their values.
+POOLS = 'avg', 'max', 'avgmax', 'catavgmax'
+USES: dict[str, tuple[object, ...]] = {
+    'output_stride': (1, 2, 4, 8, 16, 32),
+    'dilate_pool': (False, True),
+    'global_pool': (*POOLS, 'fast', *(f'fast{pool}' for pool in POOLS)),
+}
 
 
 @dataclass(frozen=True, repr=False)
@@ -29,6 +37,7 @@ class Checkpoint:
     assumed: tuple[str, ...] = ()  # fields of `function` that nothing in the file tells, so they are the usual ones
     project: str | None = None  # the larger network that it is a part of, if that is known
     unknown: str = ''  # why `function` is None
+    uses: Mapping[str, Any] = field(default_factory=dict)  # arguments among `USES` that the file states
     training: Training = field(default_factory=Training)
 
     def __repr__(self) -> str:
@@ -104,9 +113,9 @@ def recognise(
     try:
         translation = translate(contents.nested, dialect, prefix)
         require_unfused(translation.state)
-        recorded = recorded_function(contents, config or {})
+        recorded, uses = recorded_function(contents, config or {}), recorded_uses(contents, config or {})
         if recorded is not None:
-            return Checkpoint(file, translation, recorded)
+            return Checkpoint(file, translation, recorded, uses=uses)
         function, assumed = function_of_names(translation)
         unknown, project = DIALECTS[translation.dialect].unknown, None
         if translation.dialect == 'official':
@@ -119,7 +128,7 @@ def recognise(
     except ValueError as error:  # of a dialect that is not known, too
         kind = CheckpointError if isinstance(error, CheckpointError) else ValueError
         raise kind(f'{file} can not be used: {error}') from error
-    return Checkpoint(file, translation, function, assumed, project.whose if project else None, unknown)
+    return Checkpoint(file, translation, function, assumed, project.whose if project else None, unknown, uses)
 
 
 def function_of_names(translation: Translation) -> tuple[Function | None, tuple[str, ...]]:
@@ -142,18 +151,43 @@ def recorded_function(contents: Contents, config: Mapping[str, Any]) -> Function
     try:
         if 'first_block' in contents.metadata:
             return Function.from_text(contents.metadata)
-        for name, arguments in stated_models(contents, config):
-            arch = ARCHS.get(str(name).partition('.')[0])
-            if arch is not None:
-                return Function.from_arguments({**arch.args, **arguments} if isinstance(arguments, dict) else arch.args)
+        for arch, arguments in stated_models(contents, config):
+            return Function.from_arguments({**arch.args, **arguments})
     except (TypeError, ValueError) as error:
         raise CheckpointError(f'what it states of its network is not possible: {error}') from error
     return None
 
 
-def stated_models(contents: Contents, config: Mapping[str, Any]) -> Iterator[tuple[object, object]]:
+def recorded_uses(contents: Contents, config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the training script's arguments, or the file beside it, state of how a file's network is used, see `USES`.
+
+    Raises:
+        CheckpointError: If that is not possible.
+    """
+    for arch, arguments in stated_models(contents, config):
+        uses = {key: arguments[key] for key in ('global_pool', *arch.trunk.densest) if arguments.get(key)}
+        try:
+            for key, value in uses.items():
+                require_one_of(key, value, USES[key])
+        except ValueError as error:
+            raise CheckpointError(f'what it states of its network is not possible: {error}') from error
+        return uses
+    return {}
+
+
+def stated_models(contents: Contents, config: Mapping[str, Any]) -> Iterator[tuple[Arch, dict[str, Any]]]:
+    """The models of this package that may be a file's, with arguments, the likeliest one first."""
+    for name, arguments in stated_names(contents, config):
+        arch = ARCHS.get(str(name).partition('.')[0])
+        if arch is not None:
+            yield arch, arguments if isinstance(arguments, dict) else {}
+
+
+def stated_names(contents: Contents, config: Mapping[str, Any]) -> Iterator[tuple[object, object]]:
     """Names of models that may be a file's, with arguments: of timm's train script, transformers and Lightning."""
-    yield contents.nested.get('arch'), getattr(contents.nested.get('args'), 'model_kwargs', None)
+    args = contents.nested.get('args')
+    arguments, pool = getattr(args, 'model_kwargs', None), getattr(args, 'gp', None)
+    yield contents.nested.get('arch'), {'global_pool': pool, **(arguments if isinstance(arguments, dict) else {})}
     yield config.get('architecture'), config.get('model_args')
     parameters = contents.nested.get('hyper_parameters')
     if isinstance(parameters, Mapping):

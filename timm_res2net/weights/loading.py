@@ -17,7 +17,7 @@ from ..models.block import function_of
 from ..models.classifier import model_name, registered_cfg, with_channels
 from ..models.function import Function
 from ..models.resnet import Res2Net
-from ..models.variants import ARCHS
+from ..models.variants import ARCHS, Arch
 from .checkpoints import Checkpoint, read_checkpoint, recognise
 from .dialects import DIALECTS, find_network, is_dead, to_float32
 from .errors import CheckpointError, UnknownModelError, printable
@@ -135,9 +135,10 @@ def load_model(
     """Makes the model that a file of weights fits, with the weights.
 
     Other image channels and classes are adapted as timm does: the first convolution's weights are summed or repeated,
-    and a classifier for other classes is a new one. What the file tells of its images and classes, as those of timm's
-    train script do, is in the model's `pretrained_cfg`. Its attribute `record` is what this package recorded of the
-    weights, if it wrote them with the `config.json` beside them.
+    and a classifier for other classes is a new one. The model dilates and pools as the file states (`output_stride`,
+    `dilate_pool`, `global_pool`), if no argument says otherwise. What the file tells of its images and classes, as
+    those of timm's train script do, is in the model's `pretrained_cfg`. Its attribute `record` is what this package
+    recorded of the weights, if it wrote them with the `config.json` beside them.
 
     Args:
         file: A file, or the checkpoint that `read_checkpoint` returned.
@@ -213,7 +214,13 @@ def told_arguments(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     if arch is None or checkpoint.function is None:
         return {}
     arguments = differing_arguments(checkpoint.function, Function.from_arguments(arch.args))
-    return {key: value for key, value in arguments.items() if key not in checkpoint.assumed}
+    told = {key: value for key, value in arguments.items() if key not in checkpoint.assumed}
+    return {**told, **stated_uses(checkpoint, arch)}
+
+
+def stated_uses(checkpoint: Checkpoint, arch: Arch) -> dict[str, Any]:
+    """What a file states of output stride and pooling, as far as an architecture has these arguments."""
+    return {key: value for key, value in checkpoint.uses.items() if key in ('global_pool', *arch.trunk.densest)}
 
 
 def adapt_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -352,6 +359,7 @@ def find_architecture(checkpoint: Checkpoint, name: str | None = None) -> tuple[
             args |= differing_arguments(function, Function.from_arguments(arch.args))
         if first_conv is not None and first_conv.shape[1] != 3:
             args['in_chans'] = first_conv.shape[1]
+        args |= stated_uses(checkpoint, arch)
         candidates.append((each, args))
     candidates.sort(key=lambda candidate: len(candidate[1]))
     for each, args in candidates[:1] if on_resnet else candidates:  # take the one that needs the fewest
