@@ -94,7 +94,11 @@ def normalise_arguments(name: str, kwargs: dict[str, Any], block_args: dict[str,
     if kwargs.get('output_stride', 32) is None:  # what transformers passes for the default
         del kwargs['output_stride']
     if kwargs.get('features_only'):
-        require_features(name, kwargs.get('out_indices'), ARCHS[name].features + kwargs.get('tap_layer2', False))
+        tap = kwargs.get('tap_layer2', False)
+        count = ARCHS[name].features + tap
+        require_features(name, kwargs.get('out_indices'), count)
+        if tap:  # one more than the default takes
+            kwargs.setdefault('out_indices', tuple(range(count)))
         feature_cls = kwargs.get('feature_cls', 'list')
         kwargs['feature_cls'] = FEATURE_CLASSES.get(feature_cls, feature_cls)
     return kwargs

@@ -114,6 +114,8 @@ def test_biglittle_lists_each_stride_once_and_the_other_tap_of_stride_16_by_keyw
     both = dict(tap_layer2=True, features_only=True, out_indices=(3, 4, 5))
     features = timm.create_model('blres2net50_26w_4s', device='meta', **both)
     assert features.feature_info.channels() == [512, 1024, 2048]
+    features = timm.create_model('blres2net50_26w_4s', device='meta', features_only=True, tap_layer2=True)
+    assert features.feature_info.reduction() == [2, 4, 8, 16, 16, 32]
     with pytest.raises(ValueError, match='it has 5, 0 to 4'):
         timm.create_model('blres2net50_26w_4s', device='meta', features_only=True, out_indices=(5,))
 
