@@ -287,6 +287,22 @@ def test_pretrained_strict_decides_whether_weights_may_lack_tensors(tmp_path: Pa
     torch.testing.assert_close(model.fc.weight, tiny().fc.weight, rtol=0, atol=0)
 
 
+def test_features_need_all_tensors_of_a_file_but_those_of_the_classifier(tmp_path: Path, images: Tensor) -> None:
+    state = {name: tensor for name, tensor in tiny().state_dict().items() if not name.startswith('fc.')}
+    save_file(state, tmp_path / 'backbone.safetensors')
+    overlay = dict(file=str(tmp_path / 'backbone.safetensors'))
+    options = dict(pretrained=True, pretrained_cfg_overlay=overlay, **TINY)
+    model = timm.create_model('test_res2net', features_only=True, **options).eval()
+    expected = tiny().forward_intermediates(images, intermediates_only=True)
+    torch.testing.assert_close(model(images), expected, rtol=0, atol=0)
+    with pytest.raises(RuntimeError, match=r'Missing key.* "fc\.weight", "fc\.bias"'):
+        timm.create_model('test_res2net', **options)
+    del state['layer4.0.conv1.weight']
+    save_file(state, tmp_path / 'backbone.safetensors')
+    with pytest.raises(RuntimeError, match=r'Missing key.* "layer4\.0\.conv1\.weight"\.'):
+        timm.create_model('test_res2net', features_only=True, **options)
+
+
 @every_name
 def test_backward_gives_every_parameter_a_nonzero_gradient(name: str, build: Any, images: Tensor) -> None:
     model = copy.deepcopy(build(name)).train()

@@ -73,7 +73,8 @@ def create(name: str, pretrained: bool = False, block_args: dict[str, Any] | Non
         checkpoint = read_weights(cfg, kwargs.get('cache_dir'))
         if checkpoint is not None:
             strict = kwargs.get('pretrained_strict', True)
-            trunk, pretrained = partial(loaded_trunk, arch.trunk, cfg, checkpoint, strict), False
+            features = kwargs.get('features_only', False)
+            trunk, pretrained = partial(loaded_trunk, arch.trunk, cfg, checkpoint, strict, features), False
     return build_model_with_cfg(
         trunk,
         name,
@@ -153,15 +154,19 @@ def read_weights(cfg: PretrainedCfg, cache_dir: str | Path | None) -> Checkpoint
 
 
 def loaded_trunk(
-    trunk: type[nn.Module], cfg: PretrainedCfg, checkpoint: Checkpoint, strict: bool, **kwargs: Any
+    trunk: type[nn.Module], cfg: PretrainedCfg, checkpoint: Checkpoint, strict: bool, features: bool, **kwargs: Any
 ) -> nn.Module:
-    """Makes a trunk and loads a checkpoint; timm adapts the classifier and the number of image channels."""
+    """Makes a trunk and loads a checkpoint; timm adapts the classifier and the number of image channels.
+
+    A trunk for features keeps its own classifier, which timm removes after that, and the checkpoint need not have one.
+    """
     model: Any = trunk(**kwargs)
     function = function_of(model)
     if function and not checkpoint.translation.is_part:  # who gives the file of a lone network knows what it computes
         checkpoint = checkpoint.stating(**{name: getattr(function, name) for name in checkpoint.assumed})
     require_same_function(model, checkpoint)
-    source = {**cfg.to_dict(), 'source': '', 'state_dict': dict(checkpoint.state), 'custom_load': False}
+    own = {name: tensor for name, tensor in model.state_dict().items() if features and name.startswith('fc.')}
+    source = {**cfg.to_dict(), 'source': '', 'state_dict': {**checkpoint.state, **own}, 'custom_load': False}
     load_pretrained(model, source, num_classes=model.num_classes, in_chans=model.in_chans, strict=strict)
     return model
 
