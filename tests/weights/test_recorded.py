@@ -10,7 +10,7 @@ import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
-from support import TINY, tiny
+from support import TINY, TRUNKS, small, tiny
 from timm.data import resolve_data_config, resolve_model_data_config
 from timm.models import save_for_hf
 from torch import Tensor
@@ -94,6 +94,14 @@ def test_load_model_and_convert_dilate_and_pool_as_the_file_states(
     converted = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
     for loaded in (load_model(file), load_model(file, 'test_res2net', **WIDE), converted):
         torch.testing.assert_close(loaded.eval()(images), model(images), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('name', TRUNKS)
+def test_file_of_the_train_script_loads_into_the_model_of_every_trunk(name: str, tmp_path: Path) -> None:
+    model = timm.create_model(name, **small(name))
+    args = Namespace(model_kwargs=small(name))
+    torch.save(dict(arch=name, state_dict=model.state_dict(), args=args), tmp_path / 'last.pth.tar')
+    assert load_checkpoint(model, tmp_path / 'last.pth.tar').assumed == ()
 
 
 def test_arguments_of_the_caller_win_over_what_a_file_states_of_its_use(tmp_path: Path) -> None:

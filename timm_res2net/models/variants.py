@@ -64,6 +64,7 @@ R50, R101, R152, R200 = (3, 4, 6, 3), (3, 4, 23, 3), (3, 8, 36, 3), (3, 12, 48, 
 DLA60 = (1, 1, 1, 2, 3, 1)
 BL50, BL101 = (3, 4, 6, 3), (4, 8, 18, 3)
 D = dict(stem_type='deep', stem_width=32, avg_down=True)  # the authors' v1b, Paddle's vd
+GROUP = dict(first_block='group')  # the trunk's default, said here because files are read by these rows
 TINY = dict(stem_type='deep', stem_width=8, avg_down=True, channels=(8, 16, 32, 64))
 
 # fmt: off
@@ -93,12 +94,12 @@ ARCHS = {
     'blres2net101_26w_4s':    biglittle(42_414_497,  4.059, BL101,   26,  4),
     'blresnet50':             biglittle(26_694_568,  2.856, BL50,    64,  1),  # the baseline, which timm lacks
     #                                         params   GMACs  groups width scale
-    'res2next29_6c_24w_4s':   cifar(    24_360_932,  3.948, 6,       24,  4),
-    'res2next29_8c_25w_4s':   cifar(    33_905_236,  5.505, 8,       25,  4),
-    'res2next29_6c_24w_6s':   cifar(    36_801_380,  5.975, 6,       24,  6),
-    'seres2next29_6c_24w_4s': cifar(    24_882_740,  3.948, 6,       24,  4, attn_layer='se'),
-    'seres2next29_8c_25w_4s': cifar(    34_427_044,  5.506, 8,       25,  4, attn_layer='se'),
-    'seres2next29_6c_24w_6s': cifar(    37_323_188,  5.975, 6,       24,  6, attn_layer='se'),
+    'res2next29_6c_24w_4s':   cifar(    24_360_932,  3.948, 6,       24,  4, **GROUP),
+    'res2next29_8c_25w_4s':   cifar(    33_905_236,  5.505, 8,       25,  4, **GROUP),
+    'res2next29_6c_24w_6s':   cifar(    36_801_380,  5.975, 6,       24,  6, **GROUP),
+    'seres2next29_6c_24w_4s': cifar(    24_882_740,  3.948, 6,       24,  4, attn_layer='se', **GROUP),
+    'seres2next29_8c_25w_4s': cifar(    34_427_044,  5.506, 8,       25,  4, attn_layer='se', **GROUP),
+    'seres2next29_6c_24w_6s': cifar(    37_323_188,  5.975, 6,       24,  6, attn_layer='se', **GROUP),
     'resnext29_8c_64w':       cifar(    34_518_948,  5.387, 8,       64,  1),  # the baseline
     'test_res2net':           resnet(      223_582,  0.061, (2, 2, 2, 2), 26, 4, **TINY),
 }
