@@ -948,6 +948,25 @@ def test_load_model_adapts_channels_classes_and_features_as_timm_does(
     torch.testing.assert_close(model(x), timms(x), rtol=0, atol=0)
 
 
+class Halved(nn.ReLU):
+    """An activation that timm doesn't have."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) / 2
+
+
+def test_file_with_an_activation_that_timm_lacks_loads_into_its_model_only(tmp_path: Path) -> None:
+    model = tiny(act_layer=Halved)
+    write_folder(tmp_path / 'net', model.state_dict(), {'timm_res2net': {}}, function_of(model))
+    file = tmp_path / 'net' / 'model.safetensors'
+    assert load_checkpoint(tiny(act_layer=Halved), file).function == function_of(model)
+    with pytest.raises(CheckpointError, match=r"act_layer='halved'.*No model of this package is like it"):
+        load_checkpoint(tiny(), file)
+    for options in ({}, dict(name='test_res2net', **TINY)):
+        with pytest.raises(CheckpointError, match="act_layer='halved' is no activation of timm"):
+            load_model(file, **options)
+
+
 def test_load_model_named_model_gets_the_stated_function(tmp_path: Path, images: Tensor) -> None:
     expected = tiny('mmdet', style='caffe')
     file = save_checkpoint(expected.state_dict(), tmp_path)

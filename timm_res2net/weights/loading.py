@@ -213,9 +213,18 @@ def told_arguments(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     arch = ARCHS.get(name.partition('.')[0])
     if arch is None or checkpoint.function is None:
         return {}
+    require_activation(checkpoint)
     arguments = differing_arguments(checkpoint.function, Function.from_arguments(arch.args))
     told = {key: value for key, value in arguments.items() if key not in checkpoint.assumed}
     return {**told, **stated_uses(checkpoint, arch)}
+
+
+def require_activation(checkpoint: Checkpoint) -> None:
+    """Raises a CheckpointError if timm has no activation of the name that a file states, so no model can be made."""
+    try:
+        Function.from_arguments(vars(checkpoint.function or Function()))
+    except ValueError as error:
+        raise CheckpointError(f'{checkpoint.file} is of a network that no model here is: {error}') from error
 
 
 def stated_uses(checkpoint: Checkpoint, arch: Arch) -> dict[str, Any]:
@@ -338,6 +347,7 @@ def find_architecture(checkpoint: Checkpoint, name: str | None = None) -> tuple[
     Raises:
         CheckpointError: If there is none.
     """
+    require_activation(checkpoint)
     state, function = checkpoint.state, checkpoint.function or Function()
     on_resnet = {'layer1.0.conv1.weight', 'layer4.0.conv1.weight'} <= state.keys()
     only = '' if name is None else f', or not those of {name}'
