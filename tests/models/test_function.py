@@ -79,7 +79,14 @@ def test_function_as_text_reads_back_equal() -> None:
 def test_activation_name_is_timms(name: str) -> None:
     layer = get_act_layer(name)
     assert activation_name(layer) == name
-    assert activation_name(partial(layer)) == name
+    assert activation_name(partial(layer)) == activation_name(partial(layer, inplace=True)) == name
+
+
+def test_activation_name_of_a_partial_has_its_arguments() -> None:
+    assert activation_name(partial(nn.LeakyReLU, negative_slope=0.3)) == 'leaky_relu(negative_slope=0.3)'
+    assert activation_name(partial(nn.LeakyReLU, 0.3, inplace=True)) == 'leaky_relu(0.3)'
+    function = function_of(tiny(act_layer=partial(nn.LeakyReLU, negative_slope=0.3)))
+    assert function.differing_fields(function_of(tiny(act_layer=nn.LeakyReLU))) == ['act_layer']
 
 
 @pytest.mark.parametrize(

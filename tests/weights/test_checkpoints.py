@@ -955,15 +955,21 @@ class Halved(nn.ReLU):
         return super().forward(x) / 2
 
 
-def test_file_with_an_activation_that_timm_lacks_loads_into_its_model_only(tmp_path: Path) -> None:
-    model = tiny(act_layer=Halved)
+LEAKY = partial(nn.LeakyReLU, negative_slope=0.3)
+
+
+@pytest.mark.parametrize(('layer', 'name'), [(Halved, 'halved'), (LEAKY, 'leaky_relu(negative_slope=0.3)')])
+def test_file_with_an_activation_that_timm_lacks_loads_into_its_model_only(
+    layer: Any, name: str, tmp_path: Path
+) -> None:
+    model = tiny(act_layer=layer)
     write_folder(tmp_path / 'net', model.state_dict(), {'timm_res2net': {}}, function_of(model))
     file = tmp_path / 'net' / 'model.safetensors'
-    assert load_checkpoint(tiny(act_layer=Halved), file).function == function_of(model)
-    with pytest.raises(CheckpointError, match=r"act_layer='halved'.*No model of this package is like it"):
+    assert load_checkpoint(tiny(act_layer=layer), file).function == function_of(model)
+    with pytest.raises(CheckpointError, match=f"act_layer='{re.escape(name)}'.*No model of this package is like it"):
         load_checkpoint(tiny(), file)
     for options in ({}, dict(name='test_res2net', **TINY)):
-        with pytest.raises(CheckpointError, match="act_layer='halved' is no activation of timm"):
+        with pytest.raises(CheckpointError, match=f"act_layer='{re.escape(name)}' is no activation of timm"):
             load_model(file, **options)
 
 

@@ -169,6 +169,13 @@ def require_one_of(name: str, value: object, choices: Iterable[object]) -> None:
 
 
 def activation_name(layer: Callable[..., nn.Module]) -> str:
-    """timm's name of an activation class: its words in lower case, joined by '_'."""
-    name = getattr(layer, 'func', layer).__name__.removesuffix('Me')  # of a partial, and timm's memory-efficient ones
-    return re.sub(r'(?<=[a-z]{2})(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z]{2})', '_', name).lower()
+    """timm's name of an activation class: its words in lower case, joined by '_'.
+
+    Arguments of a partial follow, as in `leaky_relu(negative_slope=0.3)`: it computes something else, and timm has no
+    name for it.
+    """
+    name = getattr(layer, 'func', layer).__name__.removesuffix('Me')  # timm's memory-efficient ones
+    name = re.sub(r'(?<=[a-z]{2})(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z]{2})', '_', name).lower()
+    keywords = sorted((key, value) for key, value in getattr(layer, 'keywords', {}).items() if key != 'inplace')
+    arguments = [*map(repr, getattr(layer, 'args', ())), *(f'{key}={value!r}' for key, value in keywords)]
+    return f'{name}({", ".join(arguments)})' if arguments else name
