@@ -69,12 +69,13 @@ def create(name: str, pretrained: bool = False, block_args: dict[str, Any] | Non
     trunk: Callable[..., nn.Module] = arch.trunk
     if pretrained:
         cfg = resolve_pretrained_cfg(name, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
-        require_function_of_weights(arch, cfg, kwargs)
+        of_weights = function_of_weights(arch, cfg, kwargs)
         checkpoint = read_weights(cfg, kwargs.get('cache_dir'))
         if checkpoint is not None:
             strict = kwargs.get('pretrained_strict', True)
             features = kwargs.get('features_only', False)
-            trunk, pretrained = partial(loaded_trunk, arch.trunk, cfg, checkpoint, strict, features), False
+            trunk = partial(loaded_trunk, arch.trunk, cfg, checkpoint, of_weights, strict, features)
+            pretrained = False
     return build_model_with_cfg(
         trunk,
         name,
@@ -115,19 +116,25 @@ def require_features(name: str, out_indices: int | Sequence[int] | None, count: 
         )
 
 
-def require_function_of_weights(arch: Arch, cfg: PretrainedCfg, kwargs: dict[str, Any]) -> None:
-    """Raises a ValueError if the model that is asked for would compute something else than published weights mean."""
+def function_of_weights(arch: Arch, cfg: PretrainedCfg, kwargs: dict[str, Any]) -> Function | None:
+    """What published weights mean, None for other weights, of which their file tells.
+
+    Raises:
+        ValueError: If the model that is asked for would compute something else.
+    """
     overlay = kwargs.get('pretrained_cfg_overlay') or {}
     if overlay.keys() & {'url', 'file', 'hf_hub_id', 'state_dict'}:
-        return  # other weights than the published ones; their own check follows when they are read
+        return None
     saved = kwargs.get('pretrained_model_args') or {}
     of_weights, wanted = (Function.from_arguments({**arch.args, **args}) for args in (saved, kwargs))
     if fields := of_weights.differing_fields(wanted):
         raise ValueError(
-            f'weights {cfg.tag or ""} of {cfg.architecture} are of a network with {of_weights.as_keywords(fields)} and '
-            f'would compute something else with {wanted.as_keywords(fields)}. Leave that out. To start from them all '
-            'the same, make the model without pretrained=True and give it the state_dict() of one that has them'
+            f'{" ".join(filter(None, ("weights", cfg.tag)))} of {cfg.architecture} are of a network with '
+            f'{of_weights.as_keywords(fields)} and would compute something else with {wanted.as_keywords(fields)}. '
+            'Leave that out. To start from them all the same, make the model without pretrained=True and give it the '
+            'state_dict() of one that has them'
         )
+    return of_weights
 
 
 def read_weights(cfg: PretrainedCfg, cache_dir: str | Path | None) -> Checkpoint | None:
@@ -154,14 +161,20 @@ def read_weights(cfg: PretrainedCfg, cache_dir: str | Path | None) -> Checkpoint
 
 
 def loaded_trunk(
-    trunk: type[nn.Module], cfg: PretrainedCfg, checkpoint: Checkpoint, strict: bool, features: bool, **kwargs: Any
+    trunk: type[nn.Module],
+    cfg: PretrainedCfg,
+    checkpoint: Checkpoint,
+    of_weights: Function | None,
+    strict: bool,
+    features: bool,
+    **kwargs: Any,
 ) -> nn.Module:
     """Makes a trunk and loads a checkpoint; timm adapts the classifier and the number of image channels.
 
     A trunk for features keeps its own classifier, which timm removes after that, and the checkpoint need not have one.
     """
     model: Any = trunk(**kwargs)
-    function = function_of(model)
+    function = of_weights or function_of(model)
     if function and not checkpoint.translation.is_part:  # who gives the file of a lone network knows what it computes
         checkpoint = checkpoint.stating(**{name: getattr(function, name) for name in checkpoint.assumed})
     require_same_function(model, checkpoint)

@@ -113,6 +113,26 @@ def test_function_that_is_not_possible_raises_value_error(fields: dict[str, Any]
         Function(**fields)
 
 
+@pytest.mark.parametrize(
+    ('layer', 'eps'),
+    [
+        ('batchnorm2d', 1e-5),
+        ('layernorm2d', 1e-6),
+        (partial(nn.BatchNorm2d, eps=1e-2), 1e-2),
+        (nn.Identity, Function.norm_eps),
+    ],
+)
+def test_arguments_with_a_norm_mean_its_eps(layer: Any, eps: float) -> None:
+    assert Function.from_arguments(dict(norm_layer=layer)).norm_eps == eps
+    assert Function.from_arguments(dict(norm_layer=layer, norm_eps=1e-4)).norm_eps == 1e-4
+
+
+@pytest.mark.parametrize('layer', [5, [1], '', 'warp', torch.zeros(2)], ids=repr)
+def test_arguments_with_what_is_no_norm_raise_value_error(layer: object) -> None:
+    with pytest.raises(ValueError, match=r'norm_layer=.* is no norm of timm'):
+        Function.from_arguments(dict(norm_layer=layer))
+
+
 @pytest.mark.parametrize('layer', [5, True, [1], {'a': 1}, '', 'warp', torch.zeros(2)], ids=repr)
 def test_arguments_with_what_is_no_activation_raise_value_error(layer: object) -> None:
     with pytest.raises(ValueError, match=r'act_layer=.* is no activation of timm'):

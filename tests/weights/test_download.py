@@ -9,6 +9,7 @@ import re
 import threading
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import timm
 import torch
 from safetensors.torch import save, save_file
 from support import TINY, randomise, tiny
-from torch import Tensor
+from torch import Tensor, nn
 
 import timm_res2net.weights.download
 from timm_res2net import CheckpointError, export_checkpoint
@@ -351,6 +352,26 @@ def test_create_model_pretrained_with_another_first_block_raises_value_error(ser
             timm.create_model(name, pretrained=True, first_block=function)
     with pytest.raises(ValueError, match='would compute something else'):
         timm.create_model('res2net50d', pretrained=True, block_args=dict(first_block='paddle'))
+
+
+def test_create_model_pretrained_with_a_norm_of_another_eps_is_refused(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    arguments = dict(layers=(1, 1, 1, 1), channels=(8, 8, 8, 8))
+    state = timm.create_model('res2net50_26w_4s', **arguments).state_dict()
+    save_file(state, tmp_path / 'net.safetensors')
+    asked = []
+    bring = 'timm_res2net.res2net.bring_file'
+    monkeypatch.setattr(bring, lambda *of: asked.append(of) or tmp_path / 'net.safetensors')
+    options = dict(pretrained=True, **arguments)
+    with pytest.raises(ValueError, match=r'weights in1k of .* with norm_eps=1e-05 and .* else with norm_eps=0\.01'):
+        timm.create_model('res2net50_26w_4s', norm_layer=partial(nn.BatchNorm2d, eps=1e-2), **options)
+    assert not asked  # for the file
+    with pytest.raises(ValueError, match=r'with norm_eps=1e-05; the model has norm_eps=0\.01'):
+        timm.create_model(
+            'res2net50_26w_4s', norm_layer=lambda *args, **dd: nn.BatchNorm2d(*args, 1e-2, **dd), **options
+        )
+    timm.create_model('res2net50_26w_4s', norm_layer=nn.BatchNorm2d, **options)
 
 
 def test_create_model_pretrained_file_of_another_function_is_refused(tmp_path: Path) -> None:

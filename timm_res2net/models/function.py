@@ -4,13 +4,14 @@ A file of weights loads strictly into any network with the same names and shapes
 trained to compute depends on all that is said here.
 """
 
+import inspect
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
-from timm.layers import get_act_layer
+from timm.layers import get_act_layer, get_norm_layer
 from torch import nn
 
 from .deformable import VERSIONS
@@ -143,6 +144,8 @@ class Function:
             if not callable(layer):
                 raise ValueError(f'act_layer={stated["act_layer"]!r} is no activation of timm')
             stated['act_layer'] = activation_name(layer)
+        if 'norm_eps' not in stated and args.get('norm_layer') is not None:
+            stated |= default_eps(args['norm_layer'])
         return Function(**stated)
 
 
@@ -166,6 +169,20 @@ def require_one_of(name: str, value: object, choices: Iterable[object]) -> None:
     choices = list(choices)
     if value not in choices:
         raise ValueError(f'{name}={value!r} is not known; choose from {", ".join(map(str, choices))}')
+
+
+def default_eps(norm_layer: Any) -> dict[str, float]:
+    """What a norm class, its name in timm, or a partial of it adds to variances by default, if its signature tells.
+
+    Raises:
+        ValueError: For what is no norm.
+    """
+    try:
+        parameters = inspect.signature(get_norm_layer(norm_layer)).parameters
+    except (KeyError, TypeError, AssertionError) as error:  # of timm
+        raise ValueError(f'norm_layer={norm_layer!r} is no norm of timm') from error
+    eps = parameters['eps'].default if 'eps' in parameters else None
+    return {'norm_eps': eps} if isinstance(eps, int | float) else {}
 
 
 def activation_name(layer: Callable[..., nn.Module]) -> str:
