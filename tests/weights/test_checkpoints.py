@@ -940,12 +940,28 @@ def test_load_model_adapts_channels_classes_and_features_as_timm_does(
     save_file(expected.state_dict(), tmp_path / 'a.safetensors', {'first_block': 'mmdet'})
     torch.manual_seed(1)
     model = load_model(tmp_path / 'a.safetensors', **arguments).eval()
+    torch.manual_seed(1)
+    named = load_model(tmp_path / 'a.safetensors', 'test_res2net', **TINY, **arguments).eval()
     overlay = dict(file=str(tmp_path / 'a.safetensors'), num_classes=4)
     options = dict(pretrained=True, pretrained_cfg_overlay=overlay, first_block='mmdet', **TINY)
     torch.manual_seed(1)
     timms = timm.create_model('test_res2net', **{**options, **arguments}).eval()
     x = images[:, :1].expand(-1, arguments.get('in_chans', 3), -1, -1)
     torch.testing.assert_close(model(x), timms(x), rtol=0, atol=0)
+    torch.testing.assert_close(named(x), timms(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('stem', [{}, dict(stem_type='', stem_width=64)], ids=['deep stem', 'plain stem'])
+def test_load_model_named_model_gets_the_channels_of_the_file(
+    stem: dict[str, Any], tmp_path: Path, images: Tensor
+) -> None:
+    expected = tiny(in_chans=1, **stem)
+    save_file(expected.state_dict(), tmp_path / 'a.safetensors', {'first_block': 'official'})
+    options = {'name': 'test_res2net', **TINY, **stem}
+    model = load_model(tmp_path / 'a.safetensors', **options).eval()
+    torch.testing.assert_close(model(images[:, :1]), expected(images[:, :1]), rtol=0, atol=0)
+    assert model.pretrained_cfg['input_size'][0] == 1
+    assert load_model(tmp_path / 'a.safetensors', in_chans=3, **options)(images).shape == (len(images), 4)
 
 
 class Halved(nn.ReLU):

@@ -355,7 +355,7 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int64, torch.int32)
 # How many dimensions a tensor may have, by the last part of its name, or its module's.
 DIMENSIONS = {'bias': (1,), 'running_mean': (1,), 'running_var': (1,), 'num_batches_tracked': (0, 1)}
-CONVOLUTIONS = re.compile(r'conv1|conv1\.[036]|.*\.(?:conv[13]|convs\.\d+|conv_offset)')
+CONVOLUTIONS = re.compile(r'conv1|conv1\.[036]|base_layer\.0|.*\.(?:conv[13]|convs\.\d+|conv_offset)')
 MOST_NETWORKS = 16  # in one file
 
 

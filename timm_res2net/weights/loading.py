@@ -162,17 +162,19 @@ def load_model(
     checkpoint = read_once(file, dialect, prefix).stating(
         **{key: getattr(given, key) for key in vars(given) if key in kwargs}
     )
-    classes = {'num_classes': checkpoint.num_classes}
+    first_conv = first_convolution(checkpoint)
+    in_chans = checkpoint.state[first_conv].shape[1]
+    sizes = {'num_classes': checkpoint.num_classes, **({} if in_chans == 3 else {'in_chans': in_chans})}
     if name is None:
         name, found = find_architecture(checkpoint)
-        in_chans = found.get('in_chans', 3)
     else:
-        found, in_chans = told_arguments(checkpoint, name), kwargs.get('in_chans', 3)
+        found = told_arguments(checkpoint, name)
         # First without memory: a small file can state sizes that would take all there is.
-        outline = timm.create_model(name, **{**classes, **found, **kwargs, 'pretrained': False, 'device': 'meta'})
+        options = dict(pretrained=False, device='meta', in_chans=in_chans)
+        outline = timm.create_model(name, **{**sizes, **found, **kwargs, **options})
         if kwargs.get('num_classes', checkpoint.num_classes) == checkpoint.num_classes and function_of(outline):
             fitting_state(outline, checkpoint)
-    kwargs = {**classes, **found, **kwargs}
+    kwargs = {**sizes, **found, **kwargs}
     # The names that are registered are of the classes of other weights.
     names = checkpoint.training.labels if kwargs['num_classes'] == checkpoint.num_classes else ()
     overlay = {**checkpoint.training.images, 'label_names': names or None, **kwargs.pop('pretrained_cfg_overlay', {})}
@@ -188,7 +190,6 @@ def load_model(
         state = {key: tensor for key, tensor in state.items() if not key.startswith('fc.')}
         state |= {key: tensor for key, tensor in model.state_dict().items() if key.startswith('fc.')}
     if kwargs.get('in_chans', 3) != in_chans:
-        first_conv = f'{registered_cfg(name).first_conv}.weight'
         state[first_conv] = adapt_input_conv(kwargs['in_chans'], state[first_conv], base_chans=in_chans)
     load_checkpoint(model, replace(checkpoint, translation=replace(checkpoint.translation, state=state)))
     return cast(nn.Module, model)
@@ -217,6 +218,18 @@ def told_arguments(checkpoint: Checkpoint, name: str) -> dict[str, Any]:
     arguments = differing_arguments(checkpoint.function, Function.from_arguments(arch.args))
     told = {key: value for key, value in arguments.items() if key not in checkpoint.assumed}
     return {**told, **stated_uses(checkpoint, arch)}
+
+
+def first_convolution(checkpoint: Checkpoint) -> str:
+    """The name of the weight of a network's first convolution.
+
+    Raises:
+        CheckpointError: If it is missing.
+    """
+    for stem, _ in DIALECTS['official'].stems:
+        if stem in checkpoint.state:
+            return stem
+    raise CheckpointError(f'{checkpoint.file} can not be used: the first convolution of its network is missing')
 
 
 def require_activation(checkpoint: Checkpoint) -> None:
