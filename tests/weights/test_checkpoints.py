@@ -376,6 +376,7 @@ def test_convert_finds_model_of_full_size_weights(name: str, tmp_path: Path, bui
         ('seres2net50_26w_4s', dict(base_width=13)),
         ('res2net50d', dict(attn_layer='eca')),
         ('res2net101_vd_26w_4s', {}),
+        ('res2net50_26w_4s', dict(channels=(16, 24, 32, 40))),  # of which each leaves other values of base_width open
         ('res2net50_26w_4s', dict(first_block='mmdet')),
         ('res2net50_48w_2s', dict(first_block='group')),
     ],

@@ -418,10 +418,15 @@ def resnet_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
     planes = tuple(len(state[f'layer{stage + 1}.0.conv3.weight']) // 4 for stage in range(len(layers)))
     block = f'layer{len(layers)}.0'
     width, width_of_group = state[f'{block}.convs.0.weight'].shape[:2]
-    base_width = width_of_group * 64 / planes[-1]
+    # A group has floor(planes * base_width / 64) channels. Take the least base_width that gives those of all stages, an
+    # integer if there is one.
+    groups = [state[f'layer{stage + 1}.0.convs.0.weight'].shape[1] for stage in range(len(layers))]
+    base_width: float = max(-(-64 * group // plane) for group, plane in zip(groups, planes))
+    if any(plane * base_width // 64 != group for group, plane in zip(groups, planes)):
+        base_width = max(64 * group / plane for group, plane in zip(groups, planes))
     found: dict[str, Any] = dict(
         layers=layers,
-        base_width=int(base_width) if base_width == int(base_width) else base_width,
+        base_width=base_width,
         scale=len(state[f'{block}.conv1.weight']) // width,
     )
     if sum(layers) > MOST_BLOCKS or sum(layers) * (found['scale'] - 1) > len(state):  # before such a network is made
