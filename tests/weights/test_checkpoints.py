@@ -375,6 +375,7 @@ def test_convert_finds_model_of_full_size_weights(name: str, tmp_path: Path, bui
         ('res2next50', dict(in_chans=1)),
         ('seres2net50_26w_4s', dict(base_width=13)),
         ('res2net50d', dict(attn_layer='eca')),
+        ('res2net50d', dict(replace_stem_pool=True)),
         ('res2net101_vd_26w_4s', {}),
         ('res2net50_26w_4s', dict(channels=(16, 24, 32, 40))),  # of which each leaves other values of base_width open
         ('res2net50_26w_4s', dict(first_block='mmdet')),
@@ -641,7 +642,7 @@ def test_convert_network_at_top_level_of_a_larger_one_drops_and_names_the_rest(t
 
 def test_all_parts_of_all_networks_are_known() -> None:
     assert {type(built(name)) for name in TRUNKS} == {arch.trunk for arch in ARCHS.values()}
-    models = (built(name) for name in TRUNKS)
+    models = [*(built(name) for name in TRUNKS), tiny(replace_stem_pool=True)]
     assert {name.partition('.')[0] for model in models for name in model.state_dict()} == PARTS
 
 
@@ -780,6 +781,8 @@ def test_export_checkpoint_has_names_and_values_of_original_file(
         ('res2net50d', {}, 'paddleclas', "computes first_block='paddle' and the model first_block='official'"),
         ('res2net50_vd_26w_4s', {}, 'mmpretrain', "computes first_block='official' and the model first_block='paddle'"),
         ('res2net50_vd_26w_4s', dict(avg_down=False), 'paddleclas', 'has no place for layer1.0.downsample.0.weight'),
+        ('test_res2net', dict(replace_stem_pool=True), 'mmpretrain', r'has no place for maxpool\.0\.weight'),
+        ('test_res2net', dict(replace_stem_pool=True), 'official', r'has no place for maxpool\.0\.weight'),
         ('res2next50', {}, 'mmpretrain', 'no Res2NeXt'),
         (
             'test_res2net',

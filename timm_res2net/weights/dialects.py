@@ -345,7 +345,7 @@ DIALECTS = {
 EXPORTS = ('official', 'mmpretrain', 'mmdet', 'paddleclas')
 # The modules that networks of this package consist of.
 PARTS = {
-    *('conv1', 'bn1', 'layer1', 'layer2', 'layer3', 'layer4', 'fc', 'base_layer', 'bl_init'),
+    *('conv1', 'bn1', 'maxpool', 'layer1', 'layer2', 'layer3', 'layer4', 'fc', 'base_layer', 'bl_init'),
     *(f'level{i}' for i in range(6)),
 }
 # Prefixes that don't mean that the network is a part of a larger one.
@@ -693,7 +693,7 @@ def export(state: Mapping[str, Tensor], dialect: str) -> dict[str, Tensor]:
         if names.transposed and name == 'fc.weight':
             value = value.t()
         theirs = rename(name, rows, tensors, shift, blocks)
-        if theirs is None or (names.tensors and theirs.startswith('layer')):
+        if theirs is None or name.startswith('maxpool.') or (names.tensors and theirs.startswith('layer')):
             raise ValueError(f'{dialect} has no place for {name}: its networks have the stem and shortcut of v1 or vd')
         exported[full_name(names.prefix, theirs)] = value.contiguous()
     return exported

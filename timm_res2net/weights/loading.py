@@ -44,7 +44,7 @@ DEFAULTS: dict[str, Any] = {
     key: SIGNATURE[key].default
     for key in (
         *('layers', 'base_width', 'scale', 'cardinality', 'stem_type', 'stem_width', 'avg_down', 'attn_layer'),
-        'channels',
+        *('channels', 'replace_stem_pool'),
     )
 }
 NARROW = torch.float16, torch.bfloat16  # types of models in which a number of float32 can become infinite
@@ -435,6 +435,8 @@ def resnet_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
         found['cardinality'] = width // width_of_group
     if 'conv1.0.weight' in state:
         found.update(stem_type='deep', stem_width=len(state['conv1.0.weight']))
+    if 'maxpool.0.weight' in state:  # a convolution
+        found['replace_stem_pool'] = True
     if state.get('layer2.0.downsample.1.weight', torch.empty(0)).ndim == 4:
         found['avg_down'] = True
     if planes != DEFAULTS['channels']:
