@@ -77,7 +77,7 @@ class Res2NetCifar(Trunk):
             reduction, dilation = reduction * stride, dilation * nominal_stride // stride
             outplanes = planes * Bottle2neck.expansion
             shortcut = nn.Sequential(*opts.conv(inplanes, outplanes, 1, stride))
-            block = opts.block(dilation=dilation, drop_block=drop_block)
+            block = opts.block(dilation=dilation, dilate_pool=True, drop_block=drop_block)
             first = block(inplanes, planes, stride, shortcut, first_dilation=first_dilation)
             stages.append(Stage(first, *(block(outplanes, planes) for _ in range(depth - 1))))
             inplanes = outplanes
