@@ -281,6 +281,11 @@ def test_bench_training_against_others_raises_value_error() -> None:
         bench(['test_res2net'], against=('timm', 'openvino'), train=True)
 
 
+def test_bench_against_an_unknown_opponent_raises_value_error() -> None:
+    with pytest.raises(ValueError, match='against=tensorrt is not known; choose from timm, openvino'):
+        bench(['test_res2net'], against=('timm', 'tensorrt'))
+
+
 def test_bench_training_in_8_bits_raises_value_error() -> None:
     with pytest.raises(ValueError, match='int8 is for inference on the CPU'):
         bench(['test_res2net'], dtypes=(torch.int8,), train=True)

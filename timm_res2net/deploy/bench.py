@@ -371,8 +371,10 @@ def bench(
 
     Raises:
         UnknownModelError: If there is no such model.
-        ValueError: If a way to run a model fails, or two don't agree.
+        ValueError: If a way to run a model is not known or fails, or two don't agree.
     """
+    if strange := sorted(set(against) - set(OPPONENTS)):
+        raise ValueError(f'against={", ".join(strange)} is not known; choose from {", ".join(OPPONENTS)}')
     device = torch.device(device)
     others = sorted(set(against) - {TIMM, 'inductor'})
     if train and others:
