@@ -129,6 +129,7 @@ def test_resnet_stem_ceil_mode_rounds_maps_up(images: Tensor) -> None:
         (dict(strides=(1, 2, 2)), 'an entry for each of 4 stages'),
         (dict(strides=(1, 2, 2, 1), output_stride=16), 'leave output_stride and dilate_pool out'),
         (dict(dilations=(1, 1, 1, 2), dilate_pool=True), 'leave output_stride and dilate_pool out'),
+        (dict(dilations=(1, 1, 1, 2), down_kernel_size=3), 'leave down_kernel_size out'),
         (dict(dilate_first=False), 'dilate_first=False has no effect without dilations'),
         (dict(dilations=(1, 1, 2, (4, 8))), r'dilations has 2 entries for a stage of \d blocks'),
         (dict(stem_ceil_mode=True, replace_stem_pool=True), 'stem_ceil_mode is for a stem with a plain max-pool'),

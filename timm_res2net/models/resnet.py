@@ -19,6 +19,8 @@ from .trunk import drop_block_layers
 
 __all__ = ['Res2Net']
 
+OF_STAGES = 'channels', 'avg_down', 'drop_path_rate', 'drop_block_rate', 'zero_init_last', 'device', 'dtype'
+
 
 class Res2Net(Foldable, ResNet):
     """timm's ResNet with Res2Net blocks.
@@ -96,6 +98,8 @@ class Res2Net(Foldable, ResNet):
         usual = function.strides == Function.strides and function.dilations == Function.dilations
         if not usual and (output_stride != 32 or dilate_pool):
             raise ValueError('strides and dilations say all of the geometry; leave output_stride and dilate_pool out')
+        if not usual and kwargs.get('down_kernel_size', 1) != 1:
+            raise ValueError('with strides and dilations a shortcut is a 1x1 convolution; leave down_kernel_size out')
         for depth, dilation in zip(layers, function.dilations):
             if isinstance(dilation, tuple) and len(dilation) != depth:
                 raise ValueError(f'dilations has {len(dilation)} entries for a stage of {depth} blocks: {dilations}')
@@ -121,9 +125,7 @@ class Res2Net(Foldable, ResNet):
                 norm_layer=norm_layer,
                 **block_args,
             )
-            keywords = replace_stages.__kwdefaults__ or {}
-            of_stages = {key: value for key, value in kwargs.items() if key in keywords}
-            replace_stages(self, block, layers, function, **of_stages)
+            replace_stages(self, block, layers, function, **{key: kwargs[key] for key in OF_STAGES if key in kwargs})
         for i, version in enumerate(function.deformable):
             blocks = self.get_submodule(f'layer{i + 1}').children()
             setattr(self, f'layer{i + 1}', Stage(*(make_deformable(each, version) for each in blocks)))
