@@ -56,7 +56,12 @@ def test_geometry_of_a_trunk_that_has_one_only_raises_value_error(name: str, fie
 
 
 def test_output_stride_is_not_part_of_the_function_but_strides_are() -> None:
-    assert function_of(tiny(output_stride=8)) == function_of(tiny())
+    channels = (8, 16, 24, 32)  # with equal ones timm makes no shortcut in a dilated stage
+    plain, dilated = (tiny(channels=channels, output_stride=stride) for stride in (32, 8))
+    assert function_of(dilated) == function_of(plain)
+    assert [stage[0].cascade for stage in (dilated.layer3, dilated.layer4)] == [False, False]
+    assert plain.state_dict().keys() == dilated.state_dict().keys()
+    assert tiny(output_stride=8).layer3[0].cascade
     assert function_of(tiny(dilations=[1, [2, 2], 1, [4]])) == Function(dilations=(1, 2, 1, 4))
 
 

@@ -40,8 +40,8 @@ class Bottle2neck(Foldable):
         planes: Base of the block's widths: it has `planes * expansion` output channels.
         stride: Stride of the block, 1 or 2.
         downsample: Projection for the shortcut, None for the identity. In timm's ResNet the first block of every stage
-            has one (unless that is stage 1 and keeps the channels of the stem) and no other block does, which is how a
-            block knows its position if `first` is None.
+            has one (unless it has stride 1, as stage 1 and dilated stages have, and keeps the channels) and no other
+            block does, which is how a block knows its position if `first` is None.
         cardinality: Groups of each 3x3 convolution; above 1 this is Res2NeXt.
         base_width: Channels of one split for 64 planes; a split has `floor(planes * base_width / 64) * cardinality`.
         scale: Number of splits.

@@ -45,7 +45,8 @@ class Res2Net(Foldable, ResNet):
         stem_ceil_mode: Round the size of the stem's max-pool up.
         output_stride: 8, 16 or 32; stages beyond it are dilated. This makes a dense network of one that was trained
             with the usual strides, so first blocks keep their function; `strides` and `dilations` are for networks that
-            were trained with them.
+            were trained with them. A stage with as many channels as the one before it has no shortcut then, as in timm,
+            and its first block is as the others: weights of the undilated network don't fit.
         dilate_pool: Dilate the average pools, too, where stages are dilated. Weights then compute, on a denser grid,
             what they compute in the undilated network. timm leaves the pools as they are, so its features are some
             percent off with `output_stride=8`, and more with 16 where the map at stride 16 has an odd side; that is the
