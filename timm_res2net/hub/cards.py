@@ -274,9 +274,7 @@ def describe_architecture(name: str) -> str:
     grouped = f' with {cardinality} groups' if cardinality > 1 else ''
     attention = ' and squeeze-and-excitation' if arch.args.get('attn_layer') == 'se' else ''
     trunk = PAPERS.get(arch.trunk.__name__, 'in a ResNet trunk')
-    function = COMPUTED_BY[
-        arch.args.get('first_block', 'group' if arch.trunk.__name__ == 'Res2NetCifar' else 'official')
-    ]
+    function = COMPUTED_BY[arch.args.get('first_block', 'official')]
     return (
         f'`{name}`: {kind}{grouped}{attention} ([paper](https://arxiv.org/abs/1904.01169)) {trunk}. The first blocks '
         f'of its stages compute what {function}. It was'
