@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from support import ROOT
 
+from timm_res2net.models.variants import ASSETS
 from timm_res2net.recipes import study
 from timm_res2net.recipes.study import (
     BASE_WIDTHS,
@@ -81,6 +83,18 @@ def test_study_picture_of_each_part_is_drawn(part: str, tmp_path: Path) -> None:
     runs = [record(part, scale, seed, 10.0 * scale + seed) for scale in BASE_WIDTHS for seed in range(2)]
     plot(runs, part, str(tmp_path / 'part.png'))
     assert (tmp_path / 'part.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_study_tables_of_committed_runs_are_in_readme() -> None:
+    runs = json.loads((ASSETS / 'study.json').read_text())['runs']
+    readme = (ROOT / 'timm_res2net' / 'recipes' / 'README.md').read_text()
+    for name, part in PARTS.items():
+        those = [each for each in runs if each['part'] == name]
+        pairs = [(each['scale'], each['seed']) for each in those]
+        assert pairs == [(scale, seed) for scale in BASE_WIDTHS for seed in range(part.seeds)]
+        assert {(each['epochs'], each['images']) for each in those} == {(part.settings.epochs, None)}
+        assert '\n'.join(table(runs, name)) + '\n' in readme
+        assert f'](../assets/{name}.png)' in readme
 
 
 def arguments(folder: Path, source: Path, *more: str) -> list[str]:

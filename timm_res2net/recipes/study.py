@@ -436,7 +436,7 @@ def plot(runs: Sequence[dict[str, Any]], part: str, out: str) -> None:
         OSError: If the file can't be written.
     """
     names, scales = PARTS[part].metrics, scales_of(runs, part)
-    figure = new_figure(0.8 + 2.2 * len(names), 3.4)
+    figure = new_figure(max(5, 0.8 + 2.2 * len(names)), 3.6)
     panels = np.atleast_1d(figure.subplots(1, len(names)))
     for panel, (metric, name) in zip(panels, names.items()):
         for i, scale in enumerate(scales):
@@ -447,7 +447,7 @@ def plot(runs: Sequence[dict[str, Any]], part: str, out: str) -> None:
         panel.set_xticks(range(len(scales)), [str(scale) for scale in scales])
         panel.set(xlabel='scale', title=name)
         panel.margins(x=0.2)
-    figure.suptitle(f'{part}: networks of equally many parameters; runs, mean and standard error')
+    figure.suptitle(f'{part}: networks of equally many parameters\nruns, mean and standard error')
     save(figure, out)
 
 
