@@ -361,15 +361,19 @@ def test_create_model_pretrained_with_a_norm_of_another_eps_is_refused(
     state = timm.create_model('res2net50_26w_4s', **arguments).state_dict()
     save_file(state, tmp_path / 'net.safetensors')
     asked = []
-    bring = 'timm_res2net.res2net.bring_file'
-    monkeypatch.setattr(bring, lambda *of: asked.append(of) or tmp_path / 'net.safetensors')
+
+    def bring_file(*of: Any) -> Path:
+        asked.append(of)
+        return tmp_path / 'net.safetensors'
+
+    monkeypatch.setattr('timm_res2net.res2net.bring_file', bring_file)
     options = dict(pretrained=True, **arguments)
     with pytest.raises(ValueError, match=r'weights in1k of .* with norm_eps=1e-05 and .* else with norm_eps=0\.01'):
         timm.create_model('res2net50_26w_4s', norm_layer=partial(nn.BatchNorm2d, eps=1e-2), **options)
     assert not asked  # for the file
     with pytest.raises(ValueError, match=r'with norm_eps=1e-05; the model has norm_eps=0\.01'):
         timm.create_model(
-            'res2net50_26w_4s', norm_layer=lambda *args, **dd: nn.BatchNorm2d(*args, 1e-2, **dd), **options
+            'res2net50_26w_4s', norm_layer=lambda channels, **dd: nn.BatchNorm2d(channels, 1e-2, **dd), **options
         )
     timm.create_model('res2net50_26w_4s', norm_layer=nn.BatchNorm2d, **options)
 
