@@ -180,7 +180,7 @@ def test_show_draws_the_surest_object_of_a_place_and_none_that_is_unsure(
 
     monkeypatch.setattr(detect, 'draw', drawing)
     images = CocoImages(simple_set, 'train')
-    detect.show(lambda images: [found], images, str(tmp_path / 'found.png'), torch.device('cpu'))
+    detect.show(images, lambda images: [found], str(tmp_path / 'found.png'), torch.device('cpu'))
     assert drawn == [[f'{images.names[1]} 0.80', f'{images.names[0]} 0.40']] * 12
 
 

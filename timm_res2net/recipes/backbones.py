@@ -1,16 +1,20 @@
-"""What detectors and segmenters do with a backbone before training: take weights, freeze stages and norms."""
+"""What detectors and segmenters share: arguments, a backbone's weights and what of it is frozen, begin and end."""
 
 import argparse
 import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from timm.utils.model import freeze, freeze_batch_norm_2d
+from torch import nn
 
 from ..weights.loading import load_checkpoint
 from .arguments import device
-from .training_loop import add_settings
+from .coco import require_sheet
+from .training_loop import add_settings, best_weights, join_processes, rank, report
 
-__all__ = ['add_arguments', 'choices_of', 'prepare']
+__all__ = ['add_arguments', 'begin', 'choices_of', 'end', 'prepare']
 
 
 def add_arguments(parser: argparse.ArgumentParser, backbone: str) -> None:
@@ -36,6 +40,34 @@ def choices_of(args: argparse.Namespace, *more: str) -> dict[str, Any]:
     """What a resumed run has to agree with, beside the settings of training."""
     names = 'train', 'val', 'backbone', 'pretrained', 'weights', 'frozen_stages', 'frozen_norms', *more
     return {name: getattr(args, name) for name in names}
+
+
+def begin(args: argparse.Namespace) -> None:
+    """Joins the processes that torchrun has started, seeds the new weights, and checks where to draw.
+
+    Raises:
+        ValueError: If the picture's format is not known.
+        OSError: If it can't be written.
+    """
+    join_processes(args.device)
+    torch.manual_seed(args.seed)
+    if args.show is not None:
+        require_sheet(args.show)
+
+
+def end(
+    args: argparse.Namespace,
+    model: nn.Module,
+    history: Sequence[dict[str, Any]],
+    show: Callable[[nn.Module, str, torch.device], None],
+) -> None:
+    """Prints the metrics of each epoch, and has `show` draw what the best model finds if that is wanted."""
+    if rank() != 0:
+        return
+    print(report(history))
+    if args.show is not None:
+        model.load_state_dict(best_weights(args.out))
+        show(model.eval(), args.show, args.device)
 
 
 def prepare(body: Any, weights: str | None = None, frozen_stages: int = -1, frozen_norms: bool = False) -> None:

@@ -29,20 +29,9 @@ from torchvision.ops import FeaturePyramidNetwork, nms
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from .arguments import positive, reported
-from .backbones import add_arguments, choices_of, prepare
-from .coco import AREAS, SHOWN, CocoImages, Target, average_precision, draw, require_sheet, save_sheet
-from .training_loop import (
-    Settings,
-    batches_of,
-    best_weights,
-    fit,
-    gather,
-    join_processes,
-    rank,
-    report,
-    settings_of,
-    share_of,
-)
+from .backbones import add_arguments, begin, choices_of, end, prepare
+from .coco import AREAS, SHOWN, CocoImages, Target, average_precision, draw, save_sheet
+from .training_loop import Settings, batches_of, fit, gather, settings_of, share_of
 
 __all__ = ['Pyramid', 'create_backbone', 'create_detector', 'evaluate', 'train']
 
@@ -207,7 +196,7 @@ def train(
     return fit(model.to(device), batches, partial(losses, device), check, settings, folder, device=device, **options)
 
 
-def show(model: nn.Module, dataset: CocoImages, out: str, device: torch.device) -> None:
+def show(dataset: CocoImages, model: nn.Module, out: str, device: torch.device) -> None:
     """Draws what a detector finds in the first images of a set, with classes and scores; the surest of one place."""
     pictures = []
     with torch.no_grad():
@@ -236,10 +225,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     about = choices_of(args, 'channels', 'areas', 'model_kwargs', 'detector_kwargs')
     with reported(parser):
-        join_processes(args.device)
-        torch.manual_seed(args.seed)  # of the new weights
-        if args.show is not None:
-            require_sheet(args.show)
+        begin(args)
         images, dataset = CocoImages(args.data, args.train), CocoImages(args.data, args.val)
         if images.names != dataset.names:
             raise ValueError(f'{args.train} and {args.val} have other categories')
@@ -258,11 +244,7 @@ def main(argv: list[str] | None = None) -> None:
             about=about,
             resume=args.resume,
         )
-        if rank() == 0:
-            print(report(history))
-            if args.show is not None:
-                model.load_state_dict(best_weights(Path(args.out)))
-                show(model.eval(), dataset, args.show, args.device)
+        end(args, model, history, partial(show, dataset))
 
 
 if __name__ == '__main__':

@@ -35,19 +35,9 @@ from torchvision.utils import draw_segmentation_masks
 
 from ..weights.files import read_text
 from .arguments import positive, reported
-from .backbones import add_arguments, choices_of, prepare
-from .coco import IGNORED, SHOWN, CocoImages, enlarge, read_image, require_sheet, save_sheet, semantic_mask
-from .training_loop import (
-    batches_of,
-    best_weights,
-    fit,
-    gather,
-    join_processes,
-    rank,
-    report,
-    settings_of,
-    share_of,
-)
+from .backbones import add_arguments, begin, choices_of, end, prepare
+from .coco import IGNORED, SHOWN, CocoImages, enlarge, read_image, save_sheet, semantic_mask
+from .training_loop import batches_of, fit, gather, settings_of, share_of
 
 __all__ = ['Masked', 'create_segmenter', 'evaluate', 'open_part', 'train_augmentation']
 
@@ -235,7 +225,7 @@ def evaluate(dataset: Masked, workers: int, device: torch.device, model: nn.Modu
     return dict(mIoU=round(iou.mean().item(), 3), pixels=round(100 * (hits.sum() / total.sum()).item(), 3))
 
 
-def show(model: nn.Module, dataset: Masked, out: str, device: torch.device) -> None:
+def show(dataset: Masked, model: nn.Module, out: str, device: torch.device) -> None:
     """Draws the labels that a segmenter finds in the first images of a set."""
     pictures = []
     with torch.no_grad():
@@ -262,10 +252,7 @@ def main(argv: list[str] | None = None) -> None:
     settings = settings_of(args)
     about = choices_of(args, 'classes', 'architecture', 'architecture_kwargs', 'size')
     with reported(parser):
-        join_processes(args.device)
-        torch.manual_seed(args.seed)  # of the new weights
-        if args.show is not None:
-            require_sheet(args.show)
+        begin(args)
         if args.size % STRIDE:
             raise ValueError(f'--size {args.size} is no multiple of {STRIDE}')
         images = open_part(args.data, args.train, args.classes, train_augmentation(args.size))
@@ -280,11 +267,7 @@ def main(argv: list[str] | None = None) -> None:
         history = fit(
             model.to(args.device), batches, partial(loss, args.device), check, settings, Path(args.out), **options
         )
-        if rank() == 0:
-            print(report(history))
-            if args.show is not None:
-                model.load_state_dict(best_weights(Path(args.out)))
-                show(model.eval(), dataset, args.show, args.device)
+        end(args, model, history, partial(show, dataset))
 
 
 if __name__ == '__main__':
