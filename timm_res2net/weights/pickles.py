@@ -17,11 +17,14 @@ from .errors import CheckpointError, printable
 
 __all__ = ['Array', 'ArrayUnpickler', 'Options', 'TorchUnpickler', 'Variable']
 
-# Bytes that objects of an opcode take, where they are more than others' (a float in a list takes 32).
+# Bytes that objects of an opcode take, where they are more than others' (a float in a list takes 32). Containers cost
+# more than their bytes: Python's collector goes through all of them, again and again, and is most of the time of a
+# file that holds nothing else.
 MEMORY = {
     **dict.fromkeys((pickle.EMPTY_DICT, pickle.EMPTY_SET, pickle.FROZENSET, pickle.DICT), 300),
+    **dict.fromkeys((pickle.EMPTY_LIST, pickle.MARK, pickle.LIST), 300),
+    **dict.fromkeys((pickle.TUPLE, pickle.TUPLE1, pickle.TUPLE2, pickle.TUPLE3), 300),
     **dict.fromkeys((pickle.REDUCE, pickle.NEWOBJ, pickle.BUILD, pickle.BINPERSID), 500),
-    **dict.fromkeys((pickle.EMPTY_LIST, pickle.MARK, pickle.LIST), 150),
     **dict.fromkeys((pickle.PUT, pickle.BINPUT, pickle.LONG_BINPUT, pickle.MEMOIZE), 120),
     **dict.fromkeys((pickle.UNICODE, pickle.SHORT_BINUNICODE, pickle.BINUNICODE, pickle.BINUNICODE8), 120),
     **dict.fromkeys((pickle.GLOBAL, pickle.STACK_GLOBAL), 120),
