@@ -5,6 +5,7 @@ import io
 import json
 import logging
 import math
+import socket
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -245,6 +246,19 @@ def test_store_of_xet_that_fails_ends_the_call_in_time_and_does_not_hold_up_the_
 
 
 # What a caller is told, and how long it takes
+
+
+def test_pull_without_a_network_tries_twice_and_says_so(
+    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def resolve(host: str, *args: object, **kwargs: object) -> None:
+        raise socket.gaierror(socket.EAI_NONAME, 'Name or service not known')
+
+    caplog.set_level('INFO', 'timm_res2net')
+    monkeypatch.setattr(socket, 'getaddrinfo', resolve)
+    with pytest.raises(ConnectionError, match=r'^the Hub can not be reached: .*Name or service not known'):
+        pull('user/net', cache_dir=tmp_path)
+    assert caplog.text.count('trying again') == 1
 
 
 def test_silent_hub_is_named_with_what_was_waited_for_and_how_to_wait_longer(

@@ -6,6 +6,7 @@ import hashlib
 import http.server
 import logging
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -115,6 +116,23 @@ def test_download_to_a_full_disk_is_an_os_error_that_names_the_file(server: Serv
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert type(error.value) is OSError
     assert list(tmp_path.iterdir()) == []
+
+
+def test_without_a_network_two_attempts_are_made_and_the_message_says_where_to_put_the_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def resolve(host: str, *args: object, **kwargs: object) -> None:
+        asked.append(host)
+        raise socket.gaierror(socket.EAI_NONAME, 'Name or service not known')
+
+    monkeypatch.setattr(socket, 'getaddrinfo', resolve)
+    monkeypatch.setitem(timm_res2net.weights.download.BACKOFF, 'wait', tenacity.wait_none())
+    with pytest.raises(ConnectionError, match=rf'service not known>\. .* put it in {tmp_path}/here, or') as error:
+        download('https://weights.invalid/file.bin', tmp_path / 'here', contents)
+    assert str(error.value).count('can not be downloaded') == 1
+    assert asked == ['weights.invalid'] * 2
 
 
 @pytest.mark.parametrize(

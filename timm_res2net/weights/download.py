@@ -7,6 +7,7 @@ import logging
 import math
 import os
 import re
+import socket
 import ssl
 import time
 import urllib.request
@@ -73,6 +74,8 @@ class Deadline:
 def retrying(is_transient: Callable[[BaseException], bool], deadline: Deadline) -> tenacity.Retrying:
     """The retry policy: exponential backoff after a transient error, with a line in the log.
 
+    Where a server's name has no address there is one more attempt and no other: whoever is offline wants to know that.
+
     Args:
         is_transient: Whether a later attempt may succeed.
         deadline: When to stop.
@@ -89,8 +92,22 @@ def retrying(is_transient: Callable[[BaseException], bool], deadline: Deadline) 
     def sleep(seconds: float) -> None:
         time.sleep(min(seconds, deadline.left))
 
-    retry = tenacity.retry_if_exception(lambda error: deadline.left > 0 and is_transient(error))
-    return tenacity.Retrying(retry=retry, sleep=sleep, before_sleep=log, reraise=True, **BACKOFF)
+    def may_retry(state: tenacity.RetryCallState) -> bool:
+        error = state.outcome.exception() if state.outcome else None
+        if error is None or not deadline.left or (state.attempt_number > 1 and has_no_address(error)):
+            return False
+        return is_transient(error)
+
+    return tenacity.Retrying(retry=may_retry, sleep=sleep, before_sleep=log, reraise=True, **BACKOFF)
+
+
+def has_no_address(error: BaseException | None) -> bool:
+    """Whether the cause of an error is that a server's name has no address: so it is on a machine without a network."""
+    for _ in range(10):
+        if error is None or isinstance(error, socket.gaierror):
+            break
+        error = error.__cause__ or error.__context__
+    return isinstance(error, socket.gaierror)
 
 
 class TransferError(OSError):
@@ -144,6 +161,11 @@ def download(url: str, folder: PathLike, read: Callable[[str], T]) -> T:
             sync(target.parent)
     except ConnectionError:  # an OSError, too
         raise
+    except TransferError as error:
+        raise ConnectionError(
+            f'{url} can not be downloaded: {error}. If this machine is offline, bring the file by other means and put '
+            f'it in {target.parent}, or give it to timm_res2net.load_checkpoint'
+        ) from error
     except OSError as error:
         raise OSError(f'{target} can not be written: {error.strerror or first_line(error)}') from error
     return contents
@@ -163,20 +185,14 @@ def transfer(url: str, path: str) -> dict[str, str]:
     """Writes a URL's content to a file, with retries, and returns the response's headers, their names in lower case.
 
     Raises:
-        ConnectionError: If that fails.
+        TransferError: If that fails.
     """
     headers: dict[str, str] = {}
     deadline = Deadline()
     retry = retrying(lambda error: isinstance(error, TransferError) and error.transient, deadline)
     bar: tqdm[NoReturn] = tqdm(desc=Path(urlparse(url).path).name, unit='B', unit_scale=True, disable=None, leave=False)
     with bar, open(path, 'wb') as file:
-        try:
-            retry(transfer_once, url, file, headers, bar, deadline)
-        except TransferError as error:
-            raise ConnectionError(
-                f'{url} can not be downloaded: {error}. If this machine is offline, bring the file by other means and '
-                f'put it in {Path(path).parent}, or give it to timm_res2net.load_checkpoint'
-            ) from error
+        retry(transfer_once, url, file, headers, bar, deadline)
     return headers
 
 
