@@ -228,3 +228,19 @@ def test_detector_trains_in_two_processes(simple_set: Path, tmp_path: Path) -> N
     with torch.no_grad():  # the metrics are of the model that was saved
         found = evaluate(CocoImages(simple_set, 'train'), AREAS, 4, 0, torch.device('cpu'), model.eval())
     assert found == {name: pytest.approx(history[-1][name], abs=0.02) for name in found}
+
+
+@pytest.mark.parametrize(
+    ('options', 'message'),
+    [
+        (['--model', 'res2net50d'], 'unrecognized arguments: --model res2net50d'),  # and not --model-kwargs
+        (['--model-kwargs', 'scale'], "argument --model-kwargs: 'scale' is no KEY=VALUE"),
+    ],
+    ids=['abbreviated', 'no value'],
+)
+def test_detect_argument_that_it_does_not_have_is_named(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match='2'):
+        main(['data', 'run', *options])
+    assert capsys.readouterr().err.splitlines()[-1].endswith(message)

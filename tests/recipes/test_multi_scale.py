@@ -136,8 +136,8 @@ def test_multi_scale_leaves_a_folder_that_is_not_empty(
     assert [path.name for path in tmp_path.iterdir()] == ['mine.txt']
 
 
-def test_multi_scale_that_is_interrupted_leaves_nothing_and_can_be_written_again(
-    fashion_mnist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_multi_scale_that_is_interrupted_says_so_leaves_nothing_and_can_be_written_again(
+    fashion_mnist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(*args: Any) -> dict[str, Any]:
         raise KeyboardInterrupt
@@ -145,8 +145,9 @@ def test_multi_scale_that_is_interrupted_leaves_nothing_and_can_be_written_again
     (tmp_path / 'set').mkdir()
     with monkeypatch.context() as patched:
         patched.setattr(multi_scale, 'annotation', interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            write(tmp_path / 'set', fashion_mnist, COUNTS)
+        with pytest.raises(SystemExit, match='130'):
+            main([str(tmp_path / 'set'), '--fashion-mnist', str(fashion_mnist)])
+    assert capsys.readouterr().err.splitlines()[-1].endswith(': interrupted')
     assert list((tmp_path / 'set').iterdir()) == []
     write(tmp_path / 'set', fashion_mnist, COUNTS)
     assert sorted(path.name for path in (tmp_path / 'set').iterdir()) == ['annotations', 'train', 'unseen', 'val']

@@ -4,12 +4,20 @@ import argparse
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
+from timm.utils import ParseKwargs
 
 from ..weights.errors import first_line
 
-__all__ = ['device', 'positive', 'reported']
+__all__ = ['Keywords', 'device', 'make_parser', 'positive', 'reported']
+
+
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """Makes the parser of a recipe. It takes no abbreviations: --model is not --model-kwargs."""
+    keep_lines = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(description=description, formatter_class=keep_lines, allow_abbrev=False)
 
 
 def positive(text: str) -> int:
@@ -31,11 +39,22 @@ def device(text: str) -> torch.device:
     return torch.device(text)
 
 
+class Keywords(ParseKwargs):
+    """An argument that is keywords, KEY=VALUE, which timm reads as Python's literals or texts."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
+        if wrong := [value for value in values if '=' not in value]:
+            parser.error(f'argument {option}: {wrong[0]!r} is no KEY=VALUE')
+        super().__call__(parser, namespace, values, option)  # type: ignore[no-untyped-call]
+
+
 @contextmanager
 def reported(parser: argparse.ArgumentParser) -> Iterator[None]:
-    """Ends the program with status 2 and one line for an error that a user can mend."""
+    """Ends the program with one line: with status 2 for an error that a user can mend, 130 for Ctrl-C."""
     try:
         yield
+    except KeyboardInterrupt:
+        parser.exit(130, f'{parser.prog}: interrupted\n')
     except ImportError as error:
         parser.error(f'{first_line(error)}; pip install "timm_res2net[recipes]"')
     except (ValueError, TypeError, KeyError, OSError, RuntimeError) as error:

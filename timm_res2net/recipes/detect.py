@@ -9,7 +9,6 @@ the best model and the last; --resume goes on where a run was stopped, and draws
 starts several processes.
 """
 
-import argparse
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
@@ -20,7 +19,6 @@ from typing import Any
 import timm
 import torch
 from timm.data import resolve_model_data_config
-from timm.utils import ParseKwargs
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.models.detection import FCOS
@@ -28,7 +26,7 @@ from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork, nms
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
-from .arguments import positive, reported
+from .arguments import Keywords, make_parser, positive, reported
 from .backbones import add_arguments, begin, choices_of, end, prepare
 from .coco import AREAS, SHOWN, CocoImages, Target, average_precision, draw, save_sheet
 from .training_loop import Settings, batches_of, fit, gather, settings_of, share_of
@@ -213,11 +211,11 @@ def show(dataset: CocoImages, model: nn.Module, out: str, device: torch.device) 
 
 def main(argv: list[str] | None = None) -> None:
     """Trains a detector, prints its average precisions, and draws what it finds."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument('data', type=Path, help="a set in COCO's format")
     parser.add_argument('--channels', type=positive, default=256, help='of the pyramid (default: 256)')
-    parser.add_argument('--model-kwargs', nargs='*', default={}, action=ParseKwargs, help='of timm.create_model')
-    parser.add_argument('--detector-kwargs', nargs='*', default={}, action=ParseKwargs, help="of torchvision's FCOS")
+    parser.add_argument('--model-kwargs', nargs='*', default={}, action=Keywords, help='of timm.create_model')
+    parser.add_argument('--detector-kwargs', nargs='*', default={}, action=Keywords, help="of torchvision's FCOS")
     parser.add_argument(
         '--areas', nargs=2, type=positive, default=AREAS, help='pixels across of squares: small | medium | large'
     )

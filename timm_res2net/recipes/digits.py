@@ -7,13 +7,12 @@ The data are the test part of `Optical Recognition of Handwritten Digits` - http
 out.
 """
 
-import argparse
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
-from .arguments import reported
+from .arguments import make_parser, reported
 
 
 def split() -> dict[str, tuple[np.ndarray, np.ndarray]]:
@@ -35,7 +34,7 @@ def split() -> dict[str, tuple[np.ndarray, np.ndarray]]:
 
 def main(argv: list[str] | None = None) -> None:
     """Writes `FOLDER/{train,val}/LABEL/NUMBER.png`."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument('folder', type=Path, help='where to write')
     folder = parser.parse_args(argv).folder
     with reported(parser):

@@ -7,7 +7,6 @@ models on crops of scikit-image's photographs, with which they are also calibrat
 goes on where it was stopped.
 """
 
-import argparse
 import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,7 +26,7 @@ from ..models.variants import EMBEDDED
 from ..vision.validate import labelled_images, validate
 from ..weights.files import atomic_write_text, read_text, require_writable
 from . import digits
-from .arguments import reported
+from .arguments import make_parser, reported
 from .multi_scale import whole_photographs
 
 MODELS = (
@@ -104,7 +103,7 @@ def cost_for_digits() -> dict[str, Any]:
 
 def main(argv: list[str] | None = None) -> None:
     """Measures what the file does not hold yet, and prints all of it."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument('file', type=Path, help='JSON to write to')
     parser.add_argument('--models', nargs='+', choices=MODELS, default=MODELS, metavar='NAME', help='default: all')
     args = parser.parse_args(argv)

@@ -15,7 +15,6 @@ and downloaded by torchvision to a folder without them. On Debian the package `d
 /usr/share/datasets/fashion-mnist.
 """
 
-import argparse
 import gzip
 import json
 import os
@@ -32,7 +31,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from ..weights.files import make_folder, temporary_folder
-from .arguments import positive, reported
+from .arguments import make_parser, positive, reported
 from .coco import SHOWN, CocoImages, draw, require_sheet, save_sheet
 
 __all__ = [
@@ -285,7 +284,7 @@ def show(folder: Path, out: str) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Writes the set."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument('folder', type=Path, help='where to write')
     parser.add_argument('--fashion-mnist', type=Path, required=True, help='folder of Fashion-MNIST', metavar='DIR')
     for part, (count, _) in PARTS.items():

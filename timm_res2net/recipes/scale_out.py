@@ -7,12 +7,11 @@ own figure for an RTX 3090, https://github.com/huggingface/pytorch-image-models/
 benchmark-train-amp-nhwc-pt112-cu113-rtx3090.csv.
 """
 
-import argparse
 import math
 from dataclasses import dataclass
 
 from ..models.variants import ARCHS
-from .arguments import positive
+from .arguments import make_parser, positive
 
 GPUS = 1, 2, 4, 8, 16, 32, 64
 IMAGENET = 1_281_167  # training images
@@ -82,7 +81,7 @@ def table(found: list[Row]) -> list[str]:
 
 def main(argv: list[str] | None = None) -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument('--model', default='res2net50_26w_4s', choices=ARCHS, metavar='NAME')
     parser.add_argument('--batch-size', type=positive, default=64, help='images of one GPU (default: 64)')
     parser.add_argument('--images-per-second', type=positive, default=851, help='of one GPU in training (default: 851)')

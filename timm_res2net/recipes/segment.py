@@ -14,7 +14,6 @@ that with the highest mean intersection over union. A run that was stopped goes 
 several processes.
 """
 
-import argparse
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,6 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from timm.data import resolve_model_data_config
-from timm.utils import ParseKwargs
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
@@ -34,7 +32,7 @@ from torchvision.tv_tensors import Mask
 from torchvision.utils import draw_segmentation_masks
 
 from ..weights.files import read_text
-from .arguments import positive, reported
+from .arguments import Keywords, make_parser, positive, reported
 from .backbones import add_arguments, begin, choices_of, end, prepare
 from .coco import IGNORED, SHOWN, CocoImages, enlarge, read_image, save_sheet, semantic_mask
 from .training_loop import batches_of, fit, gather, settings_of, share_of
@@ -241,12 +239,12 @@ def show(dataset: Masked, model: nn.Module, out: str, device: torch.device) -> N
 
 def main(argv: list[str] | None = None) -> None:
     """Trains a segmenter, prints its mean intersection over union, and draws what it finds."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument('data', type=Path, help='a set')
     add_arguments(parser, 'res2net50d')
     parser.add_argument('--classes', type=positive, help='labels in the masks, with the background; not for COCO')
     parser.add_argument('--architecture', default='unet', help='of segmentation_models_pytorch (default: unet)')
-    parser.add_argument('--architecture-kwargs', nargs='*', default={}, action=ParseKwargs, help='of that')
+    parser.add_argument('--architecture-kwargs', nargs='*', default={}, action=Keywords, help='of that')
     parser.add_argument('--size', type=positive, default=512, help='pixels across of a training image (default: 512)')
     args = parser.parse_args(argv)
     settings = settings_of(args)

@@ -21,7 +21,6 @@ Run again, it goes on where it was stopped, in the middle of a run, too. The fol
 runs, and a picture of each part.
 """
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -54,7 +53,7 @@ from ..vision.explain import radius, receptive_field
 from ..vision.figures import new_figure, save
 from ..weights.files import atomic_write_text, make_folder
 from . import detect, multi_scale
-from .arguments import positive, reported
+from .arguments import make_parser, positive, reported
 from .coco import CocoImages
 from .training_loop import Settings, fit
 
@@ -453,7 +452,7 @@ def plot(runs: Sequence[dict[str, Any]], part: str, out: str) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the study, writes its figures and pictures, and prints its tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument('folder', type=Path, help='where to write')
     parser.add_argument('--fashion-mnist', type=Path, required=True, help='folder of Fashion-MNIST', metavar='DIR')
     parser.add_argument('--part', nargs='+', choices=PARTS, default=list(PARTS), help='(default: all)')
