@@ -171,7 +171,7 @@ def test_main_interrupted_ends_in_one_line(run: Run, monkeypatch: Patch) -> None
     def interrupt(*args: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr('timm_res2net.__main__.pretrained_model', interrupt)
+    monkeypatch.setattr('timm_res2net.commands.sources.pretrained_model', interrupt)
     assert run('predict') == Done(130, '', 'timm-res2net: interrupted\n')
 
 
@@ -291,8 +291,9 @@ def test_out_that_is_no_regular_file_is_refused_before_work(
     run: Run, arguments: tuple[str, ...], name: str, photos: Path, monkeypatch: Patch
 ) -> None:
     monkeypatch.chdir(photos)
-    monkeypatch.setattr('timm_res2net.__main__.pretrained_model', None)
-    monkeypatch.setattr('timm_res2net.__main__.bench', None)
+    for place in ('features', 'explain', 'sources'):
+        monkeypatch.setattr(f'timm_res2net.commands.{place}.pretrained_model', None)
+    monkeypatch.setattr('timm_res2net.commands.bench.bench', None)
     if not Path('pipe.png').exists():
         os.mkfifo('pipe.png')
     done = run(*arguments, name)
@@ -447,7 +448,7 @@ def test_card_command_prints_writes_and_validates_cards(run: Run, hub: Hub, tmp_
     done = run('card', 'bad.md', '--validate')
     assert done.status == 1
     assert done.err.count('timm-res2net: bad.md: ') == 2  # one found here, one by the Hub
-    monkeypatch.setattr('timm_res2net.__main__.WEIGHTS', ['test_res2net.digits'])
+    monkeypatch.setattr('timm_res2net.commands.card.WEIGHTS', ['test_res2net.digits'])
     assert run('card', '--all', '--out', 'cards').out == 'wrote 1 cards and README.md to cards\n'
     assert Path('cards/test_res2net.digits.md').read_text() == text
     assert Path('cards/README.md').read_text() == catalogue()
@@ -481,7 +482,7 @@ def test_main_with_closed_standard_error_keeps_messages_off_standard_output(
     tmp_path: Path, monkeypatch: Patch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, 'stderr', None)
-    monkeypatch.setattr('timm_res2net.__main__.WEIGHTS', ['test_res2net.digits'])
+    monkeypatch.setattr('timm_res2net.commands.card.WEIGHTS', ['test_res2net.digits'])
     assert main(['card', '--all', '--out', str(tmp_path)]) == 0
     assert main(['card', 'absent']) == 2
     sys.stderr.close()

@@ -1,0 +1,91 @@
+"""`timm-res2net list`: shows the family."""
+
+import argparse
+import json
+import sys
+from collections.abc import Callable
+from fnmatch import fnmatch
+from typing import Any
+
+from ..models.classifier import registered_cfg
+from ..models.variants import ARCHS, WEIGHTS
+from ..vision.figures import plot_catalogue, require_drawable
+from .options import Commands
+from .output import print, print_table
+
+__all__ = ['add_list']
+
+SORT_KEYS: dict[str, Callable[[dict[str, Any]], Any]] = {
+    'params': lambda entry: entry['params'],
+    'gmacs': lambda entry: entry['gmacs'],
+    'top1': lambda entry: (entry['top1_on'] != 'imagenet-1k', -(entry['top1'] or 0)),  # digits are another task
+}
+
+
+def add_list(commands: Commands) -> None:
+    """Adds the arguments of `list`."""
+    command = commands.add_parser('list', help='show the family', description='Show the family.')
+    command.add_argument('pattern', nargs='?', default='*', metavar='PATTERN', help="such as '*50*'")
+    command.add_argument('--pretrained', action='store_true', help='only what has weights')
+    command.add_argument('--max-params', type=positive_number, metavar='M', help='at most so many millions')
+    command.add_argument('--sort', choices=SORT_KEYS, help='smallest first, or the most accurate')
+    command.add_argument('--json', action='store_true', help='machine-readable output')
+    command.add_argument('--plot', metavar='PNG', help='draw accuracy on ImageNet over cost to this file')
+    command.set_defaults(run=run_list)
+
+
+def positive_number(text: str) -> float:
+    """An argument that is a number above zero."""
+    if not float(text) > 0:
+        raise argparse.ArgumentTypeError(f'{text} is not above zero')
+    return float(text)
+
+
+def run_list(args: argparse.Namespace) -> int:
+    """Prints a line for each architecture or set of weights whose name matches."""
+    if args.plot:
+        require_drawable(args.plot)
+    found = [
+        entry for entry in family() if fnmatch(entry['name'], args.pattern) or fnmatch(entry['arch'], args.pattern)
+    ]
+    found = [entry for entry in found if entry['weights'] or not args.pretrained]
+    found = [entry for entry in found if args.max_params is None or entry['params'] <= args.max_params * 1e6]
+    if args.sort:
+        found.sort(key=SORT_KEYS[args.sort])
+    if not found:
+        what = (
+            args.pattern if args.max_params is None else f'{args.pattern} with at most {args.max_params:g} M parameters'
+        )
+        print(f'timm-res2net: no model of the family matches {what}', file=sys.stderr)
+        return 1
+    if args.plot:
+        plot_catalogue([entry for entry in found if entry['top1_on'] == 'imagenet-1k'], args.plot)
+        print(f'drawn to {args.plot}\n', file=sys.stderr if args.json else sys.stdout)
+    if args.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    rows = [('name', 'params', 'GMACs', 'top-1', 'licence', 'weights')]
+    for entry in found:
+        top1 = '-' if entry['top1'] is None else f'{entry["top1"]:.2f} %'
+        cost = f'{entry["params"] / 1e6:.2f} M', f'{entry["gmacs"]:.3f}'
+        rows.append((entry['name'], *cost, top1, entry['licence'] or '-', entry['weights'] or '-'))
+    print_table(rows, left=(0, 4, 5))
+    print('\nGMACs at 224 x 224, of the 29-layer networks for CIFAR at 32 x 32.')
+    print('Top-1 on ImageNet-1k at 224 x 224, of digits on their held-out third.')
+    return 0
+
+
+def family() -> list[dict[str, Any]]:
+    """All sets of weights, and the architectures without any."""
+    entries = []
+    for arch, variant in ARCHS.items():
+        for name in [key for key in WEIGHTS if key.split('.')[0] == arch] or [arch]:
+            weights, cfg = WEIGHTS.get(name), registered_cfg(name)
+            entry = dict(name=name, arch=arch, params=variant.params, gmacs=variant.gmacs)
+            entry.update(top1=None, top1_on=None, licence=None, weights=None)
+            if weights is not None:
+                where = 'in this package' if cfg.file else str(cfg.url or f'hf-hub:{cfg.hf_hub_id}')
+                data = 'digits' if weights.top5 is None else 'imagenet-1k'
+                entry.update(top1=weights.top1, top1_on=data, licence=str(cfg.license), weights=where)
+            entries.append(entry)
+    return entries
