@@ -119,6 +119,7 @@ def test_predict_prints_files_with_their_labels(run: Run, photos: Path, monkeypa
         (('export', 'res2net50d.in1', 'a.pt2'), 2, 'did you mean res2net50d.in1k'),
         (('export', '.', 'a.pt2'), 1, 'config.json of . can not be read: No such file'),
         (('export', 'test_res2net.digits', 'a.pt2', '--model', 'res2net50d'), 2, 'says which model it is'),
+        (('features', 'china.jpg', '--weights', 'absent.onnx'), 1, 'absent.onnx is an exported model, in which'),
         (('explain', '--weights', 'absent.pt2'), 1, 'absent.pt2 is an exported model, in which nothing can be looked'),
         (('predict', '--device', 'meta'), 2, 'meta can not be used here'),
         (('predict', '', '--model', 'test_res2net'), 1, "'': this is no name of a file"),
@@ -263,6 +264,16 @@ def test_features_prints_and_draws_the_pyramid(run: Run, photos: Path, tmp_path:
     ]
     with Image.open(out) as image:
         assert image.width > 5 * image.height / 1.3
+
+
+def test_features_of_weights_in_a_file_are_those_of_the_model_that_it_fits(
+    run: Run, photos: Path, tmp_path: Path
+) -> None:
+    file = tmp_path / 'weights.pth'
+    torch.save(tiny(channels=(8, 16, 24, 40)).state_dict(), file)
+    done = run('features', str(photos / 'china.jpg'), '--weights', str(file))
+    assert done.out.startswith(f'{file} on ')
+    assert [line.split()[2] for line in done.out.splitlines()[3:8]] == ['16', '32', '64', '96', '160']
 
 
 @pytest.mark.parametrize('arguments', [['features', 'china.jpg', '--model', 'test_res2net'], ['explain']], ids=str)

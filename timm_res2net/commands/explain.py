@@ -11,7 +11,7 @@ from ..vision.images import bundled_digits
 from ..vision.predict import pretrained_model
 from .options import Commands, add_labels
 from .output import print
-from .sources import PHOTO, make_classifier, read_named_image, read_weights
+from .sources import PHOTO, make_classifier, read_named_image, read_parameters
 
 __all__ = ['add_explain']
 
@@ -41,9 +41,7 @@ def run_explain(args: argparse.Namespace) -> int:
     require_drawable(args.out)
     image = read_named_image(args.image) if args.image else bundled_digits()[EXAMPLE][0]
     name = args.model or (None if args.weights else PHOTO if args.image else EMBEDDED)
-    weights = read_weights(args.weights)
-    if isinstance(weights, str):
-        raise ValueError(f'{weights} is an exported model, in which nothing can be looked at; give what it was made of')
+    weights = read_parameters(args.weights)
     model = make_classifier(name, weights, args.labels)
     arch = ARCHS.get(model_name(model))
     try:

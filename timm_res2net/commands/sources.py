@@ -22,7 +22,7 @@ from ..weights.recorded import Training, read_labels
 from .options import refuse
 from .output import describe_training, print
 
-__all__ = ['PHOTO', 'make_classifier', 'make_source', 'read_named_image', 'read_weights']
+__all__ = ['PHOTO', 'make_classifier', 'make_source', 'read_named_image', 'read_parameters', 'read_weights']
 
 PHOTO = 'res2net50d.in1k'
 
@@ -30,6 +30,19 @@ PHOTO = 'res2net50d.in1k'
 def read_weights(file: str | None) -> Checkpoint | str | None:
     """What --weights names: a checkpoint, or an exported model, which stays the name of a file."""
     return file if file is None or is_exported(file) else read_checkpoint(file)
+
+
+def read_parameters(file: str | None) -> Checkpoint | None:
+    """What --weights names where a network is looked into: a checkpoint.
+
+    Raises:
+        ValueError: For an exported model.
+        CheckpointError: If the file can't be read.
+    """
+    weights = read_weights(file)
+    if isinstance(weights, str):
+        raise ValueError(f'{weights} is an exported model, in which nothing can be looked at; give what it was made of')
+    return weights
 
 
 def make_classifier(
