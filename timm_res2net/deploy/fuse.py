@@ -9,7 +9,7 @@ from torchvision.models._utils import IntermediateLayerGetter
 
 from ..models.block import Bottle2neck
 from ..models.dla import DlaRoot
-from ..models.fold import fold_norms, require_eval_mode
+from ..models.fold import NOT_TRAINABLE, fold_norms, require_eval_mode
 from ..models.trunk import Trunk
 
 __all__ = ['fuse']
@@ -55,5 +55,5 @@ def fuse(model: nn.Module) -> nn.Module:
 def refuse_training(model: nn.Module, mode: bool = True) -> nn.Module:
     """The `train` of a fused model."""
     if mode:
-        raise ValueError('a fused model has no norms left to train with; train the model that it was made from')
+        raise ValueError(NOT_TRAINABLE)
     return type(model).train(model, False)

@@ -14,7 +14,9 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from .pool import DilatedAvgPool2d
 
-__all__ = ['Foldable', 'FoldedNorm', 'fold_norm', 'fold_norms', 'merge_convs', 'require_eval_mode']
+__all__ = ['NOT_TRAINABLE', 'Foldable', 'FoldedNorm', 'fold_norm', 'fold_norms', 'merge_convs', 'require_eval_mode']
+
+NOT_TRAINABLE = 'a fused model has no norms left to train with; train the model that it was made from'
 
 FoldableT = TypeVar('FoldableT', bound='Foldable')
 
@@ -34,7 +36,7 @@ class Foldable(nn.Module):
     def train(self: FoldableT, mode: bool = True) -> FoldableT:
         """Raises a ValueError for training mode: without its norms a network would train differently, and worse."""
         if mode and any(isinstance(module, FoldedNorm) for module in self.modules()):
-            raise ValueError('a fused model has no norms left to train with; train the model that it was made from')
+            raise ValueError(NOT_TRAINABLE)
         return super().train(mode)
 
 
