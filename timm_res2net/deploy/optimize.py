@@ -194,13 +194,18 @@ def compile_by_openvino(model: nn.Module, example_input: Tensor, dtype: torch.dt
 
 def compile_or_warn(optimized: Optimized, example_input: Tensor) -> None:
     """Compiles with the fastest settings, else with the default ones; a warning says why settings failed."""
-    for name, settings in (('fastest', fastest_settings(example_input.device)), ('default', {})):
+    for name, settings in (('fastest', fastest_settings), ('default', default_settings)):
         try:
-            optimized.compile_now(example_input, **settings)
+            optimized.compile_now(example_input, **settings(example_input.device))
         except Exception as error:  # whatever the compiler's own tools raise
             _logger.warning('torch.compile with %s settings is not possible here: %s', name, first_line(error))
         else:
             return
+
+
+def default_settings(device: torch.device) -> dict[str, Any]:
+    """The settings that `torch.compile` has by itself."""
+    return {}
 
 
 def fastest_settings(device: torch.device) -> dict[str, Any]:
@@ -208,6 +213,9 @@ def fastest_settings(device: torch.device) -> dict[str, Any]:
 
     Kernels are called from C++, and a call doesn't check that the modules are still those that were compiled. That is
     safe if no other model uses the compiled code, hence `isolate_recompiles`.
+
+    Raises:
+        AttributeError: In an older torch.
     """
     skip = torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe
     return dict(isolate_recompiles=True, options=dict(cpp_wrapper=device.type == 'cpu', guard_filter_fn=skip))
