@@ -302,9 +302,11 @@ def read_zip(file: BinaryIO, budget: Budget) -> Contents:
 
 
 # Archives that begin as those of `torch.save` do, by the end of the name of a file that each has.
+EXPORTED = 'torch.export, a program: torch.export.load(FILE).state_dict has its weights'
 OTHER_ARCHIVES = {
     '/constants.pkl': 'TorchScript, a program: torch.jit.load(FILE).state_dict() has its weights',
-    '/models/model.json': 'torch.export, a program: torch.export.load(FILE).state_dict has its weights',
+    '/models/model.json': EXPORTED,
+    'serialized_exported_program.json': EXPORTED,  # of torch 2.6
     '.npy': 'numpy arrays: torch.save a dict of tensors of them',
 }
 
