@@ -266,6 +266,22 @@ def test_optimize_features_only_keeps_features(feature_cls: str, images: Tensor)
         torch.testing.assert_close(feature, wanted, rtol=0, atol=1e-5 * wanted.abs().max().item())
 
 
+def test_optimize_with_a_torch_that_lacks_a_setting_compiles_with_the_default_ones(
+    images: Tensor, log: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(torch.compiler, 'skip_guard_on_inbuilt_nn_modules_unsafe', raising=False)  # as torch 2.6 does
+    used = []
+
+    def compile_with(model: nn.Module, **settings: Any) -> nn.Module:
+        used.append(settings)
+        return model
+
+    monkeypatch.setattr(torch, 'compile', compile_with)
+    assert optimize(tiny(), images).path == 'fused, channels last, float32, compiled'
+    assert used == [{'fullgraph': True}]
+    assert 'torch.compile with fastest settings is not possible here' in log[0][1]
+
+
 @pytest.mark.slow
 def test_optimize_without_compiler_skips_compilation_and_logs_reason(
     images: Tensor, log: list[tuple[str, str]], monkeypatch: pytest.MonkeyPatch, tmp_path: Path

@@ -301,8 +301,8 @@ def read_zip(file: BinaryIO, budget: Budget) -> Contents:
         return read_torch(file, archive, budget)
 
 
-# Archives that begin as those of `torch.save` do, by the end of the name of a file that each has.
 EXPORTED = 'torch.export, a program: torch.export.load(FILE).state_dict has its weights'
+# Archives that begin as those of `torch.save` do, by the end of the name of a file that each has.
 OTHER_ARCHIVES = {
     '/constants.pkl': 'TorchScript, a program: torch.jit.load(FILE).state_dict() has its weights',
     '/models/model.json': EXPORTED,
