@@ -103,6 +103,7 @@ def test_load_checkpoint_of_another_function_is_refused_and_forced_load_is_wrong
 
 # Detectors, strided in the 1x1 convolution or deformable: the file, its model, and arguments.
 CAFFE: dict[str, Any] = dict(first_block='mmdet', style='caffe', base_width=2)
+FCA_NET: dict[str, Any] = dict(first_block='mmdet', strides=(1, 2, 2, 1), dilations=(1, 1, 1, (2, 4, 8)))
 DETECTORS: list[tuple[str, str, dict[str, Any]]] = [
     ('deformable/detectron2.pkl', 'res2net50d', CAFFE),
     ('deformable/centernet2.pth', 'res2net50d', CAFFE),
@@ -123,6 +124,8 @@ DETECTORS: list[tuple[str, str, dict[str, Any]]] = [
         'res2net50d',
         dict(base_width=2, first_block='mmdet', strides=(1, 2, 1, 1), dilations=(1, 1, 2, (4, 8, 16))),
     ),
+    ('encoders/meganet.pth', 'res2net50d', dict(layers=(2, 1, 1, 1), base_width=2)),
+    ('encoders/fcanet.pth', 'res2net50d', dict(layers=(2, 1, 1, 3), base_width=2, in_chans=5, **FCA_NET)),
 ]
 
 
@@ -148,6 +151,8 @@ def test_load_model_detector_computes_what_its_own_code_computes(
         ('maskrcnn/maskrcnn.pth', dict(norm_eps=1e-5)),
         ('vecroad/vecroad.pth', dict(first_block='official')),
         ('vecroad/vecroad.pth', dict(dilations=(1, 1, 2, 4))),
+        ('encoders/meganet.pth', dict(first_block='mmdet')),
+        ('encoders/fcanet.pth', dict(first_block='official')),
     ],
 )
 def test_load_checkpoint_detector_of_another_function_is_refused_and_would_be_wrong(
@@ -187,25 +192,26 @@ def test_load_model_of_given_geometry_computes_what_its_own_code_computes(
 
 
 @pytest.mark.parametrize(
-    ('reference', 'file', 'last'),
+    ('reference', 'file', 'dilations'),
     [
-        ('dilated/inspyrenet', 'dilated/backbone.pth', (4, 8, 16)),
-        ('dilated/uacanet_s', 'dilated/uacanet.pth', 4),
-        ('vecroad/vecroad', 'vecroad/vecroad.pth', (4, 8, 16)),
+        ('dilated/inspyrenet', 'dilated/backbone.pth', (1, 1, 2, (4, 8, 16))),
+        ('dilated/uacanet_s', 'dilated/uacanet.pth', (1, 1, 2, 4)),
+        ('vecroad/vecroad', 'vecroad/vecroad.pth', (1, 1, 2, (4, 8, 16))),
+        ('encoders/fcanet', 'encoders/fcanet.pth', (1, 1, 1, (2, 4, 8))),
     ],
 )
 def test_load_model_computes_the_dilations_of_the_last_stage_on_a_wide_image(
-    reference: str, file: str, last: int | tuple[int, ...], references: References
+    reference: str, file: str, dilations: tuple[Any, ...], references: References
 ) -> None:
     # Small images have a last stage smaller than its dilation, where any dilation computes the same.
     archive, name = reference.split('/')
     with np.load(references(archive) / 'wide.npz') as arrays:
         x, theirs = (torch.from_numpy(arrays[each]) for each in ('images', name))
-    for dilation in (last, 4, 2):
-        model = load_model(reference_file(references, file), dilations=(1, 1, 2, dilation)).eval()
+    for last in (dilations[3], 4, 2):
+        model = load_model(reference_file(references, file), dilations=(*dilations[:3], last)).eval()
         with torch.inference_mode():
             error = (model.forward_features(x)[:, ::8] - theirs).abs().max() / theirs.abs().max()
-        assert error < 1e-5 if dilation == last else error > 0.1
+        assert error < 1e-5 if last == dilations[3] else error > 0.1
 
 
 # detectron2, in the format that its fork documents

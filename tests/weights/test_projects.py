@@ -66,7 +66,7 @@ TOLD_AS = {
     'COVID PraNet': 'PraNet, Inf-Net for CT',
     'COVID Inf-Net': 'PraNet, Inf-Net for CT',
 }
-UNKNOWN = 'FCA-Net', 'FEDER', 'MEGANet', 'VecRoad'  # with other names than the authors', or no Res2Net
+UNKNOWN = 'FCA-Net', 'FEDER', 'MEGANet', 'VecRoad'  # of dialects of their own, or without a Res2Net
 
 
 @pytest.mark.parametrize('name', NETWORKS)

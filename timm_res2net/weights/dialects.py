@@ -152,6 +152,15 @@ VECROAD_STAGES = (
     ('stage_1.0.{j}.', 'conv1.{j}.'),
     ('stage_{s}.', 'layer{s}.'),
 )
+ENCODERS = (
+    ('encoder1_conv.', 'conv1.'),
+    ('encoder1_bn.', 'bn1.'),
+    ('encoder{s}.', 'layer{s}.'),
+)
+FCA_PARTS = (
+    ('backbone_pre.', ''),
+    ('backbone_last.', ''),
+)
 PORT_BLOCKS = (
     ('layer{s}.{i}.conv2.{k}.', 'layer{s}.{i}.convs.{k}.'),
     ('layer{s}.{i}.bn2.{k}.', 'layer{s}.{i}.bns.{k}.'),
@@ -322,6 +331,20 @@ DIALECTS = {
         shift={'s': -1},
         function=Function('mmdet', strides=(1, 2, 1, 1), dilations=(1, 1, 2, (4, 8, 16))),
         stem_norm=False,
+    ),
+    'meganet': Dialect(
+        "MEGANet and others that call the authors' stem and stages encoder1 to encoder5, .pth",
+        ('encoder2.0.convs.0.weight',),
+        (('encoder1_conv.weight', ()), ('encoder1_conv.0.weight', ())),
+        ENCODERS,
+        shift={'s': -1},
+    ),
+    'fca-net': Dialect(
+        "FCA-Net, .pth, which has the authors' modules in two",
+        ('backbone_last.layer4.0.convs.0.weight',),
+        (('backbone_pre.conv1.0.weight', ()),),
+        FCA_PARTS,
+        function=Function('mmdet', strides=(1, 2, 2, 1), dilations=(1, 1, 1, (2, 4, 8))),
     ),
     'official': Dialect(
         "the authors' code, timm, Jittor, this package and all that build on them (PraNet, ...)",

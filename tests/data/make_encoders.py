@@ -1,0 +1,127 @@
+"""Makes encoders.tar.xz with the backbones of MEGANet and FCA-Net, which have the authors' modules under other names.
+
+    python -m venv VENV && VENV/bin/pip install torch numpy scipy
+    git -C FOLDER clone https://github.com/UARK-AICV/MEGANet
+    git -C FOLDER clone https://github.com/frazerlin/fcanet
+    VENV/bin/python tests/data/make_encoders.py FOLDER
+
+For each of the two the archive holds NAME.npz with an image of an even and of an odd size and the four feature maps
+that their code computes for them, and NAME.pth, a checkpoint as their code writes or reads it, with one tensor of
+another part. wide.npz holds an image of 8x264 and FCA-Net's last map, as the smaller images don't show all dilations.
+The networks are thin, and repeat most of their values, so that the archive is small.
+
+All that computes is theirs, of commits 8ae378d and e7de0ed; only width and depth are changed. The weights that MEGANet
+loads are left out.
+
+What the networks compute:
+
+- MEGANet: the authors' v1b. `encoder1_conv` and `encoder1_bn` are its `conv1` and `bn1`, `encoder2` to `encoder5` its
+  stages.
+- FCA-Net: `backbone_pre` has stem and first stage, `backbone_last` the others, under the authors' names. The stem takes
+  five channels, an image and two maps of clicks. First blocks are not cascaded; at stride 1 they keep the last split as
+  it is, as mmdet's do. The last stage has stride 1 and dilations 2, 4, 8.
+"""
+
+import contextlib
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from make_dilated import randomise
+from make_vecroad import repeat_vectors
+from reference import pack
+from torch import nn
+
+Network = tuple[nn.Module, dict[str, nn.Module], Callable[[torch.Tensor], Any]]
+
+
+def meganet(folder: Path) -> Network:
+    """Builds MEGANet on a thin backbone, where its own code loads the weights of the usual one.
+
+    Returns:
+        The network, its backbone's modules under the authors' names, and what runs these.
+    """
+    sys.path.insert(0, str(folder / 'MEGANet' / 'MEGANet-Res2Net'))
+    from lib import EGANet, res2net
+
+    def thin(pretrained: bool) -> nn.Module:
+        return res2net.Res2Net(res2net.Bottle2neck, [2, 1, 1, 1], baseWidth=2, scale=4)
+
+    EGANet.res2net50_v1b_26w_4s = thin
+    torch.Tensor.cuda = torch.Tensor.clone  # its Gaussian filter is moved to a GPU
+    net = EGANet.EGANetModel()
+    parts = {f'layer{i}': net.net.get_submodule(f'encoder{i + 1}') for i in (1, 2, 3, 4)}
+    return net, {'conv1': net.net.encoder1_conv, 'bn1': net.net.encoder1_bn, **parts}, net
+
+
+def fcanet(folder: Path) -> Network:
+    """Builds FCA-Net on a thin backbone, see `meganet`."""
+    sys.path.insert(0, str(folder / 'fcanet'))
+    from model import fcanet, res2net_split
+
+    def thin(stride: int, norm: Any, pretrained: bool, stages: list[int], more: int) -> nn.Module:
+        options: dict[str, Any] = dict(layer_range=stages, aux_channel=more, baseWidth=2)
+        return res2net_split.Res2NetSplit(res2net_split.Bottle2neck, [2, 1, 1, 3], stride, norm, **options)
+
+    fcanet.res2net_split.Res2NetSplit101 = thin
+    net = fcanet.FCANet('res2net')
+    first, last = net.backbone_pre, net.backbone_last
+    parts = {'conv1': first.conv1, 'bn1': first.bn1, 'layer1': first.layer1}
+    return net, {**parts, **dict(last.named_children())}, lambda x: last(first(x))
+
+
+def stage_maps(parts: dict[str, nn.Module], run: Callable[[torch.Tensor], Any], images: np.ndarray) -> list[np.ndarray]:
+    """Runs a network and takes what its four stages return.
+
+    MEGANet fails after them for images whose sides are no multiples of 32, where it concatenates their maps.
+    """
+    maps: list[np.ndarray] = []
+    stages = [parts[f'layer{i}'] for i in (1, 2, 3, 4)]
+    hooks = [stage.register_forward_hook(lambda *call: maps.append(call[-1].numpy().copy())) for stage in stages]
+    fails = any(side % 32 for side in images.shape[2:])
+    with contextlib.suppress(RuntimeError) if fails else contextlib.nullcontext():
+        run(torch.from_numpy(images))
+    for hook in hooks:
+        hook.remove()
+    assert len(maps) == 4
+    return maps
+
+
+NETWORKS = {  # how it is built, channels of its images, and a tensor of another part
+    'meganet': (meganet, 3, 'net.up5.0.conv.0.weight'),
+    'fcanet': (fcanet, 5, 'my_aspp.aspp1.bn.weight'),
+}
+
+
+def main(folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    drawn: dict[tuple[str, torch.Size], np.ndarray] = {}
+    with tempfile.TemporaryDirectory() as temporary, torch.no_grad():
+        for name, (build, channels, other) in NETWORKS.items():
+            net, parts, run = build(folder)
+            backbone = nn.ModuleDict(parts)
+            net.eval()
+            randomise(backbone, drawn, rng)
+            repeat_vectors(backbone)
+            own = {tensor.data_ptr() for tensor in backbone.state_dict().values()}
+            state = net.state_dict()
+            kept = {key: tensor for key, tensor in state.items() if tensor.data_ptr() in own or key == other}
+            torch.save({**kept, other: torch.ones(1)}, Path(temporary, f'{name}.pth'))
+            arrays = {}
+            for size in (64, 65):
+                x = (rng.integers(0, 256, (1, channels, size, size)) / 128 - 1).astype('float32')
+                arrays[f'images{size}'] = x
+                maps = stage_maps(parts, run, x)
+                arrays.update({f'map{size}_{i}': feature[:, ::8] for i, feature in enumerate(maps)})
+            np.savez(Path(temporary, f'{name}.npz'), **arrays)
+        wide = (rng.integers(0, 256, (1, channels, 8, 264)) / 128 - 1).astype('float32')
+        np.savez(Path(temporary, 'wide.npz'), images=wide, fcanet=stage_maps(parts, run, wide)[3][:, ::8])
+        pack(temporary, 'encoders.tar.xz')
+
+
+if __name__ == '__main__':
+    main(Path(sys.argv[1]))
