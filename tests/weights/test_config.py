@@ -15,7 +15,7 @@ from support import TINY, tiny
 
 from timm_res2net import CheckpointError, push
 from timm_res2net.weights.checkpoints import read_checkpoint
-from timm_res2net.weights.config import load_folder, make_model
+from timm_res2net.weights.config import Meter, load_folder, make_model
 
 CONFIG: dict[str, Any] = dict(
     architecture='test_res2net',
@@ -102,6 +102,17 @@ def test_make_model_of_impossible_config_raises_with_key_and_source(path: str, v
     assert 'user/net' in str(error.value)
     assert '\n' not in str(error.value)
     assert time.perf_counter() - start < 2
+
+
+def test_meter_that_ends_a_function_without_gradients_leaves_them_enabled() -> None:
+    def make() -> None:
+        with torch.no_grad():
+            for _ in range(5000):
+                torch.ones(1)
+
+    with pytest.raises(ValueError, match='far more tensors than the 3 of its weights'), Meter(3):
+        make()
+    assert torch.is_grad_enabled()
 
 
 @pytest.mark.parametrize(

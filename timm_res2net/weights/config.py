@@ -11,6 +11,7 @@ from typing import Any
 
 import safetensors.torch
 import timm
+import torch
 from safetensors import SafetensorError
 from timm.models import PretrainedCfg, build_model_with_cfg
 from torch import Tensor, nn
@@ -209,9 +210,10 @@ class Meter(TorchFunctionMode):
         self.tensors, self.left = tensors, CALLS_PER_TENSOR * tensors + 4000
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.left -= 1
-        if self.left < 0:
-            raise ValueError(f'it would have far more tensors than the {self.tensors:,} of its weights')
+        if func is not torch._C._set_grad_enabled:  # by which `torch.no_grad` ends, also after the error
+            self.left -= 1
+            if self.left < 0:
+                raise ValueError(f'it would have far more tensors than the {self.tensors:,} of its weights')
         return func(*args, **(kwargs or {}))
 
 
