@@ -19,7 +19,7 @@ import pytest
 import timm
 import torch
 from hub_server import Fault, Hub
-from huggingface_hub import ModelCard, constants, file_download, hf_hub_download
+from huggingface_hub import ModelCard, close_session, constants, file_download, hf_hub_download
 from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import _http, _xet
 from support import TINY, slow_but, tiny
@@ -255,6 +255,7 @@ def test_pull_without_a_network_tries_twice_and_says_so(
         raise socket.gaierror(socket.EAI_NONAME, 'Name or service not known')
 
     caplog.set_level('INFO', 'timm_res2net')
+    close_session()  # else a connection that an earlier test left open is used
     monkeypatch.setattr(socket, 'getaddrinfo', resolve)
     with pytest.raises(ConnectionError, match=r'^the Hub can not be reached: .*Name or service not known'):
         pull('user/net', cache_dir=tmp_path)
