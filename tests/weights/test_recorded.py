@@ -202,6 +202,18 @@ def test_convert_keeps_preparation_and_names_also_for_a_file_of_its_folder(tmp_p
         assert class_names(model) == CLASSES
 
 
+@pytest.mark.parametrize('name', ['test_res2net', 'res2net50d'])
+def test_file_that_tells_nothing_of_its_images_is_converted_with_what_load_model_assumes(
+    name: str, tmp_path: Path
+) -> None:
+    torch.save(timm.create_model(name, num_classes=3).state_dict(), tmp_path / 'weights.pth')
+    convert(tmp_path / 'weights.pth', tmp_path / 'net')
+    made = timm.create_model(f'local-dir:{tmp_path}/net', pretrained=True)
+    loaded = load_model(tmp_path / 'weights.pth')
+    assert json.dumps(resolve_model_data_config(made)) == json.dumps(resolve_model_data_config(loaded))
+    assert made.pretrained_cfg.get('license') is None
+
+
 @pytest.mark.parametrize('channels', [1, 4])
 def test_images_of_other_channels_get_the_mean_of_the_means(channels: int, tmp_path: Path) -> None:
     file = saved(tmp_path, kwargs={**TINY, 'in_chans': channels}, mean=[0.1, 0.2, 0.6], std=[0.2, 0.3, 0.4])

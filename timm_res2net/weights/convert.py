@@ -23,6 +23,7 @@ from .errors import UnknownModelError
 from .files import PathLike, atomic_write, sha256
 from .folder import make_config, require_no_model, write_folder
 from .loading import find_architecture, require_same_function
+from .recorded import IMAGES
 
 __all__ = ['Conversion', 'convert', 'export_checkpoint', 'require_as_many_labels']
 
@@ -79,7 +80,11 @@ def convert(
     origin = dict(file=Path(file).name, sha256=sha256(file), dialect=checkpoint.translation.dialect)
     tags = [key for key in WEIGHTS if key.split('.')[0] == name and not args]
     published = [key for key in tags if Path(WEIGHTS[key].cfg.get('url', '')).name == origin['file']]
-    cfg = registered_cfg(published[0]).to_dict(remove_source=True) if published else default_cfg(name)
+    if published:
+        cfg = registered_cfg(published[0]).to_dict(remove_source=True)
+    else:  # images as in timm's configuration, which may be of weights whose licence and other properties these lack
+        usual = registered_cfg(name).to_dict()
+        cfg = {**default_cfg(name), **{key: usual[key] for key in IMAGES if key in usual}}
     if labels is not None:
         require_as_many_labels(labels, checkpoint.num_classes)
     names = labels or checkpoint.training.labels
