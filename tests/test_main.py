@@ -19,10 +19,10 @@ from support import tiny
 
 from timm_res2net import card
 from timm_res2net.__main__ import main
+from timm_res2net.deploy.images import bundled_digits
 from timm_res2net.hub.catalogue import catalogue
 from timm_res2net.models.variants import ARCHS, WEIGHTS
 from timm_res2net.version import __version__
-from timm_res2net.vision.images import bundled_digits
 from timm_res2net.weights.dialects import DIALECTS
 from timm_res2net.weights.files import sha256
 

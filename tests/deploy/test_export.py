@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from timm.data import resolve_model_data_config
 from torch import nn
 
 import timm_res2net
-from timm_res2net import CheckpointError, export, fuse
+from timm_res2net import CheckpointError, export, fuse, optimize
 from timm_res2net.deploy import export as export_module
 from timm_res2net.deploy import quantize, runtimes
 from timm_res2net.deploy.export import PRECISIONS
@@ -128,6 +129,10 @@ class Foreign(nn.Module):
         return x
 
 
+def optimized() -> nn.Module:
+    return optimize(tiny(features_only=True), torch.zeros(1, 3, 32, 32), compile=False)
+
+
 @pytest.mark.parametrize(
     ('model', 'name', 'arguments', 'error', 'message'),
     [
@@ -147,6 +152,11 @@ class Foreign(nn.Module):
             r'are \(2, 3, 16, 16\) .*give \(N, 3',
         ),
         (tiny, 'net.pt2', dict(images=[]), ValueError, 'no image to calibrate with'),
+        (tiny, 'net.pt2', dict(images=torch.zeros(0, 3, 32, 32)), ValueError, 'no image to calibrate with'),
+        (tiny, 'net.pt2', dict(images=[{'image': torch.zeros(1, 3, 32, 32)}]), ValueError, 'is a dict; give tensors'),
+        (tiny, 'net.pt2', dict(batch=0), ValueError, 'batch=0 is not possible; give a number above zero'),
+        (tiny, 'net.pt2', dict(size='32'), ValueError, "size='32' is not possible; give a number above zero"),
+        (optimized, 'net.pt2', {}, ValueError, 'an optimized model can not be exported'),
         (tiny, 'net.pt2', dict(images='nowhere'), ValueError, 'nowhere is no folder of images'),
         (tiny, 'net.pt2', dict(images=torch.zeros(1, 3, 32, 32).byte()), ValueError, 'of torch.uint8; give'),
     ],
@@ -218,9 +228,8 @@ def test_export_whose_last_features_are_not_a_number_is_not_kept(
 
 
 def test_export_missing_runtime_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ('onnxruntime', 'openvino'):
-        monkeypatch.setitem(__import__('sys').modules, name, None)
-    for suffix in ('.onnx', '.xml'):
+    for name, suffix in (('onnxscript', '.onnx'), ('onnxruntime', '.onnx'), ('openvino', '.xml')):
+        monkeypatch.setitem(sys.modules, name, None)
         with pytest.raises(ImportError, match=r'files need it: .*pip install "timm_res2net\[deploy\]"'):
             export(tiny(), tmp_path / f'net{suffix}', **SIZE)
     assert list(tmp_path.iterdir()) == []
@@ -240,7 +249,6 @@ def test_load_exported_other_files_are_refused_with_the_reason(tmp_path: Path) -
         load_exported(tmp_path / 'a.pth')
 
 
-@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')  # timm leaves files open
 def test_calibration_images_come_from_tensors_loaders_and_folders(tmp_path: Path) -> None:
     model = timm.create_model('test_res2net.digits', pretrained=True)
     x = torch.randn(500, 3, 32, 32)
@@ -256,7 +264,14 @@ def test_calibration_images_come_from_tensors_loaders_and_folders(tmp_path: Path
     assert sorted(round(value, 2) for value in found[:, 0, 0, 0].tolist()) == [-1.0, -0.22, 0.57]
 
 
-@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')  # timm leaves files open
+def test_calibration_images_of_a_folder_with_a_damaged_one_are_refused_by_its_name(tmp_path: Path) -> None:
+    for i in range(3):
+        Image.new('L', (8, 8)).save(tmp_path / f'{i}.png')
+    (tmp_path / '1.png').write_bytes((tmp_path / '0.png').read_bytes()[:40])
+    with pytest.raises(ValueError, match=r'/1\.png is no image to calibrate with: this'):
+        calibration_images(timm.create_model('test_res2net.digits'), tmp_path, (3, 32, 32))
+
+
 def test_calibration_images_are_of_all_classes_of_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(quantize, 'CALIBRATION_IMAGES', 5)
     for i in range(9):

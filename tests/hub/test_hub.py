@@ -31,8 +31,8 @@ from torch import nn
 
 import timm_res2net
 from timm_res2net import CheckpointError, load_checkpoint, load_model, pull, push
+from timm_res2net.deploy.images import bundled_digits
 from timm_res2net.hub.push import Commit
-from timm_res2net.vision.images import bundled_digits
 from timm_res2net.vision.predict import predict
 from timm_res2net.weights.config import load_folder
 from timm_res2net.weights.files import sha256

@@ -8,13 +8,13 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from support import TRUNKS, built, fitting, tiny
+from support import TRUNKS, built, fitting, randomise, tiny
 
 from integration.conftest import digits
 from timm_res2net import CheckpointError, export, optimize
+from timm_res2net.deploy.images import bundled_digits
 from timm_res2net.deploy.runtimes import METADATA, load_exported
 from timm_res2net.recipes.digits import split
-from timm_res2net.vision.images import bundled_digits
 from timm_res2net.vision.predict import predict, pretrained_model
 from timm_res2net.vision.validate import labelled_images, validate
 
@@ -54,6 +54,24 @@ def test_export_every_trunk_in_8_bits_is_close_and_a_third_as_large(name: str, s
     assert done.bytes < 1.6 * weights + 500_000
     if suffix == '.xml':
         assert [kernel for kernel in kernels_of_convolutions(done.file) if not kernel.endswith('I8')] == []
+
+
+@pytest.mark.parametrize('suffix', FORMATS)
+def test_export_in_8_bits_for_one_batch_size_is_calibrated_and_takes_it(suffix: str, tmp_path: Path) -> None:
+    model, images = tiny(), torch.randn(5, 3, 32, 32)
+    done = export(model, tmp_path / f'net{suffix}', precision='int8', images=images, size=32, batch=2)
+    assert done.mean_difference < 0.08
+    loaded = load_exported(done.file)
+    assert loaded(images[:2]).shape == (2, model.num_classes)
+    with pytest.raises(ValueError, match=r'this was exported for \(2, 3, 32, 32\)'):
+        loaded(images[:3])
+
+
+@pytest.mark.parametrize('suffix', FORMATS)
+def test_export_deformable_model_in_8_bits_is_close(suffix: str, tmp_path: Path) -> None:
+    model = randomise(tiny(deformable=(None, 'v2', 'v2', 'v2'), first_block='mmdet'))
+    done = export(model, tmp_path / f'net{suffix}', precision='int8', images=torch.randn(16, 3, 64, 64), size=64)
+    assert done.mean_difference < 0.2
 
 
 def kernels_of_convolutions(file: Path) -> list[str]:

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from timm_res2net import class_activation_map, receptive_field
 from timm_res2net.__main__ import main
+from timm_res2net.deploy.images import bundled_digits
 from timm_res2net.models.block import Bottle2neck
 from timm_res2net.models.variants import ARCHS
 from timm_res2net.vision.explain import blocks_of, explain, radius
 from timm_res2net.vision.figures import plot_explanation
-from timm_res2net.vision.images import bundled_digits
 
 
 @pytest.mark.parametrize('name', TRUNKS)

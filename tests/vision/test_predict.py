@@ -16,12 +16,12 @@ from support import tiny
 from timm.data import create_transform, resolve_model_data_config
 
 from timm_res2net import CheckpointError, load_model
+from timm_res2net.deploy.images import bundled_digits, find_images, preprocess, read_image
 from timm_res2net.models.block import function_of
 from timm_res2net.models.classifier import class_names
 from timm_res2net.models.variants import WEIGHTS
 from timm_res2net.recipes.digits import split
 from timm_res2net.vision.figures import plot_pyramid
-from timm_res2net.vision.images import bundled_digits, find_images, preprocess, read_image
 from timm_res2net.vision.predict import feature_pyramid, predict, pretrained_model
 from timm_res2net.weights.errors import UnknownModelError
 

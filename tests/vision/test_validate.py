@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from timm_res2net.deploy.images import bundled_digits
 from timm_res2net.models.variants import WEIGHTS
 from timm_res2net.recipes.digits import split
 from timm_res2net.vision.figures import plot_confusion
-from timm_res2net.vision.images import bundled_digits
 from timm_res2net.vision.predict import HANDFUL, classify, predict
 from timm_res2net.vision.validate import LabelledImages, labelled_images, validate
 

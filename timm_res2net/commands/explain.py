@@ -2,12 +2,12 @@
 
 import argparse
 
+from ..deploy.images import bundled_digits
 from ..models.classifier import model_name
 from ..models.variants import ARCHS, EMBEDDED
 from ..recipes.arguments import positive
 from ..vision.explain import explain
 from ..vision.figures import plot_explanation, require_drawable
-from ..vision.images import bundled_digits
 from ..vision.predict import pretrained_model
 from .options import Commands, add_labels
 from .output import print

@@ -6,10 +6,10 @@ from typing import Any
 
 from tqdm import tqdm
 
+from ..deploy.images import bundled_digits, find_images
 from ..models.classifier import model_name
 from ..models.variants import EMBEDDED
 from ..recipes.arguments import device, positive
-from ..vision.images import bundled_digits, find_images
 from ..vision.predict import predict
 from .options import Commands, add_labels
 from .output import left_out, print, report_left_out

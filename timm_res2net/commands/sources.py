@@ -10,8 +10,8 @@ import torch
 from PIL import Image
 from torch import nn
 
+from ..deploy.images import read_image
 from ..models.variants import WEIGHTS
-from ..vision.images import read_image
 from ..vision.predict import is_exported, name_classes, pretrained_model
 from ..weights.checkpoints import Checkpoint, read_checkpoint
 from ..weights.config import load_folder

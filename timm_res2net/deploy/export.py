@@ -23,7 +23,8 @@ from ..version import __version__
 from ..weights.errors import first_line
 from ..weights.files import PathLike, sync, temporary_folder
 from .fuse import fuse
-from .quantize import Images, calibration_images, convert_to_openvino, quantize_onnx
+from .optimize import ForInference
+from .quantize import Images, calibration_images, convert_to_openvino, quantize_onnx, whole_batches
 from .runtimes import METADATA, SUFFIXES, load_exported, require_runtime
 
 __all__ = ['PRECISIONS', 'TOLERANCES', 'Export', 'export']
@@ -94,6 +95,9 @@ def export(
     """
     path = Path(file)
     require_possible(path, precision, compile)
+    require_counts(batch=batch, size=size)
+    if any(isinstance(module, ForInference) for module in model.modules()):
+        raise ValueError('an optimized model can not be exported; give the model that it was made from')
     require_runtime(path.suffix)
     fused = fuse(model)
     record = describe(model, path.suffix, precision, batch, size)
@@ -134,6 +138,14 @@ def require_possible(path: Path, precision: str, compile: bool) -> None:
             raise ValueError(f'there is a {part} already; name another file, or move it away')
     if not path.parent.is_dir():
         raise FileNotFoundError(f'there is no folder {path.parent} to write {path.name} to')
+
+
+def require_counts(**values: Any) -> None:
+    """Raises a ValueError for a batch or size that is given and is no number above zero, or two."""
+    for name, value in values.items():
+        numbers = value if isinstance(value, tuple) and len(value) == 2 and name == 'size' else (value,)
+        if value is not None and not all(isinstance(number, int) and number > 0 for number in numbers):
+            raise ValueError(f'{name}={value!r} is not possible; give a number above zero')
 
 
 def parts_of(path: Path) -> list[Path]:
@@ -221,8 +233,11 @@ def write_onnx(
     program: nn.Module, file: Path, example: Tensor, free: bool, names: list[str], text: str, images: Tensor | None
 ) -> None:
     """Writes ONNX by torch's exporter, quantized if images are given."""
-    import onnx
-
+    try:
+        import onnx
+        import onnxscript  # noqa: F401 - torch's exporter needs it
+    except ImportError as error:
+        raise ImportError(f'.onnx files need it: {error}; pip install "timm_res2net[deploy]"') from error
     unquantized = file if images is None else file.with_name('unquantized.onnx')
     torch.onnx.export(
         program,
@@ -237,7 +252,7 @@ def write_onnx(
         verbose=False,
     )
     if images is not None:
-        quantize_onnx(unquantized, file, images)
+        quantize_onnx(unquantized, file, images, 1 if free else len(example))
     model = onnx.load(file)
     onnx.helper.set_model_props(model, {METADATA: text})
     onnx.checker.check_model(model)
@@ -286,7 +301,7 @@ def verify(
     if images is None:
         images = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
     if batch is not None:
-        images = images[torch.arange(-(-len(images) // batch) * batch) % len(images)]  # whole batches
+        images = whole_batches(images, batch)
         batches = list(images.split(batch))
     else:
         images = images if len(images) > 1 else images.expand(3, -1, -1, -1)

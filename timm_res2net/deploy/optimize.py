@@ -13,7 +13,7 @@ from .fuse import fuse
 from .quantize import convert_to_openvino, quantize_torch
 from .runtimes import Outputs, compile_openvino, finish, require_floating_point
 
-__all__ = ['DTYPES', 'compile_by_openvino', 'optimize']
+__all__ = ['DTYPES', 'ForInference', 'compile_by_openvino', 'optimize']
 
 _logger = logging.getLogger(__name__)
 

@@ -3,18 +3,27 @@
 import contextlib
 import logging
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from timm.data import create_dataset, create_loader
 from torch import Tensor, nn
 
 from ..models.classifier import image_config
+from .images import find_images, image_transform, read_image
 from .runtimes import compile_openvino
 
-__all__ = ['CALIBRATION_IMAGES', 'calibration_images', 'convert_to_openvino', 'quantize_onnx', 'quantize_torch']
+__all__ = [
+    'CALIBRATION_IMAGES',
+    'calibration_images',
+    'convert_to_openvino',
+    'quantize_onnx',
+    'quantize_torch',
+    'whole_batches',
+]
+
+_logger = logging.getLogger(__name__)
 
 CALIBRATION_IMAGES = 300  # NNCF's own number; more of them change little
 
@@ -31,7 +40,7 @@ def calibration_images(model: nn.Module, images: Images | None, shape: tuple[int
         shape: (C, H, W) of the model's input.
 
     Raises:
-        ValueError: If there is none, or they are of another shape.
+        ValueError: If there is none, one can't be read, or they are of another shape.
     """
     if images is None:
         raise ValueError('int8 needs images to calibrate with: give images: a folder, a DataLoader or a tensor')
@@ -40,13 +49,17 @@ def calibration_images(model: nn.Module, images: Images | None, shape: tuple[int
     batches: Iterable[Any] = [images] if isinstance(images, Tensor) else images
     taken: list[Tensor] = []
     for batch in batches:
-        x: Tensor = batch if isinstance(batch, Tensor) else batch[0]
+        x = batch[0] if isinstance(batch, tuple | list) and len(batch) else batch
+        if not isinstance(x, Tensor):
+            raise ValueError(
+                f'a batch to calibrate with is a {type(batch).__name__}; give tensors, or tuples that begin with one'
+            )
         if x.shape[1:] != shape or not x.is_floating_point():
             wanted = ', '.join(map(str, shape))
             raise ValueError(
                 f'images to calibrate with are {tuple(x.shape)} of {x.dtype}; give (N, {wanted}), floating-point'
             )
-        taken += x.detach().cpu().float().split(1)
+        taken += list(x.detach().cpu().float().split(1))[: len(x)]  # which splits no image into one
         if len(taken) >= CALIBRATION_IMAGES:
             break
     if not taken:
@@ -54,21 +67,26 @@ def calibration_images(model: nn.Module, images: Images | None, shape: tuple[int
     return torch.cat(taken[:CALIBRATION_IMAGES])
 
 
-def folder_batches(model: nn.Module, folder: Path, shape: tuple[int, ...]) -> Iterable[Any]:
-    """Reads a folder's images by timm, preprocessed for a model; not more than are needed, evenly spread."""
+def folder_batches(model: nn.Module, folder: Path, shape: tuple[int, ...]) -> Iterator[Tensor]:
+    """Reads a folder's images, preprocessed for a model, one in a batch; not more than are needed, evenly spread.
+
+    Raises:
+        ValueError: If there is no image, or one of them can't be read.
+    """
     if not folder.is_dir():
         raise ValueError(f'{folder} is no folder of images to calibrate with')
-    try:
-        dataset: Any = create_dataset('', root=str(folder), input_img_mode='L' if shape[0] == 1 else 'RGB')
-    except RuntimeError as error:
-        raise ValueError(f'there is no image in {folder} to calibrate with') from error
-    config = {**image_config(model, shape[0]), 'input_size': shape}
-    loader: Any = create_loader(
-        dataset, batch_size=16, num_workers=0, use_prefetcher=False, persistent_workers=False, **config
-    )
-    count = min(len(dataset), CALIBRATION_IMAGES)
-    chosen = [i * len(dataset) // count for i in range(count)]  # of all classes: they are in order of their folders
-    return torch.utils.data.DataLoader(torch.utils.data.Subset(loader.dataset, chosen), batch_size=16)
+    files = find_images([str(folder)]).files
+    if not files:
+        raise ValueError(f'there is no image in {folder} to calibrate with')
+    transform = image_transform({**image_config(model, shape[0]), 'input_size': shape})
+    count = min(len(files), CALIBRATION_IMAGES)
+    for i in range(count):
+        file = files[i * len(files) // count]  # of all classes: they are in order of their folders
+        try:
+            image = read_image(file)
+        except ValueError as error:
+            raise ValueError(f'{file} is no image to calibrate with: {error}; take it out of {folder}') from error
+        yield transform(image)[None]
 
 
 def convert_to_openvino(model: nn.Module, example_input: Tensor, batch: int, images: Tensor | None = None) -> Any:
@@ -83,8 +101,11 @@ def convert_to_openvino(model: nn.Module, example_input: Tensor, batch: int, ima
     import openvino
 
     converted = openvino.convert_model(model, example_input=example_input)
+    if images is not None:
+        converted.reshape([-1, *example_input.shape[1:]])  # it is calibrated image by image
+        converted = quantize_openvino(converted, images)
     converted.reshape([batch, *example_input.shape[1:]])
-    return converted if images is None else quantize_openvino(converted, images)
+    return converted
 
 
 def quantize_openvino(model: Any, images: Tensor) -> Any:
@@ -93,11 +114,12 @@ def quantize_openvino(model: Any, images: Tensor) -> Any:
     Activations are limited to the largest of all images. NNCF's default, the mean of each image's largest, clips, and a
     cascade adds up what is lost: res2net50_26w_4s with random weights is 8.1 % off by it (root mean square of the
     logits) and 2.2 % without. NNCF's default correction of biases is a fast one that looks at each layer alone. For the
-    embedded digits model, 14 % off by it, the slow one is better (2 %), for others it is worse, so both are tried on
-    some of the images.
+    embedded digits model, 14 % off by it, the slow one is better (2 %), for others it is worse, and for deformable
+    convolutions it fails, so both are tried on some of the images.
 
     Raises:
         ImportError: If NNCF is not installed.
+        Exception: That of NNCF, if it fails in both ways.
     """
     try:
         import nncf
@@ -109,10 +131,17 @@ def quantize_openvino(model: Any, images: Tensor) -> Any:
     limits = nncf.AdvancedQuantizationParameters(activations_range_estimator_params=RangeEstimatorParametersSet.MINMAX)
     some = images[:: max(1, len(images) // 32)]
     expected, candidates = run_openvino(model, some), []
+    failure = None
     for fast in (True, False):
         options = dict(subset_size=len(images), fast_bias_correction=fast, advanced_parameters=limits)
-        with open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(nowhere):  # progress bars of all its steps
-            candidates.append(requantize_pools(nncf.quantize(model, data, **options)))
+        try:
+            with open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(nowhere):  # progress bars of all steps
+                candidates.append(requantize_pools(nncf.quantize(model, data, **options)))
+        except Exception as error:  # whatever it meets in a graph that it doesn't know
+            _logger.debug('no quantization with fast_bias_correction=%s', fast, exc_info=True)
+            failure = error
+    if not candidates and failure:
+        raise failure
     return min(candidates, key=lambda candidate: float((run_openvino(candidate, some) - expected).square().mean()))
 
 
@@ -144,14 +173,26 @@ def run_openvino(model: Any, images: Tensor) -> Tensor:
     return torch.cat(outputs)
 
 
-def quantize_onnx(file: Path, out: Path, images: Tensor) -> None:
-    """Quantizes an ONNX file by onnxruntime, to QDQ nodes, with scales for each channel of a weight."""
+def whole_batches(images: Tensor, batch: int) -> Tensor:
+    """Images, and the first ones again until the last batch is whole."""
+    return images[torch.arange(-(-len(images) // batch) * batch) % len(images)]
+
+
+def quantize_onnx(file: Path, out: Path, images: Tensor, batch: int) -> None:
+    """Quantizes an ONNX file by onnxruntime, to QDQ nodes, with scales for each channel of a weight.
+
+    Args:
+        file: It.
+        out: Where to write.
+        images: To calibrate with.
+        batch: How many at a time, in a file for no other number; some are taken twice for the last one.
+    """
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     class Reader(CalibrationDataReader):  # type: ignore[misc]
         def __init__(self) -> None:
-            self.rest = iter(images.split(1))
+            self.rest = iter(whole_batches(images, batch).split(batch))
 
         def get_next(self) -> dict[str, Any] | None:
             image = next(self.rest, None)

@@ -9,10 +9,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
+from ..deploy.images import preprocess
 from ..models.block import Bottle2neck
 from ..models.classifier import as_classifier, class_names
 from ..models.fold import require_eval_mode
-from .images import preprocess
 from .predict import Prediction
 
 __all__ = ['Explanation', 'class_activation_map', 'explain', 'radius', 'receptive_field']

@@ -13,6 +13,7 @@ from timm.models import parse_model_name
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from ..deploy.images import image_transform, preprocess, read_image
 from ..deploy.optimize import optimize
 from ..deploy.runtimes import SUFFIXES, load_exported
 from ..hub.pull import bring_file
@@ -24,7 +25,6 @@ from ..weights.errors import first_line
 from ..weights.files import PathLike
 from ..weights.folder import CONFIG_FILE
 from ..weights.loading import load_model, require_known
-from .images import image_transform, preprocess, read_image
 
 __all__ = ['Prediction', 'classify', 'feature_pyramid', 'is_exported', 'name_classes', 'predict', 'pretrained_model']
 

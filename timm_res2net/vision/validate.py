@@ -10,9 +10,9 @@ import torch
 from timm.utils import natural_key
 from torch import Tensor, nn
 
+from ..deploy.images import Found, find_images, read_image
 from ..models.classifier import class_names
 from ..weights.files import PathLike, read_text
-from .images import Found, find_images, read_image
 from .predict import classify
 
 __all__ = ['LabelledImages', 'Validation', 'labelled_images', 'validate']
