@@ -55,7 +55,8 @@ def torch_zip(data: bytes, **storages: bytes) -> bytes:
 
 
 def text(value: str) -> bytes:
-    return b'X' + struct.pack('<I', len(value)) + value.encode()
+    encoded = value.encode()
+    return b'X' + struct.pack('<I', len(encoded)) + encoded
 
 
 def in_dict(value: bytes, protocol: int = 2) -> bytes:
@@ -119,6 +120,22 @@ def without_keys(content: bytes) -> bytes:
     return content[: ends[3]] + pickle.dumps([], 2) + content[ends[4] :]
 
 
+ONE_NUMBER = b'shape {\n dim: 1\n}\ndata_type: kFloat\n'
+
+
+def lying_zip(name: str, packed: int, **others: bytes) -> bytes:
+    """An archive with a file of 120 MB, that says of it that it has four bytes."""
+    target = io.BytesIO()
+    with zipfile.ZipFile(target, 'w') as archive:
+        for other, content in others.items():
+            archive.writestr(other, content)
+        archive.writestr(name, bytes(120_000_000), packed)
+    content = bytearray(target.getvalue())
+    entry = content.rfind(b'PK\x01\x02')
+    content[entry + 24 : entry + 28] = struct.pack('<I', 4)
+    return bytes(content)
+
+
 DOUBLING = b')' + b'q\x00h\x00\x86' * 60  # (t, t) of the tuple before, 60 times
 NESTED = b')' + b'\x85' * 1_000_000
 HUGE = b'\x8b' + struct.pack('<i', 200_000) + b'\x7f' * 200_000
@@ -142,6 +159,19 @@ ATTACKS: dict[str, bytes] = {
     'a dict in itself': b'\x80\x02}q\x00' + text('a') + b'h\x00s.',
     'safetensors of lists': header({'a': [[] for _ in range(100_000)]}),
     'safetensors, a header of 1 TB': struct.pack('<Q', 1 << 40) + b'{}',
+    'an archive that lies of sizes': lying_zip('archive/data.pkl', zipfile.ZIP_DEFLATED),
+    'the same in bzip2': lying_zip('archive/data.pkl', zipfile.ZIP_BZIP2),
+    'the same of a tensor of OneFlow': lying_zip(
+        'a/out', zipfile.ZIP_BZIP2, snapshot_done=b'', **{'a/meta': ONE_NUMBER}
+    ),
+    'long names of many': in_dict(
+        b'cnumpy.core.multiarray\n_reconstruct\n)Rq\x010'
+        + (b'}' + text('\N{GRINNING FACE}' * 495)) * 12
+        + b'}('
+        + b''.join(b'M' + struct.pack('<H', i) + b'h\x01' for i in range(28_000))
+        + b'u'
+        + b's' * 12
+    ),
     # depth
     'tuples as key': as_key(NESTED),
     'tuples in a set': b'\x80\x04\x8f(' + NESTED + b'\x90.',

@@ -382,7 +382,7 @@ CONVOLUTIONS = re.compile(r'conv1|conv1\.[036]|base_layer\.0|.*\.(?:conv[13]|con
 MOST_NETWORKS = 16  # in one file
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Translation:
     """A network's tensors under timm's names, and what was changed in those of the file."""
 
@@ -392,6 +392,9 @@ class Translation:
     dropped: dict[str, str]  # names in the file, and why
     filled: tuple[str, ...]  # names in `state`
     cast: dict[str, int]  # how many tensors were cast to float32, by their data type
+
+    def __repr__(self) -> str:
+        return f'Translation({self.dialect}, {len(self.state)} tensors, {len(self.dropped)} dropped)'
 
     @property
     def is_part(self) -> bool:
@@ -534,14 +537,14 @@ def find_prefixes(names: Mapping[str, Any], dialect: Dialect) -> dict[str, Rows]
     return found
 
 
-def flatten(nested: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors in nested dicts, by names joined with dots."""
+def flatten(nested: Mapping[str, Any], prefix: str = '') -> dict[str, Tensor]:
+    """The tensors in nested dicts, by names joined with dots, which the prefix precedes."""
     found: dict[str, Tensor] = {}
     for name, value in nested.items():
         if isinstance(value, Mapping):
-            found.update({f'{name}.{inner}': tensor for inner, tensor in flatten(value).items()})
+            found.update(flatten(value, f'{prefix}{name}.'))
         elif isinstance(value, Tensor):
-            found[name] = value
+            found[prefix + name] = value
     return found
 
 

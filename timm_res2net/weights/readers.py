@@ -123,7 +123,9 @@ def detect_format(head: bytes, path: PathLike) -> tuple[str, Callable[[BinaryIO,
 # From what a file says to tensors
 
 
-def checked(value: Any, budget: Budget, load: Callable[[str], Array] | None = None, depth: int = 0) -> Any:
+def checked(
+    value: Any, budget: Budget, load: Callable[[str], Array] | None = None, depth: int = 0, length: int = 0
+) -> Any:
     """Makes tensors of arrays in nested dicts, and keeps options; leaves out all else.
 
     Args:
@@ -132,6 +134,7 @@ def checked(value: Any, budget: Budget, load: Callable[[str], Array] | None = No
         budget: To spend from.
         load: Finds the array of a variable of OneFlow by the name of its folder.
         depth: Of the value.
+        length: Characters of the names that lead to it, of which the name of a tensor will be made.
 
     Returns:
         A dict with texts as keys, a tensor, options without tensors, or None.
@@ -139,24 +142,24 @@ def checked(value: Any, budget: Budget, load: Callable[[str], Array] | None = No
     Raises:
         CheckpointError: If it is nested too deep, too large, or a tensor's type, shape and size are not possible.
     """
-    budget.spend(100)
+    budget.spend(100 + 8 * length)  # up to 4 bytes for each, in this name and another one that is made of it
     budget.require_depth(depth)
     if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], Array):
         value = value[1]
     elif isinstance(value, Variable):
         value = value.array or find_variable(value, load)
     elif isinstance(value, Options):
-        return Namespace(**without_tensors(checked(require_dict(value.values or {}), budget, load, depth)))
+        return Namespace(**without_tensors(checked(require_dict(value.values or {}), budget, load, depth, length)))
     if isinstance(value, Array):
         return tensor(value, budget)
     if isinstance(value, dict):
         names = {name: str(name) for name in value}
         if too_long := [name for name in names.values() if len(name) > LONGEST_NAME]:
             raise CheckpointError(f'it holds a name of {len(too_long[0]):,} characters: {printable(too_long[0])}')
-        return {name: checked(value[key], budget, load, depth + 1) for key, name in names.items()}
+        return {name: checked(value[key], budget, load, depth + 1, length + len(name)) for key, name in names.items()}
     if isinstance(value, list | tuple):
         options = [each for each in value[:LONGEST_OPTION] if not isinstance(each, Array | dict)]
-        found = (checked(each, budget, load, depth + 1) for each in options)
+        found = (checked(each, budget, load, depth + 1, length) for each in options)
         return tuple(each for each in found if not isinstance(each, Tensor))
     return value if type(value) in ATOMS else None
 
@@ -324,13 +327,29 @@ def require_weights(archive: zipfile.ZipFile, budget: Budget) -> None:
         raise CheckpointError(f'its {budget.size:,} bytes unpack to {claimed:,}, which no file of weights does')
 
 
+def read_member(archive: zipfile.ZipFile, name: str) -> bytes:
+    """Reads a file of an archive, and not more of it than the archive's directory says, which was checked.
+
+    `ZipFile.read` would unpack all there is before it finds out that it is more.
+
+    Raises:
+        CheckpointError: If it is packed in a way that Python can't unpack a part of.
+        KeyError: If there is no such file.
+    """
+    info = archive.getinfo(name)
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        raise CheckpointError(f'{printable(name)} in it is packed neither as torch does nor by deflate, as usual')
+    with archive.open(info) as member:
+        return member.read(info.file_size)
+
+
 def read_torch(file: BinaryIO, archive: zipfile.ZipFile, budget: Budget) -> Contents:
     """Reads a file of `torch.save`: a pickle of tensors and plain values, and a file for each storage."""
     members = {info.filename: info for info in archive.infolist()}
     folder = archive.namelist()[0].partition('/')[0]
     if f'{folder}/data.pkl' not in members:
         raise CheckpointError('it is an archive of something else: neither torch nor OneFlow names files like that')
-    if members.get(f'{folder}/byteorder') and archive.read(f'{folder}/byteorder') != b'little':
+    if members.get(f'{folder}/byteorder') and read_member(archive, f'{folder}/byteorder') != b'little':
         raise CheckpointError('it holds numbers of byte order big, which no machine for training has')
 
     @cache  # tensors can share a storage
@@ -342,9 +361,9 @@ def read_torch(file: BinaryIO, archive: zipfile.ZipFile, budget: Budget) -> Cont
             file.seek(info.header_offset + 26)
             lengths = struct.unpack('<HH', file.read(4))  # of name and padding
             return read_bytes(file, info.header_offset + 30 + sum(lengths), info.file_size)
-        return torch.frombuffer(bytearray(archive.read(info)), dtype=torch.uint8)
+        return torch.frombuffer(bytearray(read_member(archive, info.filename)), dtype=torch.uint8)
 
-    data = io.BytesIO(archive.read(f'{folder}/data.pkl'))
+    data = io.BytesIO(read_member(archive, f'{folder}/data.pkl'))
     found = TorchUnpickler(data, budget, lambda storage: load(storage.key, storage.size)).load()
     return Contents(checked(require_dict(found), budget))
 
@@ -567,18 +586,18 @@ def read_oneflow(archive: zipfile.ZipFile, folder: str, budget: Budget) -> Conte
     }
 
     def load(name: str) -> Array:
-        meta = archive.read(f'{folder}{name}/meta').decode()
+        meta = read_member(archive, f'{folder}{name}/meta').decode()
         found = re.fullmatch(r'shape \{\s*((?:dim: [0-9]{1,18}\s+)*)\}\s*data_type: (\w+)\s*', meta)
         if found is None:
             raise CheckpointError(f'it is damaged: {printable(name)}/meta is not the type and shape of a tensor')
         sizes, dtype = [int(size) for size in re.findall('[0-9]+', found[1])], types.get(found[2], found[2])
-        return Array(dtype, sizes, lambda: archive.read(f'{folder}{name}/out'))
+        return Array(dtype, sizes, lambda: read_member(archive, f'{folder}{name}/out'))
 
     names = archive.namelist()
     if f'{folder}pickled_data' not in names:
         folders = [name.removeprefix(folder).removesuffix('/meta') for name in names if name.startswith(folder)]
         present = {*names}
         return Contents(checked({name: load(name) for name in folders if f'{folder}{name}/meta' in present}, budget))
-    data = archive.read(f'{folder}pickled_data')
+    data = read_member(archive, f'{folder}pickled_data')
     found = require_dict(ArrayUnpickler(io.BytesIO(data), budget).load())
     return Contents(checked(require_dict(found['data']), budget, load))
