@@ -10,7 +10,7 @@ import tarfile
 import tracemalloc
 import types
 import zipfile
-from collections import OrderedDict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
@@ -383,8 +383,11 @@ class Settings:
         lambda: {'epoch': 3, 'model': Net(), 'ema': None},
         lambda: {'cfg': Settings(), 'state_dict': Net().state_dict()},
         lambda: {'state_dict': Net().state_dict(), 'cfg': Settings()},
+        lambda: {'teacher': Net()},
+        lambda: {'state_dict': Net()},
+        lambda: {'model': Net().state_dict(), 'folder': Path('x')},
+        lambda: {'model': defaultdict(list, Net().state_dict())},
     ],
-    ids=['own class', 'torch class', 'alone in a dict', 'in a dict', 'settings first', 'settings last'],
 )
 def test_advice_for_what_is_not_only_tensors_makes_a_file_that_is_read(
     content: Callable[[], Any], zipped: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

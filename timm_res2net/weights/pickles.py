@@ -31,7 +31,6 @@ MEMORY = {
 }
 USUAL = 64
 LONGEST_NUMBER = 256  # bytes of an integer
-MODELS = 'model', 'net', 'network', 'ema'  # keys under which training scripts save whole modules
 ATOMS = (str, bytes, int, float, bool, type(None))
 
 
@@ -351,17 +350,16 @@ class TorchUnpickler(ArrayUnpickler):
         before = [each for items in (*self.metastack, self.stack) for each in items]  # what is not complete yet
         if before[-1:] == ['module']:  # with which torch begins a reference to a class, before 1.6
             before.pop()
-        key = before[-1] if before and isinstance(before[-1], str) else ''
-        weights = 'torch.load(FILE, weights_only=False)'
-        if not before:  # the file is one object of this class
-            weights += '.state_dict()'
-        elif key in MODELS:
-            weights += f"['{key}'].state_dict()"
-        else:
-            weights += "['state_dict']"
+        whole = 'torch.load(FILE, weights_only=False)'
+        weights = f"{{'state_dict': {whole}.state_dict()}}"  # of a file that is one object of this class
+        if before:
+            weights = (
+                "{key: value.state_dict() if hasattr(value, 'state_dict') else dict(value) for key, value in "
+                f"{whole}.items() if hasattr(value, 'state_dict') or isinstance(value, dict)}}"
+            )
         raise CheckpointError(
             f'it wants {printable(name)}, and a file of weights needs only tensors. If you trust it, save it again '
-            f"without, where that can be imported: torch.save({{'state_dict': {weights}}}, NEW_FILE)"
+            f'without, where that can be imported: torch.save({weights}, NEW_FILE)'
         )
 
     def persistent_load(self, saved: Any) -> Storage:
