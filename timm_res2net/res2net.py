@@ -27,12 +27,14 @@ from torch import nn
 
 from .hub.pull import bring_file
 from .models.block import function_of
+from .models.classifier import model_name, require_finite_weights
 from .models.function import Function
 from .models.recompute import FeatureDict, FeatureGetter, FeatureHook, FeatureList
 from .models.resnet import Res2Net
 from .models.variants import ARCHS, WEIGHTS, Arch, default_cfg
 from .weights.checkpoints import Checkpoint, read_checkpoint
 from .weights.download import download
+from .weights.errors import CheckpointError
 from .weights.folder import WEIGHTS_FILE
 from .weights.loading import adapt_state_dict, require_same_function
 
@@ -181,6 +183,10 @@ def loaded_trunk(
     own = {name: tensor for name, tensor in model.state_dict().items() if features and name.startswith('fc.')}
     source = {**cfg.to_dict(), 'source': '', 'state_dict': {**checkpoint.state, **own}, 'custom_load': False}
     load_pretrained(model, source, num_classes=model.num_classes, in_chans=model.in_chans, strict=strict)
+    try:
+        require_finite_weights(model)  # of half precision, or sums of an image's channels, can be infinite
+    except ValueError as error:
+        raise CheckpointError(f'{checkpoint.file} does not fit {model_name(model)}: {error}') from error
     return model
 
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import pickle
 import re
 from collections import OrderedDict
@@ -572,6 +573,17 @@ def test_weights_too_large_for_the_models_type_are_refused(
     load_checkpoint(tiny(), file)
 
 
+def test_sums_of_an_images_channels_that_are_infinite_are_refused(tmp_path: Path) -> None:
+    state = tiny().state_dict()
+    state['conv1.0.weight'].fill_(3e38)
+    file = save_checkpoint(state, tmp_path)
+    with pytest.raises(CheckpointError, match=r'numbers too large for its torch\.float32 \(first: conv1\.0\.weight\)'):
+        load_model(file, in_chans=1)
+    options: dict[str, Any] = dict(pretrained_cfg_overlay=dict(file=str(file)), num_classes=4, **TINY)
+    with pytest.raises(CheckpointError, match=r'NaN or infinity in them \(first: conv1\.0\.weight\)'):
+        timm.create_model('test_res2net', pretrained=True, in_chans=1, **options)
+
+
 def test_load_checkpoint_two_tensors_with_one_target_name_are_refused(tmp_path: Path) -> None:
     state = tiny().state_dict()
     file = save_checkpoint({**state, 'layer1.0.conv2.0.weight': state['layer1.0.convs.0.weight']}, tmp_path)
@@ -843,6 +855,21 @@ def test_export_checkpoint_official_equals_state_dict(tmp_path: Path) -> None:
 def test_export_checkpoint_refuses_a_big_little_network(name: str, build: Any, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r'official has no place for layer1\.big\.0\.conv1\.weight'):
         export_checkpoint(build(name), tmp_path / 'out.pth', 'official')
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ('device', 'value', 'message'),
+    [('cpu', math.nan, 'NaN or infinity in them'), ('meta', 0, 'is on the meta device, so it has no weights')],
+)
+def test_export_checkpoint_refuses_weights_that_are_none(
+    device: str, value: float, message: str, tmp_path: Path
+) -> None:
+    model = tiny(device=device)
+    with torch.no_grad():
+        model.get_parameter('fc.bias')[1] = value
+    with pytest.raises(ValueError, match=message):
+        export_checkpoint(model, tmp_path / 'net.pth', 'official')
     assert list(tmp_path.iterdir()) == []
 
 

@@ -31,6 +31,7 @@ from torchvision.utils import save_image
 
 from timm_res2net import CheckpointError, load_model
 from timm_res2net.__main__ import main
+from timm_res2net.deploy.images import read_image
 from timm_res2net.weights.checkpoints import read_checkpoint
 from timm_res2net.weights.convert import convert
 from timm_res2net.weights.dialects import translate
@@ -38,6 +39,7 @@ from timm_res2net.weights.errors import printable
 from timm_res2net.weights.loading import adapt_state_dict
 from timm_res2net.weights.pickles import Array
 from timm_res2net.weights.readers import read
+from timm_res2net.weights.recorded import read_labels
 
 FC = 'fc.weight'
 pytestmark = pytest.mark.filterwarnings('ignore:.*fork')  # by Python 3.12, in a process with threads
@@ -374,6 +376,16 @@ def test_read_pipe_or_device_raises_at_once(path: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / 'pipe')
     with pytest.raises(CheckpointError, match='can not be opened'):
         read(tmp_path / path)
+
+
+@pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='has no pipes with names')
+@pytest.mark.parametrize('path', ['pipe', '/dev/zero'])
+def test_pipe_or_device_for_an_image_or_names_of_classes_raises_at_once(path: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / 'pipe')
+    with pytest.raises(ValueError, match='this image can not be read: It is no regular file'):
+        read_image(tmp_path / path)
+    with pytest.raises(ValueError, match='can not be opened: It is no regular file'):
+        read_labels(str(tmp_path / path))
 
 
 def test_read_path_with_nul_raises_checkpoint_error_that_shows_it_escaped() -> None:

@@ -18,7 +18,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from ..models.block import function_of
-from ..models.classifier import class_names, model_name, with_channels
+from ..models.classifier import class_names, model_name, require_finite_weights, with_channels
 from ..version import __version__
 from ..weights.errors import first_line
 from ..weights.files import PathLike, sync, temporary_folder
@@ -98,6 +98,7 @@ def export(
     require_counts(batch=batch, size=size)
     if any(isinstance(module, ForInference) for module in model.modules()):
         raise ValueError('an optimized model can not be exported; give the model that it was made from')
+    require_finite_weights(model)
     require_runtime(path.suffix)
     fused = fuse(model)
     record = describe(model, path.suffix, precision, batch, size)

@@ -16,7 +16,7 @@ from torchvision.transforms import Compose, Grayscale
 
 from ..models.classifier import image_config
 from ..models.variants import ASSETS
-from ..weights.files import PathLike
+from ..weights.files import PathLike, open_regular
 
 __all__ = ['Found', 'bundled_digits', 'find_images', 'image_transform', 'preprocess', 'read_image']
 
@@ -96,17 +96,16 @@ def read_image(path: PathLike) -> Image.Image:
         ValueError: If it can't be read, with the reason in one line.
     """
     try:
-        with Image.open(path) as file:
-            file.load()
-            image = ImageOps.exif_transpose(file)
+        with open_regular(path) as file, Image.open(file) as opened:
+            opened.load()
+            image = ImageOps.exif_transpose(opened)
     except FileNotFoundError:
         raise ValueError('there is no such file') from None
     except Image.UnidentifiedImageError:
         raise ValueError('this is not an image, or of a format that Pillow does not know') from None
     except Exception as error:  # a decoder of damaged data can raise nearly anything
-        raise ValueError(
-            f'this image can not be read: {" ".join(str(error).split()) or type(error).__name__}'
-        ) from error
+        reason = getattr(error, 'strerror', None) or ' '.join(str(error).split()) or type(error).__name__
+        raise ValueError(f'this image can not be read: {reason}') from error
 
     if image.mode == 'F':
         raise ValueError('pixels of this image are floating-point numbers, whose white is unknown; save it with 8 bits')

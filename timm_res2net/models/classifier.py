@@ -17,6 +17,7 @@ __all__ = [
     'image_config',
     'model_name',
     'registered_cfg',
+    'require_finite_weights',
     'with_channels',
 ]
 
@@ -55,6 +56,16 @@ def model_name(model: nn.Module) -> str:
     """The name under which a model is registered, or its class if it has none."""
     cfg = getattr(model, 'pretrained_cfg', None) or {}
     return str(cfg.get('architecture') or type(model).__name__)
+
+
+def require_finite_weights(model: nn.Module) -> None:
+    """Raises a ValueError for a model on the meta device, or with NaN or infinity in its weights."""
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
+    if any(tensor.is_meta for tensor in tensors.values()):
+        raise ValueError('the model is on the meta device, so it has no weights; load some, or call its to_empty first')
+    bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
+    if bad:
+        raise ValueError(f'{len(bad)} of the tensors have NaN or infinity in them (first: {bad[0]})')
 
 
 def registered_cfg(name: str) -> PretrainedCfg:

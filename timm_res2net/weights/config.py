@@ -20,10 +20,10 @@ from torch.overrides import TorchFunctionMode
 from ..models.classifier import registered_cfg
 from ..models.variants import ARCHS
 from .errors import CheckpointError, first_line
-from .files import PathLike, temporary_folder
+from .files import PathLike, open_regular, temporary_folder
 from .folder import CONFIG_FILE, LARGEST_CONFIG, WEIGHTS_FILE
 from .loading import adapt_state_dict, describe_mismatch
-from .readers import NUMBERS, open_regular
+from .readers import NUMBERS
 from .recorded import LARGEST_CROP, LARGEST_SIZE, SMALLEST_CROP
 
 __all__ = ['load_folder', 'make_model', 'require_recorded_weights']

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from ..models.block import function_of
-from ..models.classifier import as_classifier, registered_cfg
+from ..models.classifier import as_classifier, registered_cfg, require_finite_weights
 from ..models.fold import FoldedNorm
 from ..models.function import Function
 from ..models.variants import ARCHS, WEIGHTS, default_cfg
@@ -120,10 +120,12 @@ def export_checkpoint(model: nn.Module, file: PathLike, dialect: str) -> None:
             strided, dilated and deformable, its configuration has to say how.
 
     Raises:
-        ValueError: If that code base has no such network, or computes something else with it.
+        ValueError: If that code base has no such network, or computes something else with it; or if weights are NaN
+            or infinite, or on the meta device.
         OSError: If the file can't be written.
     """
     require_plain_resnet(model, dialect)
+    require_finite_weights(model)
     exported = export({name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}, dialect)
     if reasons := export_obstacles(model, dialect):
         raise ValueError(

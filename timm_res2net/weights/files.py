@@ -1,6 +1,7 @@
-"""Atomic writes and checksums."""
+"""Safe reading, atomic writes and checksums."""
 
 import hashlib
+import io
 import os
 import shutil
 import stat
@@ -8,6 +9,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
+from typing import BinaryIO
 
 from .errors import first_line
 
@@ -21,6 +23,7 @@ __all__ = [
     'atomic_write_text',
     'lock',
     'make_folder',
+    'open_regular',
     'read_text',
     'require_writable',
     'sha256',
@@ -43,10 +46,22 @@ def sha256(path: PathLike) -> str:
     return digest.hexdigest()
 
 
+def open_regular(path: PathLike) -> BinaryIO:
+    """Opens a file. A pipe, whose end may never come, or another device is an OSError."""
+    flags = os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0)
+    file = os.fdopen(os.open(path, flags), 'rb')
+    mode = os.fstat(file.fileno()).st_mode
+    if not stat.S_ISREG(mode):
+        file.close()
+        raise OSError(None, 'Is a directory' if stat.S_ISDIR(mode) else 'It is no regular file')
+    return file
+
+
 def read_text(path: PathLike) -> str:
     """Reads a text file, also with the mark that Windows puts before one; ValueError if that is not possible."""
     try:
-        return Path(path).read_text(encoding='utf-8-sig')
+        with open_regular(path) as file, io.TextIOWrapper(file, encoding='utf-8-sig') as text:
+            return text.read()
     except OSError as error:
         raise ValueError(f'{path} can not be opened: {error.strerror}') from error
     except UnicodeDecodeError:

@@ -47,7 +47,6 @@ DEFAULTS: dict[str, Any] = {
         *('channels', 'replace_stem_pool'),
     )
 }
-NARROW = torch.float16, torch.bfloat16  # types of models in which a number of float32 can become infinite
 MOST_BLOCKS = 128  # of a network that is made for a file; Res2Net-200 has 66
 
 
@@ -326,10 +325,10 @@ def describe_mismatch(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor])
 
 
 def describe_overflow(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
-    """Describes which finite numbers would be infinite in a model of narrower types, '' if none."""
-    narrow = {name: tensor.dtype for name, tensor in wanted.items() if tensor.dtype in NARROW and name in given}
-    names = [name for name, dtype in narrow.items() if not given[name].to(dtype).isfinite().all()]
-    return f'{len(names)} hold numbers too large for its {narrow[names[0]]} (first: {names[0]})' if names else ''
+    """Describes which numbers would be infinite in a model, as its types are narrower or they were summed; or ''."""
+    types = {name: tensor.dtype for name, tensor in wanted.items() if tensor.is_floating_point() and name in given}
+    names = [name for name, dtype in types.items() if not given[name].to(dtype).isfinite().all()]
+    return f'{len(names)} hold numbers too large for its {types[names[0]]} (first: {names[0]})' if names else ''
 
 
 def suggest_model(checkpoint: Checkpoint) -> str:

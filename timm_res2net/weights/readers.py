@@ -13,7 +13,6 @@ import json
 import math
 import os
 import re
-import stat
 import struct
 import zipfile
 from argparse import Namespace
@@ -28,7 +27,7 @@ from torch import Tensor
 
 from .budget import Budget
 from .errors import CheckpointError, first_line, printable
-from .files import PathLike
+from .files import PathLike, open_regular
 from .pickles import ATOMS, Array, ArrayUnpickler, Options, Storage, TorchUnpickler, Variable
 
 __all__ = ['Contents', 'read']
@@ -85,17 +84,6 @@ def read(path: PathLike) -> Contents:
                 f'{path} begins as {kind} but can not be read: {first_line(error)}. It is cut or damaged; '
                 'fetch it again'
             ) from error
-
-
-def open_regular(path: PathLike) -> BinaryIO:
-    """Opens a file. A pipe, whose end may never come, or another device is an OSError."""
-    flags = os.O_RDONLY | getattr(os, 'O_NONBLOCK', 0) | getattr(os, 'O_BINARY', 0)
-    file = os.fdopen(os.open(path, flags), 'rb')
-    mode = os.fstat(file.fileno()).st_mode
-    if not stat.S_ISREG(mode):
-        file.close()
-        raise OSError(None, 'Is a directory' if stat.S_ISDIR(mode) else 'It is no regular file')
-    return file
 
 
 def detect_format(head: bytes, path: PathLike) -> tuple[str, Callable[[BinaryIO, Budget], Contents]]:
