@@ -58,6 +58,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.server.requests.append(dict(self.headers.items()))
         fault = self.server.faults.pop(0) if self.server.faults else None
         body = self.server.files.get(self.path)
+        if fault == 'slow head':  # a line of the head from time to time
+            self.wfile.write(b'HTTP/1.0 200 OK\r\n')
+            while not self.server.closing.wait(0.1):
+                self.wfile.write(b'A: b\r\n')
+            return
+        if fault == 'circle':
+            self.send_response(302)
+            self.send_header('Location', self.path)
+            self.end_headers()
+            return
         if fault == 'silent':
             self.server.closing.wait(10)
             return
@@ -190,6 +200,8 @@ def test_download_part_of_a_file_that_was_not_asked_for_restarts(
         ('size -1', "the server says that its size is '-1'"),
         ('silent', 'timed out'),
         ('drip', r'only [0-9,]+ bytes came in 0\.3 s'),
+        ('slow head', r'the server began no answer in 0\.3 s'),
+        ('circle', r'the server answers 302 The HTTP server returned a redirect error .* loop'),
     ],
 )
 def test_download_of_no_size_or_end_raises_and_leaves_no_file(
@@ -199,8 +211,9 @@ def test_download_of_no_size_or_end_raises_and_leaves_no_file(
     monkeypatch.setenv('TIMM_RES2NET_TIMEOUT', '0.3')
     server.faults = [fault] * 9
     start = time.perf_counter()
-    with pytest.raises(ConnectionError, match=f'can not be downloaded: .*{message}'):
+    with pytest.raises(ConnectionError, match=f'can not be downloaded: .*{message}') as error:
         download(f'{server.url}/file.bin', tmp_path, contents)
+    assert '\n' not in str(error.value)
     assert time.perf_counter() - start < 2
     assert list(tmp_path.iterdir()) == []
 

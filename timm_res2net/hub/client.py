@@ -4,9 +4,7 @@ import contextlib
 import hashlib
 import logging
 import re
-import threading
 from collections.abc import Callable, Iterable
-from concurrent.futures import Future, wait
 from functools import partial
 from pathlib import Path
 from typing import ParamSpec, TypeVar
@@ -26,7 +24,7 @@ from huggingface_hub.file_download import repo_folder_name
 from huggingface_hub.hf_api import RepoFile
 from huggingface_hub.utils import tqdm, validate_repo_id  # type: ignore[attr-defined]
 
-from ..weights.download import LARGEST, Deadline, retrying
+from ..weights.download import LARGEST, Deadline, LateError, in_time, retrying
 from ..weights.errors import first_line, printable
 from ..weights.files import PathLike
 
@@ -106,24 +104,11 @@ class Hub:
 
     def in_time(self, awaited: str, function: Callable[[], T]) -> T:
         """Calls a function in another thread, and leaves it alone there when the deadline has passed."""
-        future: Future[T] = Future()
-
-        def work() -> None:
-            try:
-                future.set_result(function())
-            except BaseException as error:
-                future.set_exception(error)
-
-        threading.Thread(target=work, name=THREAD, daemon=True).start()
-        while not future.done() and (left := self.deadline.left):
-            wait([future], min(left, threading.TIMEOUT_MAX))
-        if not future.done():
-            raise LateError(
-                f'the Hub did not answer within {self.deadline.seconds:g} s, which was waited for: {awaited}. For a '
-                'slow connection give more seconds by timeout, --timeout or the environment variable '
-                'TIMM_RES2NET_TIMEOUT'
-            )
-        return future.result()
+        late = (
+            f'the Hub did not answer within {self.deadline.seconds:g} s, which was waited for: {awaited}. For a slow '
+            'connection give more seconds by timeout, --timeout or the environment variable TIMM_RES2NET_TIMEOUT'
+        )
+        return in_time(function, self.deadline, late, THREAD)
 
     def documented(self, awaited: str, error: BaseException) -> Exception:
         """The error of a documented type, with one line and without a token, that tells what another one does."""
@@ -249,10 +234,6 @@ class Hub:
                     path.unlink(missing_ok=True)
                     (folder / 'blobs' / checksum).unlink(missing_ok=True)
             raise DamagedError(f'{error}, each time; try again later') from error
-
-
-class LateError(ConnectionError):
-    """The deadline has passed."""
 
 
 def release_locks(repo_id: str, cache: PathLike | None) -> None:

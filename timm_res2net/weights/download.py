@@ -9,10 +9,13 @@ import os
 import re
 import socket
 import ssl
+import threading
 import time
 import urllib.request
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from email.message import Message
+from functools import partial
 from pathlib import Path
 from typing import IO, Any, NoReturn, TypeVar
 from urllib.error import HTTPError, URLError
@@ -21,10 +24,10 @@ from urllib.parse import urlparse
 import tenacity
 from tqdm import tqdm
 
-from .errors import first_line
+from .errors import first_line, printable
 from .files import PathLike, make_folder, sha256, sync, temporary_sibling
 
-__all__ = ['BACKOFF', 'LARGEST', 'Deadline', 'download', 'retrying']
+__all__ = ['BACKOFF', 'LARGEST', 'Deadline', 'LateError', 'download', 'in_time', 'retrying']
 
 _logger = logging.getLogger(__name__)
 
@@ -69,6 +72,40 @@ class Deadline:
     def received(self, size: int) -> None:
         """Moves the deadline for bytes that have come, so that none is too slow that comes at a fair speed."""
         self.end += size / SLOWEST
+
+
+class LateError(ConnectionError):
+    """A deadline has passed."""
+
+
+def in_time(function: Callable[[], T], deadline: Deadline, late: str, thread: str | None = None, grace: float = 0) -> T:
+    """Calls a function in another thread, and leaves it alone there when a deadline has passed.
+
+    Args:
+        function: What may wait for a server without end.
+        deadline: Until when it is waited for.
+        late: The message of the error then.
+        thread: The thread's name.
+        grace: Seconds more, for a function that mostly ends by itself then, and can say more.
+
+    Raises:
+        LateError: If the deadline has passed.
+        Exception: What the function raises.
+    """
+    future: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(function())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, name=thread, daemon=True).start()
+    while not future.done() and (left := deadline.end + grace - time.monotonic()) > 0:
+        wait([future], min(left, threading.TIMEOUT_MAX))
+    if not future.done():
+        raise LateError(late)
+    return future.result()
 
 
 def retrying(is_transient: Callable[[BaseException], bool], deadline: Deadline) -> tenacity.Retrying:
@@ -192,7 +229,9 @@ def transfer(url: str, path: str) -> dict[str, str]:
     retry = retrying(lambda error: isinstance(error, TransferError) and error.transient, deadline)
     bar: tqdm[NoReturn] = tqdm(desc=Path(urlparse(url).path).name, unit='B', unit_scale=True, disable=None, leave=False)
     with bar, open(path, 'wb') as file:
-        retry(transfer_once, url, file, headers, bar, deadline)
+        once = partial(transfer_once, url, file, headers, bar, deadline)
+        late = f'{url} can not be downloaded: the server began no answer in {deadline.seconds:g} s'
+        retry(in_time, once, deadline, late, grace=0.5)
     return headers
 
 
@@ -228,7 +267,8 @@ def transfer_once(
     except HTTPError as error:
         error.close()
         transient = error.code >= 500 or error.code == 429
-        raise TransferError(f'the server answers {error.code} {error.reason}', transient) from error
+        reason = str(error.reason).partition('\n')[0]  # of redirects in a circle there are more lines
+        raise TransferError(f'the server answers {error.code} {printable(reason)}', transient) from error
     except NETWORK_ERRORS as error:
         raise TransferError(first_line(error)) from error
     if size is not None and file.tell() != size:
