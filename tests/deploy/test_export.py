@@ -189,13 +189,25 @@ def test_export_xml_does_not_overwrite_a_bin(tmp_path: Path) -> None:
 def test_export_interrupted_leaves_nothing(
     fault: BaseException, message: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(exported: Any, file: Path, **options: Any) -> None:
-        Path(file).write_bytes(b'half a file')
+    def fail(program: Any, file: Path, *options: Any) -> None:
+        file.write_bytes(b'half a file')
         raise fault
 
-    monkeypatch.setattr(torch.export, 'save', fail)
+    monkeypatch.setattr(export_module, 'write_torch', fail)
     with pytest.raises((ValueError, OSError, KeyboardInterrupt), match=message):
         export(tiny(), tmp_path / 'net.pt2', **SIZE)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_export_to_a_full_disk_is_an_os_error_that_names_the_file(tmp_path: Path) -> None:
+    resource = pytest.importorskip('resource')
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
+    try:
+        with pytest.raises(OSError, match=r'net\.pt2 can not be written: .*File too large'):
+            export(tiny(), tmp_path / 'net.pt2', **SIZE)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import hashlib
+import io
 import json
 import logging
 import os
@@ -271,7 +272,10 @@ def write_openvino(
     for output, name in zip(model.outputs, names):
         output.get_tensor().set_names({name})
     model.set_rt_info(text, [METADATA])
-    openvino.save_model(model, file, compress_to_fp16=False)
+    try:
+        openvino.save_model(model, file, compress_to_fp16=False)
+    except RuntimeError as error:
+        raise OSError(f'OpenVINO can not write it, perhaps the disk is full: {first_line(error)}') from error
 
 
 def write_torch(program: nn.Module, file: Path, example: Tensor, free: bool, text: str, compile: bool) -> None:
@@ -282,7 +286,9 @@ def write_torch(program: nn.Module, file: Path, example: Tensor, free: bool, tex
         configs = {'aot_inductor.metadata': {METADATA: text}}
         torch._inductor.aoti_compile_and_package(exported, package_path=str(file), inductor_configs=configs)
     else:
-        torch.export.save(exported, file, extra_files={METADATA: text})
+        content = io.BytesIO()  # on a full disk torch would end the process
+        torch.export.save(exported, content, extra_files={METADATA: text})
+        file.write_bytes(content.getbuffer())
 
 
 @torch.no_grad()
