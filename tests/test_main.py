@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from hub_server import Hub
 from PIL import Image
@@ -140,6 +141,7 @@ def test_predict_prints_files_with_their_labels(run: Run, photos: Path, monkeypa
         (('bench', '--growth', '--train', '--size', '64'), 2, '--size and --train would have no effect'),
         (('bench', '--train', '--against', 'openvino'), 2, '--against would have no effect'),
         (('validate', '.', '--weights', 'net.onnx', '--compile'), 2, 'exported models run as they are'),
+        (('predict', '--weights', 'net.onnx', '--compile'), 2, 'an exported model runs as it is'),
         (('push', 'test_res2net.digits', 'me/digits', '--model', 'res2net50d'), 2, 'says which model it is'),
         (('recipe', '--out', 'a.yaml'), 2, 'name the recipe'),
         (('card', 'res2net50d.in1k', '--all'), 2, 'NAME would have no effect'),
@@ -586,6 +588,11 @@ def test_export_then_validate_and_predict_use_the_file(run: Run, tmp_path: Path,
         'drawn to c.png',
     ]
     assert (tmp_path / 'c.png').stat().st_size > 5000
+    done = run('validate', 'digits', '--model', 'test_res2net.digits', '--weights', 'digits.pt2', '--json')
+    assert [item['model'] for item in json.loads(done.out)['results']] == ['test_res2net.digits', 'digits.pt2']
+    torch.save(timm.create_model('test_res2net.digits', pretrained=True).state_dict(), 'digits.pth')
+    done = run('validate', 'digits', '--model', 'test_res2net', '--weights', 'digits.pth', 'digits.pt2', '--json')
+    assert [item['top1'] for item in json.loads(done.out)['results']] == [100, 100]
     done = run('predict', 'digits/3', '--weights', 'digits.pt2', '--topk', '1', '--json')
     found = json.loads(done.out)
     assert [item['predictions'][0]['label'] for item in found['results']] == ['3'] * 6

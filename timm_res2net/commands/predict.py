@@ -10,8 +10,8 @@ from ..deploy.images import bundled_digits, find_images
 from ..models.classifier import model_name
 from ..models.variants import EMBEDDED
 from ..recipes.arguments import device, positive
-from ..vision.predict import predict
-from .options import Commands, add_labels
+from ..vision.predict import is_exported, predict
+from .options import Commands, add_labels, refuse
 from .output import left_out, print, report_left_out
 from .sources import PHOTO, make_classifier, read_weights
 
@@ -30,6 +30,7 @@ def add_predict(commands: Commands) -> None:
     command.add_argument('--weights', metavar='FILE', help='a file of weights instead of published ones')
     add_labels(command)
     command.add_argument('--topk', type=positive, default=5, metavar='K', help='classes to show (default: 5)')
+    command.add_argument('--compile', action='store_true', help='compile first, for thousands of images')
     command.add_argument('--device', type=device, default='cpu', metavar='D', help='such as cuda (default: cpu)')
     command.add_argument('--batch-size', type=positive, default=16, metavar='N', help='images at once (default: 16)')
     command.add_argument('--json', action='store_true', help='machine-readable output')
@@ -38,11 +39,13 @@ def add_predict(commands: Commands) -> None:
 
 def run_predict(args: argparse.Namespace) -> int:
     """Classifies images; 1 if one of them could not be."""
+    if args.weights and is_exported(args.weights):
+        refuse(args, 'an exported model runs as it is', '--compile')
     bundled = not args.images
     default = None if args.weights else EMBEDDED if bundled else PHOTO
     model = make_classifier(args.model or default, read_weights(args.weights), args.labels, args.device)
     name = args.model or default or model_name(model)
-    options = dict(topk=args.topk, batch_size=args.batch_size)
+    options = dict(topk=args.topk, batch_size=args.batch_size, compile=args.compile)
     if bundled:
         digits = bundled_digits()
         predictions = predict(model, [image for image, _ in digits], read=lambda image: image, **options)

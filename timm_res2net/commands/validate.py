@@ -26,11 +26,11 @@ def add_validate(commands: Commands) -> None:
         'validate',
         help='measure accuracy on a folder of images',
         description='Measures top-1 and top-5 on images in a folder for each class, or listed in a file. With several '
-        'files of weights, such as a model and its export to 8 bits, their results stand side by side.',
+        'files of weights, or a model and its export to 8 bits, their results stand side by side.',
         usage='timm-res2net validate FOLDER [--model NAME] [--weights FILE ...] [OPTION ...]',  # FOLDER before FILE ...
     )
     command.add_argument('folder', metavar='FOLDER', help='a folder for each class, or all images')
-    command.add_argument('--model', metavar='NAME', help=f'default: {PHOTO}, or what each FILE fits')
+    command.add_argument('--model', metavar='NAME', help=f'default: {PHOTO}, or what each FILE of weights fits')
     command.add_argument('--weights', nargs='+', metavar='FILE', help='files of weights, or exported models')
     command.add_argument('--truth', metavar='FILE', help='a line for each image: path, space, name or number of class')
     add_labels(command)
@@ -46,14 +46,24 @@ def run_validate(args: argparse.Namespace) -> int:
     """Prints the accuracy of models on a folder; 1 if an image could not be read, or a class has none."""
     if args.confusion is not None:
         require_drawable(args.confusion)
-    if args.weights and all(map(is_exported, args.weights)):
+    files: list[str | None] = [*(args.weights or ())]
+    only_exported = all(file and is_exported(file) for file in files)
+    if only_exported and (args.model or not files):
+        files.insert(0, None)  # the model itself, beside its exports
+    elif only_exported:
         refuse(args, 'exported models run as they are', '--compile')
     default = None if args.weights else PHOTO
     rows: list[Sequence[str]] = [('model', 'images', 'top-1', 'top-5')]
     items, failed = [], []
-    for weights in args.weights or [None]:
-        model = make_classifier(args.model or default, read_weights(weights), args.labels, args.device)
-        name = str(weights or args.model or default)
+    for file in files:
+        exported = file is not None and is_exported(file)
+        model = make_classifier(
+            None if exported else args.model or default,
+            read_weights(file),
+            args.labels,
+            'cpu' if exported and args.model else args.device,
+        )
+        name = str(file or args.model or default)
         images = labelled_images(args.folder, class_names(model), args.truth)
         bar = partial(tqdm, total=len(images.files), desc=name, unit='image', disable=None, leave=False)
         found = validate(model, images, args.batch_size, args.compile, bar)

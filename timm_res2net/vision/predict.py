@@ -71,7 +71,7 @@ def pretrained_model(
         raise ValueError('give the name of a model, or a file of weights')
     require_known(name)
     if ':' not in name and not registered_cfg(name).has_weights:
-        raise ValueError(f'there are no published weights of {name}; give yours with --weights FILE')
+        raise ValueError(f'there are no published weights of {name}; give a file of yours')
     try:
         source = commit_in_cache(name, kwargs.get('cache_dir'))
         return timm.create_model(source, pretrained=True, **kwargs).to(device).eval()
@@ -80,9 +80,8 @@ def pretrained_model(
         problem = f'weights of {name} can not be had: {first_line(error)}'
         if not name.startswith('local-dir:'):
             problem += (
-                '. If you are offline, give a file with --weights FILE, or take test_res2net.digits, which needs '
+                '. If you are offline, give a file of weights, or take test_res2net.digits, which needs no network'
             )
-            problem += 'no network'
         raise ValueError(problem) from error
 
 
