@@ -32,8 +32,8 @@ LARGEST = {'layers': 200, 'levels': 8, 'scale': 64, 'num_classes': 1_000_000}  #
 LARGEST_OTHER = 4096
 CALLS_PER_TENSOR = 40  # of torch, while a network is made; 4 to 12 for those of timm
 # What decides how weights are loaded is for the caller, not for the file.
-ARGUMENTS = inspect.signature(build_model_with_cfg).parameters
-FORBIDDEN = {'pretrained', 'features_only', 'out_indices', 'pruned', *ARGUMENTS}
+ARGUMENTS = {**inspect.signature(timm.create_model).parameters, **inspect.signature(build_model_with_cfg).parameters}
+FORBIDDEN = {'features_only', 'out_indices', 'pruned', *ARGUMENTS}
 
 
 def is_text(value: object) -> bool:
