@@ -12,10 +12,12 @@ import timm
 import torch
 from safetensors.torch import save
 from support import TINY, tiny
+from timm.data.transforms import _str_to_torch_interpolation
 
 from timm_res2net import CheckpointError, push
 from timm_res2net.weights.checkpoints import read_checkpoint
 from timm_res2net.weights.config import Meter, load_folder, make_model
+from timm_res2net.weights.recorded import INTERPOLATIONS
 
 CONFIG: dict[str, Any] = dict(
     architecture='test_res2net',
@@ -64,11 +66,20 @@ def test_make_model_of_other_architectures_of_timm_is_the_same_as_timms() -> Non
         ('pretrained_cfg', None, 'pretrained_cfg is None, and should be a mapping'),
         ('pretrained_cfg.colour', 'red', "pretrained_cfg.colour is 'red', and should be left out"),
         ('pretrained_cfg.input_size', 'large', r"pretrained_cfg.input_size is 'large', and should be a size"),
-        ('pretrained_cfg.input_size', [3, 5000, 5000], r'should be a size of at most 4096'),
+        ('pretrained_cfg.input_size', [3, 5000, 5000], r'should be a size of three numbers from 1 to 4096'),
+        ('pretrained_cfg.input_size', [32, 32], r'input_size is \[32, 32\], and should be a size of three numbers'),
+        ('pretrained_cfg.test_input_size', [3, 0, 0], r'test_input_size is \[3, 0, 0\], and should be a size of three'),
+        ('pretrained_cfg.pool_size', [0, 7], r'pretrained_cfg.pool_size is \[0, 7\], and should be a size from 1'),
         ('pretrained_cfg.crop_pct', 1e-4, r'pretrained_cfg.crop_pct is 0.0001, and should be a number from 0.5 to 2'),
         ('pretrained_cfg.test_crop_pct', 1e9, r'pretrained_cfg.test_crop_pct is 1000000000.0, and should be a number'),
         ('pretrained_cfg.mean', [None], r'pretrained_cfg.mean is \[None\]'),
-        ('pretrained_cfg.interpolation', 3, 'pretrained_cfg.interpolation is 3, and should be a text'),
+        ('pretrained_cfg.mean', [0.5, 0.5], r'mean is \[0.5, 0.5\], and should be a number for each of 3 channels'),
+        ('pretrained_cfg.mean', [float('inf')], r'pretrained_cfg.mean is \[inf\]'),
+        ('pretrained_cfg.std', [0.2, 0, 0.2], r'std is \[0.2, 0, 0.2\], and should be a positive number for each'),
+        ('pretrained_cfg.std', [], r'pretrained_cfg.std is \[\], and should be a positive number for each channel'),
+        ('pretrained_cfg.interpolation', 3, 'interpolation is 3, and should be one of nearest, bilinear, bicubic'),
+        ('pretrained_cfg.interpolation', 'evil', "interpolation is 'evil', and should be one of nearest, bilinear"),
+        ('pretrained_cfg.crop_mode', 'evil', "crop_mode is 'evil', and should be one of center, squash, border"),
         ('pretrained_cfg.first_conv', 'layer1.0.conv1', "should be 'conv1.0'"),
         ('pretrained_cfg.classifier', ['fc', 'layer4'], "should be 'fc'"),
         ('pretrained_cfg.state_dict', {}, 'should be null'),
@@ -106,6 +117,10 @@ def test_make_model_of_impossible_config_raises_with_key_and_source(path: str, v
     assert 'user/net' in str(error.value)
     assert '\n' not in str(error.value)
     assert time.perf_counter() - start < 2
+
+
+def test_timm_knows_the_interpolations_of_config_and_no_more() -> None:
+    assert {*INTERPOLATIONS} == {*_str_to_torch_interpolation}
 
 
 def test_meter_that_ends_a_function_without_gradients_leaves_them_enabled() -> None:

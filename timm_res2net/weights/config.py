@@ -4,6 +4,7 @@ import hashlib
 import inspect
 import json
 import math
+import sys
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -24,7 +25,7 @@ from .files import PathLike, open_regular, temporary_folder
 from .folder import CONFIG_FILE, LARGEST_CONFIG, WEIGHTS_FILE
 from .loading import adapt_state_dict, describe_mismatch
 from .readers import NUMBERS
-from .recorded import LARGEST_CROP, LARGEST_SIZE, SMALLEST_CROP
+from .recorded import CROP_MODES, INTERPOLATIONS, LARGEST_CROP, LARGEST_SIZE, SMALLEST_CROP
 
 __all__ = ['load_folder', 'make_model', 'require_recorded_weights']
 
@@ -52,8 +53,14 @@ def is_count(value: object) -> bool:
 
 
 def is_size(value: object) -> bool:
-    """Whether a value is a size of images or feature maps."""
-    return is_list(value, lambda item: isinstance(item, int) and is_number(item, LARGEST_SIZE)) and len(value) <= 3  # type: ignore[arg-type]
+    """Whether a value is a size of feature maps."""
+    whole = is_list(value, lambda item: isinstance(item, int) and is_number(item, LARGEST_SIZE))
+    return whole and len(value) <= 3 and 0 not in value  # type: ignore[arg-type, operator]
+
+
+def is_image_size(value: object) -> bool:
+    """Whether a value is a size of images: channels, height and width."""
+    return is_size(value) and len(value) == 3  # type: ignore[arg-type]
 
 
 def is_crop(value: object) -> bool:
@@ -77,18 +84,28 @@ def is_texts_by_name(value: object) -> bool:
 
 
 def is_channels(value: object) -> bool:
-    """Whether a value is a number for each channel of an image."""
-    return is_list(value, is_number) and len(value) <= LARGEST_OTHER  # type: ignore[arg-type]
+    """Whether a value is a finite number for each channel of an image."""
+    finite = is_list(value, lambda item: is_number(item, sys.float_info.max))
+    return finite and 1 <= len(value) <= LARGEST_OTHER  # type: ignore[arg-type]
+
+
+def is_positive(value: object) -> bool:
+    """Whether a value is a positive number for each channel of an image."""
+    return is_channels(value) and 0 not in value  # type: ignore[operator]
 
 
 KINDS: dict[str, tuple[Callable[[object], bool], str]] = {  # of values in `pretrained_cfg`
     **dict.fromkeys(('num_classes', 'label_offset'), (is_count, 'a number of classes')),
     **dict.fromkeys(('crop_pct', 'test_crop_pct'), (is_crop, f'a number from {SMALLEST_CROP} to {LARGEST_CROP}')),
     **dict.fromkeys(
-        ('input_size', 'test_input_size', 'min_input_size', 'pool_size', 'test_pool_size'),
-        (is_size, f'a size of at most {LARGEST_SIZE}'),
+        ('input_size', 'test_input_size', 'min_input_size'),
+        (is_image_size, f'a size of three numbers from 1 to {LARGEST_SIZE}'),
     ),
-    **dict.fromkeys(('mean', 'std'), (is_channels, 'a number for each channel')),
+    **dict.fromkeys(('pool_size', 'test_pool_size'), (is_size, f'a size from 1 to {LARGEST_SIZE}')),
+    'mean': (is_channels, 'a number for each channel'),
+    'std': (is_positive, 'a positive number for each channel'),
+    'interpolation': (INTERPOLATIONS.__contains__, f'one of {", ".join(INTERPOLATIONS)}'),
+    'crop_mode': (CROP_MODES.__contains__, f'one of {", ".join(CROP_MODES)}'),
     **dict.fromkeys(('first_conv', 'classifier', 'paper_ids', 'notes'), (is_texts, 'a text or a list of texts')),
     'label_names': (lambda value: is_list(value, is_text), 'a list of texts'),
     'label_descriptions': (is_texts_by_name, 'texts by name'),
@@ -145,6 +162,13 @@ def checked_config(content: bytes, source: str) -> dict[str, Any]:
         if key in ('first_conv', 'classifier') and name in ARCHS:  # timm leaves out what they name
             own = getattr(registered_cfg(name), key)
             require(f'pretrained_cfg.{key}', cfg[key], cfg[key] in (None, own), repr(own))
+    for key in (
+        'mean',
+        'std',
+    ):  # timm's own have three whatever the channels are; `with_channels` adapts those, and one
+        value, channels = cfg.get(key), (cfg.get('input_size') or [3])[0]
+        fits = value is None or len(value) in (1, 3, channels)
+        require(f'pretrained_cfg.{key}', value, fits, f'a number for each of {channels} channels')
     for key, value in args.items():
         require(f'model_args.{key}', value, key not in FORBIDDEN, 'left out, as it is for whoever loads the model')
         most = LARGEST.get(key, LARGEST_OTHER)

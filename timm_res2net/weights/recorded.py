@@ -26,6 +26,8 @@ _logger = logging.getLogger(__name__)
 IMAGES = 'input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode'
 # An image is resized to its size divided by crop_pct, then cropped: a small file can state what takes all memory.
 LARGEST_SIZE, SMALLEST_CROP, LARGEST_CROP = 4096, 0.5, 2
+INTERPOLATIONS = 'nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos'  # that timm knows
+CROP_MODES = 'center', 'squash', 'border'  # timm takes any other text for the first
 
 
 @dataclass(frozen=True)
