@@ -195,6 +195,15 @@ def test_make_model_of_bad_weights_raises_checkpoint_error(content: Callable[[],
         make_model(config(), content(), 'user/net')
 
 
+@pytest.mark.parametrize(
+    ('value', 'arguments'), [(3e38, dict(in_chans=1)), (1e6, dict(dtype=torch.float16))], ids=['channels', 'half']
+)
+def test_make_model_whose_weights_would_be_infinite_raises(value: float, arguments: dict[str, Any]) -> None:
+    content = weights(**{'conv1.0.weight': torch.full_like(tiny().state_dict()['conv1.0.weight'], value)})
+    with pytest.raises(CheckpointError, match=r'of user/net has numbers too large .* \(first: conv1\.0\.weight\)'):
+        make_model(config(), content, 'user/net', **arguments)
+
+
 @pytest.mark.parametrize('dtype', [torch.complex64, torch.float8_e5m2, torch.uint64], ids=str)
 @pytest.mark.parametrize('name', ['test_res2net', 'test_resnet'])
 def test_make_model_of_tensors_of_types_that_no_weights_have_raises(name: str, dtype: torch.dtype) -> None:

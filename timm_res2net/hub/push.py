@@ -21,7 +21,7 @@ from torch import nn
 from ..models.block import function_of
 from ..models.classifier import Classifier, as_classifier, model_name
 from ..models.variants import ARCHS
-from ..weights.config import load_folder
+from ..weights.config import load_folder, not_finite
 from ..weights.download import retrying
 from ..weights.errors import CheckpointError, first_line
 from ..weights.files import PathLike, atomic_write_text, sha256, temporary_folder, write_files
@@ -156,9 +156,7 @@ def push(
 
 def require_finite(model: nn.Module) -> None:
     """Raises a ValueError for weights that are not all finite."""
-    state = model.state_dict()
-    bad = [name for name, tensor in state.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
-    if bad:
+    if bad := not_finite(model.state_dict()):
         raise ValueError(f'{len(bad)} of the tensors have NaN or infinity in them (first: {bad[0]})')
 
 

@@ -27,7 +27,7 @@ from .loading import adapt_state_dict, describe_mismatch
 from .readers import NUMBERS
 from .recorded import CROP_MODES, INTERPOLATIONS, LARGEST_CROP, LARGEST_SIZE, SMALLEST_CROP
 
-__all__ = ['load_folder', 'make_model', 'require_recorded_weights']
+__all__ = ['load_folder', 'make_model', 'not_finite', 'require_recorded_weights']
 
 LARGEST = {'layers': 200, 'levels': 8, 'scale': 64, 'num_classes': 1_000_000}  # numbers in `model_args`
 LARGEST_OTHER = 4096
@@ -217,9 +217,15 @@ def checked_weights(content: bytes, source: str) -> dict[str, Tensor]:
             raise CheckpointError(
                 f'{WEIGHTS_FILE} of {source} has {name} of {tensor.dtype}; save plain floating-point tensors'
             )
-        if tensor.is_floating_point() and not tensor.float().isfinite().all():
-            raise CheckpointError(f'{WEIGHTS_FILE} of {source} has NaN or infinity in {name}')
+    if bad := not_finite(state):
+        raise CheckpointError(f'{WEIGHTS_FILE} of {source} has NaN or infinity in {bad[0]}')
     return state
+
+
+def not_finite(state: Mapping[str, Tensor]) -> list[str]:
+    """The names of those tensors that have NaN or infinity in them; one on the meta device has nothing in it."""
+    known = {name: tensor for name, tensor in state.items() if tensor.is_floating_point() and not tensor.is_meta}
+    return [name for name, tensor in known.items() if not tensor.float().isfinite().all()]
 
 
 class Meter(TorchFunctionMode):
@@ -275,7 +281,7 @@ def make_model(config: bytes, weights: bytes, source: str, **kwargs: Any) -> nn.
         The model in evaluation mode. Its attribute `record` is what this package recorded of the weights.
 
     Raises:
-        CheckpointError: If one of the files is of no use, or they don't fit each other.
+        CheckpointError: If one of the files is of no use, they don't fit each other, or weights would be infinite.
         OSError: If the folder for temporary files can't be written.
     """
     checked = checked_config(config, source)
@@ -294,6 +300,11 @@ def make_model(config: bytes, weights: bytes, source: str, **kwargs: Any) -> nn.
             raise CheckpointError(
                 f'{WEIGHTS_FILE} of {source} does not fit its {CONFIG_FILE}: {first_line(error)}'
             ) from error
+    if bad := not_finite(model.state_dict()):  # of summed channels, or in half precision
+        raise CheckpointError(
+            f'{WEIGHTS_FILE} of {source} has numbers too large for the model that was asked for: {len(bad)} of its '
+            f'tensors would have infinity in them (first: {bad[0]})'
+        )
     cfg = getattr(model, 'pretrained_cfg', None)
     if isinstance(cfg, dict):
         cfg.pop('file', None)
