@@ -15,8 +15,10 @@ from support import TINY, tiny
 from timm.data.transforms import _str_to_torch_interpolation
 
 from timm_res2net import CheckpointError, push
+from timm_res2net.models.block import function_of
 from timm_res2net.weights.checkpoints import read_checkpoint
 from timm_res2net.weights.config import Meter, load_folder, make_model
+from timm_res2net.weights.files import PREFIX
 from timm_res2net.weights.recorded import INTERPOLATIONS
 
 CONFIG: dict[str, Any] = dict(
@@ -193,6 +195,24 @@ def lacking(name: str) -> bytes:
 def test_make_model_of_bad_weights_raises_checkpoint_error(content: Callable[[], bytes], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):
         make_model(config(), content(), 'user/net')
+
+
+@pytest.mark.parametrize(
+    'contradicting',
+    [dict(norm_eps=0.3), dict(strides=[1, 2, 2, 1]), dict(dilations=[1, 1, 1, 2]), dict(first_block='paddle')],
+    ids=str,
+)
+def test_make_model_of_config_that_contradicts_weights_names_source(contradicting: dict[str, Any]) -> None:
+    model = tiny()
+    content = save(model.state_dict(), function_of(model).as_text())
+    with pytest.raises(CheckpointError, match=r'^model\.safetensors of user/net is of a network with ') as error:
+        make_model(config('model_args', {**TINY, **contradicting}), content, 'user/net')
+    assert PREFIX not in str(error.value)
+
+
+def test_make_model_of_integers_names_source() -> None:
+    with pytest.raises(CheckpointError, match=r'^model\.safetensors of user/net can not be used: fc\.bias can be no'):
+        make_model(config(), weights(**{'fc.bias': torch.ones(4).int()}), 'user/net')
 
 
 @pytest.mark.parametrize(

@@ -263,8 +263,13 @@ def require_fit(config: Mapping[str, Any], state: dict[str, Tensor], source: str
         raise CheckpointError(
             f'{CONFIG_FILE} of {source} describes a network of {need:,} numbers, and its weights have only {have:,}'
         )
-    ours = config['architecture'] in ARCHS  # of others only timm knows what it renames
-    if ours and (problems := describe_mismatch(wanted, adapt_state_dict(dict(state), model))):
+    if config['architecture'] not in ARCHS:  # only timm knows what it renames
+        return
+    try:
+        adapted = adapt_state_dict(dict(state), model)
+    except CheckpointError as error:
+        raise CheckpointError(f'{WEIGHTS_FILE} of {source} can not be used: {error}') from error
+    if problems := describe_mismatch(wanted, adapted):
         raise CheckpointError(f'{WEIGHTS_FILE} of {source} does not fit its {CONFIG_FILE}: {problems}')
 
 
@@ -294,6 +299,9 @@ def make_model(config: bytes, weights: bytes, source: str, **kwargs: Any) -> nn.
             raise OSError(f'{folder} can not be written, from where timm reads: {error.strerror}') from error
         try:
             model = timm.create_model(f'local-dir:{folder}', pretrained=True, **kwargs)
+        except CheckpointError as error:  # names the temporary file
+            path, shown = str(folder / WEIGHTS_FILE), f'{WEIGHTS_FILE} of {source}'
+            raise CheckpointError(str(error).replace(path, shown)) from None
         except RuntimeError as error:
             if 'state_dict' not in str(error):
                 raise
