@@ -105,6 +105,7 @@ def test_make_model_of_other_architectures_of_timm_is_the_same_as_timms() -> Non
         ('model_args.exportable', True, 'model_args.exportable is True, and should be left out'),
         ('model_args.no_jit', True, 'model_args.no_jit is True, and should be left out'),
         ('num_classes', -4, 'num_classes is -4'),
+        ('pretrained_cfg.input_size', [1, 64, 64], r'config.json: .* is inconsistent with input_size\[0\]=1'),
         ('num_classes', 5, 'does not fit its config.json: 2 have another shape'),
         ('label_names', ['a', 'b'], 'label_names has 2 names for 4 classes'),
         ('label_names', 'abcd', 'label_names is'),

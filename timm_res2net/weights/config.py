@@ -303,7 +303,7 @@ def make_model(config: bytes, weights: bytes, source: str, **kwargs: Any) -> nn.
             path, shown = str(folder / WEIGHTS_FILE), f'{WEIGHTS_FILE} of {source}'
             raise CheckpointError(str(error).replace(path, shown)) from None
         except RuntimeError as error:
-            if 'state_dict' not in str(error):
+            if not any(word in str(error) for word in ('state_dict', 'input_size')):
                 raise
             raise CheckpointError(
                 f'{WEIGHTS_FILE} of {source} does not fit its {CONFIG_FILE}: {first_line(error)}'
