@@ -188,10 +188,11 @@ def lacking(name: str) -> bytes:
         (lambda: weights()[:-1000], 'is cut, or is no file of safetensors'),
         (lambda: b'\x80\x04N.', 'is cut, or is no file of safetensors'),
         (lambda: weights(**{'fc.bias': torch.full((4,), float('nan'))}), 'has NaN or infinity in fc.bias'),
+        (lambda: weights(**{'bn1.running_var': -torch.ones(8)}), 'has a variance below zero in bn1.running_var'),
         (lambda: lacking('layer1.0.conv1.weight'), r"1 of the model's tensors are not in it \(first: layer1.0.conv1"),
         (lambda: weights(more=torch.zeros(2)), r'1 in it are unknown to the model \(first: more\)'),
     ],
-    ids=['empty', 'cut', 'pickle', 'nan', 'missing', 'unexpected'],
+    ids=['empty', 'cut', 'pickle', 'nan', 'variance', 'missing', 'unexpected'],
 )
 def test_make_model_of_bad_weights_raises_checkpoint_error(content: Callable[[], bytes], message: str) -> None:
     with pytest.raises(CheckpointError, match=message):

@@ -204,7 +204,8 @@ def checked_weights(content: bytes, source: str) -> dict[str, Tensor]:
     """Reads `model.safetensors`.
 
     Raises:
-        CheckpointError: If it holds something else, or numbers that are not finite or of a type that no weights have.
+        CheckpointError: If it holds something else, numbers that are not finite or of a type that no weights have, or
+            variances below zero.
     """
     try:
         state = safetensors.torch.load(content)
@@ -219,6 +220,9 @@ def checked_weights(content: bytes, source: str) -> dict[str, Tensor]:
             )
     if bad := not_finite(state):
         raise CheckpointError(f'{WEIGHTS_FILE} of {source} has NaN or infinity in {bad[0]}')
+    for name, tensor in state.items():
+        if name.endswith('running_var') and (tensor < 0).any():  # its root would be NaN
+            raise CheckpointError(f'{WEIGHTS_FILE} of {source} has a variance below zero in {name}')
     return state
 
 
