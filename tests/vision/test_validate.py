@@ -123,6 +123,16 @@ def test_labelled_images_by_a_name_of_two_classes_raise(tmp_path: Path) -> None:
     assert labelled_images(tmp_path / 'data', names, tmp_path / 'truth.txt').classes == [0, 1]
 
 
+@pytest.mark.parametrize('score', [float('nan'), float('inf')])
+def test_images_for_which_the_model_gives_no_finite_number_are_errors(score: float, tmp_path: Path) -> None:
+    write_images(tmp_path, ['c0/a.png'])
+    model = Constant([0.0, score]).eval()
+    (found,) = predict(model, [tmp_path / 'c0' / 'a.png'])
+    assert isinstance(found, ValueError)
+    with pytest.raises(ValueError, match='the first one: the model gives no finite number for this image'):
+        validate(model, LabelledImages([tmp_path / 'c0' / 'a.png'], classes=[0]))
+
+
 def test_validate_without_any_readable_image_raises(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match='none of 1 images could be read; the first one: there is no such file'):
         validate(Constant([1.0, 0.0]).eval(), LabelledImages([tmp_path / 'none.png'], classes=[0]))

@@ -174,7 +174,10 @@ def classify(
                 probabilities = model(x.to(device, dtype)).float().softmax(dim=1).cpu()  # (N, classes)
         rows = iter(probabilities) if inputs else iter(())
         for image in batch:
-            yield next(rows) if isinstance(image, Tensor) else image
+            found = next(rows) if isinstance(image, Tensor) else image
+            if isinstance(found, Tensor) and not found.isfinite().all():  # of weights that overflow
+                found = ValueError('the model gives no finite number for this image')
+            yield found
 
 
 class ReadImages(Dataset[Any]):
