@@ -86,6 +86,15 @@ def test_labelled_images_by_a_file_take_names_and_numbers(tmp_path: Path) -> Non
     assert [(file.name, index) for file, index in zip(found.files, found.classes)] == [('a.png', 1), ('b.png', 0)]
 
 
+def test_labelled_images_by_a_file_take_the_longest_name_with_blanks_that_is_a_file(tmp_path: Path) -> None:
+    write_images(tmp_path, ['my.png', 'my.png cat.png'])
+    lines = 'my.png cat.png tabby cat', 'my.png cat.png  0', 'my.png dog', 'none.png tabby cat'
+    (tmp_path / 'labels.txt').write_text('\n'.join(lines))
+    found = labelled_images(tmp_path, ['dog', 'tabby cat'], tmp_path / 'labels.txt')
+    assert [file.name for file in found.files] == ['my.png cat.png', 'my.png cat.png', 'my.png', 'none.png']
+    assert found.classes == [1, 0, 0, 1]
+
+
 @pytest.mark.parametrize(
     ('images', 'labels', 'message'),
     [
@@ -93,6 +102,7 @@ def test_labelled_images_by_a_file_take_names_and_numbers(tmp_path: Path) -> Non
         (['x.png'], None, 'has no folder for a class; give the classes of its images by a file, --truth'),
         (['x.png'], 'x.png 2', "line 1 of .* gives x.png the class '2', which the model lacks"),
         (['x.png'], 'x.png', "the class '', which the model lacks"),
+        (['a b.png'], 'a b.png 2', "line 1 of .* gives a b.png the class '2', which the model lacks"),
         (['x.png'], '\n', 'has no line with an image'),
     ],
 )

@@ -43,7 +43,8 @@ def labelled_images(folder: PathLike, names: Sequence[str], truth: PathLike | No
     Args:
         folder: A folder for each class, or all images together with a file of their classes.
         names: Names of a model's classes. Folders have these names, or are as many, in timm's order: 'c2' before 'c10'.
-        truth: A text file with a line for each image: path in the folder, space, name or number of the class.
+        truth: A text file with a line for each image: path in the folder, space, name or number of the class. The path
+            is the longest beginning, up to a space, that is a file; if none is, it ends at the first space.
 
     Raises:
         ValueError: If there is no image, the file can't be read, or its classes are not those of the model, or a name
@@ -59,8 +60,7 @@ def labelled_images(folder: PathLike, names: Sequence[str], truth: PathLike | No
         for number, line in enumerate(read_text(truth).splitlines(), 1):
             if not line.strip():
                 continue
-            name, _, label = line.strip().partition(' ')
-            label = label.strip()
+            name, label = split_line(line.strip(), root)
             which = index.get(label, int(label) if label.isdecimal() else -1)
             if not 0 <= which < len(names):
                 raise ValueError(f'line {number} of {truth} gives {name} the class {label!r}, which the model lacks')
@@ -88,6 +88,14 @@ def labelled_images(folder: PathLike, names: Sequence[str], truth: PathLike | No
     if not found.files:
         raise ValueError(f'there is no image in {root}')
     return LabelledImages(**vars(found), classes=[index[file.relative_to(root).parts[0]] for file in found.files])
+
+
+def split_line(line: str, root: Path) -> tuple[str, str]:
+    """The path and the class in a line of a file for `labelled_images`. Both can have spaces in them."""
+    words = line.split(' ')
+    ends = (end for end in range(len(words) - 1, 1, -1) if os.path.isfile(root / ' '.join(words[:end])))
+    end = next(ends, 1)
+    return ' '.join(words[:end]), ' '.join(words[end:]).strip()
 
 
 def validate(
