@@ -134,15 +134,20 @@ def test_train_script_with_an_unknown_model_tells_only_what_it_states(tmp_path: 
     [
         *(dict(img_size=-3), dict(img_size='48'), dict(mean=['a']), dict(mean=[1, 2]), dict(std=[0])),
         *(dict(img_size=5000), dict(input_size=[3, 48, 5000]), dict(crop_pct=1e-4), dict(crop_pct=100)),
-        *(dict(crop_pct='x'), dict(interpolation='warp'), dict(input_size=[1, 2])),
+        *(dict(crop_pct='x'), dict(interpolation='random'), dict(crop_mode='warp'), dict(input_size=[1, 2])),
     ],
     ids=str,
 )
-def test_impossible_arguments_are_left_out_with_a_warning(
+def test_impossible_argument_is_left_out_with_a_warning_and_the_others_are_kept(
     wrong: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert read_checkpoint(saved(tmp_path, **{**STATED, **wrong})).training.images == {}
-    assert 'states of its images is not used' in caplog.text
+    (key,) = wrong
+    usual = resolve_data_config({}, pretrained_cfg=timm.get_pretrained_cfg('test_res2net').to_dict())
+    size = {} if key != 'img_size' else {'input_size': usual['input_size']}
+    expected = {**IMAGES, **({key: usual[key]} if key in IMAGES and key != 'input_size' else {}), **size}
+    assert read_checkpoint(saved(tmp_path, **{**STATED, **wrong})).training.images == expected
+    assert f'{key} of the images in {tmp_path}/last.pth.tar is not used' in caplog.text
+    assert caplog.text.count('is not used') == 1
 
 
 @pytest.mark.parametrize('key', [*STATED, 'crop_mode', 'data_dir', 'dataset', 'class_map', 'model_kwargs'])
@@ -232,10 +237,22 @@ def test_configuration_beside_weights_that_is_none_is_left_out_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     save_file(tiny().state_dict(), tmp_path / 'model.safetensors')
-    for text in ('{', '{"pretrained_cfg": []}', '{"pretrained_cfg": {"mean": "x"}}', '[]', '{"model_type": "bert"}'):
+    for text in ('{', '{"pretrained_cfg": []}', '[]', '{"model_type": "bert"}'):
         (tmp_path / 'config.json').write_text(text)
         assert read_checkpoint(tmp_path / 'model.safetensors').training.images == {}
-    assert caplog.text.count('config.json is not used') == 3  # the others are of other code
+    assert caplog.text.count('config.json is not used') == 2  # the others are of other code
+
+
+def test_impossible_value_in_the_configuration_beside_weights_leaves_the_others_and_the_names_of_classes(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    save_file(tiny().state_dict(), tmp_path / 'model.safetensors')
+    cfg = {**IMAGES, 'mean': 'x'}
+    (tmp_path / 'config.json').write_text(json.dumps({'pretrained_cfg': cfg, 'label_names': CLASSES}))
+    training = read_checkpoint(tmp_path / 'model.safetensors').training
+    assert training.labels == (*CLASSES,)
+    assert training.images == {key: value for key, value in IMAGES.items() if key != 'mean'}
+    assert f'mean of the images in {tmp_path}/config.json is not used' in caplog.text
 
 
 def test_push_keeps_preparation_and_names(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]) -> None:

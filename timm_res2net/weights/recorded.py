@@ -2,15 +2,17 @@
 
 import json
 import logging
+import math
 import os
 from argparse import Namespace
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from timm.data import create_transform, get_img_extensions, resolve_data_config
 from timm.utils import natural_key
+from torch import Tensor
 
 from ..models.classifier import registered_cfg
 from ..models.variants import ARCHS
@@ -53,7 +55,7 @@ def recorded_training(contents: Contents, file: PathLike, num_classes: int, conf
     if 'pretrained_cfg' not in config:  # of other code
         return Training()
     try:
-        images = checked_images(resolve_data_config(pretrained_cfg=config['pretrained_cfg']))
+        images = images_of_config(config['pretrained_cfg'], config_file)
         names = config.get('label_names') or ()
         labels = tuple(map(str, names)) if isinstance(names, list) and len(names) == num_classes else ()
         record = record_of_weights(file, config)
@@ -94,15 +96,49 @@ def images_of_training(arch: object, args: Mapping[str, Any], file: str) -> dict
         cfg: dict[str, Any] = registered_cfg(name).to_dict() if known else {}
     except RuntimeError:  # a tag that is gone
         cfg = registered_cfg(name.partition('.')[0]).to_dict()
-    stated = {key for key in IMAGES if args.get(key)} | ({'input_size'} if args.get('img_size') else set())
-    if not known and not stated:
+    channels = args.get('in_chans')
+    fits = isinstance(channels, int) and 1 <= channels <= LARGEST_SIZE  # timm repeats a single mean as often
+
+    def resolve(some: Mapping[str, Any]) -> dict[str, Any]:
+        resolved: dict[str, Any] = resolve_data_config({'in_chans': channels if fits else None, **some}, cfg)
+        return resolved
+
+    good = good_images(args, ('img_size', *IMAGES), resolve, file)
+    if not known and not good:
         return {}
-    try:
-        images = checked_images(resolve_data_config(dict(args), pretrained_cfg=cfg))
-    except Exception as error:  # whatever arguments of another script make timm raise
-        _logger.warning('what %s states of its images is not used: %s', printable(file), first_line(error))
-        return {}
+    images = checked_images(resolve(good))
+    stated = {'input_size', *good} if 'img_size' in good else {*good}
     return {key: value for key, value in images.items() if known or key in stated}
+
+
+def images_of_config(cfg: Mapping[str, Any], file: PathLike) -> dict[str, Any]:
+    """How timm prepares images by its configuration of weights, without what is not possible in that."""
+
+    def resolve(some: Mapping[str, Any]) -> dict[str, Any]:
+        resolved: dict[str, Any] = resolve_data_config({'in_chans': None}, some)
+        return resolved
+
+    good = good_images(cfg, IMAGES, resolve, file)
+    images = checked_images(resolve(good))
+    return {key: value for key, value in images.items() if key in good or not cfg.get(key)}
+
+
+def good_images(
+    stated: Mapping[str, Any], keys: Iterable[str], resolve: Callable[[dict[str, Any]], dict[str, Any]], file: PathLike
+) -> dict[str, Any]:
+    """Those settings of images that are possible, each with the ones before it; a warning names each other one."""
+    good: dict[str, Any] = {}
+    for key in keys:
+        value = stated.get(key)
+        if isinstance(value, Tensor) or not value:
+            continue
+        try:
+            checked_images(resolve({**good, key: value}))
+        except Exception as error:  # whatever values of another script make timm raise
+            _logger.warning('%s of the images in %s is not used: %s', key, printable(file), first_line(error))
+        else:
+            good[key] = value
+    return good
 
 
 def checked_images(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -116,11 +152,20 @@ def checked_images(config: Mapping[str, Any]) -> dict[str, Any]:
         crop_mode=str(config['crop_mode']),
     )
     channels, height, width = images['input_size']
-    sizes_fit = min(channels, height, width) >= 1 and max(channels, height, width) <= LARGEST_SIZE
-    if not (sizes_fit and SMALLEST_CROP <= images['crop_pct'] <= LARGEST_CROP and min(images['std']) > 0):
+    possible = (
+        min(channels, height, width) >= 1
+        and max(channels, height, width) <= LARGEST_SIZE
+        and SMALLEST_CROP <= images['crop_pct'] <= LARGEST_CROP
+        and 0 <= min(images['mean']) <= max(images['mean']) < math.inf
+        and 0 < min(images['std']) <= max(images['std']) < math.inf
+        and images['interpolation'] in INTERPOLATIONS
+        and images['crop_mode'] in CROP_MODES
+    )
+    if not possible:
         raise ValueError(
             f'{images} are no settings of images: sizes are from 1 to {LARGEST_SIZE}, crop_pct is from {SMALLEST_CROP} '
-            f'to {LARGEST_CROP}, and std is positive'
+            f'to {LARGEST_CROP}, mean is not negative, std is positive, interpolation is one of '
+            f'{", ".join(INTERPOLATIONS)}, and crop_mode one of {", ".join(CROP_MODES)}'
         )
     create_transform(**images)
     return images
