@@ -150,6 +150,14 @@ def test_impossible_argument_is_left_out_with_a_warning_and_the_others_are_kept(
     assert caplog.text.count('is not used') == 1
 
 
+@pytest.mark.parametrize('more', [{}, {'crop_mode': torch.ones(2)}], ids=['plain', 'tensor'])
+def test_arguments_that_a_training_saved_as_a_mapping_are_read(more: dict[str, Any], tmp_path: Path) -> None:
+    file = saved(tmp_path, **STATED)
+    recorded = torch.load(file, weights_only=False)
+    torch.save({**recorded, 'args': {**vars(recorded['args']), **more}}, file)
+    assert read_checkpoint(file).training.images == IMAGES
+
+
 @pytest.mark.parametrize('key', [*STATED, 'crop_mode', 'data_dir', 'dataset', 'class_map', 'model_kwargs'])
 def test_tensor_among_the_arguments_is_left_out(key: str, tmp_path: Path) -> None:
     file = saved(tmp_path)

@@ -48,9 +48,10 @@ def recorded_training(contents: Contents, file: PathLike, num_classes: int, conf
     The train script names the data folder; class names are those of its folders, if it is on this machine.
     """
     args = contents.nested.get('args')
-    if isinstance(args, Namespace):
-        labels, source = labels_of_data(vars(args), num_classes)
-        return Training(images_of_training(contents.nested.get('arch'), vars(args), str(file)), labels, source)
+    args = vars(args) if isinstance(args, Namespace) else args
+    if isinstance(args, Mapping):
+        labels, source = labels_of_data(args, num_classes)
+        return Training(images_of_training(contents.nested.get('arch'), args, str(file)), labels, source)
     config_file = Path(file).with_name(CONFIG_FILE)
     if 'pretrained_cfg' not in config:  # of other code
         return Training()
