@@ -140,8 +140,20 @@ def test_coco_objects_without_area_and_crowd_are_evaluated_by_their_boxes(tmp_pa
 def test_coco_image_that_is_missing_is_named(tmp_path: Path) -> None:
     dataset = write_set(tmp_path, [])
     (tmp_path / 'val' / '1.png').unlink()
-    with pytest.raises(ValueError, match=r'1\.png can not be read'):
+    with pytest.raises(ValueError, match=r'1\.png: there is no such file'):
         dataset[1]
+
+
+def test_coco_image_of_16_bits_is_scaled_and_not_turned_away_from_its_boxes(tmp_path: Path) -> None:
+    dataset = write_set(tmp_path, [square(SQUARES['big'], 3)])
+    Image.fromarray(np.full((64, 80), 0.4 * 65535, np.uint16)).save(tmp_path / 'val' / '0.png')
+    assert dataset.image(0).unique().tolist() == [pytest.approx(0.4, abs=0.01)]
+    exif = Image.Exif()
+    exif[0x0112] = 6  # to be turned by 90 degrees
+    Image.new('L', (80, 64)).save(tmp_path / 'val' / '0.png', exif=exif)
+    image, target = dataset[0]
+    assert image.shape == (3, 64, 80)
+    assert target['boxes'].tolist() == [[0, 0, 40, 40]]
 
 
 def test_sheet_pads_drawn_images_of_several_sizes(tmp_path: Path) -> None:

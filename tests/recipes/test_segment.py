@@ -189,7 +189,7 @@ def test_image_that_a_worker_can_not_read_is_one_line(
         path.write_bytes(b'no image')
     assert run(str(tmp_path / 'set'), str(tmp_path / 'run'), *QUICK, '--workers', '1') == 2
     lines = [line for line in capsys.readouterr().err.splitlines() if 'error: ' in line]
-    assert re.search(r'error: ValueError: .*train/\d+\.png can not be read', lines[-1])
+    assert re.search(r'error: ValueError: .*train/\d+\.png: this is not an image', lines[-1])
 
 
 @pytest.mark.slow

@@ -87,10 +87,14 @@ def readable_suffixes() -> set[str]:
     return {suffix for suffix, kind in Image.EXTENSION.items() if kind in Image.OPEN and kind not in RECOGNISED}
 
 
-def read_image(path: PathLike) -> Image.Image:
+def read_image(path: PathLike, rotate: bool = True) -> Image.Image:
     """Reads an image of any mode as RGB, 8 bits a channel.
 
-    EXIF orientation is applied, 16-bit greys are scaled to 8 bits, and transparent pixels become white.
+    16-bit greys are scaled to 8 bits, and transparent pixels become white.
+
+    Args:
+        path: File to read.
+        rotate: Apply EXIF orientation; not where boxes or masks were made on the pixels as they are stored.
 
     Raises:
         ValueError: If it can't be read, with the reason in one line.
@@ -98,7 +102,7 @@ def read_image(path: PathLike) -> Image.Image:
     try:
         with open_regular(path) as file, Image.open(file) as opened:
             opened.load()
-            image = ImageOps.exif_transpose(opened)
+            image = ImageOps.exif_transpose(opened) if rotate else opened.copy()
     except FileNotFoundError:
         raise ValueError('there is no such file') from None
     except Image.UnidentifiedImageError:

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 from torchvision.utils import draw_bounding_boxes, make_grid
 
+from ..deploy import images
 from ..weights.files import atomic_write
 
 __all__ = [
@@ -106,12 +106,12 @@ class CocoImages(torch.utils.data.Dataset[tuple[Tensor, Target]]):
 
 
 def read_image(path: Path) -> Tensor:
-    """Reads an image, (3, H, W) in 0..1; ValueError if that is not possible."""
+    """Reads an image, (3, H, W) in 0..1, as it is stored, like boxes and masks; ValueError if that is not possible."""
     try:
-        with Image.open(path) as image:
-            return F.to_dtype(F.to_image(image.convert('RGB')), torch.float32, scale=True).as_subclass(Tensor)
-    except OSError as error:
-        raise ValueError(f'{path} can not be read: {error}') from error
+        image = images.read_image(path, rotate=False)
+    except ValueError as error:
+        raise ValueError(f'{path}: {error}') from error
+    return F.to_dtype(F.to_image(image), torch.float32, scale=True).as_subclass(Tensor)
 
 
 def semantic_mask(dataset: CocoImages, index: int, size: tuple[int, int]) -> Tensor:
