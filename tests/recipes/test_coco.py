@@ -37,7 +37,7 @@ def write_set(folder: Path, annotations: list[dict[str, Any]], name: str = 'val'
         Image.fromarray(np.full((64, 80), 51 * i, np.uint8)).save(folder / name / f'{i}.png')
     document = dict(
         images=[dict(id=i + 10, file_name=f'{i}.png', width=80, height=64) for i in range(2)],
-        annotations=[dict(each, id=i + 1, image_id=10) for i, each in enumerate(annotations)],
+        annotations=[dict(id=i + 1, image_id=10) | each for i, each in enumerate(annotations)],
         categories=[dict(id=7, name='dog'), dict(id=3, name='cat')],
     )
     (folder / 'annotations' / f'instances_{name}.json').write_text(json.dumps(document))
@@ -99,10 +99,45 @@ def test_average_precision_counts_overlaps_above_each_threshold(tmp_path: Path) 
 
 
 @pytest.mark.parametrize(
+    ('changed', 'error'),
+    [
+        (dict(image_id=12), 'an object of image 12, which it does not define, number 1'),
+        (dict(category_id=4), 'an object of category 4, which it does not define, number 1'),
+        (
+            dict(bbox=[0, 0, float('nan'), 9]),
+            r'an object whose box is \[0, 0, nan, 9\], not four finite numbers, number 1',
+        ),
+        (
+            dict(bbox=[0, 0, float('inf'), 9]),
+            r'an object whose box is \[0, 0, inf, 9\], not four finite numbers, number 1',
+        ),
+        (dict(bbox=[0, 0, 9]), r'an object whose box is \[0, 0, 9\], not four finite numbers, number 1'),
+    ],
+)
+def test_coco_objects_that_can_not_be_used_are_named(tmp_path: Path, changed: dict[str, Any], error: str) -> None:
+    with pytest.raises(ValueError, match=rf'instances_val\.json has {error}'):
+        write_set(tmp_path, [square(SQUARES['big'], 7) | changed])
+
+
+@pytest.mark.parametrize('number', ['one', 2**63, 1.5])
+def test_coco_image_id_that_no_tensor_can_hold_is_named(tmp_path: Path, number: Any) -> None:
+    write_set(tmp_path, [])
+    file = tmp_path / 'annotations' / 'instances_val.json'
+    document = json.loads(file.read_text())
+    document['images'] = [document['images'][0] | dict(id=number)]
+    file.write_text(json.dumps(document))
+    with pytest.raises(
+        ValueError, match=rf'instances_val\.json has an image of id {number!r}; ids of images are integers'
+    ):
+        CocoImages(tmp_path, 'val')
+
+
+@pytest.mark.parametrize(
     ('content', 'error'),
     [
         ('{', 'has no annotations in COCO'),
         ('[]', 'has no annotations in COCO'),
+        (f'{{"images": {"[" * 99_999}', 'has no annotations in COCO.*RecursionError'),
         ('{"images": [{"id": 1}], "annotations": [{}], "categories": []}', 'has no annotations in COCO'),
         ('{"images": [], "annotations": [], "categories": []}', 'has no images or no categories'),
         (

@@ -6,7 +6,8 @@ A set is a folder with `NAME/` for the images and `annotations/instances_NAME.js
 
 import contextlib
 import io
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -50,7 +51,7 @@ class CocoImages(torch.utils.data.Dataset[tuple[Tensor, Target]]):
         name: Of the part.
 
     Raises:
-        ValueError: If there is no such part, or its annotations can't be read.
+        ValueError: If there is no such part, or its annotations can't be read or used.
         ImportError: If pycocotools is not installed.
     """
 
@@ -69,17 +70,30 @@ class CocoImages(torch.utils.data.Dataset[tuple[Tensor, Target]]):
             self.labels = {each['id']: i + 1 for i, each in enumerate(categories)}
             self.names = [str(each['name']) for each in categories]
             self.files = [str(self.coco.imgs[each]['file_name']) for each in self.ids]
-            unknown = {each['category_id'] for each in self.coco.anns.values()} - self.labels.keys()
-            for each in self.coco.anns.values():  # what evaluation and masks take for given
-                _, _, width, height = each['bbox']
-                each.setdefault('area', width * height)
-                each.setdefault('iscrowd', 0)
-        except (ValueError, KeyError, TypeError, AttributeError, AssertionError) as error:
+            self.objects: list[dict[str, Any]] = self.coco.dataset.get('annotations', [])
+            problem = next(self.problems(), None)
+        except Exception as error:  # a file can hold anything
             raise ValueError(f"{file} has no annotations in COCO's format: {error!r}") from error
         if not self.ids or not self.names:
             raise ValueError(f'{file} has no images or no categories')
-        if unknown:
-            raise ValueError(f'{file} has an object of category {min(unknown)}, which it does not define')
+        if problem is not None:
+            raise ValueError(f'{file} has {problem}')
+        for each in self.objects:  # what evaluation and masks take for given
+            each.setdefault('area', each['bbox'][2] * each['bbox'][3])
+            each.setdefault('iscrowd', 0)
+
+    def problems(self) -> Iterator[str]:
+        """What of images and objects can't be used, one after another."""
+        for number in self.ids:
+            if type(number) is not int or abs(number) >= 2**63:
+                yield f'an image of id {number!r}; ids of images are integers of up to 63 bits'
+        for each in self.objects:
+            if each['image_id'] not in self.coco.imgs:
+                yield f'an object of image {each["image_id"]}, which it does not define, number {each["id"]}'
+            if each['category_id'] not in self.labels:
+                yield f'an object of category {each["category_id"]}, which it does not define, number {each["id"]}'
+            if len(each['bbox']) != 4 or not all(map(math.isfinite, each['bbox'])):
+                yield f'an object whose box is {each["bbox"]}, not four finite numbers, number {each["id"]}'
 
     def __len__(self) -> int:
         return len(self.ids)
