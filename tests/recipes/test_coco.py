@@ -98,6 +98,20 @@ def test_average_precision_counts_overlaps_above_each_threshold(tmp_path: Path) 
     assert wrong_class['AP'] == nothing['AP'] == 0.0
 
 
+@pytest.mark.parametrize('ids', [(0, 1, 2), (5, 5, 5), ('a', 'b', 'c')], ids=['zero', 'repeated', 'texts'])
+def test_average_precision_of_all_objects_is_100_whatever_their_ids(tmp_path: Path, ids: tuple[Any, ...]) -> None:
+    boxes = SQUARES.values()
+    dataset = write_set(tmp_path, [square(box, 3, id=number) for box, number in zip(boxes, ids)])
+    assert average_precision(dataset, [(10, found(*((box, 1, 0.9) for box in boxes)))])['AP'] == 100
+    missed = average_precision(dataset, [(10, found((SQUARES['big'], 1, 0.9)))])
+    assert missed['AP'] == pytest.approx(100 * 34 / 101, abs=1e-3)
+
+
+def test_average_precision_leaves_boxes_without_area_out(tmp_path: Path) -> None:
+    dataset = write_set(tmp_path, [square(SQUARES['big'], 3), square([5, 5, 0, 9], 3), square([5, 5, 9, -1], 3)])
+    assert average_precision(dataset, [(10, found((SQUARES['big'], 1, 0.9)))])['AP'] == 100
+
+
 @pytest.mark.parametrize(
     ('changed', 'error'),
     [

@@ -146,7 +146,7 @@ def semantic_mask(dataset: CocoImages, index: int, size: tuple[int, int]) -> Ten
 def average_precision(
     dataset: CocoImages, found: Sequence[tuple[int, Target]], areas: tuple[int, int] = AREAS
 ) -> dict[str, float]:
-    """COCO's average precision of detections, in %.
+    """COCO's average precision of detections, in %; boxes without area don't count.
 
     Args:
         dataset: The truth.
@@ -157,6 +157,7 @@ def average_precision(
         AP (mean over overlaps of 0.5 to 0.95), AP50 and AP75, and AP of small, medium and large objects, -1 if there
         are none of them in the set; all are 0 if nothing was found.
     """
+    from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
 
     categories = {label: category for category, label in dataset.labels.items()}
@@ -170,7 +171,13 @@ def average_precision(
     if not results:
         return dict.fromkeys(('AP', 'AP50', 'AP75', 'APs', 'APm', 'APl'), 0.0)
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluation: Any = COCOeval(dataset.coco, dataset.coco.loadRes(results), 'bbox')
+        truth = COCO()
+        # pycocotools takes an object of id 0 for none, and keeps only one of those with the same id.
+        shown = [each for each in dataset.objects if min(each['bbox'][2:]) > 0]
+        numbered = [{**each, 'id': number} for number, each in enumerate(shown, 1)]
+        truth.dataset = {**dataset.coco.dataset, 'annotations': numbered}
+        truth.createIndex()
+        evaluation: Any = COCOeval(truth, truth.loadRes(results), 'bbox')
         small, medium = areas
         edges = 0, small**2, medium**2, 1e10
         evaluation.params.imgIds = sorted({image_id for image_id, _ in found})
