@@ -80,6 +80,24 @@ def test_semantic_mask_shows_the_smallest_object_and_ignores_crowds(tmp_path: Pa
     assert torch.bincount(mask.flatten())[[1, 2]].tolist() == [400, 1600 - 400]
 
 
+@pytest.mark.parametrize(
+    ('segmentation', 'error'),
+    [
+        ([[0, 0, 9, 9]], 'a polygon has less than three points'),
+        ([[0, 0, 9, 0, 9, 9], [0, 0]], 'a polygon has less than three points'),
+        ([[0, 0, 9, 0, 9, 'x']], 'could not convert'),
+        (dict(size=[60, 80], counts=[4800]), r'it is of \(60, 80\) pixels, and the image has \(64, 80\)'),
+        ('outline', ''),
+    ],
+)
+def test_semantic_mask_of_an_outline_that_can_not_be_drawn_names_it(
+    tmp_path: Path, segmentation: Any, error: str
+) -> None:
+    dataset = write_set(tmp_path, [square(SQUARES['big'], 3) | dict(segmentation=segmentation)])
+    with pytest.raises(ValueError, match=rf'0\.png has an object whose segmentation .* drawn, number 1: .*{error}'):
+        semantic_mask(dataset, 0, (64, 80))
+
+
 def test_average_precision_of_a_worked_case(tmp_path: Path) -> None:
     dataset = write_set(tmp_path, [square(SQUARES['big'], 3), square(SQUARES['apart'], 3)])
     # One of two is found, before a false one: precision is 1 up to a recall of 0.5, the first 51 of 101 points.

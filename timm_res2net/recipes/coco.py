@@ -19,6 +19,7 @@ from torchvision.transforms.v2 import functional as F
 from torchvision.utils import draw_bounding_boxes, make_grid
 
 from ..deploy import images
+from ..weights.errors import first_line
 from ..weights.files import atomic_write
 
 __all__ = [
@@ -132,13 +133,21 @@ def semantic_mask(dataset: CocoImages, index: int, size: tuple[int, int]) -> Ten
     """The label of each pixel, (H, W): 0 for none, that of the smallest object, `IGNORED` for crowds.
 
     Raises:
-        ValueError: If an object has no outline.
+        ValueError: If an object has no outline, or one that can't be drawn.
     """
     mask = np.zeros(size, np.uint8)
     for each in sorted(dataset.annotations(index), key=lambda each: -each['area']):
         if not each.get('segmentation'):
             raise ValueError(f'{dataset.files[index]} has an object without segmentation, number {each["id"]}')
-        covered = dataset.coco.annToMask(each).astype(bool)
+        try:
+            if isinstance(each['segmentation'], list) and min(map(len, each['segmentation'])) < 6:
+                raise ValueError('a polygon has less than three points')  # pycocotools takes some for a box
+            covered = dataset.coco.annToMask(each).astype(bool)
+            if covered.shape != size:
+                raise ValueError(f'it is of {covered.shape} pixels, and the image has {size}')
+        except Exception as error:  # pycocotools raises nearly anything
+            text = f'{dataset.files[index]} has an object whose segmentation can not be drawn, number {each["id"]}'
+            raise ValueError(f'{text}: {first_line(error)}') from error
         mask[covered] = IGNORED if each['iscrowd'] else dataset.labels[each['category_id']]
     return torch.from_numpy(mask)
 
