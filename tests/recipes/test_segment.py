@@ -17,7 +17,7 @@ from torchvision.tv_tensors import Image as ImageTensor
 from torchvision.tv_tensors import Mask
 
 from timm_res2net.recipes.coco import IGNORED
-from timm_res2net.recipes.segment import Masked, create_segmenter, evaluate, main, open_part, train_augmentation
+from timm_res2net.recipes.segment import Masked, create_segmenter, evaluate, loss, main, open_part, train_augmentation
 
 QUICK = [
     *('--backbone', 'test_res2net', '--workers', '0', '--size', '64'),
@@ -106,6 +106,24 @@ def test_mean_intersection_over_union_of_a_worked_case() -> None:
     scores = evaluate(dataset, 0, torch.device('cpu'), Prepared())
     # Of 0: 3 + 1 hits, and 1 + 2 others. Of 1: 2 + 2 hits, and 2 + 1 others. 2 is nowhere.
     assert scores == {'mIoU': pytest.approx(100 * 4 / 7, abs=1e-3), 'pixels': pytest.approx(100 * 8 / 11, abs=1e-3)}
+
+
+def test_pixels_that_do_not_count_add_nothing_to_the_loss() -> None:
+    model = nn.Conv2d(3, 2, 1)
+    images, masks = torch.rand(2, 3, 8, 8), torch.full((2, 8, 8), IGNORED)
+    nothing = loss(torch.device('cpu'), model, (images, masks))
+    nothing.backward()
+    assert nothing == 0
+    assert all(not parameter.grad.any() for parameter in model.parameters())
+    masks[0, :4] = 1
+    some = loss(torch.device('cpu'), model, (images, masks))
+    torch.testing.assert_close(some, nn.functional.cross_entropy(model(images)[:1, :, :4], masks[:1, :4]))
+
+
+def test_evaluation_without_a_pixel_that_counts_is_an_error() -> None:
+    ignored = torch.zeros(3, 8, 8), torch.full((8, 8), IGNORED)
+    with pytest.raises(ValueError, match='no pixel of the 2 images to evaluate with counts: all have label 255'):
+        evaluate(Masked(lambda index: ignored, ['a', 'b'], 3), 0, torch.device('cpu'), nn.Conv2d(3, 3, 1))
 
 
 def test_segmenter_takes_images_of_any_size_and_normalises_them(images: Tensor) -> None:

@@ -201,15 +201,19 @@ def create_segmenter(
 
 
 def loss(device: torch.device, model: nn.Module, batch: Pair) -> Tensor:
-    """Cross entropy of the pixels."""
+    """Mean cross entropy of the pixels that count; 0 if none does, where torch's mean is not a number."""
     images, masks = (each.to(device) for each in batch)
-    return F.cross_entropy(model(images).float(), masks, ignore_index=IGNORED)
+    total = F.cross_entropy(model(images).float(), masks, ignore_index=IGNORED, reduction='sum')
+    return total / (masks != IGNORED).sum().clamp(min=1)
 
 
 def evaluate(dataset: Masked, workers: int, device: torch.device, model: nn.Module) -> dict[str, float]:
     """Intersection over union in %, the mean over classes that occur, and the share of pixels that are right.
 
     Each process looks at a share of the images, one at a time, in their own size.
+
+    Raises:
+        ValueError: If no pixel counts.
     """
     classes = dataset.classes
     confusion = torch.zeros(classes * classes, dtype=torch.int64)  # truth, found
@@ -218,6 +222,8 @@ def evaluate(dataset: Masked, workers: int, device: torch.device, model: nn.Modu
         counts = mask != IGNORED
         confusion += torch.bincount(mask[counts] * classes + found[counts], minlength=classes * classes)
     total = torch.stack(gather([confusion])).sum(dim=0).reshape(classes, classes).double()
+    if not total.any():
+        raise ValueError(f'no pixel of the {len(dataset)} images to evaluate with counts: all have label {IGNORED}')
     hits, union = total.diag(), total.sum(dim=0) + total.sum(dim=1) - total.diag()
     iou = 100 * (hits / union)[union > 0]
     return dict(mIoU=round(iou.mean().item(), 3), pixels=round(100 * (hits.sum() / total.sum()).item(), 3))
