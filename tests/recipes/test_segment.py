@@ -17,7 +17,16 @@ from torchvision.tv_tensors import Image as ImageTensor
 from torchvision.tv_tensors import Mask
 
 from timm_res2net.recipes.coco import IGNORED
-from timm_res2net.recipes.segment import Masked, create_segmenter, evaluate, loss, main, open_part, train_augmentation
+from timm_res2net.recipes.segment import (
+    Masked,
+    create_segmenter,
+    evaluate,
+    loss,
+    main,
+    open_part,
+    require_foreground,
+    train_augmentation,
+)
 
 QUICK = [
     *('--backbone', 'test_res2net', '--workers', '0', '--size', '64'),
@@ -171,6 +180,20 @@ def test_masks_that_do_not_fit_are_named(tmp_path: Path) -> None:
     Image.new('L', (40, 40)).save(tmp_path / 'masks' / 'val' / '0.png')
     with pytest.raises(ValueError, match=r'0\.png has \(40, 50\) pixels, and its mask \(40, 40\)'):
         open_part(tmp_path, 'val', 3)[0]
+
+
+def test_masks_of_0_and_255_only_are_an_error_before_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for part in ('train', 'val'):
+        write_pairs(tmp_path / 'images' / part, tmp_path / 'masks' / part)
+    require_foreground(open_part(tmp_path, 'val', 3))  # whose first mask has no other label either
+    for path in (tmp_path / 'masks').glob('*/*.png'):
+        Image.fromarray(np.eye(40, 50, dtype=np.uint8) * 255).save(path)
+    assert run(str(tmp_path), str(tmp_path / 'run'), *QUICK, '--batch-size', '2', '--classes', '2') == 2
+    text = 'hold 0 and 255 only; 255 counts for nothing; save labels 0, 1 and so on'
+    assert text in capsys.readouterr().err.splitlines()[-1]
+    assert not (tmp_path / 'run').exists()
 
 
 def test_masks_of_16_bits_are_not_cut_to_8(tmp_path: Path) -> None:

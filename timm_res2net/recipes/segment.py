@@ -136,6 +136,20 @@ def files_of(folder: Path, name: str) -> list[tuple[Path, Path]]:
     return files
 
 
+def require_foreground(dataset: Masked) -> None:
+    """Raises a ValueError if masks hold 0 and 255 only, as those of two colours do; the first other label ends it."""
+    found: set[int] = set()
+    for index in range(len(dataset)):
+        found.update(dataset[index][1].unique().tolist())
+        if not found <= {0, IGNORED}:
+            return
+    if IGNORED in found:
+        raise ValueError(
+            f'the masks of {len(dataset)} images, from {dataset.names[0]} on, hold 0 and {IGNORED} only; {IGNORED} '
+            'counts for nothing; save labels 0, 1 and so on'
+        )
+
+
 def read_files(files: list[tuple[Path, Path]], index: int) -> Pair:
     """Reads an image and its mask; ValueError if that is not possible."""
     pixels, path = read_image(files[index][0]), files[index][1]
@@ -261,6 +275,8 @@ def main(argv: list[str] | None = None) -> None:
             raise ValueError(f'--size {args.size} is no multiple of {STRIDE}')
         images = open_part(args.data, args.train, args.classes, train_augmentation(args.size))
         dataset = open_part(args.data, args.val, args.classes)
+        if args.classes is not None:  # of masks in files
+            require_foreground(dataset)
         model = create_segmenter(
             args.architecture, args.backbone, images.classes, args.pretrained, **args.architecture_kwargs
         )
