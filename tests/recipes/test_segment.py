@@ -56,7 +56,6 @@ def write_pairs(images: Path, masks: Path, count: int = 3, suffix: str = '.png')
 
 def test_masks_of_folders_and_of_voc_are_read_alike(tmp_path: Path) -> None:
     write_pairs(tmp_path / 'plain' / 'images' / 'val', tmp_path / 'plain' / 'masks' / 'val')
-    (tmp_path / 'plain' / 'images' / 'val' / 'without.png').write_bytes(b'')  # has no mask, so it isn't read
     voc = tmp_path / 'voc'
     write_pairs(voc / 'JPEGImages', voc / 'SegmentationClass', suffix='.jpg')
     (voc / 'ImageSets' / 'Segmentation').mkdir(parents=True)
@@ -67,6 +66,20 @@ def test_masks_of_folders_and_of_voc_are_read_alike(tmp_path: Path) -> None:
         torch.testing.assert_close(image, other, rtol=0, atol=0.01)
         assert torch.equal(mask, other_mask)
     assert torch.bincount(plain[2][1].flatten())[[0, 2, IGNORED]].tolist() == [29 * 50, 10 * 50, 50]
+
+
+def test_image_without_a_mask_is_named_and_what_is_no_image_is_left_out(tmp_path: Path) -> None:
+    images, masks = tmp_path / 'images' / 'val', tmp_path / 'masks' / 'val'
+    write_pairs(images, masks)
+    for name in ('.0.png', 'Thumbs.db', '0.txt'):
+        (images / name).write_bytes(b'')
+        (masks / name).write_bytes(b'')
+    (images / 'more.png').mkdir()
+    assert [Path(name).name for name in open_part(tmp_path, 'val', 3).names] == ['0.png', '1.png', '2.png']
+    assert len(open_part(tmp_path, 'val', 3)[0][1]) == 40
+    (masks / '1.png').unlink()
+    with pytest.raises(ValueError, match=r'^1 of 3 images have no mask in masks/val \(.*1\.png first\)$'):
+        open_part(tmp_path, 'val', 3)
 
 
 def test_masks_of_a_coco_set_have_the_labels_of_its_objects(detection_set: Path) -> None:

@@ -31,6 +31,7 @@ from torchvision.tv_tensors import Image as ImageTensor
 from torchvision.tv_tensors import Mask
 from torchvision.utils import draw_segmentation_masks
 
+from ..deploy.images import readable_suffixes
 from ..weights.files import read_text
 from .arguments import Keywords, make_parser, positive, reported
 from .backbones import add_arguments, begin, choices_of, end, prepare
@@ -120,20 +121,32 @@ def open_part(folder: Path, name: str, classes: int | None, augment: Augmentatio
 
 
 def files_of(folder: Path, name: str) -> list[tuple[Path, Path]]:
-    """Images and masks of a part; ValueError if there are none."""
+    """Images and masks of a part; ValueError if there are none, or an image has no mask."""
     names = folder / 'ImageSets' / 'Segmentation' / f'{name}.txt'
     if names.is_file():
         stems = read_text(names).split()
         images, masks = folder / 'JPEGImages', folder / 'SegmentationClass'
         files = [(images / f'{stem}.jpg', masks / f'{stem}.png') for stem in stems]
     else:
-        found = {path.stem: path for path in (folder / 'masks' / name).glob('*')}
-        files = [
-            (path, found[path.stem]) for path in sorted((folder / 'images' / name).glob('*')) if path.stem in found
-        ]
+        found = {path.stem: path for path in pictures(folder / 'masks' / name)}
+        shown = pictures(folder / 'images' / name)
+        if lacking := [path for path in shown if path.stem not in found]:
+            text = f'{len(lacking)} of {len(shown)} images have no mask in masks/{name}'
+            raise ValueError(f'{text} ({lacking[0]} first)')
+        files = [(path, found[path.stem]) for path in shown]
     if not files:
         raise ValueError(f'{folder} has no part {name}: no {names}, and no images/{name} with masks/{name}')
     return files
+
+
+def pictures(folder: Path) -> list[Path]:
+    """The files in a folder that have a suffix of images, in order, without hidden ones."""
+    suffixes = readable_suffixes()
+    return sorted(
+        path
+        for path in folder.glob('*')
+        if path.is_file() and path.suffix.lower() in suffixes and not path.name.startswith('.')
+    )
 
 
 def require_foreground(dataset: Masked) -> None:
