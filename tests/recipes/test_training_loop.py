@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from timm_res2net.recipes.training_loop import Settings, best_weights, fit
 
@@ -87,13 +88,25 @@ def test_learning_rate_warms_up_and_falls(tmp_path: Path) -> None:
     _, history = run(tmp_path / 'cosine')
     rates = [each['lr'] for each in history]
     assert rates[1] > rates[2] > rates[3] < 0.02
-    settings = replace(SETTINGS, sched='multistep', decay_milestones=(2, 3), warmup_epochs=0)
-    _, history = run(tmp_path / 'multistep', settings)
-    rates = [each['lr'] for each in history]  # of the last step of an epoch, which timm takes for the next one's
-    assert rates == pytest.approx([0.1, 0.01, 0.001, 0.001])
     _, history = run(tmp_path / 'poly', replace(SETTINGS, sched='poly', decay_rate=0.9, warmup_epochs=0))
     rates = [each['lr'] for each in history]
     assert rates == pytest.approx([0.1 * (1 - (3 * epoch - 1) / 12) ** 0.9 for epoch in (1, 2, 3, 4)], rel=1e-3)
+
+
+@pytest.mark.parametrize('warmup_epochs', [0, 0.5])
+def test_multistep_decays_after_its_milestones_and_not_one_step_before(warmup_epochs: float, tmp_path: Path) -> None:
+    settings = replace(SETTINGS, sched='multistep', decay_milestones=(1, 3), warmup_epochs=warmup_epochs)
+    rates: list[float] = []
+    model = network()
+
+    def step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        rates.append(optimizer.param_groups[0]['lr'])
+
+    with register_optimizer_step_pre_hook(step):
+        history = fit(model, Noise(2), squared, lambda model: dict(score=0.0), settings, tmp_path, progress=False)
+    start = 0.1 if warmup_epochs == 0 else 0.0001
+    assert rates == pytest.approx([start, 0.1, 0.01, 0.01, 0.01, 0.01, 0.001, 0.001])
+    assert [each['lr'] for each in history] == pytest.approx([0.1, 0.01, 0.01, 0.001])
 
 
 def test_run_in_a_folder_with_another_one_is_refused(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ class Settings:
     momentum: float = setting(0.9, "the optimizer's")
     weight_decay: float = setting(1e-4, 'of weights, not of norms and biases')
     sched: str = setting('cosine', 'schedule of the learning rate', choices=['cosine', 'multistep', 'poly'])
-    decay_milestones: tuple[int, ...] = setting((8, 11), 'epochs before which multistep decays', nargs='+')
+    decay_milestones: tuple[int, ...] = setting((8, 11), 'epochs after which multistep decays', nargs='+')
     decay_rate: float = setting(0.1, 'what multistep multiplies by then; the power of poly')
     warmup_epochs: float = setting(0.5, 'in which the learning rate grows')
     clip_grad: float = setting(0.0, 'largest norm of the gradient, 0 for any')
@@ -198,6 +198,8 @@ def fit(
         step_on_epochs=False,
         updates_per_epoch=len(batches),
     )
+    if settings.sched == 'multistep':
+        scheduler.decay_t = [each + 1 for each in scheduler.decay_t]  # timm decays one update before a milestone
     scaler = torch.amp.GradScaler(device.type, enabled=settings.amp == 'float16')
     history: list[dict[str, Any]] = []
     last = open_run(folder, {**asdict(settings), 'processes': world_size(), **(about or {})}, resume)
