@@ -150,6 +150,7 @@ def test_detector_takes_normalisation_of_the_backbone_and_keywords_of_fcos() -> 
         (['--batch-size', '999'], '48 images are less than a batch of 999'),
         (['--show', 'no/folder/found.png'], 'there is no folder no/folder'),
         (['--show', 'found.xyz'], 'found.xyz can not be written: unknown file extension'),
+        (['--lr', 'nan'], '--lr nan is no finite number'),
         (['--opt', 'sdg'], 'sdg'),
         (['--epochs', '0'], '0 is not above zero'),
         (['--sched', 'plateau'], 'plateau'),

@@ -165,6 +165,7 @@ def test_segmenter_takes_images_of_any_size_and_normalises_them(images: Tensor) 
         (['--classes', '9'], 'has 10 categories and the background; leave --classes out'),
         (['--architecture', 'unett'], 'unett'),
         (['--architecture-kwargs', 'widths=3'], 'widths'),
+        (['--lr', 'nan'], '--lr nan is no finite number'),
         (['--size', '100'], '--size 100 is no multiple of 32'),
         (['--batch-size', '999'], '48 images are less than a batch of 999'),
     ],

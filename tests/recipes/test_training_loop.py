@@ -132,6 +132,13 @@ def test_loss_that_is_not_finite_is_an_error(tmp_path: Path) -> None:
     assert len(history) == 4
 
 
+@pytest.mark.parametrize('name', ['lr', 'momentum', 'weight_decay', 'decay_rate', 'warmup_epochs', 'clip_grad'])
+def test_setting_that_is_not_finite_is_named(name: str) -> None:
+    for value in (torch.nan, torch.inf):
+        with pytest.raises(ValueError, match=f'^--{name.replace("_", "-")} {value} is no finite number$'):
+            replace(SETTINGS, **{name: value})
+
+
 def test_optimizer_that_is_unknown_leaves_no_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match='sdg'):
         run(tmp_path / 'run', replace(SETTINGS, opt='sdg'))

@@ -223,6 +223,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     about = choices_of(args, 'channels', 'areas', 'model_kwargs', 'detector_kwargs')
     with reported(parser):
+        settings = settings_of(args)
         begin(args)
         images, dataset = CocoImages(args.data, args.train), CocoImages(args.data, args.val)
         if images.names != dataset.names:
@@ -234,7 +235,7 @@ def main(argv: list[str] | None = None) -> None:
             model,
             images,
             dataset,
-            settings_of(args),
+            settings,
             Path(args.out),
             areas=tuple(args.areas),
             workers=args.workers,

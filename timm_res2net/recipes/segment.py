@@ -280,9 +280,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument('--architecture-kwargs', nargs='*', default={}, action=Keywords, help='of that')
     parser.add_argument('--size', type=positive, default=512, help='pixels across of a training image (default: 512)')
     args = parser.parse_args(argv)
-    settings = settings_of(args)
     about = choices_of(args, 'classes', 'architecture', 'architecture_kwargs', 'size')
     with reported(parser):
+        settings = settings_of(args)
         begin(args)
         if args.size % STRIDE:
             raise ValueError(f'--size {args.size} is no multiple of {STRIDE}')

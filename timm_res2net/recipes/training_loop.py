@@ -13,6 +13,7 @@ that read, so a run that was killed at any moment and resumed ends at the very s
 
 import argparse
 import json
+import math
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass, field, fields
@@ -57,7 +58,11 @@ def setting(default: Any, text: str, **options: Any) -> Any:
 
 @dataclass(frozen=True)
 class Settings:
-    """How to train. Each is an option of the same name."""
+    """How to train. Each is an option of the same name.
+
+    Raises:
+        ValueError: If one is not finite.
+    """
 
     epochs: int = setting(12, 'passes over the training images', type=positive)
     batch_size: int = setting(16, 'images in a step, for each process', type=positive)
@@ -72,6 +77,11 @@ class Settings:
     clip_grad: float = setting(0.0, 'largest norm of the gradient, 0 for any')
     amp: str = setting('float32', 'data type of autocast', choices=list(DTYPES))
     seed: int = setting(0, 'of all that is random')
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f'--{name.replace("_", "-")} {value} is no finite number')
 
 
 class Batches(Sized, Iterable[Any], Protocol):
