@@ -132,6 +132,40 @@ def test_loss_that_is_not_finite_is_an_error(tmp_path: Path) -> None:
     assert len(history) == 4
 
 
+@pytest.mark.parametrize('name', ['last.pth', 'settings.json'])
+@pytest.mark.parametrize('keep', [0, 10, 0.5, 0.99], ids=str)
+def test_run_with_a_damaged_file_names_it(name: str, keep: float, tmp_path: Path) -> None:
+    run(tmp_path)
+    file = tmp_path / name
+    content = file.read_bytes()
+    file.write_bytes(content[: int(keep if keep > 1 else keep * len(content))])
+    with pytest.raises(ValueError, match=rf'{name} is damaged \(.*\); restore a copy of it, or delete'):
+        run(tmp_path, resume=True)
+
+
+def test_best_weights_that_are_damaged_or_lost_name_their_file(tmp_path: Path) -> None:
+    run(tmp_path)
+    for content in (b'', b'no weights', (tmp_path / 'last.pth').read_bytes()):
+        (tmp_path / 'best.pth').write_bytes(content)
+        with pytest.raises(ValueError, match=r'best\.pth is damaged'):
+            best_weights(tmp_path)
+    (tmp_path / 'best.pth').unlink()
+    with pytest.raises(FileNotFoundError, match=r'best\.pth'):
+        best_weights(tmp_path)
+
+
+def test_run_that_fills_the_disk_names_the_file(tmp_path: Path) -> None:
+    resource = pytest.importorskip('resource')
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r'best\.pth can not be written: '):
+            run(tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert [path.name for path in tmp_path.iterdir()] == ['settings.json']
+
+
 @pytest.mark.parametrize('name', ['lr', 'momentum', 'weight_decay', 'decay_rate', 'warmup_epochs', 'clip_grad'])
 def test_setting_that_is_not_finite_is_named(name: str) -> None:
     for value in (torch.nan, torch.inf):

@@ -29,8 +29,9 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, RandomSampler, Subset
 from tqdm import tqdm
 
-from ..weights.files import atomic_write, atomic_write_text, make_folder, read_text
+from ..weights.files import atomic_write_text, make_folder, read_text
 from .arguments import positive
+from .states import damaged, load_states, save_states
 
 __all__ = [
     'Batches',
@@ -187,8 +188,8 @@ def fit(
         Learning rate, loss and metrics of each epoch.
 
     Raises:
-        ValueError: If the folder has a run and shall not be resumed, or with other settings; or if the loss is not
-            finite.
+        ValueError: If the folder has a run and shall not be resumed, or with other settings, or that is damaged; or if
+            the loss is not finite.
         OSError: If the folder can't be written.
     """
     device = device or torch.device('cpu')
@@ -214,7 +215,7 @@ def fit(
     history: list[dict[str, Any]] = []
     last = open_run(folder, {**asdict(settings), 'processes': world_size(), **(about or {})}, resume)
     if last is not None:
-        saved: dict[str, Any] = torch.load(last, map_location=device, weights_only=True)
+        saved = load_states(last, device, 'model', 'optimizer', 'scaler', 'history')
         model.load_state_dict(saved['model'])
         optimizer.load_state_dict(saved['optimizer'])
         scaler.load_state_dict(saved['scaler'])
@@ -269,7 +270,7 @@ def open_run(folder: Path, wanted: dict[str, Any], resume: bool) -> Path | None:
         Its last epoch, None if there is none.
 
     Raises:
-        ValueError: If there is a run that shall not be resumed, or has other settings.
+        ValueError: If there is a run that shall not be resumed, has other settings, or whose settings are damaged.
         OSError: If the folder can't be written.
     """
     file, last = folder / 'settings.json', folder / 'last.pth'
@@ -277,7 +278,11 @@ def open_run(folder: Path, wanted: dict[str, Any], resume: bool) -> Path | None:
     begun = last.exists()
     if begun and not resume:
         raise ValueError(f'{folder} holds a run; add --resume to go on with it, or name another folder')
-    found: dict[str, Any] = json.loads(read_text(file)) if begun else wanted
+    text = read_text(file) if begun else '{}'
+    try:
+        found: dict[str, Any] = json.loads(text) | ({} if begun else wanted)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise damaged(file, error) from error
     for name in found | wanted:
         if found.get(name) != wanted.get(name):
             raise ValueError(
@@ -299,14 +304,12 @@ def save_epoch(folder: Path, model: nn.Module, states: dict[str, Any], metric: s
     history, weights = states['history'], model.state_dict()
     if history[-1][metric] >= max(each[metric] for each in history):
         backbone = {'backbone': about.get('backbone'), **about.get('model_kwargs', {})}
-        best = dict(state_dict=weights, hyper_parameters=backbone)
-        atomic_write(folder / 'best.pth', lambda path: torch.save(best, path))
+        save_states(dict(state_dict=weights, hyper_parameters=backbone), folder / 'best.pth')
     atomic_write_text(folder / 'history.json', json.dumps(history, indent=1) + '\n')
-    atomic_write(folder / 'last.pth', lambda path: torch.save(dict(model=weights, **states), path))
+    save_states(dict(model=weights, **states), folder / 'last.pth')
 
 
 def best_weights(folder: str | Path) -> dict[str, Tensor]:
-    """The weights of a run's best epoch."""
-    best: dict[str, Any] = torch.load(Path(folder, 'best.pth'), map_location='cpu', weights_only=True)
-    weights: dict[str, Tensor] = best['state_dict']
+    """The weights of a run's best epoch; ValueError if the file is damaged."""
+    weights: dict[str, Tensor] = load_states(Path(folder, 'best.pth'), torch.device('cpu'), 'state_dict')['state_dict']
     return weights
