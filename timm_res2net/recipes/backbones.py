@@ -2,7 +2,7 @@
 
 import argparse
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Sized
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from .arguments import device
 from .coco import require_sheet
 from .training_loop import add_settings, best_weights, join_processes, rank, report
 
-__all__ = ['add_arguments', 'begin', 'choices_of', 'end', 'prepare']
+__all__ = ['add_arguments', 'begin', 'choices_of', 'data_of', 'end', 'prepare']
 
 
 def add_arguments(parser: argparse.ArgumentParser, backbone: str) -> None:
@@ -40,6 +40,11 @@ def choices_of(args: argparse.Namespace, *more: str) -> dict[str, Any]:
     """What a resumed run has to agree with, beside the settings of training."""
     names = 'train', 'val', 'backbone', 'pretrained', 'weights', 'frozen_stages', 'frozen_norms', *more
     return {name: getattr(args, name) for name in names}
+
+
+def data_of(images: Sized, dataset: Sized, categories: Sequence[Any]) -> dict[str, Any]:
+    """What tells a resumed run that it has other data; a folder doesn't, as it may have moved."""
+    return dict(images=[len(images), len(dataset)], categories=categories)
 
 
 def begin(args: argparse.Namespace) -> None:

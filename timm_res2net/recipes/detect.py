@@ -27,7 +27,7 @@ from torchvision.ops import FeaturePyramidNetwork, nms
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from .arguments import Keywords, make_parser, positive, reported
-from .backbones import add_arguments, begin, choices_of, end, prepare
+from .backbones import add_arguments, begin, choices_of, data_of, end, prepare
 from .coco import AREAS, SHOWN, CocoImages, Target, average_precision, draw, save_sheet
 from .training_loop import Settings, batches_of, fit, gather, settings_of, share_of
 
@@ -228,6 +228,7 @@ def main(argv: list[str] | None = None) -> None:
         images, dataset = CocoImages(args.data, args.train), CocoImages(args.data, args.val)
         if images.names != dataset.names:
             raise ValueError(f'{args.train} and {args.val} have other categories')
+        about |= data_of(images, dataset, images.names)
         body = create_backbone(args.backbone, pretrained=args.pretrained, **args.model_kwargs)
         prepare(body, args.weights, args.frozen_stages, args.frozen_norms)
         model = create_detector(body, len(images.names), args.channels, **args.detector_kwargs)

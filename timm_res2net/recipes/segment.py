@@ -34,7 +34,7 @@ from torchvision.utils import draw_segmentation_masks
 from ..deploy.images import readable_suffixes
 from ..weights.files import read_text
 from .arguments import Keywords, make_parser, positive, reported
-from .backbones import add_arguments, begin, choices_of, end, prepare
+from .backbones import add_arguments, begin, choices_of, data_of, end, prepare
 from .coco import IGNORED, SHOWN, CocoImages, enlarge, read_image, save_sheet, semantic_mask
 from .training_loop import batches_of, fit, gather, settings_of, share_of
 
@@ -65,6 +65,7 @@ class Masked(Dataset[Pair]):
         if classes > IGNORED:
             raise ValueError(f'there are {classes} classes, and labels are 0 to {IGNORED - 1}')
         self.read, self.names, self.classes, self.augment = read, names, classes, augment
+        self.categories: list[str] = []  # names of the classes, if they are known
 
     def __len__(self) -> int:
         return len(self.names)
@@ -113,7 +114,9 @@ def open_part(folder: Path, name: str, classes: int | None, augment: Augmentatio
         dataset = CocoImages(folder, name)
         if classes not in (None, len(dataset.names) + 1):
             raise ValueError(f'{folder} has {len(dataset.names)} categories and the background; leave --classes out')
-        return Masked(partial(read_coco, dataset), dataset.files, len(dataset.names) + 1, augment)
+        masked = Masked(partial(read_coco, dataset), dataset.files, len(dataset.names) + 1, augment)
+        masked.categories = dataset.names
+        return masked
     if classes is None:
         raise ValueError(f'{folder} does not say how many classes its masks have; give --classes')
     files = files_of(folder, name)
@@ -290,6 +293,7 @@ def main(argv: list[str] | None = None) -> None:
         dataset = open_part(args.data, args.val, args.classes)
         if args.classes is not None:  # of masks in files
             require_foreground(dataset)
+        about |= data_of(images, dataset, [images.categories, dataset.categories])
         model = create_segmenter(
             args.architecture, args.backbone, images.classes, args.pretrained, **args.architecture_kwargs
         )
