@@ -78,6 +78,14 @@ def test_study_differences_are_paired_by_seed() -> None:
     assert lines[4] == '| 4 - 1 |  |  |  | +2.00 [-0.48, +4.48] |'
 
 
+def test_study_of_one_seed_has_no_errors_and_intervals(tmp_path: Path) -> None:
+    runs = [record('fashion_mnist', scale, 0, 50.0 + scale) for scale in (1, 4)]
+    lines = table(runs, 'fashion_mnist')
+    assert lines[2] == '| 1 | 1,001 | 2.0 | 3.00 ± - | 51.00 ± - |'
+    assert lines[4] == '| 4 - 1 |  |  |  | +3.00 - |'
+    plot(runs, 'fashion_mnist', str(tmp_path / 'one.png'))
+
+
 @pytest.mark.parametrize('part', PARTS)
 def test_study_picture_of_each_part_is_drawn(part: str, tmp_path: Path) -> None:
     runs = [record(part, scale, seed, 10.0 * scale + seed) for scale in BASE_WIDTHS for seed in range(2)]

@@ -22,6 +22,7 @@ runs, and a picture of each part.
 """
 
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -386,8 +387,8 @@ def values_of(runs: Sequence[dict[str, Any]], part: str, scale: int, metric: str
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """The mean, and its standard error; 0 for one value."""
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else 0.0
+    """The mean, and its standard error; NaN for one value, which tells nothing of it."""
+    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
     return statistics.mean(values), error
 
 
@@ -406,7 +407,10 @@ def scales_of(runs: Sequence[dict[str, Any]], part: str) -> list[int]:
 
 
 def table(runs: Sequence[dict[str, Any]], part: str) -> list[str]:
-    """Lines of a Markdown table: of each scale the mean and its standard error, then the differences to scale 1."""
+    """Lines of a Markdown table: of each scale the mean and its standard error, then the differences to scale 1.
+
+    One seed has neither error nor interval: '-'.
+    """
     names = PARTS[part].metrics
     heads = ['scale', 'parameters', 'MMACs', 'receptive field, pixels', *names.values()]
     lines = [f'| {" | ".join(heads)} |', '|---:' * len(heads) + '|']
@@ -415,14 +419,15 @@ def table(runs: Sequence[dict[str, Any]], part: str) -> list[str]:
         cells = [str(scale), f'{first["params"]:,}', f'{first["mmacs"]:.1f}']
         for metric in ('radius', *names):
             mean, error = mean_and_error(list(values_of(runs, part, scale, metric).values()))
-            cells.append(f'{mean:.2f} ± {error:.2f}')
+            cells.append(f'{mean:.2f} ± -' if math.isnan(error) else f'{mean:.2f} ± {error:.2f}')
         lines.append(f'| {" | ".join(cells)} |')
     for scale in scales_of(runs, part):
         if scale != 1 and 1 in scales_of(runs, part):
             cells = [f'{scale} - 1', '', '', '']
             for metric in names:
                 mean, half = difference(runs, part, scale, metric)
-                cells.append(f'{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]')
+                interval = '-' if math.isnan(half) else f'[{mean - half:+.2f}, {mean + half:+.2f}]'
+                cells.append(f'{mean:+.2f} {interval}')
             lines.append(f'| {" | ".join(cells)} |')
     return lines
 
