@@ -63,6 +63,21 @@ def test_canvas_shows_items_within_masks_and_ground_elsewhere(
         assert 1 <= len(canvas.masks) == len(canvas.labels) == len(canvas.sizes) <= 6
 
 
+def test_item_that_vanishes_when_it_is_small_is_as_small_as_it_can_be_seen(
+    fashion_mnist: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    images = np.zeros((2, ITEM, ITEM), np.uint8)
+    images[0, 14, 4:24] = 255  # a line; and an item without a pixel, which can't be shown at all
+    monkeypatch.setattr(multi_scale, 'fashion_mnist', lambda folder, train: (images, np.zeros(2, np.uint8)))
+    monkeypatch.setattr(multi_scale, 'random_size', lambda rng, ranges: 10)
+    draw = canvases(fashion_mnist, 'unseen')
+    drawn = [draw(index) for index in range(20)]
+    sizes = {size for canvas in drawn for size in canvas.sizes}
+    assert len(sizes) == 1
+    assert 10 < sizes.pop() < ITEM
+    assert all(mask.any() for canvas in drawn for mask in canvas.masks)
+
+
 @pytest.mark.parametrize('part', PARTS)
 def test_canvas_items_have_the_sizes_of_their_part(fashion_mnist: Path, part: str) -> None:
     draw = canvases(fashion_mnist, part, items=(1, 1))

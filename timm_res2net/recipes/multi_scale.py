@@ -168,7 +168,10 @@ def canvases(folder: Path, part: str, items: tuple[int, int] = (1, 6), seed: int
         for size in sorted((random_size(rng, ranges) for _ in range(wanted)), reverse=True):  # small ones fit between
             item = int(rng.integers(len(images)))
             grey, silhouette = magnified(images[item], size)
-            if placed := place(rng, silhouette, masks):
+            while not silhouette.any() and size < ITEM:  # thin items vanish when they are small
+                size += 1
+                grey, silhouette = magnified(images[item], size)
+            if silhouette.any() and (placed := place(rng, silhouette, masks)):
                 rows, columns = placed
                 mask = np.zeros((SIDE, SIDE), bool)
                 mask[rows, columns] = silhouette
