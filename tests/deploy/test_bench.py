@@ -29,6 +29,7 @@ from timm_res2net.deploy.bench import (
     bench,
     fastest,
     interrupts_held_back,
+    keep_convolutions,
     ours_compiled_step,
     ours_eager,
     ours_step,
@@ -37,6 +38,7 @@ from timm_res2net.deploy.bench import (
     storages_of,
     ways_to_train,
 )
+from timm_res2net.models.block import Bottle2neck
 from timm_res2net.models.variants import ARCHS
 from timm_res2net.res2net import timm_entrypoint
 from timm_res2net.vision.figures import plot_bench
@@ -123,6 +125,18 @@ def test_saved_bytes_counts_outputs_of_activations_without_parameters() -> None:
     assert saved_bytes(layers, torch.ones(2, 4)) == 2 * 2 * 4 * 4  # what each activation returns, 32 bytes
 
 
+def test_step_that_keeps_convolutions_has_the_same_gradients_and_norms(images: Tensor) -> None:
+    plain, keeping = tiny().train(), tiny().train()
+    for block in keeping.modules():
+        if isinstance(block, Bottle2neck):
+            block.forward = partial(keep_convolutions, block, block.forward)
+    for model in (plain, keeping):
+        model(images).square().sum().backward()
+    for ours, theirs in zip(keeping.parameters(), plain.parameters()):
+        assert torch.equal(ours.grad, theirs.grad)
+    torch.testing.assert_close(keeping.state_dict(), plain.state_dict(), rtol=0, atol=0)
+
+
 @pytest.mark.slow
 def test_training_step_compiles_without_graph_break(images: Tensor) -> None:
     torch._dynamo.reset()
@@ -176,7 +190,8 @@ def test_bench_inference_compares_with_timm() -> None:
 @pytest.mark.usefixtures('inline')
 def test_bench_train_measures_timm_ours_and_checkpointing() -> None:
     results = bench(['res2net50_26w_4s'], batches=(2,), sizes=(32,), dtypes=(torch.float32,), train=True, rounds=1)
-    assert [each.way for each in results] == ['timm', 'timm_res2net', 'timm_res2net, checkpointing']
+    ways = 'timm', 'timm_res2net', 'timm_res2net, checkpointing', 'timm_res2net, keeping convolutions'
+    assert tuple(each.way for each in results) == ways
     assert results[0].operators == results[1].operators
 
 
@@ -248,7 +263,7 @@ def test_peak_is_found_in_seconds_and_no_convolution_is_beyond_it(dtype: torch.d
 
 def test_bench_train_against_inductor_adds_budgets_of_activations(monkeypatch: pytest.MonkeyPatch) -> None:
     names = [way.name for way in ways_to_train(True, [torch.float32], ('timm', 'inductor'))]
-    assert names[3:] == [f'timm_res2net, compiled, budget {budget}' for budget in (1.0, 0.5)]
+    assert names[4:] == [f'timm_res2net, compiled, budget {budget}' for budget in (1.0, 0.7, 0.5, 0.3)]
     with pytest.raises(ValueError, match='inductor is for training'):
         bench(['test_res2net'], against=('timm', 'inductor'))
     monkeypatch.setattr(torch, 'compile', partial(torch.compile, backend='aot_eager'))  # inductor takes a minute

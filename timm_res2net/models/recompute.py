@@ -16,7 +16,16 @@ from torch import Tensor, nn
 
 from .fold import Foldable
 
-__all__ = ['FeatureDict', 'FeatureGetter', 'FeatureHook', 'FeatureList', 'Stage', 'recompute', 'set_grad_checkpointing']
+__all__ = [
+    'BufferCopies',
+    'FeatureDict',
+    'FeatureGetter',
+    'FeatureHook',
+    'FeatureList',
+    'Stage',
+    'recompute',
+    'set_grad_checkpointing',
+]
 
 
 class BufferCopies:
