@@ -547,6 +547,14 @@ def test_commit_that_can_not_be_looked_for_is_said_to_be_unknown(hub: Hub, hasty
         push(tiny(), 'user/net', token='hf_write')
 
 
+def test_conflict_of_a_branch_that_did_not_move_is_tried_again_and_blames_nobody(hub: Hub, hasty: None) -> None:
+    hub.faults = [Fault('POST .*/commit/', 'status', status=412)]
+    assert push(tiny(), 'user/net', token='hf_write').url
+    hub.faults = [Fault('POST .*/commit/', 'status', status=412, times=100)]
+    with pytest.raises(ConnectionError, match=r'the Hub did not take the commit to user/net: .*412'):
+        push(changed(), 'user/net', token='hf_write')
+
+
 # Published weights that timm loads
 
 

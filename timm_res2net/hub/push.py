@@ -337,7 +337,7 @@ class Commit:
                 raise ConnectionError(f'{problem}. {self.doubt}') from error
             if (is_refusal(problem) and not conflict) or (isinstance(problem, OSError) and problem.errno is not None):
                 raise problem from None
-            return self.find_after(problem, conflict)
+            return self.find_after(problem)
         made = done.oid or self.head
         try:
             same = self.is_at(made)
@@ -352,7 +352,7 @@ class Commit:
         """What to say when nobody knows whether the commit is there."""
         return f'Perhaps the files are there all the same: look at {self.hub.api.endpoint}/{self.repo_id}/commits'
 
-    def find_after(self, problem: Exception, conflict: bool) -> tuple[str, str]:
+    def find_after(self, problem: Exception) -> tuple[str, str]:
         """Looks for the commit after an error; perhaps only the answer was lost.
 
         Raises:
@@ -365,7 +365,7 @@ class Commit:
             raise ConnectionError(f'{problem}. {self.doubt} ({error})') from error
         if found:
             return found
-        if conflict or now != self.head:
+        if now != self.head:
             raise ConnectionError(
                 f'somebody else pushed to {self.repo_id} at the same time: {self.branch} went from {self.head[:8]} '
                 f'to {now[:8]}. Nothing of this push is there; look at theirs, and push again'
