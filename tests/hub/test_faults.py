@@ -379,6 +379,31 @@ def test_revision_that_git_can_not_have_is_refused_before_any_request(revision: 
     assert hub.log == []
 
 
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        (dict(repo_id=None), 'repo_id is None; give a text'),
+        (dict(repo_id=5), 'repo_id is 5; give a text'),
+        (dict(revision=5), 'revision is 5; give a text'),
+        (dict(token=5), 'the token for the Hub is of type int; give a text'),
+    ],
+    ids=str,
+)
+def test_argument_of_another_type_is_refused_before_any_request(
+    arguments: dict[str, Any], message: str, hub: Hub
+) -> None:
+    for call in (pull, lambda **options: push(tiny(), **options)):
+        with pytest.raises(TypeError, match=message):
+            call(**{'repo_id': 'user/net', **arguments})
+    assert hub.log == []
+
+
+def test_cache_that_can_be_no_folder_is_refused_before_any_request(hub: Hub) -> None:
+    with pytest.raises(ValueError, match=r"cache_dir is '\\x00'; give a folder"):
+        pull('user/net', cache_dir='\0')
+    assert hub.log == []
+
+
 # The cache
 
 

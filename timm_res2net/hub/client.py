@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import logging
+import os
 import re
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -33,6 +34,7 @@ __all__ = [
     'Hub',
     'LateError',
     'cache_folder',
+    'cache_path',
     'cached_file',
     'has_checksum',
     'is_refusal',
@@ -69,6 +71,7 @@ class Hub:
 
     Raises:
         ValueError: If the token can't be one, or the timeout is not positive.
+        TypeError: If the token is no text.
     """
 
     def __init__(self, token: str | bool | None = None, timeout: float | None = None, retries: bool = True) -> None:
@@ -248,6 +251,14 @@ def release_locks(repo_id: str, cache: PathLike | None) -> None:
             path.unlink()
 
 
+def cache_path(cache_dir: PathLike | None) -> str | None:
+    """A cache's path as a text; ValueError for what can be none, TypeError for what is no path."""
+    path = None if cache_dir is None else os.fsdecode(cache_dir)
+    if path is not None and '\0' in path:
+        raise ValueError(f'cache_dir is {path!r}; give a folder')
+    return path
+
+
 def cache_folder(repo_id: str, cache: PathLike | None) -> Path:
     """Where a cache keeps what it has of a repository."""
     return Path(cache or constants.HF_HUB_CACHE, repo_folder_name(repo_id=repo_id, repo_type='model'))
@@ -266,7 +277,10 @@ def token_to_send(token: str | bool | None) -> str | None:
 
     Raises:
         ValueError: If it can't be one; the message doesn't quote it. It would be sent, and quoted in errors.
+        TypeError: If it is no text.
     """
+    if not isinstance(token, str | bool | None):
+        raise TypeError(f'the token for the Hub is of type {type(token).__name__}; give a text')
     sent = token if isinstance(token, str) else None if token is False else get_token()
     if sent is not None and not TOKEN.fullmatch(sent):
         raise ValueError(
@@ -277,7 +291,10 @@ def token_to_send(token: str | bool | None) -> str | None:
 
 
 def require_repo_id(repo_id: str, revision: str | None = None) -> None:
-    """Raises a ValueError for what can't be the name of a repository, or of a branch, tag or commit."""
+    """Raises a ValueError for what can't be the name of a repository, or of a revision; a TypeError for no text."""
+    for name, value in (('repo_id', repo_id), ('revision', '' if revision is None else revision)):
+        if not isinstance(value, str):
+            raise TypeError(f'{name} is {value!r}; give a text')
     try:
         validate_repo_id(repo_id)
         if '/' not in repo_id:

@@ -15,7 +15,7 @@ from ..weights.download import LARGEST
 from ..weights.errors import CheckpointError
 from ..weights.files import PathLike, atomic_write_text
 from ..weights.folder import CONFIG_FILE, LARGEST_CONFIG, WEIGHTS_FILE
-from .client import CHECKSUM, DamagedError, Hub, cache_folder, cached_file, has_checksum, require_repo_id
+from .client import CHECKSUM, DamagedError, Hub, cache_folder, cache_path, cached_file, has_checksum, require_repo_id
 
 __all__ = ['Download', 'bring_file', 'download_model', 'pull']
 
@@ -61,6 +61,7 @@ def pull(
         CheckpointError: If there are no safetensors, if the configuration or the weights are of no use, or if their
             checksum is wrong even after several downloads.
         ValueError: If an argument is wrong.
+        TypeError: If an argument is of another type.
         ConnectionError: If the Hub can't be reached, doesn't answer in time or makes no sense; or if the model is not
             in the cache and HF_HUB_OFFLINE is set.
         HfHubHTTPError: If the Hub refuses: the repository is private, gated or absent, or the revision is.
@@ -95,7 +96,7 @@ def download_model(
         Exception: As `pull` does.
     """
     require_repo_id(repo_id, revision)
-    cache = None if cache_dir is None else os.fspath(cache_dir)
+    cache = cache_path(cache_dir)
     hub = Hub(token, timeout)
     found = cached_model(repo_id, revision, cache) if is_offline_mode() else pulled_model(hub, repo_id, revision, cache)
     require_recorded_weights(found.files[CONFIG_FILE], found.files[WEIGHTS_FILE], repo_id)
@@ -197,7 +198,7 @@ def bring_file(hub_id: str, name: str, cache_dir: PathLike | None = None) -> Pat
     repo_id, _, rest = hub_id.partition('@')
     revision = rest or None
     require_repo_id(repo_id, revision)
-    cache = None if cache_dir is None else os.fspath(cache_dir)
+    cache = cache_path(cache_dir)
     cached = cached_file(repo_id, name, revision, cache)
     if not is_offline_mode():
         hub = Hub()

@@ -102,7 +102,7 @@ def push(
 
     Raises:
         ValueError: If the model can't be made again from a configuration, or an argument is wrong.
-        TypeError: If the model is no classification model.
+        TypeError: If the model is no classification model, or an argument is of another type.
         OSError: If the folder, or that for temporary files, can't be written.
         ConnectionError: If the Hub can't be reached, doesn't answer in time or makes no sense, or somebody else pushed
             at the same time. Nothing of this push is there then, or the error says that this is not known.
