@@ -474,6 +474,7 @@ def test_push_model_changed_after_create_model_raises_and_sends_no_request(chang
         (lambda: timm.create_model('test_res2net', features_only=True), {}, 'is no classification model'),
         (digits, dict(labels=['a']), 'labels has 1 names for 10 classes'),
         (lambda: timm.create_model('test_res2net', norm_layer=nn.BatchNorm2d), {}, 'no configuration can hold'),
+        (lambda: tiny().to('meta'), {}, r'of the tensors are on the meta device, without values \(first: conv1\.0'),
     ],
 )
 def test_push_wrong_arguments_raise_before_any_request(make: Any, arguments: Any, message: str, hub: Hub) -> None:

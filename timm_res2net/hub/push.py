@@ -155,8 +155,11 @@ def push(
 
 
 def require_finite(model: nn.Module) -> None:
-    """Raises a ValueError for weights that are not all finite."""
-    if bad := not_finite(model.state_dict()):
+    """Raises a ValueError for weights that are not all there, or not all finite."""
+    state = model.state_dict()
+    if absent := [name for name, tensor in state.items() if tensor.is_meta]:
+        raise ValueError(f'{len(absent)} of the tensors are on the meta device, without values (first: {absent[0]})')
+    if bad := not_finite(state):
         raise ValueError(f'{len(bad)} of the tensors have NaN or infinity in them (first: {bad[0]})')
 
 
