@@ -391,7 +391,7 @@ def test_readme_of_models_lists_feature_strides_and_channels_of_every_model() ->
 
 def test_readme_of_recipes_table_of_memory_equals_speed_json() -> None:
     results = json.loads((ASSETS / 'speed.json').read_text())['training']
-    assert len(results) == 5
+    assert len(results) == 8
     for each in results:
         assert f'| {each["way"]} | {each["ratio"]:.2f} | {each["peak_memory"] / 1e6:,.0f} |\n' in TEXTS['recipes']
     model = timm.create_model(results[0]['model'], device='meta')

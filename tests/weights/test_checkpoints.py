@@ -860,7 +860,7 @@ def test_export_checkpoint_refuses_a_big_little_network(name: str, build: Any, t
 
 @pytest.mark.parametrize(
     ('device', 'value', 'message'),
-    [('cpu', math.nan, 'NaN or infinity in them'), ('meta', 0, 'is on the meta device, so it has no weights')],
+    [('cpu', math.nan, 'NaN or infinity in them'), ('meta', 0, 'are on the meta device, without values')],
 )
 def test_export_checkpoint_refuses_weights_that_are_none(
     device: str, value: float, message: str, tmp_path: Path

@@ -19,9 +19,9 @@ from timm.utils import unwrap_model
 from torch import nn
 
 from ..models.block import function_of
-from ..models.classifier import Classifier, as_classifier, model_name
+from ..models.classifier import Classifier, as_classifier, model_name, require_finite_weights
 from ..models.variants import ARCHS
-from ..weights.config import load_folder, not_finite
+from ..weights.config import load_folder
 from ..weights.download import retrying
 from ..weights.errors import CheckpointError, first_line
 from ..weights.files import PathLike, atomic_write_text, sha256, temporary_folder, write_files
@@ -114,7 +114,7 @@ def push(
     if dry_run is not None:
         require_no_model(Path(dry_run))
     network = as_classifier(unwrap_model(model))
-    require_finite(network)
+    require_finite_weights(network)
     with temporary_folder(Path(tempfile.gettempdir())) as temporary:
         folder = temporary / 'model'
         write_model(network, folder, labels, facts)
@@ -152,15 +152,6 @@ def push(
         hub.deadline.end += (folder / WEIGHTS_FILE).stat().st_size / UPLOAD
         url, made = retrying(is_transient_commit, hub.deadline)(commit.attempt)
         return Push(url, made, {name: sha256(folder / name) for name in FILES})
-
-
-def require_finite(model: nn.Module) -> None:
-    """Raises a ValueError for weights that are not all there, or not all finite."""
-    state = model.state_dict()
-    if absent := [name for name, tensor in state.items() if tensor.is_meta]:
-        raise ValueError(f'{len(absent)} of the tensors are on the meta device, without values (first: {absent[0]})')
-    if bad := not_finite(state):
-        raise ValueError(f'{len(bad)} of the tensors have NaN or infinity in them (first: {bad[0]})')
 
 
 def require_valid_card(text: str, hub: Hub) -> None:

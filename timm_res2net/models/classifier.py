@@ -16,6 +16,7 @@ __all__ = [
     'class_names',
     'image_config',
     'model_name',
+    'not_finite',
     'registered_cfg',
     'require_finite_weights',
     'with_channels',
@@ -58,13 +59,18 @@ def model_name(model: nn.Module) -> str:
     return str(cfg.get('architecture') or type(model).__name__)
 
 
+def not_finite(state: Mapping[str, Tensor]) -> list[str]:
+    """The names of those tensors that have NaN or infinity in them; one on the meta device has nothing in it."""
+    known = {name: tensor for name, tensor in state.items() if tensor.is_floating_point() and not tensor.is_meta}
+    return [name for name, tensor in known.items() if not tensor.float().isfinite().all()]
+
+
 def require_finite_weights(model: nn.Module) -> None:
-    """Raises a ValueError for a model on the meta device, or with NaN or infinity in its weights."""
-    tensors = {name: tensor for name, tensor in model.state_dict().items() if tensor.is_floating_point()}
-    if any(tensor.is_meta for tensor in tensors.values()):
-        raise ValueError('the model is on the meta device, so it has no weights; load some, or call its to_empty first')
-    bad = [name for name, tensor in tensors.items() if not tensor.isfinite().all()]
-    if bad:
+    """Raises a ValueError for weights that are not all there, or not all finite."""
+    state = model.state_dict()
+    if absent := [name for name, tensor in state.items() if tensor.is_meta]:
+        raise ValueError(f'{len(absent)} of the tensors are on the meta device, without values (first: {absent[0]})')
+    if bad := not_finite(state):
         raise ValueError(f'{len(bad)} of the tensors have NaN or infinity in them (first: {bad[0]})')
 
 

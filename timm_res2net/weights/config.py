@@ -18,7 +18,7 @@ from timm.models import PretrainedCfg, build_model_with_cfg
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from ..models.classifier import registered_cfg
+from ..models.classifier import not_finite, registered_cfg
 from ..models.variants import ARCHS
 from .errors import CheckpointError, first_line
 from .files import PathLike, open_regular, temporary_folder
@@ -27,7 +27,7 @@ from .loading import adapt_state_dict, describe_mismatch
 from .readers import NUMBERS
 from .recorded import CROP_MODES, INTERPOLATIONS, LARGEST_CROP, LARGEST_SIZE, SMALLEST_CROP
 
-__all__ = ['load_folder', 'make_model', 'not_finite', 'require_recorded_weights']
+__all__ = ['load_folder', 'make_model', 'require_recorded_weights']
 
 LARGEST = {'layers': 200, 'levels': 8, 'scale': 64, 'num_classes': 1_000_000}  # numbers in `model_args`
 LARGEST_OTHER = 4096
@@ -162,11 +162,9 @@ def checked_config(content: bytes, source: str) -> dict[str, Any]:
         if key in ('first_conv', 'classifier') and name in ARCHS:  # timm leaves out what they name
             own = getattr(registered_cfg(name), key)
             require(f'pretrained_cfg.{key}', cfg[key], cfg[key] in (None, own), repr(own))
-    for key in (
-        'mean',
-        'std',
-    ):  # timm's own have three whatever the channels are; `with_channels` adapts those, and one
+    for key in ('mean', 'std'):
         value, channels = cfg.get(key), (cfg.get('input_size') or [3])[0]
+        # timm's own have three whatever the channels are; `with_channels` adapts those, and one.
         fits = value is None or len(value) in (1, 3, channels)
         require(f'pretrained_cfg.{key}', value, fits, f'a number for each of {channels} channels')
     for key, value in args.items():
@@ -224,12 +222,6 @@ def checked_weights(content: bytes, source: str) -> dict[str, Tensor]:
         if name.endswith('running_var') and (tensor < 0).any():  # its root would be NaN
             raise CheckpointError(f'{WEIGHTS_FILE} of {source} has a variance below zero in {name}')
     return state
-
-
-def not_finite(state: Mapping[str, Tensor]) -> list[str]:
-    """The names of those tensors that have NaN or infinity in them; one on the meta device has nothing in it."""
-    known = {name: tensor for name, tensor in state.items() if tensor.is_floating_point() and not tensor.is_meta}
-    return [name for name, tensor in known.items() if not tensor.float().isfinite().all()]
 
 
 class Meter(TorchFunctionMode):
