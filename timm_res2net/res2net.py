@@ -27,7 +27,7 @@ from torch import nn
 
 from .hub.pull import bring_file
 from .models.block import function_of
-from .models.classifier import model_name, require_finite_weights
+from .models.classifier import not_finite
 from .models.function import Function
 from .models.recompute import FeatureDict, FeatureGetter, FeatureHook, FeatureList
 from .models.resnet import Res2Net
@@ -183,10 +183,11 @@ def loaded_trunk(
     own = {name: tensor for name, tensor in model.state_dict().items() if features and name.startswith('fc.')}
     source = {**cfg.to_dict(), 'source': '', 'state_dict': {**checkpoint.state, **own}, 'custom_load': False}
     load_pretrained(model, source, num_classes=model.num_classes, in_chans=model.in_chans, strict=strict)
-    try:
-        require_finite_weights(model)  # of half precision, or sums of an image's channels, can be infinite
-    except ValueError as error:
-        raise CheckpointError(f'{checkpoint.file} does not fit {model_name(model)}: {error}') from error
+    if bad := not_finite(model.state_dict()):  # of summed channels, or in half precision
+        raise CheckpointError(
+            f'{checkpoint.file} has numbers too large for the model that was asked for: {len(bad)} of its tensors would '
+            f'have infinity in them (first: {bad[0]})'
+        )
     return model
 
 
