@@ -185,8 +185,8 @@ def loaded_trunk(
     load_pretrained(model, source, num_classes=model.num_classes, in_chans=model.in_chans, strict=strict)
     if bad := not_finite(model.state_dict()):  # of summed channels, or in half precision
         raise CheckpointError(
-            f'{checkpoint.file} has numbers too large for the model that was asked for: {len(bad)} of its tensors would '
-            f'have infinity in them (first: {bad[0]})'
+            f'{checkpoint.file} has numbers too large for the model that was asked for: {len(bad)} of its tensors '
+            f'would have infinity in them (first: {bad[0]})'
         )
     return model
 

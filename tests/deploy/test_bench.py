@@ -129,7 +129,7 @@ def test_step_that_keeps_convolutions_has_the_same_gradients_and_norms(images: T
     plain, keeping = tiny().train(), tiny().train()
     for block in keeping.modules():
         if isinstance(block, Bottle2neck):
-            block.forward = partial(keep_convolutions, block, block.forward)
+            block.forward = partial(keep_convolutions, block, block.forward)  # type: ignore[method-assign]
     for model in (plain, keeping):
         model(images).square().sum().backward()
     for ours, theirs in zip(keeping.parameters(), plain.parameters()):

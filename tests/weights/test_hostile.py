@@ -132,10 +132,10 @@ def lying_zip(name: str, packed: int, **others: bytes) -> bytes:
         for other, content in others.items():
             archive.writestr(other, content)
         archive.writestr(name, bytes(120_000_000), packed)
-    content = bytearray(target.getvalue())
-    entry = content.rfind(b'PK\x01\x02')
-    content[entry + 24 : entry + 28] = struct.pack('<I', 4)
-    return bytes(content)
+    altered = bytearray(target.getvalue())
+    entry = altered.rfind(b'PK\x01\x02')
+    altered[entry + 24 : entry + 28] = struct.pack('<I', 4)
+    return bytes(altered)
 
 
 DOUBLING = b')' + b'q\x00h\x00\x86' * 60  # (t, t) of the tuple before, 60 times
