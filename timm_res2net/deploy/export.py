@@ -100,7 +100,7 @@ def export(
     if any(isinstance(module, ForInference) for module in model.modules()):
         raise ValueError('an optimized model can not be exported; give the model that it was made from')
     require_finite_weights(model)
-    require_runtime(path.suffix)
+    require_runtime(path.suffix, write=True)
     fused = fuse(model)
     record = describe(model, path.suffix, precision, batch, size)
     shape = tuple(record['input'][1:])
@@ -235,11 +235,8 @@ def write_onnx(
     program: nn.Module, file: Path, example: Tensor, free: bool, names: list[str], text: str, images: Tensor | None
 ) -> None:
     """Writes ONNX by torch's exporter, quantized if images are given."""
-    try:
-        import onnx
-        import onnxscript  # noqa: F401 - torch's exporter needs it
-    except ImportError as error:
-        raise ImportError(f'.onnx files need it: {error}; pip install "timm_res2net[deploy]"') from error
+    import onnx
+
     unquantized = file if images is None else file.with_name('unquantized.onnx')
     torch.onnx.export(
         program,

@@ -103,12 +103,15 @@ def load_exported(file: PathLike) -> ExportedModel:
     raise CheckpointError(f'{path} was not written by timm_res2net.export: it does not say how to preprocess images')
 
 
-def require_runtime(suffix: str) -> None:
-    """Raises an ImportError if what a format needs is not installed."""
+def require_runtime(suffix: str, write: bool = False) -> None:
+    """Raises an ImportError if what a format needs, to be read or also to be written, is not installed."""
     try:
         if suffix == '.onnx':
             import onnx  # noqa: F401
             import onnxruntime  # noqa: F401
+
+            if write:
+                import onnxscript  # noqa: F401
         elif suffix == '.xml':
             import openvino  # noqa: F401
     except ImportError as error:
