@@ -18,7 +18,7 @@ from ..models.classifier import image_config
 from ..models.variants import ASSETS
 from ..weights.files import PathLike, open_regular
 
-__all__ = ['Found', 'bundled_digits', 'find_images', 'image_transform', 'preprocess', 'read_image']
+__all__ = ['Found', 'bundled_digits', 'find_images', 'image_transform', 'preprocess', 'read_image', 'readable_suffixes']
 
 RECOGNISED = {'BUFR', 'GRIB', 'HDF5', 'MPEG'}  # by Pillow, which has no decoder for them
 DIGIT_SIZE = 8  # pixels; digits.png has a row of held-out digits for each of the ten labels
