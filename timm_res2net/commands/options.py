@@ -3,7 +3,9 @@
 import argparse
 from typing import TypeAlias
 
-__all__ = ['Commands', 'add_labels', 'add_timeout', 'refuse']
+from ..recipes.arguments import device, positive
+
+__all__ = ['Commands', 'add_classifying', 'add_labels', 'add_timeout', 'refuse']
 
 # What add_subparsers returns; argparse has no public name for it.
 Commands: TypeAlias = 'argparse._SubParsersAction[argparse.ArgumentParser]'
@@ -14,6 +16,14 @@ def add_labels(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         '--labels', metavar='PATH', help='names of the classes: a text file, a line each, or the folder of the data'
     )
+
+
+def add_classifying(command: argparse.ArgumentParser) -> None:
+    """Adds the arguments of what classifies many images: how, where, and how it tells."""
+    command.add_argument('--compile', action='store_true', help='compile first, for thousands of images')
+    command.add_argument('--device', type=device, default='cpu', metavar='D', help='such as cuda (default: cpu)')
+    command.add_argument('--batch-size', type=positive, default=16, metavar='N', help='images at once (default: 16)')
+    command.add_argument('--json', action='store_true', help='machine-readable output')
 
 
 def add_timeout(command: argparse.ArgumentParser) -> None:

@@ -9,9 +9,9 @@ from tqdm import tqdm
 from ..deploy.images import bundled_digits, find_images
 from ..models.classifier import model_name
 from ..models.variants import EMBEDDED
-from ..recipes.arguments import device, positive
+from ..recipes.arguments import positive
 from ..vision.predict import is_exported, predict
-from .options import Commands, add_labels, refuse
+from .options import Commands, add_classifying, add_labels, refuse
 from .output import left_out, print, report_left_out
 from .sources import PHOTO, make_classifier, read_weights
 
@@ -30,10 +30,7 @@ def add_predict(commands: Commands) -> None:
     command.add_argument('--weights', metavar='FILE', help='a file of weights instead of published ones')
     add_labels(command)
     command.add_argument('--topk', type=positive, default=5, metavar='K', help='classes to show (default: 5)')
-    command.add_argument('--compile', action='store_true', help='compile first, for thousands of images')
-    command.add_argument('--device', type=device, default='cpu', metavar='D', help='such as cuda (default: cpu)')
-    command.add_argument('--batch-size', type=positive, default=16, metavar='N', help='images at once (default: 16)')
-    command.add_argument('--json', action='store_true', help='machine-readable output')
+    add_classifying(command)
     command.set_defaults(run=run_predict)
 
 

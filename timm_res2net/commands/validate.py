@@ -9,11 +9,10 @@ from functools import partial
 from tqdm import tqdm
 
 from ..models.classifier import class_names
-from ..recipes.arguments import device, positive
 from ..vision.figures import plot_confusion, require_drawable
 from ..vision.predict import is_exported
 from ..vision.validate import labelled_images, validate
-from .options import Commands, add_labels, refuse
+from .options import Commands, add_classifying, add_labels, refuse
 from .output import left_out, print, print_table, report_left_out
 from .sources import PHOTO, make_classifier, read_weights
 
@@ -35,10 +34,7 @@ def add_validate(commands: Commands) -> None:
     command.add_argument('--truth', metavar='FILE', help='a line for each image: path, space, name or number of class')
     add_labels(command)
     command.add_argument('--confusion', metavar='PNG', help='draw which classes the last one takes for which')
-    command.add_argument('--compile', action='store_true', help='compile first, for thousands of images')
-    command.add_argument('--device', type=device, default='cpu', metavar='D', help='such as cuda (default: cpu)')
-    command.add_argument('--batch-size', type=positive, default=16, metavar='N', help='images at once (default: 16)')
-    command.add_argument('--json', action='store_true', help='machine-readable output')
+    add_classifying(command)
     command.set_defaults(run=run_validate)
 
 
