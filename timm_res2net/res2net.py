@@ -27,16 +27,14 @@ from torch import nn
 
 from .hub.pull import bring_file
 from .models.block import function_of
-from .models.classifier import not_finite
 from .models.function import Function
 from .models.recompute import FeatureDict, FeatureGetter, FeatureHook, FeatureList
 from .models.resnet import Res2Net
 from .models.variants import ARCHS, WEIGHTS, Arch, default_cfg
 from .weights.checkpoints import Checkpoint, read_checkpoint
 from .weights.download import download
-from .weights.errors import CheckpointError
 from .weights.folder import WEIGHTS_FILE
-from .weights.loading import adapt_state_dict, require_same_function
+from .weights.loading import adapt_state_dict, require_no_overflow, require_same_function
 
 __all__ = ['register', 'unregister']  # register_model adds the models
 
@@ -183,11 +181,7 @@ def loaded_trunk(
     own = {name: tensor for name, tensor in model.state_dict().items() if features and name.startswith('fc.')}
     source = {**cfg.to_dict(), 'source': '', 'state_dict': {**checkpoint.state, **own}, 'custom_load': False}
     load_pretrained(model, source, num_classes=model.num_classes, in_chans=model.in_chans, strict=strict)
-    if bad := not_finite(model.state_dict()):  # of summed channels, or in half precision
-        raise CheckpointError(
-            f'{checkpoint.file} has numbers too large for the model that was asked for: {len(bad)} of its tensors '
-            f'would have infinity in them (first: {bad[0]})'
-        )
+    require_no_overflow(model, checkpoint.file)
     return model
 
 

@@ -14,7 +14,7 @@ from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
 from ..models.block import function_of
-from ..models.classifier import model_name, registered_cfg, with_channels
+from ..models.classifier import model_name, not_finite, registered_cfg, with_channels
 from ..models.function import Function
 from ..models.resnet import Res2Net
 from ..models.variants import ARCHS, Arch
@@ -31,6 +31,7 @@ __all__ = [
     'load_checkpoint',
     'load_model',
     'require_known',
+    'require_no_overflow',
     'require_same_function',
 ]
 
@@ -329,6 +330,15 @@ def describe_overflow(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor])
     types = {name: tensor.dtype for name, tensor in wanted.items() if tensor.is_floating_point() and name in given}
     names = [name for name, dtype in types.items() if not given[name].to(dtype).isfinite().all()]
     return f'{len(names)} hold numbers too large for its {types[names[0]]} (first: {names[0]})' if names else ''
+
+
+def require_no_overflow(model: nn.Module, source: str) -> None:
+    """Raises a CheckpointError if weights became infinite in a model, by summed channels or in half precision."""
+    if bad := not_finite(model.state_dict()):
+        raise CheckpointError(
+            f'{source} has numbers too large for the model that was asked for: {len(bad)} of its tensors would have '
+            f'infinity in them (first: {bad[0]})'
+        )
 
 
 def suggest_model(checkpoint: Checkpoint) -> str:
