@@ -1,10 +1,10 @@
 """What all tests share."""
 
 import atexit
-import gzip
 import json
 import os
 import shutil
+import struct
 import tarfile
 import tempfile
 import threading
@@ -17,12 +17,12 @@ from hub_server import Hub, free_port
 
 # Read at import, also by child processes: the only Hub is our test server, and only the fixture `hub` goes online.
 os.environ |= {'HF_HUB_OFFLINE': '1', 'HF_ENDPOINT': f'http://127.0.0.1:{free_port()}', 'HF_HOME': tempfile.mkdtemp()}
+os.environ |= {'HF_HUB_DISABLE_XET': '1'}  # the test server stores large files itself
 os.environ |= {'OMP_NUM_THREADS': '1'}  # each worker keeps to one core
 os.environ.pop('HF_TOKEN', None)
 
 import numpy as np
 import pytest
-import tenacity
 import torch
 from huggingface_hub import constants
 from PIL import Image
@@ -30,7 +30,6 @@ from support import ROOT, built
 from torch import nn
 
 from timm_res2net.recipes import multi_scale
-from timm_res2net.weights.download import BACKOFF
 
 # Python 3.11 before 3.11.4 has no filters yet.
 SAFELY: dict[str, Any] = {'filter': 'data'} if hasattr(tarfile, 'data_filter') else {}
@@ -72,29 +71,19 @@ def hub_server() -> Iterator[Hub]:
         server.shutdown()
 
 
-@pytest.fixture(params=['lfs'])
-def hub(
-    request: pytest.FixtureRequest,
-    hub_server: Hub,
-    monkeypatch: pytest.MonkeyPatch,
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[Hub]:
-    """A Hub without anything in it, that keeps large files by itself ('lfs') or by hf_xet ('xet')."""
-    xet = request.param == 'xet'
-    hub_server.reset(tmp_path_factory.mktemp('xet') if xet else None)
+@pytest.fixture
+def hub(hub_server: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """An empty Hub."""
+    hub_server.reset()
     shutil.rmtree(os.environ['HF_HOME'], ignore_errors=True)
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
-    monkeypatch.setattr(constants, 'HF_HUB_DISABLE_XET', not xet)
-    monkeypatch.setattr('huggingface_hub.utils._xet.XET_CONNECTION_INFO_CACHE', {})
-    monkeypatch.setitem(BACKOFF, 'wait', tenacity.wait_none())
-    monkeypatch.setitem(BACKOFF, 'stop', tenacity.stop_after_attempt(3))
-    yield hub_server
-    hub_server.end_silence()
+    monkeypatch.setattr('timm_res2net.hub.client.PAUSES', (0, 0))
+    return hub_server
 
 
 @pytest.fixture(scope='session')
 def fashion_mnist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder like that of Fashion-MNIST, whose classes are discs, rings, bars, ..., each in ten brightnesses."""
+    """Writes a hundred images like Fashion-MNIST's: its classes are discs, rings, bars, ..., in ten brightnesses."""
     folder = tmp_path_factory.mktemp('fashion-mnist')
     y, x = np.mgrid[-13.5:14, -13.5:14]
     radius = np.hypot(x, y)
@@ -106,17 +95,17 @@ def fashion_mnist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     brightness = np.linspace(120, 255, 10).astype(np.uint8)[:, None, None, None]
     images = (np.stack(shapes) * brightness).reshape(100, 28, 28).astype(np.uint8)
     labels = np.tile(np.arange(10, dtype=np.uint8), 10)
-    for part, count in (('train', 60_000), ('t10k', 10_000)):
-        content = bytes(16) + images.tobytes() * (count // 100)
-        (folder / f'{part}-images-idx3-ubyte').write_bytes(content)
-        packed = gzip.compress(bytes(8) + labels.tobytes() * (count // 100), compresslevel=1)
-        (folder / f'{part}-labels-idx1-ubyte.gz').write_bytes(packed)
+    raw = folder / 'FashionMNIST' / 'raw'
+    raw.mkdir(parents=True)
+    for part in ('train', 't10k'):
+        (raw / f'{part}-images-idx3-ubyte').write_bytes(struct.pack('>4i', 0x803, 100, 28, 28) + images.tobytes())
+        (raw / f'{part}-labels-idx1-ubyte').write_bytes(struct.pack('>2i', 0x801, 100) + labels.tobytes())
     return folder
 
 
 @pytest.fixture(scope='session')
 def detection_set(fashion_mnist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small set of `multi_scale`."""
+    """Writes a small set of `multi_scale`."""
     folder = tmp_path_factory.mktemp('sets') / 'detection'
     multi_scale.write(folder, fashion_mnist, {'train': 48, 'val': 16, 'unseen': 16})
     return folder
@@ -124,7 +113,7 @@ def detection_set(fashion_mnist: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope='session')
 def simple_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A set that is quickly learnt: a bright or a dark square on each image of grey noise."""
+    """Writes a set that is learnt quickly: a bright or a dark square on each image of grey noise."""
     folder = tmp_path_factory.mktemp('sets') / 'simple'
     (folder / 'train').mkdir(parents=True)
     (folder / 'annotations').mkdir()

@@ -1,8 +1,7 @@
-"""A Hub on this machine with all that push and pull need; the genuine huggingface_hub is its client.
+"""A local Hub for the genuine huggingface_hub: everything that push and pull need, in memory, with injected faults.
 
-It keeps repositories, branches, pull requests and large files in memory, knows users by their tokens, and injects
-the faults in `Hub.faults`. Its responses are those that huggingface_hub 2.4 reads; where the Hub sends a file from
-another host, this one does too (`localhost` for `127.0.0.1`).
+Its responses are those that huggingface_hub 2.4 reads. Like the real Hub, it serves large files from another host
+(`localhost` instead of `127.0.0.1`).
 """
 
 import base64
@@ -10,24 +9,19 @@ import hashlib
 import json
 import re
 import socket
-import struct
-import sys
 import threading
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qsl, quote, unquote, urlsplit
 
-LARGE = ('.safetensors', '.bin')  # files that are not kept by git
-PART = 100_000  # bytes of a large file that are sent in one go
+LARGE = ('.safetensors', '.bin')  # stored outside Git
 DATE = '2026-01-01T00:00:00.000Z'
 
 
 def free_port() -> int:
-    """A port that nothing listens on."""
+    """Returns a port that nothing listens on."""
     with socket.socket() as probe:
         probe.bind(('127.0.0.1', 0))
         return int(probe.getsockname()[1])
@@ -35,10 +29,14 @@ def free_port() -> int:
 
 @dataclass
 class Fault:
-    """What goes wrong with the next requests that match, such as 'GET /_cdn'."""
+    """A fault of the next `times` requests that match, such as 'GET /_cdn'.
+
+    Kinds: 'status', 'drop' (hang up), 'cut' (hang up halfway), 'corrupt' (flip a bit),
+    'lost' (commit, then hang up), 'nonsense' (a web page).
+    """
 
     match: str
-    kind: str  # status, drop, cut, reset, short, long, corrupt, lost, silent, nonsense, loop, etag, elsewhere
+    kind: str
     times: int = 1
     status: int = 503
     headers: dict[str, str] = field(default_factory=dict)
@@ -46,7 +44,7 @@ class Fault:
 
 @dataclass
 class File:
-    """A file in a commit: its content, or the hash of a large one that is kept elsewhere."""
+    """A file in a commit: its content, or the SHA-256 of a large one."""
 
     data: bytes | None
     sha256: str | None
@@ -54,7 +52,7 @@ class File:
 
     @property
     def blob(self) -> str:
-        """The hash by which git knows it, or the pointer to it."""
+        """Git's hash of the file, or of the pointer to a large one."""
         data = self.data
         if data is None:
             data = f'version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {self.size}\n'.encode()
@@ -67,7 +65,7 @@ class File:
 
 @dataclass
 class Repo:
-    """A repository: commits (files and parent), and what points at them."""
+    """A repository: commits (files and parent), branches and pull requests."""
 
     private: bool = False
     gated: bool = False
@@ -89,94 +87,55 @@ class Repo:
 
 
 class Refusal(Exception):
+    """An HTTP error."""
+
     def __init__(self, status: int, code: str = '', message: str = '', **body: Any) -> None:
         self.status, self.code, self.message, self.body = status, code, message, body
 
 
 class Hub(ThreadingHTTPServer):
-    """The server. `xet` is a folder for large files that hf_xet keeps, which needs no other server."""
+    """The server."""
 
     daemon_threads = True
 
-    def __init__(self, port: int = 0, xet: Path | None = None) -> None:
+    def __init__(self, port: int) -> None:
         super().__init__(('127.0.0.1', port), Handler)
-        self.repos: dict[str, Repo] = {}
-        self.large: dict[str, bytes] = {}
-        self.parts: dict[str, dict[int, bytes]] = {}
         self.tokens = {'hf_write': ('user', 'write'), 'hf_read': ('user', 'read'), 'hf_other': ('other', 'write')}
+        self.lock = threading.RLock()
+        self.reset()
+
+    def reset(self) -> None:
+        """Deletes everything."""
+        self.repos: dict[str, Repo] = {}
+        self.large: dict[str, bytes] = {}  # by SHA-256
         self.faults: list[Fault] = []
         self.log: list[str] = []
-        self.lock = threading.RLock()
-        self.xet = xet
-        self.closing = threading.Event()  # ends the silence of faults
-        self.xet_hashes: dict[str, str] = {}  # by SHA-256
-        self.slow = False  # send large files so slowly that a client can be killed meanwhile
-
-    def reset(self, xet: Path | None = None) -> None:
-        """Forgets everything."""
-        for kept in (self.repos, self.large, self.parts, self.faults, self.log, self.xet_hashes):
-            kept.clear()
-        self.closing = threading.Event()
-        self.xet = xet
-
-    def end_silence(self) -> None:
-        """Hangs up where faults made it silent, and waits for the calls that nobody waits for any more."""
-        self.closing.set()
-        if self.xet:
-            sys.modules['huggingface_hub.utils._xet'].abort_xet_session()
-        for thread in threading.enumerate():
-            if thread.name == 'timm_res2net.hub':
-                thread.join(20)
 
     def files(self, repo_id: str, revision: str = 'main') -> dict[str, bytes]:
-        """What is in a repository, without files that hf_xet keeps."""
+        """Returns the files of a repository."""
         repo = self.repos[repo_id]
-        found = repo.commits[repo.find(revision)][0].items()
-        kept = {name: file for name, file in found if file.sha256 not in self.xet_hashes}
-        return {name: self.large[str(file.sha256)] if file.data is None else file.data for name, file in kept.items()}
+        files = repo.commits[repo.find(revision)][0]
+        return {name: self.large[file.oid] if file.data is None else file.data for name, file in files.items()}
 
     def put(self, repo_id: str, files: dict[str, bytes], **settings: Any) -> str:
-        """Makes a repository, or a commit in it, without any client."""
+        """Creates a repository, or a commit in it, without a client."""
         repo = self.repos.setdefault(repo_id, Repo(**settings))
         made = {}
         for name, data in files.items():
-            large = name.endswith(LARGE)
-            digest = hashlib.sha256(data).hexdigest()
-            if large:
-                self.large[digest] = data
-            made[name] = File(None if large else data, digest if large else None, len(data))
+            is_large, digest = name.endswith(LARGE), hashlib.sha256(data).hexdigest()
+            self.large.update({digest: data} if is_large else {})
+            made[name] = File(None if is_large else data, digest if is_large else None, len(data))
         parent = repo.branches.get('main')
         repo.branches['main'] = repo.commit({**(repo.commits[parent][0] if parent else {}), **made}, parent)
         return repo.branches['main']
-
-    def find_xet_hashes(self) -> None:
-        """Reads, of the files that hf_xet stored, which SHA-256 has which hash of Xet's.
-
-        A shard of its store is a header of 48 bytes, then for each file a record of 48 (hash, flags, number of
-        segments), one for each segment, as many again and one more if the flags say so; that begins with the SHA-256.
-        """
-
-        def text(raw: bytes) -> str:
-            return ''.join(f'{part:016x}' for part in struct.unpack('<4Q', raw))
-
-        for shard in (self.xet or Path('/nowhere')).rglob('shards/*.mdb'):
-            data, at = shard.read_bytes(), 48
-            while data[at : at + 32] != b'\xff' * 32:
-                flags, segments = struct.unpack_from('<II', data, at + 32)
-                name = text(data[at : at + 32])
-                at += 48 * (1 + segments + (segments if flags & 1 << 31 else 0))
-                if flags & 1 << 30:
-                    self.xet_hashes[text(data[at : at + 32])] = name
-                    at += 48
 
 
 ROUTES: list[tuple[str, re.Pattern[str], Callable[..., None]]] = []
 
 
 def route(method: str, path: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Registers a method of the handler for requests of this kind; {id} is a repository, {rev} a revision."""
-    parts = {'{id}': r'([\w.-]+/[\w.-]+)', '{rev}': r'([^/]+)', '{sha}': r'(\w+)', '{path}': r'(.+)'}
-    for name, pattern in parts.items():
+    """Registers a method of the handler; {id} is a repository, {rev} a revision."""
+    for name, pattern in {'{id}': r'([\w.-]+/[\w.-]+)', '{rev}': r'([^/]+)', '{sha}': r'(\w+)'}.items():
         path = path.replace(name, pattern)
 
     def register(function: Callable[..., None]) -> Callable[..., None]:
@@ -187,10 +146,10 @@ def route(method: str, path: str) -> Callable[[Callable[..., None]], Callable[..
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers one connection."""
+    """Answers the requests of one connection."""
 
     protocol_version = 'HTTP/1.1'
-    disable_nagle_algorithm = True  # 40 ms an answer otherwise
+    disable_nagle_algorithm = True  # it adds 40 ms to each response
     server: Hub
 
     def log_message(self, *args: Any) -> None: ...
@@ -210,31 +169,27 @@ class Handler(BaseHTTPRequestHandler):
         self.body = self.rfile.read(int(self.headers.get('Content-Length') or 0))
         self.server.log.append(f'{self.command} {self.path}')
         self.fault = self.next_fault()
+        kind = self.fault.kind if self.fault else ''
         try:
-            if self.fault and self.fault.kind == 'status':
+            if self.fault and kind == 'status':
                 return self.answer({'error': 'out of order'}, self.fault.status, **self.fault.headers)
-            if self.fault and self.fault.kind == 'drop':
+            if kind == 'drop':
                 return self.hang_up()
-            if self.fault and self.fault.kind == 'silent':
-                self.server.closing.wait(30)
-                return self.hang_up()
-            if self.fault and self.fault.kind == 'nonsense':
+            if kind == 'nonsense':
                 return self.answer(b'<html>Welcome to our hotel</html>')
-            if self.fault and self.fault.kind == 'loop':
-                return self.answer(b'', 302, Location=self.path)
             for method, pattern, function in ROUTES:
                 match = pattern.fullmatch(url.path)
                 if match and method == self.command.replace('HEAD', 'GET'):
                     return function(self, *(unquote(part) for part in match.groups()))
-            raise Refusal(404, message=f'there is no {self.command} {self.path}')
+            raise Refusal(404, message=f'no route for {self.command} {self.path}')
         except Refusal as refusal:
-            told = {'X-Error-Code': refusal.code, 'X-Error-Message': refusal.message}
-            headers = {name: value for name, value in told.items() if value}
+            headers = {'X-Error-Code': refusal.code, 'X-Error-Message': refusal.message}
+            headers = {name: value for name, value in headers.items() if value}
             self.answer({'error': refusal.message, **refusal.body}, refusal.status, **headers)
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True
 
-    do_HEAD = do_POST = do_PUT = do_DELETE = do_GET
+    do_HEAD = do_POST = do_PUT = do_GET
 
     def next_fault(self) -> Fault | None:
         with self.server.lock:
@@ -261,20 +216,14 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(403 if name else 401, message='Your token does not have write permission')
         return name
 
-    def repo(self, repo_id: str, write: bool = False) -> Repo:
-        user = self.user(write)
-        owner = repo_id.split('/')[0]
-        repo = self.server.repos.get(repo_id)
+    def repo(self, repo_id: str, write: bool = False, read: bool = False) -> Repo:
+        user, owner, repo = self.user(write), repo_id.split('/')[0], self.server.repos.get(repo_id)
         if repo is None or (repo.private and user != owner):
             raise Refusal(404 if user else 401, 'RepoNotFound', 'Repository not found')
         if write and user != owner:
             raise Refusal(403, message="You don't have the rights to write to this repository")
-        return repo
-
-    def open_repo(self, repo_id: str) -> Repo:
-        repo = self.repo(repo_id)
-        if repo.gated and self.user() != repo_id.split('/')[0]:
-            raise Refusal(403 if self.user() else 401, 'GatedRepo', f'Access to model {repo_id} is restricted')
+        if read and repo.gated and user != owner:
+            raise Refusal(403 if user else 401, 'GatedRepo', f'Access to model {repo_id} is restricted')
         return repo
 
     # Repositories
@@ -289,59 +238,30 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(409, message='You already created this model repo', url=url)
         if repo_id.split('/')[0] != user:
             raise Refusal(403, message="You don't have the rights to create a model under this name")
-        attributes = b'*.safetensors filter=lfs diff=lfs merge=lfs -text\n'
-        private = wanted.get('visibility') == 'private' or wanted.get('private', False)  # as older clients say it
-        self.server.put(repo_id, {'.gitattributes': attributes}, private=private)
+        private = wanted.get('visibility') == 'private' or wanted.get('private', False)  # the latter before 2.0
+        self.server.put(repo_id, {'.gitattributes': b'*.safetensors filter=lfs -text\n'}, private=private)
         self.answer({'url': url})
 
     @route('GET', '/api/models/{id}')
     def info(self, repo_id: str, revision: str = 'main') -> None:
         repo = self.repo(repo_id)
         commit = repo.find(revision)
-        siblings = [{'rfilename': name} for name in repo.commits[commit][0]]
         about = {'private': repo.private, 'gated': repo.gated, 'tags': [], 'lastModified': DATE, 'createdAt': DATE}
+        siblings = [{'rfilename': name} for name in repo.commits[commit][0]]
         self.answer({'id': repo_id, 'modelId': repo_id, 'sha': commit, 'siblings': siblings, **about})
 
     route('GET', '/api/models/{id}/revision/{rev}')(info)
 
-    def entry(self, name: str, file: File) -> dict[str, Any]:
-        told: dict[str, Any] = {'type': 'file', 'path': name, 'size': file.size, 'oid': file.blob}
-        if file.sha256:
-            told['lfs'] = {'oid': file.sha256, 'size': file.size, 'pointerSize': 130}
-        if file.sha256 in self.server.xet_hashes:
-            told['xetHash'] = self.server.xet_hashes[file.sha256]
-        return told
-
     @route('GET', '/api/models/{id}/tree/{rev}/?')
     def tree(self, repo_id: str, revision: str) -> None:
-        repo = self.open_repo(repo_id)
-        self.answer([self.entry(name, file) for name, file in repo.commits[repo.find(revision)][0].items()])
-
-    @route('POST', '/api/models/{id}/paths-info/{rev}')
-    def paths(self, repo_id: str, revision: str) -> None:
-        repo = self.open_repo(repo_id)
-        files = repo.commits[repo.find(revision)][0]
-        asked = [value for key, value in parse_qsl(self.body.decode()) if key == 'paths']
-        self.answer([self.entry(name, files[name]) for name in asked if name in files])
-
-    @route('GET', '/api/models/{id}/commits/{rev}')
-    def history(self, repo_id: str, revision: str) -> None:
-        repo = self.repo(repo_id)
-        told, commit = [], repo.branches.get(revision)
-        while commit is not None:
-            told.append({'id': commit, 'title': '', 'message': '', 'date': DATE, 'authors': []})
-            commit = repo.commits[commit][1]
-        self.answer(told)
-
-    @route('GET', '/api/models/{id}/refs')
-    def refs(self, repo_id: str) -> None:
-        repo = self.repo(repo_id)
-
-        def told(prefix: str, refs: dict[str, str]) -> list[dict[str, str]]:
-            return [{'name': name, 'ref': prefix + name, 'targetCommit': oid} for name, oid in refs.items()]
-
-        pulls = {'pullRequests': told('', repo.pulls)} if 'include_prs' in self.query else {}
-        self.answer({'branches': told('refs/heads/', repo.branches), 'converts': [], 'tags': [], **pulls})
+        repo = self.repo(repo_id, read=True)
+        entries = []
+        for name, file in repo.commits[repo.find(revision)][0].items():
+            entry: dict[str, Any] = {'type': 'file', 'path': name, 'size': file.size, 'oid': file.blob}
+            if file.sha256:
+                entry['lfs'] = {'oid': file.sha256, 'size': file.size, 'pointerSize': 130}
+            entries.append(entry)
+        self.answer(entries)
 
     @route('POST', '/api/models/{id}/branch/{rev}')
     def branch(self, repo_id: str, name: str) -> None:
@@ -365,47 +285,27 @@ class Handler(BaseHTTPRequestHandler):
     def preupload(self, repo_id: str, revision: str) -> None:
         repo = self.repo(repo_id, write='create_pr' not in self.query)
         files = repo.commits[repo.find(revision)][0]
-        told = []
+        modes = []
         for file in json.loads(self.body)['files']:
             mode = 'lfs' if file['path'].endswith(LARGE) else 'regular'
             present = {'oid': files[file['path']].oid} if file['path'] in files else {}
-            told.append({'path': file['path'], 'uploadMode': mode, 'shouldIgnore': False, **present})
-        self.answer({'files': told})
+            modes.append({'path': file['path'], 'uploadMode': mode, 'shouldIgnore': False, **present})
+        self.answer({'files': modes})
 
     @route('POST', '/{id}.git/info/lfs/objects/batch')
     def batch(self, repo_id: str) -> None:
         self.repo(repo_id, write=True)
-        told = []
-        for wanted in json.loads(self.body)['objects']:
-            oid, size = wanted['oid'], wanted['size']
-            entry: dict[str, Any] = {'oid': oid, 'size': size}
-            if oid not in self.server.large:
-                place = f'{self.host}/_large/{oid}'
-                upload: dict[str, Any] = {'href': place}
-                if size > PART:
-                    parts = {f'{n + 1:05}': f'{place}/{n + 1}' for n in range(-(-size // PART))}
-                    upload = {'href': f'{place}/complete', 'header': {'chunk_size': str(PART), **parts}}
-                entry['actions'] = {'upload': upload, 'verify': {'href': f'{place}/verify'}}
-            told.append(entry)
-        self.answer({'transfer': 'basic', 'objects': told}, Content_Type='application/vnd.git-lfs+json')
+        objects = json.loads(self.body)['objects']
+        for wanted in objects:
+            if wanted['oid'] not in self.server.large:
+                place = f'{self.host}/_large/{wanted["oid"]}'
+                wanted['actions'] = {'upload': {'href': place}, 'verify': {'href': f'{place}/verify'}}
+        self.answer({'transfer': 'basic', 'objects': objects}, Content_Type='application/vnd.git-lfs+json')
 
     @route('PUT', '/_large/{sha}')
     def put_large(self, oid: str) -> None:
-        damaged = self.fault is not None and self.fault.kind == 'corrupt'
-        self.server.large[oid] = self.body[:-1] + bytes([self.body[-1] ^ 1]) if damaged else self.body
+        self.server.large[oid] = self.damage(self.body)
         self.answer()
-
-    @route('PUT', '/_large/{sha}/(\\d+)')
-    def put_part(self, oid: str, number: str) -> None:
-        self.server.parts.setdefault(oid, {})[int(number)] = self.body
-        self.answer(ETag=f'"{number}"')
-
-    @route('POST', '/_large/{sha}/complete')
-    def complete(self, oid: str) -> None:
-        parts = self.server.parts.pop(oid)
-        assert [part['partNumber'] for part in json.loads(self.body)['parts']] == sorted(parts)
-        self.server.large[oid] = b''.join(parts[number] for number in sorted(parts))
-        self.answer({})
 
     @route('POST', '/_large/{sha}/verify')
     def verify(self, oid: str) -> None:
@@ -423,103 +323,62 @@ class Handler(BaseHTTPRequestHandler):
             base = repo.find(revision)
             if header['value'].get('parentCommit') not in (None, base):
                 raise Refusal(412, message='A commit has happened since. Please refresh and try again.')
-            self.server.find_xet_hashes()
             files = dict(repo.commits[base][0])
             for operation in operations:
                 value = operation['value']
                 if operation['key'] == 'file':
-                    data = base64.b64decode(value['content'])
-                    if self.fault and self.fault.kind == 'corrupt':
-                        data += b' '
+                    data = self.damage(base64.b64decode(value['content']))
                     files[value['path']] = File(data, None, len(data))
                 elif operation['key'] == 'lfsFile':
-                    if value['oid'] not in self.server.large and value['oid'] not in self.server.xet_hashes:
+                    if value['oid'] not in self.server.large:
                         raise Refusal(400, message='A pointer points to a file that does not exist')
                     files[value['path']] = File(None, value['oid'], value['size'])
             oid = repo.commit(files, base)
             pull = f'refs/pr/{len(repo.pulls) + 1}'
-            if proposal:
-                repo.pulls[pull] = oid
-            else:
-                repo.branches[revision] = oid
+            (repo.pulls if proposal else repo.branches)[pull if proposal else revision] = oid
         if self.fault and self.fault.kind == 'lost':
-            self.hang_up()
-            return
+            return self.hang_up()
         address = {'pullRequestUrl': f'{self.host}/{repo_id}/discussions/{pull[8:]}'} if proposal else {}
-        self.answer({'commitOid': oid, 'commitUrl': f'{self.host}/{repo_id}/commit/{oid}', **address})
+        return self.answer({'commitOid': oid, 'commitUrl': f'{self.host}/{repo_id}/commit/{oid}', **address})
 
     # Downloads
 
-    @route('GET', '/{id}/resolve/{rev}/{path}')
+    @route('GET', '/{id}/resolve/{rev}/(.+)')
     def resolve(self, repo_id: str, revision: str, name: str) -> None:
-        repo = self.open_repo(repo_id)
+        repo = self.repo(repo_id, read=True)
         commit = repo.find(revision)
         file = repo.commits[commit][0].get(name)
-        told = {'X-Repo-Commit': commit, 'Accept-Ranges': 'bytes'}
-        if self.fault and self.fault.kind == 'etag' and file is not None:
-            self.answer(b'', **told, ETag='"../../../outside"')
-        elif file is None:
-            self.answer(b'', 404, **told, **{'X-Error-Code': 'EntryNotFound', 'X-Error-Message': 'Entry not found'})
+        headers = {'X-Repo-Commit': commit, 'Accept-Ranges': 'bytes'}
+        if file is None:
+            self.answer(b'', 404, **headers, **{'X-Error-Code': 'EntryNotFound', 'X-Error-Message': 'Entry not found'})
         elif file.data is not None:
-            self.send_content(file.data, **told, ETag=f'"{file.oid}"')
+            self.send_content(file.data, **headers, ETag=f'"{file.oid}"')
         else:
-            told |= {'X-Linked-Etag': f'"{file.oid}"', 'X-Linked-Size': str(file.size)}
-            if file.oid in self.server.xet_hashes:
-                token = f'{self.host}/api/models/{repo_id}/xet-read-token/{commit}'
-                told |= {'X-Xet-Hash': self.server.xet_hashes[file.oid], 'Link': f'<{token}>; rel="xet-auth"'}
+            headers |= {'X-Linked-Etag': f'"{file.oid}"', 'X-Linked-Size': str(file.size)}
             elsewhere = self.host.replace('127.0.0.1', 'localhost')
-            self.answer(b'', 302, **told, Location=f'{elsewhere}/_cdn/{file.oid}?name={quote(name)}')
+            self.answer(b'', 302, **headers, Location=f'{elsewhere}/_cdn/{file.oid}?name={quote(name)}')
 
     @route('GET', '/_cdn/{sha}')
     def cdn(self, oid: str) -> None:
         if self.headers.get('Authorization'):
             raise Refusal(400, message='a token was sent to another host')
-        while self.server.slow:
-            time.sleep(0.05)
         self.send_content(self.server.large[oid], Accept_Ranges='bytes')
 
     def send_content(self, data: bytes, **headers: str) -> None:
-        """Sends a file, or the requested range, or the part that a fault leaves of it."""
-        kind = self.fault.kind if self.fault else ''
+        """Sends a file, or the requested range of it."""
         match = re.fullmatch(r'bytes=(\d+)-', self.headers.get('Range', ''))
-        start = int(match[1]) if match else 0
-        data = data[start:]
-        if kind == 'corrupt':
-            data = data[:-1] + bytes([data[-1] ^ 1])
-        status = 206 if match else 200
-        if kind == 'long' and self.command == 'GET':
-            self.close_connection = True
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(data + b'more')
-            return None
-        if kind == 'short':
-            return self.answer(data[: len(data) // 2], status, **headers)
-        if kind in ('cut', 'reset') and self.command == 'GET':
-            self.send_response(status)
+        data = self.damage(data[int(match[1]) :] if match else data)
+        if self.fault and self.fault.kind == 'cut' and self.command == 'GET':
+            self.send_response(200)
             for name, value in {**headers, 'Content-Length': str(len(data))}.items():
                 self.send_header(name.replace('_', '-'), value)
             self.end_headers()
             self.wfile.write(data[: len(data) // 2])
-            self.wfile.flush()
-            time.sleep(0.05)
-            if kind == 'reset':
-                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
-                self.close_connection = True
-                return self.connection.close()
             return self.hang_up()
-        return self.answer(data, status, **headers)
+        return self.answer(data, 206 if match else 200, **headers)
 
-    @route('GET', '/api/models/{id}/xet-(?:read|write)-token/{rev}')
-    def xet_token(self, repo_id: str, revision: str) -> None:
-        self.repo(repo_id)
-        elsewhere = self.fault is not None and self.fault.kind == 'elsewhere'
-        store = f'{self.host}/_store' if elsewhere else f'local://{self.server.xet}'
-        told = {'X-Xet-Cas-Url': store, 'X-Xet-Access-Token': 'token', 'X-Xet-Token-Expiration': '4000000000'}
-        self.answer({'casUrl': store, 'accessToken': 'token', 'exp': 4_000_000_000}, **told)
-
-
-if __name__ == '__main__':
-    server = Hub(int(sys.argv[1]))
-    print(f'http://127.0.0.1:{server.server_port}', flush=True)
-    server.serve_forever()
+    def damage(self, data: bytes) -> bytes:
+        """Flips a bit if the fault is 'corrupt'."""
+        if self.fault is None or self.fault.kind != 'corrupt':
+            return data
+        return data[:-1] + bytes([data[-1] ^ 1])

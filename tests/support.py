@@ -18,15 +18,14 @@ from timm_res2net.models.cifar import Res2NetCifar
 from timm_res2net.models.dla import Res2NetDla
 from timm_res2net.models.resnet import Res2Net
 from timm_res2net.models.variants import ARCHS
-from timm_res2net.recipes.eight_bits import randomise as randomise
 
 ROOT = Path(__file__).parents[1]
 
-# A network of 9,000 parameters, for what has to be done many times.
+# A network with 9,000 parameters, for tests that build or run many networks.
 TINY: dict[str, Any] = dict(layers=(1, 2, 1, 1), channels=(8, 8, 8, 8), stem_width=8, base_width=32, scale=3)
 
 
-# Arguments that leave as few blocks and channels as show all that a trunk does. All else of a registered model stays.
+# Arguments that shrink a registered model to the few blocks and channels that still show all that its trunk does.
 SMALL: dict[type[nn.Module], dict[str, Any]] = {
     Res2Net: dict(layers=(1, 2, 1, 1), channels=(16, 24, 32, 40)),
     Res2NetDla: dict(levels=(1, 1, 1, 2, 1, 1), channels=(16, 32, 64, 128, 128, 192)),
@@ -45,6 +44,22 @@ def shallow(name: str) -> dict[str, Any]:
     return {key: value for key, value in small(name).items() if key in ('layers', 'levels')}
 
 
+def randomise(model: nn.Module) -> nn.Module:
+    """Gives every norm random statistics, weights and biases, as training would.
+
+    timm zero-initialises the last norm of a block: a fresh network is a chain of shortcuts, whatever its branches do.
+    """
+    norm: Any
+    for norm in model.modules():
+        if getattr(norm, 'running_mean', None) is not None:
+            nn.init.normal_(norm.running_mean, std=0.3)
+            nn.init.uniform_(norm.running_var, 0.5, 2.0)
+        if isinstance(norm, nn.BatchNorm2d | nn.GroupNorm):
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+            nn.init.normal_(norm.bias, std=0.2)
+    return model
+
+
 def built(name: str, full: bool = False) -> nn.Module:
     """A registered model, small unless `full`, in evaluation mode with randomised norms."""
     return build_full(name) if full else build_small(name)
@@ -54,6 +69,12 @@ def built(name: str, full: bool = False) -> nn.Module:
 def build_full(name: str) -> nn.Module:
     torch.manual_seed(0)
     return randomise(timm.create_model(name)).eval()
+
+
+@cache
+def build_meta(name: str) -> Any:
+    """Makes a registered model without values, for tests of its sizes."""
+    return timm.create_model(name, device='meta')
 
 
 @cache
@@ -67,12 +88,13 @@ def fitting(name: str, images: Tensor) -> Tensor:
     return images[..., :16, :16] if ARCHS[name].trunk is Res2NetCifar else images
 
 
-# One name of each kind, for what takes long and depends on the kind only.
-KINDS = (
-    *('res2net50_26w_4s', 'res2next50', 'seres2net50_26w_4s', 'res2net50_vd_26w_4s', 'test_res2net'),
-    *('dla60_res2net', 'blres2net50_26w_4s', 'res2next29_6c_24w_4s'),
-)
+# One name for each trunk.
 TRUNKS = 'test_res2net', 'dla60_res2net', 'blres2net50_26w_4s', 'res2next29_6c_24w_4s'
+
+
+def strides(name: str) -> tuple[int, ...]:
+    """Output strides that a model can have."""
+    return {Res2NetCifar: (1, 2, 4), Res2NetBigLittle: (16, 32)}.get(ARCHS[name].trunk, (8, 16, 32))
 
 
 def slow_but(fast: Sequence[Any], values: Iterable[Any]) -> list[Any]:

@@ -8,21 +8,21 @@ import re
 from pathlib import Path
 from typing import Any
 
+import eight_bits
 import pytest
 import timm
 import torch
-from support import ROOT, tiny
+import torchvision
+from safetensors.torch import save_file
+from support import ROOT, build_meta, strides, tiny
 
 import timm_res2net
 from timm_res2net.__main__ import parser
-from timm_res2net.deploy.export import OPSET, PRECISIONS
-from timm_res2net.models.biglittle import Res2NetBigLittle
-from timm_res2net.models.cifar import Res2NetCifar
-from timm_res2net.models.function import Function
+from timm_res2net.deploy.backend_onnx import OPSET, OPSETS
+from timm_res2net.deploy.backends import BACKENDS
+from timm_res2net.models.spec import NetworkSpec
 from timm_res2net.models.variants import ARCHS, ASSETS, WEIGHTS
-from timm_res2net.recipes import eight_bits
 from timm_res2net.recipes.detect import create_backbone, create_detector
-from timm_res2net.recipes.training_loop import save_epoch
 from timm_res2net.weights.checkpoints import read_checkpoint
 from timm_res2net.weights.projects import PROJECTS
 
@@ -57,8 +57,8 @@ def run(readme: str, part: str, **replacements: str) -> dict[str, Any]:
     return variables
 
 
-def test_readme_top_level_has_at_most_150_lines() -> None:
-    assert len(TEXTS['top'].splitlines()) <= 150
+def test_readme_top_level_has_at_most_120_lines() -> None:
+    assert len(TEXTS['top'].splitlines()) <= 120
 
 
 def test_readme_top_level_has_changes_of_this_version() -> None:
@@ -116,12 +116,12 @@ def test_readme_has_as_many_examples_as_are_tested() -> None:
     tested = {
         'top': 2,
         'hub_cards': 0,
-        'deploy': 5,
+        'deploy': 3,
         'hub': 2,
         'models': 6,
         'recipes': 1,
         'timm_res2net': 0,
-        'weights': 5,
+        'weights': 4,
     }
     assert {name: len(examples) for name, examples in EXAMPLES.items()} == tested
 
@@ -149,14 +149,14 @@ def test_readme_model_examples_build_stated_models(monkeypatch: pytest.MonkeyPat
     assert made['dla60_res2net'].feature_info.reduction()[-1] == 8
 
 
-def test_readme_of_recipes_example_finds_with_the_best_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readme_of_recipes_example_finds_objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    model = create_detector(create_backbone('test_res2net'), 10, channels=64)
+    settings = dict(backbone='test_res2net', model_kwargs={}, channels=64, detector_kwargs={}, names=['a', 'b'])
     Path('runs/detect').mkdir(parents=True)
-    save_epoch(Path('runs/detect'), model, dict(history=[dict(AP=1.0)]), 'AP', dict(backbone='test_res2net'))
-    made = run('recipes', 'best_weights')
-    assert {'boxes', 'scores', 'labels'} == made['found'].keys()
-    assert all(torch.equal(value, model.state_dict()[name]) for name, value in made['model'].state_dict().items())
+    Path('runs/detect/run.json').write_text(json.dumps(settings))
+    model = create_detector(create_backbone('test_res2net'), 2, channels=64)
+    save_file(model.state_dict(), 'runs/detect/model.safetensors')
+    assert {'boxes', 'scores', 'labels'} == run('recipes', 'load_detector')['found'].keys()
 
 
 def test_readme_example_accuracies_equal_weights_table() -> None:
@@ -170,6 +170,15 @@ def test_readme_example_accuracies_equal_weights_table() -> None:
 def test_readme_fpn_example_gives_four_levels() -> None:
     made = run('models', 'ops import FeaturePyramidNetwork')
     assert [level.shape[-1] for level in made['levels'].values()] == [16, 8, 4, 2]
+
+
+def test_readme_ultralytics_example_gives_the_documented_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torchvision.models._api, 'BUILTIN_MODELS', {})
+    x, channels = torch.randn(1, 3, 64, 64), {}
+    for index, part in enumerate(run('models', 'register_model')['parts'], 1):  # ultralytics counts the image as 0
+        x = part(x)
+        channels[index] = x.shape[1]
+    assert [channels[index] for index in (6, 7, 8)] == [512, 1024, 2048]
 
 
 def test_readme_transformers_example_loads_all_of_the_backbone() -> None:
@@ -208,8 +217,7 @@ def test_readme_load_checkpoint_example_loads_detector_backbone(
     detector = {f'backbone.{re.sub("^conv1", "stem", name)}': tensor for name, tensor in state.items()}
     torch.save({'state_dict': detector}, 'faster_rcnn_r2_101_fpn.pth')
     made = run('weights', 'load_checkpoint(model', res2net101d='test_res2net')
-    backbone = run('weights', 'features_only=True')['backbone']
-    torch.testing.assert_close(backbone.conv1.state_dict(), made['model'].conv1.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(made['backbone'].conv1.state_dict(), made['model'].conv1.state_dict(), rtol=0, atol=0)
     torch.testing.assert_close(list(made['model'].state_dict().values()), list(state.values()), rtol=0, atol=0)
 
 
@@ -235,25 +243,23 @@ def test_readme_example_for_other_classes_has_a_new_classifier(tmp_path: Path, m
     torch.testing.assert_close([made[name] for name in rest], [state[name] for name in rest], rtol=0, atol=0)
 
 
-CHECKED = re.findall(r'^\|.*\| (the usual|`.*=.*`) \| `(.*/.*)` \|$', TEXTS['weights'], re.MULTILINE)
+CHECKED = re.findall(r'^\|.*\| (default|`.*=.*`) \| `(.*/.*)` \|$', TEXTS['weights'], re.MULTILINE)
 
 
 @pytest.mark.parametrize(('arguments', 'file'), CHECKED)
 def test_readme_of_weights_says_what_each_checked_file_computes(arguments: str, file: str, references: Any) -> None:
     archive, name = file.split('/')
-    stated = {} if arguments == 'the usual' else eval(f'dict({arguments.strip("`")})')
-    assert read_checkpoint(references(archive) / name).function == Function(**stated)
+    stated = {} if arguments == 'default' else eval(f'dict({arguments.strip("`")})')
+    assert read_checkpoint(references(archive) / name).spec == NetworkSpec(**stated)
     assert name in (ROOT / 'tests' / 'weights' / 'test_checkpoints.py').read_text()  # which compares the features
 
 
 def test_readme_of_weights_lists_all_known_networks() -> None:
     assert len(CHECKED) == 19
-    for project in PROJECTS:
-        if project.function not in (None, Function(), Function('mmdet')):
-            arguments = project.function.as_keywords(project.function.differing_fields(Function()))
-            assert f'| {project.whose} | `{arguments}` |' in TEXTS['weights']
-        elif project.function != Function('mmdet'):
-            assert project.whose in TEXTS['weights'].replace('\n', ' ')
+    rows = dict(re.findall(r'^\| (default|`[a-z_]+=.*`) \| ([^|`]*) \|$', TEXTS['weights'], re.MULTILINE))
+    for project in (project for project in PROJECTS if project.spec is not None):
+        arguments = project.spec.as_keywords(project.spec.differing_fields(NetworkSpec()))
+        assert project.name in rows[f'`{arguments}`' if arguments else 'default'].split('; ')
 
 
 def test_readme_export_checkpoint_example_loads_back_to_same_tensors(
@@ -283,7 +289,7 @@ def test_readme_example_for_many_models_checks_all_before_it_pushes_any_and_repe
     rows = 'a.pth,user/a,97.5,flowers,apache-2.0\nb.pth,user/b,{},flowers,apache-2.0\n'
     Path('zoo.csv').write_text(f'{head}\n{rows.format(9750)}')
     (problem,) = run('hub', 'push_all')['problems']
-    assert problem.startswith('user/b: results says accuracy 9750.0')
+    assert problem.startswith('user/b: invalid results: accuracy is 9750.0')
     assert hub.log == []
     Path('zoo.csv').write_text(f'{head}\n{rows.format(98)}')
     commits = []
@@ -310,6 +316,7 @@ def test_readme_export_example_computes_the_same(tmp_path: Path, monkeypatch: py
     assert (made['done'].agreement, (tmp_path / 'digits.pt2').exists()) == (1, True)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore::UserWarning', 'ignore::DeprecationWarning')
 def test_readme_example_of_8_bits_in_process_quantizes() -> None:
     pytest.importorskip('nncf')
@@ -319,30 +326,11 @@ def test_readme_example_of_8_bits_in_process_quantizes() -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=0.2 * float(expected.abs().max()))
 
 
-@pytest.mark.filterwarnings('default')  # of its own deprecated parts, as in integration/test_mobile.py
-def test_readme_executorch_example_computes_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runtime = pytest.importorskip('executorch.runtime').Runtime.get()
-    monkeypatch.chdir(tmp_path)
-    model = run('deploy', 'XnnpackPartitioner')['model']
-    x = torch.randn(1, 3, 32, 32)
-    (found,) = runtime.load_program('digits.pte').load_method('forward').execute([x])
-    torch.testing.assert_close(found, model(x).detach(), rtol=0, atol=1e-4)
-
-
-@pytest.mark.filterwarnings('default')
-def test_readme_litert_example_computes_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip('litert_torch')
-    monkeypatch.chdir(tmp_path)
-    made = run('deploy', 'litert_torch')
-    x = torch.randn(1, 3, 32, 32)
-    torch.testing.assert_close(torch.as_tensor(made['lite'](x)), made['model'](x).detach(), rtol=0, atol=1e-4)
-    assert Path('digits.tflite').stat().st_size > 500_000
-
-
 def test_readme_of_deploy_table_of_formats_is_that_of_the_code() -> None:
-    for suffix, precisions in PRECISIONS.items():
-        assert re.search(rf'^\| `{re.escape(suffix)}`.* \| {", ".join(precisions)} \|$', TEXTS['deploy'], re.MULTILINE)
-    assert f'ONNX, opset {OPSET} ' in TEXTS['deploy']
+    for backend in BACKENDS.values():
+        row = rf'^\| `{re.escape(backend.suffix)}`.* \| {", ".join(backend.precisions)} \|$'
+        assert re.search(row, TEXTS['deploy'], re.MULTILINE)
+    assert f'ONNX, opset {OPSET} ({OPSETS[0]} to {OPSETS[-1]} with' in TEXTS['deploy']
 
 
 def api_row(name: str) -> str:
@@ -365,25 +353,20 @@ def test_readme_of_package_lists_every_public_name_with_its_signature_and_docstr
 def test_readme_of_deploy_table_of_8_bits_equals_int8_json() -> None:
     *results, digits = json.loads((ASSETS / 'int8.json').read_text())['results']
     assert [each['model'] for each in results] == list(eight_bits.MODELS)
-    for each in (*results, digits):
-        row = f'| `{each["model"]}` | {100 * each["openvino"]:.1f} % | {100 * each["onnx"]:.1f} % |'
-        assert row in TEXTS['deploy']
+    rows = {f'| `{x["model"]}` | {100 * x["openvino"]:.1f} % | {100 * x["onnx"]:.1f} % |' for x in (*results, digits)}
+    shown = re.findall(r'^\| `.*%.*', TEXTS['deploy'], re.MULTILINE)
+    assert len(shown) == 5
+    assert {*shown} <= rows
     accuracies = [f'{digits[key]:.2f} %' for key in ('top1', 'openvino_top1', 'onnx_top1')]
     assert f'{accuracies[0]} of its held-out third right, {accuracies[1]} by OpenVINO, {accuracies[2]} by ONNX' in (
         TEXTS['deploy'].replace('\n', ' ')
     )
 
 
-def strides(name: str) -> tuple[int, ...]:
-    """Output strides that a model can have."""
-    return {Res2NetCifar: (1, 2, 4), Res2NetBigLittle: (16, 32)}.get(ARCHS[name].trunk, (8, 16, 32))
-
-
 def test_readme_of_models_lists_feature_strides_and_channels_of_every_model() -> None:
     rows: dict[tuple[str, str], list[str]] = {}
     for name in ARCHS:
-        model = timm.create_model(name, device='meta')
-        pyramid = ', '.join(f'{info["reduction"]}: {info["num_chs"]}' for info in model.feature_info)
+        pyramid = ', '.join(f'{info["reduction"]}: {info["num_chs"]}' for info in build_meta(name).feature_info)
         rows.setdefault((pyramid, ', '.join(map(str, strides(name)))), []).append(f'`{name}`')
     for (pyramid, possible), names in rows.items():
         assert f'| {", ".join(names)} | {pyramid} | {possible} |' in TEXTS['models']
@@ -391,39 +374,39 @@ def test_readme_of_models_lists_feature_strides_and_channels_of_every_model() ->
 
 def test_readme_of_recipes_table_of_memory_equals_speed_json() -> None:
     results = json.loads((ASSETS / 'speed.json').read_text())['training']
-    assert len(results) == 8
-    for each in results:
-        assert f'| {each["way"]} | {each["ratio"]:.2f} | {each["peak_memory"] / 1e6:,.0f} |\n' in TEXTS['recipes']
+    rows = {f'| {x["way"]} | {x["ratio"]:.2f} | {x["peak_memory"] / 1e6:,.0f} |' for x in results}
+    shown = re.findall(r'^\| timm.*\d \|', TEXTS['recipes'], re.MULTILINE)
+    assert len(shown) == 5
+    assert {*shown} <= rows
     model = timm.create_model(results[0]['model'], device='meta')
     gradients_and_momenta = 2 * 4 * sum(parameter.numel() for parameter in model.parameters())
-    assert f'{gradients_and_momenta / 1e6:.0f} MB\nare gradients and momenta' in TEXTS['recipes']
+    assert f'{gradients_and_momenta / 1e6:.0f} MB are gradients and momenta' in ' '.join(TEXTS['recipes'].split())
 
 
-@pytest.mark.parametrize(
-    ('way', 'words'),
-    [
-        (
-            'timm_res2net, OpenVINO',
-            "by OpenVINO makes them {} times as fast as timm's own in float32, {} times in bfloat16 and {} times "
-            'in 8 bits',
-        ),
-        ('timm_res2net, optimized', 'by torch.compile {}, {} and {} times'),
-    ],
-)
-def test_readme_speed_is_the_range_of_speed_json(way: str, words: str) -> None:
+def test_readme_table_of_models_has_their_size_accuracy_and_speed() -> None:
     results = json.loads((ASSETS / 'speed.json').read_text())['inference']
-    ranges = []
-    for dtype in ('float32', 'bfloat16', 'int8'):
-        ratios = [each['ratio'] for each in results if (each['way'], each['dtype']) == (way, dtype)]
-        assert len(ratios) == 8
-        ranges.append(f'{min(ratios):.1f} to {max(ratios):.1f}')
-    assert words.format(*ranges) in ' '.join(TEXTS['top'].split())
+    ways = [each for each in results if (each['way'], each['dtype'], each['batch']) == (FASTEST, 'int8', 1)]
+    speeds = {each['model']: f'{each["ratio"]:.1f}x' for each in ways}
+    rows = re.findall(r'^\| `(\w+)` \| ([\d.]+) M \| ([\d.]+) % \| ([\w ]+) \| ?(\S*) \|$', TEXTS['top'], re.MULTILINE)
+    assert len(rows) == 6
+    for name, params, top1, _, speed in rows:
+        default = next(weights for full, weights in WEIGHTS.items() if full.startswith(f'{name}.'))
+        assert (params, top1) == (f'{ARCHS[name].params / 1e6:.1f}', f'{default.top1:.2f}')
+        assert speed == speeds.get(name, '')
+
+
+FASTEST = 'timm_res2net, OpenVINO'
 
 
 def test_readme_of_deploy_speed_table_equals_speed_json() -> None:
-    rows: dict[str, list[str]] = {}
+    ratios: dict[tuple[str, str], dict[str, dict[int, float]]] = {}
     for each in json.loads((ASSETS / 'speed.json').read_text())['inference']:
-        rows.setdefault(f'| {each["batch"]} | {each["way"]}, {each["dtype"]} | ', []).append(f'{each["ratio"]:.2f}')
-    assert len(rows) > 10
-    for begin, ratios in rows.items():
-        assert begin + ' | '.join(ratios) + ' |' in TEXTS['deploy']
+        of_way = ratios.setdefault((each['way'], each['dtype']), {})
+        of_way.setdefault(each['model'], {})[each['batch']] = each['ratio']
+    rows = {
+        f'| {way}, {dtype} | ' + ' | '.join(f'{each[1]:.2f} / {each[8]:.2f}' for each in models.values()) + ' |'
+        for (way, dtype), models in ratios.items()
+    }
+    shown = re.findall(r'^\| timm.* / .*', TEXTS['deploy'], re.MULTILINE)
+    assert len(shown) == 9
+    assert {*shown} <= rows

@@ -1,4 +1,4 @@
-"""`timm_res2net.run` runs programs that don't import this package, with its models registered."""
+"""`timm_res2net.run` runs programs that do not import this package, with its models registered."""
 
 import re
 import subprocess
@@ -35,6 +35,20 @@ def test_run_module_is_main_in_current_folder_and_returns_exit_status(tmp_path: 
     assert (done.stdout.strip(), done.returncode) == (f"['-x'] __main__ True {tmp_path}", 3)
 
 
+@pytest.mark.parametrize(
+    'shebang', [f'#!{sys.executable}', f"#!/bin/sh\n'''exec' {sys.executable} \"$0\" \"$@\"\n' '''"]
+)
+def test_run_command_on_path_is_main(
+    shebang: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tool = tmp_path / 'some-tool'
+    tool.write_text(f'{shebang}\n{PRINT}')
+    tool.chmod(0o755)
+    monkeypatch.setenv('PATH', str(tmp_path))
+    main(['some-tool', '-x'])
+    assert capsys.readouterr().out.strip() == f"['-x'] __main__ True {tmp_path}"
+
+
 @pytest.mark.slow
 def test_run_under_torchrun_registers_models_in_every_process(tmp_path: Path) -> None:
     script = tmp_path / 'script.py'
@@ -44,22 +58,25 @@ def test_run_under_torchrun_registers_models_in_every_process(tmp_path: Path) ->
     assert sorted(done.stdout.splitlines()) == ['0 True', '1 True'], done.stderr
 
 
-@pytest.mark.parametrize('name', ['nomodule', 'nopackage.module', 'timm_res2net.weights', '', '.'])
-def test_run_module_that_is_none_exits_with_its_name(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, 'argv', ['run'])
-    monkeypatch.setattr(sys, 'path', [*sys.path])
-    with pytest.raises(SystemExit, match=re.escape(f'timm_res2net.run: there is no module {name} to run')):
-        main(['-m', name])
-
-
-def test_run_folder_without_main_exits_with_its_name(tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match=f'there is no {tmp_path}; name a script'):
-        main([str(tmp_path)])
-
-
-@pytest.mark.parametrize('arguments', [[], ['-m'], ['no_such_script.py']])
-def test_run_missing_program_exits_with_message(arguments: list[str]) -> None:
-    with pytest.raises(SystemExit, match=r'timm_res2net.run validate\.py|there is no no_such_script\.py'):
+@pytest.mark.parametrize(
+    ('arguments', 'message'),
+    [
+        ([], 'timm_res2net.run validate.py'),
+        (['-m'], 'timm_res2net.run validate.py'),
+        (['no_such_script.py'], "no Python script 'no_such_script.py'"),
+        (['sh'], "no Python script 'sh'"),
+        (['.'], "no Python script '.'. Name a file"),
+        *(
+            (['-m', name], f'no module {name!r}')
+            for name in ('nomodule', 'nopackage.module', 'timm_res2net.weights', '')
+        ),
+    ],
+)
+def test_run_without_a_program_exits_with_its_name(
+    arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match=re.escape(message)):
         main(arguments)
 
 

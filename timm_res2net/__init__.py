@@ -3,22 +3,31 @@
 Importing this package registers its models: `timm.create_model('res2net50d')` then makes ours.
 """
 
-from .deploy.export import export
+from ._errors import CheckpointError, Res2NetError, UnknownModelError
+from .deploy.export import Export, export
+from .deploy.exported import load_exported
 from .deploy.fuse import fuse
 from .deploy.optimize import optimize
 from .hub.cards import card
+from .hub.facts import ModelFacts
 from .hub.pull import pull
-from .hub.push import push
+from .hub.push import Push, push
+from .models.spec import NetworkSpec
 from .res2net import register, unregister
 from .version import __version__
 from .vision.explain import class_activation_map, receptive_field
-from .weights.checkpoints import read_checkpoint
+from .weights.checkpoints import Checkpoint, read_checkpoint
 from .weights.convert import export_checkpoint
-from .weights.errors import CheckpointError, UnknownModelError
 from .weights.loading import load_checkpoint, load_model
 
 __all__ = [
+    'Checkpoint',
     'CheckpointError',
+    'Export',
+    'ModelFacts',
+    'NetworkSpec',
+    'Push',
+    'Res2NetError',
     'UnknownModelError',
     '__version__',
     'card',
@@ -27,6 +36,7 @@ __all__ = [
     'export_checkpoint',
     'fuse',
     'load_checkpoint',
+    'load_exported',
     'load_model',
     'optimize',
     'pull',

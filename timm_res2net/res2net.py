@@ -7,7 +7,6 @@ model's module after the last part of the file that registers it: `timm.list_mod
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,23 +17,22 @@ from timm.models import (
     PretrainedCfg,
     build_model_with_cfg,
     generate_default_cfgs,
-    load_pretrained,
     register_model,
     resolve_pretrained_cfg,
 )
 from timm.models import _registry as timm_registry
-from torch import nn
+from torch import Tensor, nn
 
-from .hub.pull import bring_file
-from .models.block import function_of
-from .models.function import Function
+from .hub.pull import fetch_file
+from .models.cifar import Res2NetCifar
 from .models.recompute import FeatureDict, FeatureGetter, FeatureHook, FeatureList
 from .models.resnet import Res2Net
+from .models.spec import NetworkSpec
 from .models.variants import ARCHS, WEIGHTS, Arch, default_cfg
 from .weights.checkpoints import Checkpoint, read_checkpoint
+from .weights.config import WEIGHTS_FILE
 from .weights.download import download
-from .weights.folder import WEIGHTS_FILE
-from .weights.loading import adapt_state_dict, require_no_overflow, require_same_function
+from .weights.loading import adapt_state_dict, require_no_overflow, require_same_spec
 
 __all__ = ['register', 'unregister']  # register_model adds the models
 
@@ -57,33 +55,33 @@ def create(name: str, pretrained: bool = False, block_args: dict[str, Any] | Non
         pretrained: Load weights.
         block_args: More keyword arguments; timm's name for those that concern the blocks.
         **kwargs: Arguments of the trunk, which override those of `ARCHS`, and of timm's `build_model_with_cfg`.
-
-    Raises:
-        TypeError: For an argument that the trunk doesn't know or that is given twice.
-        ValueError: For an argument that the trunk doesn't support, or weights that don't fit it.
-        ConnectionError: If weights can't be downloaded.
-        HfHubHTTPError: If the Hub refuses them.
     """
     arch = ARCHS[name]
     kwargs = normalise_arguments(name, kwargs, block_args or {})
-    trunk: Callable[..., nn.Module] = arch.trunk
+    options: dict[str, Any] = dict(
+        feature_cfg=dict(out_indices=arch.out_indices), pretrained_filter_fn=adapt_state_dict
+    )
+    checkpoint = None
     if pretrained:
         cfg = resolve_pretrained_cfg(name, kwargs.get('pretrained_cfg'), kwargs.get('pretrained_cfg_overlay'))
-        of_weights = function_of_weights(arch, cfg, kwargs)
+        spec = require_published_spec(arch, cfg, kwargs)
         checkpoint = read_weights(cfg, kwargs.get('cache_dir'))
-        if checkpoint is not None:
-            strict = kwargs.get('pretrained_strict', True)
-            features = kwargs.get('features_only', False)
-            trunk = partial(loaded_trunk, arch.trunk, cfg, checkpoint, of_weights, strict, features)
-            pretrained = False
-    return build_model_with_cfg(
-        trunk,
-        name,
-        pretrained,
-        feature_cfg=dict(out_indices=arch.out_indices),
-        pretrained_filter_fn=adapt_state_dict,
-        **{**arch.args, **kwargs},
-    )
+    if checkpoint is None:
+        return build_model_with_cfg(arch.trunk, name, pretrained, **options, **{**arch.args, **kwargs})
+    if not checkpoint.is_part:  # the names of a lone network do not show its spec: whoever published it knows
+        spec = spec or NetworkSpec.from_arguments({**arch.args, **kwargs})
+        checkpoint = checkpoint.with_spec(**{field: getattr(spec, field) for field in checkpoint.assumed})
+    # timm loads the checkpoint's tensors, and adapts them to other channels and classes.
+    source = {**cfg.to_dict(), 'source': '', 'custom_load': False, 'state_dict': dict(checkpoint.state)}
+    kwargs.update(pretrained_cfg=PretrainedCfg(**source), pretrained_cfg_overlay=None)
+    is_strict_backbone = kwargs.get('features_only') and kwargs.get('pretrained_strict', True)
+    options['pretrained_filter_fn'] = require_backbone if is_strict_backbone else None
+    model: Any = build_model_with_cfg(arch.trunk, name, True, **options, **{**arch.args, **kwargs})
+    require_same_spec(model, checkpoint)
+    require_no_overflow(model, checkpoint.file)
+    model.pretrained_cfg.update(source=cfg.source, custom_load=cfg.custom_load)
+    del model.pretrained_cfg['state_dict']
+    return model
 
 
 def normalise_arguments(name: str, kwargs: dict[str, Any], block_args: dict[str, Any]) -> dict[str, Any]:
@@ -97,7 +95,7 @@ def normalise_arguments(name: str, kwargs: dict[str, Any], block_args: dict[str,
         del kwargs['output_stride']
     if kwargs.get('features_only'):
         tap = kwargs.get('tap_layer2', False)
-        count = ARCHS[name].features + tap
+        count = ARCHS[name].out_indices[-1] + 1 + tap
         require_features(name, kwargs.get('out_indices'), count)
         if tap:  # one more than the default takes
             kwargs.setdefault('out_indices', tuple(range(count)))
@@ -116,32 +114,26 @@ def require_features(name: str, out_indices: int | Sequence[int] | None, count: 
         )
 
 
-def function_of_weights(arch: Arch, cfg: PretrainedCfg, kwargs: dict[str, Any]) -> Function | None:
-    """What published weights mean, None for other weights, of which their file tells.
-
-    Raises:
-        ValueError: If the model that is asked for would compute something else.
-    """
+def require_published_spec(arch: Arch, cfg: PretrainedCfg, kwargs: dict[str, Any]) -> NetworkSpec | None:
+    """Returns the spec of published weights, None for others; ValueError if the model would compute something else."""
     overlay = kwargs.get('pretrained_cfg_overlay') or {}
     if overlay.keys() & {'url', 'file', 'hf_hub_id', 'state_dict'}:
         return None
     saved = kwargs.get('pretrained_model_args') or {}
-    of_weights, wanted = (Function.from_arguments({**arch.args, **args}) for args in (saved, kwargs))
-    if fields := of_weights.differing_fields(wanted):
+    published, wanted = (NetworkSpec.from_arguments({**arch.args, **args}) for args in (saved, kwargs))
+    if fields := published.differing_fields(wanted):
         raise ValueError(
-            f'{" ".join(filter(None, ("weights", cfg.tag)))} of {cfg.architecture} are of a network with '
-            f'{of_weights.as_keywords(fields)} and would compute something else with {wanted.as_keywords(fields)}. '
-            'Leave that out. To start from them all the same, make the model without pretrained=True and give it the '
-            'state_dict() of one that has them'
+            f'cannot load weights {cfg.tag or ""} of {cfg.architecture}: they need {published.as_keywords(fields)} and '
+            f'would compute something else with {wanted.as_keywords(fields)}. To start from them anyway, load their '
+            'state_dict() into a model made without pretrained=True.'
         )
-    return of_weights
+    return published
 
 
 def read_weights(cfg: PretrainedCfg, cache_dir: str | Path | None) -> Checkpoint | None:
     """Reads weights that are in a file, at a URL, in a folder or on the Hub; None for what timm reads by itself.
 
-    timm keeps a partial file after a broken connection, and maps safetensors: a file that becomes shorter meanwhile
-    ends the process.
+    timm keeps a partial file after a broken connection, and maps safetensors: a file that shrinks ends the process.
     """
     if cfg.state_dict:
         return None
@@ -149,7 +141,7 @@ def read_weights(cfg: PretrainedCfg, cache_dir: str | Path | None) -> Checkpoint
         path = Path(str(cfg.file), WEIGHTS_FILE)
         return read_checkpoint(path) if path.is_file() else None
     if cfg.hf_hub_id and (cfg.source == 'hf-hub' or not cfg.file):
-        found = bring_file(cfg.hf_hub_id, cfg.hf_hub_filename or WEIGHTS_FILE, cache_dir)
+        found = fetch_file(cfg.hf_hub_id, cfg.hf_hub_filename or WEIGHTS_FILE, cache_dir)
         return None if found is None else replace(read_checkpoint(found), file=f'{found.name} of {cfg.hf_hub_id}')
     if cfg.file:
         return read_checkpoint(cfg.file)
@@ -160,29 +152,15 @@ def read_weights(cfg: PretrainedCfg, cache_dir: str | Path | None) -> Checkpoint
     return download(url, folder, lambda path: replace(read_checkpoint(path), file=url))
 
 
-def loaded_trunk(
-    trunk: type[nn.Module],
-    cfg: PretrainedCfg,
-    checkpoint: Checkpoint,
-    of_weights: Function | None,
-    strict: bool,
-    features: bool,
-    **kwargs: Any,
-) -> nn.Module:
-    """Makes a trunk and loads a checkpoint; timm adapts the classifier and the number of image channels.
+def require_backbone(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Returns the tensors, as timm's `pretrained_filter_fn`; RuntimeError if others than the classifier's are missing.
 
-    A trunk for features keeps its own classifier, which timm removes after that, and the checkpoint need not have one.
+    timm itself ignores missing tensors where it removes the classifier.
     """
-    model: Any = trunk(**kwargs)
-    function = of_weights or function_of(model)
-    if function and not checkpoint.translation.is_part:  # who gives the file of a lone network knows what it computes
-        checkpoint = checkpoint.stating(**{name: getattr(function, name) for name in checkpoint.assumed})
-    require_same_function(model, checkpoint)
-    own = {name: tensor for name, tensor in model.state_dict().items() if features and name.startswith('fc.')}
-    source = {**cfg.to_dict(), 'source': '', 'state_dict': {**checkpoint.state, **own}, 'custom_load': False}
-    load_pretrained(model, source, num_classes=model.num_classes, in_chans=model.in_chans, strict=strict)
-    require_no_overflow(model, checkpoint.file)
-    return model
+    missing = [f'"{name}"' for name in model.state_dict() if name not in state and not name.startswith('fc.')]
+    if missing:
+        raise RuntimeError(f'Missing key(s) in state_dict: {", ".join(missing)}.')
+    return state
 
 
 def entrypoint(name: str, arch: Arch) -> Callable[..., nn.Module]:
@@ -191,10 +169,29 @@ def entrypoint(name: str, arch: Arch) -> Callable[..., nn.Module]:
     def fn(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         return create(name, pretrained, **kwargs)
 
-    args = ', '.join(f'{key}={value!r}' for key, value in arch.args.items())
     fn.__name__ = fn.__qualname__ = name
-    fn.__doc__ = f'Makes {name}: {arch.trunk.__name__}({args}).'
+    fn.__doc__ = describe(name, arch)
     return fn
+
+
+def describe(name: str, arch: Arch) -> str:
+    """Returns the docstring of a model's entry point."""
+    args = ', '.join(f'{key}={value!r}' for key, value in arch.args.items())
+    size = 32 if arch.trunk is Res2NetCifar else 224
+    return f"""Makes {name}: {arch.params / 1e6:.1f} M parameters, {arch.gmacs:.1f} G multiply-adds at {size} pixels.
+
+    The network is `{arch.trunk.__name__}({args})`.
+
+    Args:
+        pretrained: Load weights, those of the tag if the name has one: `timm.list_models('{name}.*', pretrained=True)`.
+        **kwargs: Arguments of `{arch.trunk.__name__}`, which override the ones above: `num_classes`, `in_chans`,
+            `output_stride`, `drop_path_rate` and others; and of timm's `build_model_with_cfg`, as `features_only`.
+
+    Example:
+        >>> model = timm.create_model('{name}', num_classes=10).eval()
+        >>> model(torch.randn(1, 3, {size}, {size})).shape
+        torch.Size([1, 10])
+    """
 
 
 for name, arch in ARCHS.items():
@@ -210,7 +207,7 @@ def register() -> None:
 
 
 def timm_entrypoint(name: str) -> Callable[..., nn.Module] | None:
-    """The function by which timm makes its own model of that name, None if it has none."""
+    """Returns the function by which timm makes its own model of that name, None if it has none."""
     return getattr(timm.models.res2net, name, None) or getattr(timm.models.dla, name, None)
 
 

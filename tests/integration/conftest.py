@@ -1,4 +1,4 @@
-"""What the tests with other libraries share."""
+"""Small models and images for tests with other libraries."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from timm_res2net.recipes.digits import split
 
-# One of each kind, small.
+# One model of each trunk or stem, made small.
 KINDS: dict[str, dict[str, Any]] = {
     'res2net50_26w_4s': dict(layers=(1, 2, 1, 1), base_width=8),
     'res2net50_vd_26w_4s': dict(layers=(1, 2, 1, 1), base_width=8),
@@ -26,14 +26,14 @@ def make(name: str, **arguments: Any) -> nn.Module:
 
 
 def digits(part: str, count: int) -> Tensor:
-    """Digits as the embedded model takes them."""
+    """Returns digits, preprocessed for the embedded model, (N, 3, 32, 32)."""
     images = torch.from_numpy(split()[part][0][:count]).float().div(255)  # (N, 8, 8)
     enlarged = torch.nn.functional.interpolate(images[:, None], size=32, mode='bicubic', antialias=True)
     return (enlarged.expand(-1, 3, -1, -1) - 0.5) / 0.5
 
 
 def step(model: nn.Module, loss: Tensor) -> list[Tensor]:
-    """Takes a step of gradient descent; the gradients, none of which may be missing in the backbone's first layer."""
+    """Takes a step of gradient descent, which must change the backbone's first layer; returns the gradients."""
     loss.backward()
     first = next(parameter for parameter in model.parameters() if parameter.ndim == 4)
     assert first.grad is not None
@@ -46,5 +46,5 @@ def step(model: nn.Module, loss: Tensor) -> list[Tensor]:
 
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest) -> str:
-    """The name of a model of each kind."""
+    """The name of a model."""
     return request.param

@@ -1,11 +1,11 @@
-"""A row of the table of what 8 bits cost is measured again."""
+"""Measures a row of the table of 8-bit accuracy again."""
 
 import json
 
 import pytest
+from eight_bits import cost
 
 from timm_res2net.models.variants import ASSETS
-from timm_res2net.recipes.eight_bits import cost
 
 pytest.importorskip('nncf')
 

@@ -1,6 +1,7 @@
-"""Exported files run in onnxruntime and OpenVINO as the models do in torch, also in 8 bits."""
+"""Exported files compute in onnxruntime and OpenVINO what the models compute in torch, also in 8 bits."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +9,12 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from support import TRUNKS, built, fitting, randomise, tiny
+from support import TRUNKS, built, fitting, slow_but, tiny
 
 from integration.conftest import digits
-from timm_res2net import CheckpointError, export, optimize
-from timm_res2net.deploy.images import bundled_digits
-from timm_res2net.deploy.runtimes import METADATA, load_exported
+from timm_res2net import CheckpointError, export, load_exported, optimize
+from timm_res2net._images import bundled_digits
+from timm_res2net.deploy.program import METADATA
 from timm_res2net.recipes.digits import split
 from timm_res2net.vision.predict import predict, pretrained_model
 from timm_res2net.vision.validate import labelled_images, validate
@@ -22,29 +23,32 @@ onnx = pytest.importorskip('onnx')
 openvino = pytest.importorskip('openvino')
 pytest.importorskip('nncf')
 
-pytestmark = pytest.mark.filterwarnings(
-    'ignore::FutureWarning', 'ignore::UserWarning', 'ignore::DeprecationWarning', 'ignore::SyntaxWarning'
-)
+pytestmark = pytest.mark.filterwarnings('ignore')  # of exporters about their own internals
 FORMATS = '.onnx', '.xml'
 
 
-@pytest.mark.parametrize('suffix', FORMATS)
-@pytest.mark.parametrize('name', TRUNKS)
-def test_export_every_trunk_runs_in_its_runtime_at_any_batch_size(name: str, suffix: str, tmp_path: Path) -> None:
+CASES = [(name, suffix) for name in TRUNKS for suffix in FORMATS]  # torch's exporter of ONNX takes ten seconds each
+
+
+@pytest.mark.parametrize('case', slow_but([CASES[0], *CASES[1::2]], CASES), ids=str)
+def test_export_every_trunk_runs_in_its_runtime_at_any_batch_and_image_size(
+    case: tuple[str, str], tmp_path: Path
+) -> None:
+    name, suffix = case
     model = built(name)
-    images = fitting(name, torch.randn(5, 3, 32, 32))
-    done = export(model, tmp_path / f'net{suffix}', size=images.shape[-1])
+    done = export(model, tmp_path / f'net{suffix}', size=32, dynamic_size=True)
+    assert done.images == 5
     assert done.largest_difference < 1e-5
     loaded = load_exported(done.file)
-    for x in (images, images[:1], images[:3]):
+    for shape in ((5, 3, 32, 32), (1, 3, 32, 32), (2, 3, 40, 33)):
+        x = torch.randn(shape)
         expected = model(x).detach()
         torch.testing.assert_close(loaded(x), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
-    with pytest.raises(ValueError, match='this was exported for'):
-        loaded(images[..., :8])
 
 
-@pytest.mark.parametrize(('name', 'suffix'), [*((name, '.onnx') for name in TRUNKS), ('dla60_res2net', '.xml')])
-def test_export_every_trunk_in_8_bits_is_close_and_a_third_as_large(name: str, suffix: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize('case', slow_but([('dla60_res2net', '.xml')], CASES), ids=str)
+def test_export_every_trunk_in_8_bits_is_close_and_a_third_as_large(case: tuple[str, str], tmp_path: Path) -> None:
+    name, suffix = case
     model = built(name)
     images = fitting(name, torch.randn(8, 3, 32, 32))
     done = export(model, tmp_path / f'net{suffix}', precision='int8', images=images, size=images.shape[-1])
@@ -52,30 +56,27 @@ def test_export_every_trunk_in_8_bits_is_close_and_a_third_as_large(name: str, s
     assert done.images == 8
     weights = sum(parameter.numel() for parameter in model.parameters())
     assert done.bytes < 1.6 * weights + 500_000
-    if suffix == '.xml':
+    if suffix == '.xml' and name == 'dla60_res2net':
         assert [kernel for kernel in kernels_of_convolutions(done.file) if not kernel.endswith('I8')] == []
 
 
 @pytest.mark.parametrize('suffix', FORMATS)
-def test_export_in_8_bits_for_one_batch_size_is_calibrated_and_takes_it(suffix: str, tmp_path: Path) -> None:
-    model, images = tiny(), torch.randn(5, 3, 32, 32)
+def test_export_deformable_model_in_8_bits_for_one_batch_size_is_close_and_takes_it(
+    suffix: str, tmp_path: Path
+) -> None:
+    model = tiny(deformable=(None, 'v2', 'v2', 'v2'), first_block='mmdet')
+    images = torch.randn(5, 3, 32, 32)
     done = export(model, tmp_path / f'net{suffix}', precision='int8', images=images, size=32, batch=2)
-    assert done.mean_difference < 0.08
+    assert done.mean_difference < 0.2
     loaded = load_exported(done.file)
     assert loaded(images[:2]).shape == (2, model.num_classes)
-    with pytest.raises(ValueError, match=r'this was exported for \(2, 3, 32, 32\)'):
-        loaded(images[:3])
-
-
-@pytest.mark.parametrize('suffix', FORMATS)
-def test_export_deformable_model_in_8_bits_is_close(suffix: str, tmp_path: Path) -> None:
-    model = randomise(tiny(deformable=(None, 'v2', 'v2', 'v2'), first_block='mmdet'))
-    done = export(model, tmp_path / f'net{suffix}', precision='int8', images=torch.randn(16, 3, 64, 64), size=64)
-    assert done.mean_difference < 0.2
+    for wrong in (images[:3], images[:2, :, :8]):
+        with pytest.raises(ValueError, match=r'images must be \(2, 3, 32, 32\)'):
+            loaded(wrong)
 
 
 def kernels_of_convolutions(file: Path) -> list[str]:
-    """What OpenVINO runs a file's convolutions by, such as 'brgconv_avx512_I8'."""
+    """Returns the kernels that OpenVINO runs a file's convolutions with, such as 'brgconv_avx512_I8'."""
     compiled = openvino.Core().compile_model(file, 'CPU')
     nodes = [node.get_rt_info() for node in compiled.get_runtime_model().get_ops()]
     return [node['primitiveType'].astype(str) for node in nodes if node['layerType'].astype(str) == 'Convolution']
@@ -85,7 +86,6 @@ def kernels_of_convolutions(file: Path) -> list[str]:
 @pytest.mark.parametrize(
     'arguments',
     [
-        dict(features_only=True),
         dict(features_only=True, feature_cls='dict', out_indices=(1, 4)),
         dict(first_block='mmdet', style='caffe', deformable=(None, None, 'v1', 'v2')),
         dict(strides=(1, 2, 2, 1), dilations=(1, 1, 1, 2), stem_ceil_mode=True, act_layer='silu'),
@@ -107,7 +107,7 @@ def test_export_features_and_other_functions(arguments: dict[str, Any], suffix: 
 
 
 @pytest.mark.parametrize('suffix', FORMATS)
-def test_export_metadata_are_the_formats_own(suffix: str, tmp_path: Path) -> None:
+def test_export_writes_metadata_and_names_of_the_format(suffix: str, tmp_path: Path) -> None:
     model = timm.create_model('test_res2net.digits', pretrained=True, features_only=True).eval()
     export(model, tmp_path / f'net{suffix}', size=32, batch=2)
     if suffix == '.onnx':
@@ -135,12 +135,11 @@ def test_export_in_half_precision_is_half_as_large(suffix: str, precision: str, 
 
 
 @pytest.mark.parametrize('suffix', FORMATS)
-def test_export_digits_in_8_bits_lose_at_most_a_fifth_of_a_percent(suffix: str, tmp_path: Path) -> None:
+def test_export_digits_in_8_bits_loses_at_most_a_fifth_of_a_percent(suffix: str, tmp_path: Path) -> None:
     model = timm.create_model('test_res2net.digits', pretrained=True).eval()
-    done = export(
-        model, tmp_path / f'net{suffix}', precision='int8', images=digits('train', 200 if suffix == '.onnx' else 100)
-    )
-    assert done.mean_difference < 0.035
+    signed = suffix == '.onnx'  # unsigned 8 bits saturate on processors without VNNI
+    done = export(model, tmp_path / f'net{suffix}', precision='int8', images=digits('train', 100), symmetric=signed)
+    assert done.mean_difference < (0.06 if signed else 0.035)
     if suffix == '.xml':
         assert [kernel for kernel in kernels_of_convolutions(done.file) if not kernel.endswith('I8')] == []
     for i, (image, label) in enumerate(zip(*split()['val'])):
@@ -162,8 +161,6 @@ def test_optimize_int8_by_openvino_is_quantized_and_close() -> None:
     found, expected = optimized(images[:8]), model(images[:8]).detach()
     torch.testing.assert_close(found, expected, rtol=0, atol=0.2 * float(expected.abs().max()))
     assert not torch.allclose(found, expected, atol=1e-3)
-    with pytest.raises(ValueError, match=r'compile=False has no meaning for .*torch\.int8'):
-        optimize(model, images, dtype=torch.int8, backend='openvino', compile=False)
 
 
 def test_openvino_model_is_compiled_for_the_first_batch_size_and_once_for_all_others(
@@ -183,8 +180,47 @@ def test_openvino_model_is_compiled_for_the_first_batch_size_and_once_for_all_ot
     assert shapes == ['[2,3,32,32]', '[?,3,32,32]']
 
 
-def test_load_exported_without_its_bin_is_refused(tmp_path: Path) -> None:
+def test_openvino_file_whose_weights_are_missing_or_a_pipe_is_refused(tmp_path: Path) -> None:
     export(tiny(), tmp_path / 'net.xml', size=32)
     (tmp_path / 'net.bin').unlink()
-    with pytest.raises(CheckpointError, match=r'net\.xml can not be loaded'):
+    with pytest.raises(CheckpointError, match=r"cannot load '.*net\.xml': .*No such file"):
         load_exported(tmp_path / 'net.xml')
+    os.mkfifo(tmp_path / 'net.bin')
+    with pytest.raises(CheckpointError, match='not a regular file'):
+        load_exported(tmp_path / 'net.xml')
+
+
+@pytest.mark.parametrize('place', ['graph', 'function'])
+def test_onnx_file_that_refers_to_another_file_is_refused_without_opening_it(place: str, tmp_path: Path) -> None:
+    export(tiny(), tmp_path / 'net.onnx', size=32)
+    os.mkfifo(tmp_path / 'pipe')  # opening it would never return
+    model = onnx.load(tmp_path / 'net.onnx')
+    tensor = model.graph.initializer[0]
+    if place == 'function':
+        attribute = onnx.helper.make_attribute('value', tensor)
+        node = onnx.NodeProto(op_type='Constant', output=['y'], attribute=[attribute])
+        model.functions.append(onnx.helper.make_function('local', 'f', [], ['y'], [node], model.opset_import))
+        tensor = model.functions[0].node[0].attribute[0].t
+    tensor.ClearField('raw_data')
+    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor.external_data.add(key='location', value='pipe')
+    (tmp_path / 'net.onnx').write_bytes(model.SerializeToString())
+    with pytest.raises(CheckpointError, match='it refers to other files'):
+        load_exported(tmp_path / 'net.onnx')
+
+
+def test_export_symmetric_is_signed_without_zero_points_and_close(tmp_path: Path) -> None:
+    images = torch.randn(8, 3, 32, 32)
+    done = export(tiny(), tmp_path / 'net.onnx', precision='int8', images=images, size=32, symmetric=True)
+    assert (done.path, done.mean_difference < 0.08) == ('fused, ONNX, int8, symmetric', True)
+    graph = onnx.load(done.file).graph
+    values = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
+    points = [values[node.input[2]] for node in graph.node if node.op_type in ('QuantizeLinear', 'DequantizeLinear')]
+    assert {str(point.dtype) for point in points} == {'int8'}
+    assert not any(point.any() for point in points)
+
+
+@pytest.mark.parametrize('opset', [18, 23])
+def test_export_writes_the_opset(opset: int, tmp_path: Path) -> None:
+    export(tiny(), tmp_path / 'net.onnx', size=32, opset=opset)
+    assert onnx.load(tmp_path / 'net.onnx').opset_import[0].version == opset

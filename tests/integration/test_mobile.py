@@ -1,4 +1,4 @@
-"""ExecuTorch and LiteRT run fused models as PyTorch does; Core ML's converter takes them, and runs on a Mac only."""
+"""ExecuTorch and LiteRT compute what fused models compute in torch; Core ML converts them, and runs on a Mac only."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from integration.conftest import make
 from timm_res2net import fuse
 
 IMAGES = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
-pytestmark = pytest.mark.filterwarnings('default')  # of their own deprecated parts
+pytestmark = pytest.mark.filterwarnings('default')  # libraries about their own internals
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""How mmdetection and mmsegmentation use timm's models: their calls, as their own packages can't be installed here."""
+"""The calls by which mmsegmentation and mmpretrain use timm models; the packages themselves do not install here."""
 
 import pytest
 import torch

@@ -1,7 +1,6 @@
-"""segmentation_models_pytorch makes encoders of these models by name."""
+"""segmentation_models_pytorch makes encoders from these models by name."""
 
 import re
-from typing import Any
 
 import pytest
 import timm
@@ -13,21 +12,21 @@ from integration.conftest import step
 smp = pytest.importorskip('segmentation_models_pytorch')
 
 
-@pytest.mark.parametrize('in_channels', [1, 4])
-@pytest.mark.parametrize('name', ['test_res2net', 'res2net50_vd_26w_4s', 'dla60_res2net'])
 @pytest.mark.parametrize(
-    ('architecture', 'options'),
+    ('architecture', 'name', 'in_channels', 'output_stride'),
     [
-        ('Unet', {}),
-        ('FPN', {}),
-        ('DeepLabV3Plus', dict(encoder_output_stride=16)),
-        ('DeepLabV3Plus', dict(encoder_output_stride=8)),
+        ('Unet', 'test_res2net', 1, 32),
+        ('Unet', 'dla60_res2net', 3, 32),
+        ('FPN', 'res2net50_vd_26w_4s', 4, 32),
+        ('DeepLabV3Plus', 'test_res2net', 3, 16),
+        ('DeepLabV3Plus', 'res2net50_vd_26w_4s', 3, 8),
+        ('DeepLabV3Plus', 'dla60_res2net', 3, 8),
     ],
-    ids=['Unet', 'FPN', 'DeepLabV3+ 16', 'DeepLabV3+ 8'],
 )
 def test_smp_encoder_equals_intermediates_and_model_trains(
-    architecture: str, options: dict[str, Any], name: str, in_channels: int
+    architecture: str, name: str, in_channels: int, output_stride: int
 ) -> None:
+    options = dict(encoder_output_stride=output_stride) if output_stride < 32 else {}
     torch.manual_seed(0)
     make = getattr(smp, architecture)
     model = randomise(make(f'tu-{name}', encoder_weights=None, in_channels=in_channels, classes=2, **options))
@@ -35,9 +34,7 @@ def test_smp_encoder_equals_intermediates_and_model_trains(
     with torch.no_grad():
         assert model.eval()(x).shape == (2, 2, 64, 64)
         features = model.encoder(x)
-        ours = timm.create_model(
-            name, in_chans=in_channels, output_stride=options.get('encoder_output_stride', 32)
-        ).eval()
+        ours = timm.create_model(name, in_chans=in_channels, output_stride=output_stride).eval()
         missing = ours.load_state_dict(model.encoder.model.state_dict(), strict=False).missing_keys
         assert [key for key in missing if not key.startswith('fc.')] == []
         wanted = ours.forward_intermediates(x, intermediates_only=True)
@@ -46,14 +43,11 @@ def test_smp_encoder_equals_intermediates_and_model_trains(
     step(model.encoder, loss)
 
 
-@pytest.mark.parametrize(
-    'architecture', ['Unet', 'UnetPlusPlus', 'MAnet', 'Linknet', 'FPN', 'PSPNet', 'PAN', 'UPerNet']
-)
+@pytest.mark.parametrize('architecture', ['Unet', 'MAnet', 'PAN', 'UPerNet'])
 def test_smp_takes_big_little_networks_whose_features_have_each_stride_once(architecture: str) -> None:
     torch.manual_seed(0)
     model = getattr(smp, architecture)('tu-blres2net50_26w_4s', encoder_weights=None, classes=2)
-    if architecture != 'PSPNet':  # which takes three stages only
-        assert model.encoder.out_channels == [3, 64, 64, 256, 1024, 2048]
+    assert model.encoder.out_channels == [3, 64, 64, 256, 1024, 2048]
     x = torch.randn(2, 3, 128, 128)
     loss = torch.nn.functional.cross_entropy(model(x), torch.randint(0, 2, (2, 128, 128)))
     step(model.encoder, loss)

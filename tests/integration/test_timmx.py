@@ -1,4 +1,4 @@
-"""timmx, which reparameterizes models in training mode before it exports them, takes these models."""
+"""timmx exports these models, although it reparameterizes them in training mode."""
 
 import sys
 from pathlib import Path

@@ -1,7 +1,6 @@
-"""torchao's 8 bits, compiled by torch.compile, stay close to the model."""
+"""Models in 8 bits by torchao stay close to float32."""
 
 import sys
-from typing import Any
 
 import pytest
 import timm
@@ -19,17 +18,17 @@ pytestmark = pytest.mark.filterwarnings('ignore')
 
 @pytest.fixture
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs what would be compiled, which computes the same, as it is."""
+    """Skips compilation, which changes no output."""
     monkeypatch.setattr(torch, 'compile', lambda model, **settings: model)
 
 
 def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
-    """The root of the mean square, relative to that of what is expected."""
+    """Returns the root mean square difference, relative to that of the expected outputs."""
     return float((found - expected).square().mean().sqrt() / expected.square().mean().sqrt())
 
 
 @pytest.mark.usefixtures('uncompiled')
-def test_optimize_digits_in_8_bits_lose_at_most_a_fifth_of_a_percent() -> None:
+def test_optimize_digits_in_8_bits_loses_at_most_a_fifth_of_a_percent() -> None:
     model = timm.create_model('test_res2net.digits', pretrained=True).eval()
     optimized = optimize(model, digits('train', 300), dtype=torch.int8)
     assert optimized.path == 'fused, channels last, int8, compiled'
@@ -49,18 +48,14 @@ def test_optimize_every_trunk_in_8_bits_is_close_at_any_batch_size(name: str) ->
     optimized = optimize(model, images, dtype=torch.int8)
     for x in (images, images[:1], images[:3]):
         assert difference(optimized(x), model(x).detach()) < 0.1
-    with pytest.raises(ValueError, match='train the model that it was made from'):
-        optimized.train()
 
 
 @pytest.mark.usefixtures('uncompiled')
-@pytest.mark.parametrize('arguments', [{}, dict(feature_cls='dict')], ids=str)
-def test_optimize_features_in_8_bits_returns_them_as_the_model_does(arguments: dict[str, Any]) -> None:
-    model, images = tiny(features_only=True, **arguments), torch.randn(4, 3, 32, 32)
+def test_optimize_features_in_8_bits_returns_them_as_the_model_does() -> None:
+    model, images = tiny(features_only=True, feature_cls='dict'), torch.randn(4, 3, 32, 32)
     found, expected = optimize(model, images, dtype=torch.int8)(images), model(images)
-    names = list(expected) if isinstance(expected, dict) else list(range(len(expected)))
-    assert (list(found) if isinstance(found, dict) else list(range(len(found)))) == names
-    for name in names:
+    assert list(found) == list(expected)
+    for name in found:
         assert difference(found[name], expected[name].detach()) < 0.1
 
 
@@ -76,9 +71,7 @@ def test_optimize_in_8_bits_compiles_to_what_the_program_computes(monkeypatch: p
     torch.testing.assert_close(compiled(images[:1]), expected, rtol=0, atol=0.05 * float(expected.abs().max()))
 
 
-def test_optimize_in_8_bits_without_torchao_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_optimize_in_8_bits_without_torchao_raises_import_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, 'torchao.quantization.pt2e', None)
-    with pytest.raises(ImportError, match='pip install torchao'):
+    with pytest.raises(ImportError, match=r'dtype=torch\.int8 requires .*torchao'):
         optimize(tiny(), torch.randn(2, 3, 32, 32), dtype=torch.int8)
-    with pytest.raises(ValueError, match=r'compile=False has no meaning for .*torch\.int8'):
-        optimize(tiny(), torch.randn(2, 3, 32, 32), dtype=torch.int8, compile=False)

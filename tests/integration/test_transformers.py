@@ -1,4 +1,4 @@
-"""transformers take these models as backbones."""
+"""transformers uses these models as backbones."""
 
 import pytest
 import torch

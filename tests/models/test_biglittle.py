@@ -3,15 +3,15 @@
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from support import randomise
-from test_block import normalised, pooled
+from test_block import branch, normalised, pooled
 from torch import Tensor, nn
 
-from timm_res2net.models.biglittle import BigLittleModule, BigLittleStem, Res2NetBigLittle
+from timm_res2net.models.biglittle import BigLittleModule, Res2NetBigLittle
 from timm_res2net.models.block import Bottle2neck
-from timm_res2net.models.trunk import conv_norm_act
 
 SMALL: dict[str, Any] = dict(layers=(2, 3, 2, 2), base_width=8, scale=3)
 
@@ -39,16 +39,10 @@ def conv(x: Tensor, layers: Any, at: int, stride: int = 1) -> Tensor:
 
 def block(x: Tensor, module: Bottle2neck, stride: int, last_relu: bool = True) -> Tensor:
     """A block of Big-Little Net from the equations: a first one, without cascade, if and only if it has stride 2."""
-    splits = F.relu(normalised(F.conv2d(x, module.conv1.weight), module.bn1)).chunk(module.scale, 1)
-    outs: list[Tensor] = []
-    for i in range(module.scale - 1):
-        z = splits[i] if stride == 2 or i == 0 else splits[i] + outs[i - 1]
-        outs.append(F.relu(normalised(F.conv2d(z, module.convs[i].weight, stride=stride, padding=1), module.bns[i])))
-    outs.append(pooled(splits[-1], 2, True) if stride == 2 else splits[-1])
-    y = normalised(F.conv2d(torch.cat(outs, 1), module.conv3.weight), module.bn3)
     shortcut = pooled(x, 2, True) if stride == 2 else x
     layers = [layer for layer in module.downsample or [] if not isinstance(layer, nn.AvgPool2d)]
-    y = y + (conv(shortcut, layers, 0) if layers else shortcut)
+    shortcut = conv(shortcut, layers, 0) if layers else shortcut
+    y = branch(module, x, 'official', 'later stage' if stride == 2 else 'later', stride) + shortcut
     return F.relu(y) if last_relu else y
 
 
@@ -98,26 +92,23 @@ def test_biglittle_little_branch_depth_and_width_follow_alpha_and_beta() -> None
     assert model.bl_init.little[0].out_channels == 16
 
 
-def test_biglittle_lists_each_stride_once_and_the_other_tap_of_stride_16_by_keyword() -> None:
-    import timm
-
-    for options in (
-        dict(),
-        dict(out_indices=range(5)),
-        dict(out_indices=5),
-    ):  # as smp, transformers and others take them
-        features = timm.create_model('blres2net50_26w_4s', features_only=True, device='meta', **options)
-        assert features.feature_info.reduction() == [2, 4, 8, 16, 32]
-        assert features.feature_info.channels() == [64, 64, 256, 1024, 2048]
-    model = timm.create_model('blres2net50_26w_4s', tap_layer2=True, device='meta')
-    assert [info['reduction'] for info in model.feature_info] == [2, 4, 8, 16, 16, 32]
-    both = dict(tap_layer2=True, features_only=True, out_indices=(3, 4, 5))
-    features = timm.create_model('blres2net50_26w_4s', device='meta', **both)
-    assert features.feature_info.channels() == [512, 1024, 2048]
-    features = timm.create_model('blres2net50_26w_4s', device='meta', features_only=True, tap_layer2=True)
-    assert features.feature_info.reduction() == [2, 4, 8, 16, 16, 32]
-    with pytest.raises(ValueError, match='it has 5, 0 to 4'):
-        timm.create_model('blres2net50_26w_4s', device='meta', features_only=True, out_indices=(5,))
+@pytest.mark.parametrize(
+    ('options', 'channels'),
+    [
+        (dict(), [64, 64, 256, 1024, 2048]),
+        (dict(out_indices=range(5)), [64, 64, 256, 1024, 2048]),  # as segmentation_models_pytorch takes them
+        (dict(out_indices=5), [64, 64, 256, 1024, 2048]),
+        (dict(tap_layer2=True), [64, 64, 256, 512, 1024, 2048]),
+        (dict(tap_layer2=True, out_indices=(3, 4, 5)), [512, 1024, 2048]),
+    ],
+)
+def test_biglittle_features_have_each_stride_once_unless_layer2_is_tapped(
+    options: dict[str, Any], channels: list[int]
+) -> None:
+    features = timm.create_model('blres2net50_26w_4s', features_only=True, device='meta', **options)
+    assert features.feature_info.channels() == channels
+    strides = features.feature_info.reduction()
+    assert (len({*strides}) < len(strides)) == ('tap_layer2' in options)
 
 
 def test_biglittle_runs_modules_in_the_order_of_registration(images: Tensor) -> None:
@@ -128,26 +119,3 @@ def test_biglittle_runs_modules_in_the_order_of_registration(images: Tensor) -> 
             module.register_forward_hook(lambda *call, name=name: ran.append(name))
     model(images)
     assert ran == [name for name, _ in model.named_modules() if name in ran]
-
-
-def test_biglittle_output_stride_16_equals_undilated_on_denser_grid(images: Tensor) -> None:
-    torch.manual_seed(0)
-    model = randomise(Res2NetBigLittle(**SMALL)).double().eval()
-    dilated = Res2NetBigLittle(output_stride=16, **SMALL).double().eval()
-    dilated.load_state_dict(model.state_dict())
-    dense = dilated.forward_features(images.double())
-    torch.testing.assert_close(dense[..., ::2, ::2], model.forward_features(images.double()))
-
-
-def test_biglittle_stem_divides_channels_of_little_branch_by_alpha() -> None:
-    stem = BigLittleStem(
-        lambda *args, **kwargs: conv_norm_act(*args, norm_layer=nn.BatchNorm2d, **kwargs), 64, 4, nn.ReLU
-    )
-    assert stem(torch.randn(1, 64, 9, 8)).shape == (1, 64, 5, 4)
-    assert stem.little[0].out_channels == 16
-
-
-@pytest.mark.parametrize('arguments', [dict(output_stride=8), dict(layers=(3, 4, 6)), dict(layers=(1, 4, 6, 3))])
-def test_biglittle_unsupported_argument_raises_value_error_with_its_name(arguments: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=next(iter(arguments))):
-        Res2NetBigLittle(**arguments)

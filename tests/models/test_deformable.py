@@ -1,16 +1,15 @@
-"""Deformable convolutions sample where their offsets say, and train, export and fuse like plain ones."""
+"""Deformable convolutions sample at their offsets, and train, export and fuse like plain ones."""
 
 from typing import Any
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
-from support import randomise, tiny
+from support import tiny
 from torch import Tensor, nn
 
 from timm_res2net import fuse
-from timm_res2net.models.deformable import VERSIONS, DeformableConv2d
+from timm_res2net.models.layers import DeformableConv2d
 
 DEFORMABLE: dict[str, Any] = dict(deformable=(None, 'v1', 'v2', 'v2'))
 
@@ -24,41 +23,12 @@ def with_offsets(model: nn.Module) -> nn.Module:
     return model
 
 
-def sampled(conv: Any, x: Tensor) -> Tensor:
-    """The equation of a deformable convolution without groups, with one bilinear sample for each tap and position."""
-    (stride, _), (dilation, _) = conv.stride, conv.dilation
-    made = F.conv2d(x, conv.conv_offset.weight, conv.conv_offset.bias, stride, dilation, dilation)
-    mask = made[:, 18:].sigmoid() if conv.has_mask else torch.ones_like(made[:, :9])
-    height, width = x.shape[2:]
-    rows = torch.arange(made.shape[2], dtype=x.dtype)[:, None] * stride
-    columns = torch.arange(made.shape[3], dtype=x.dtype)[None] * stride
-    total = torch.zeros(())
-    for tap in range(9):
-        y = rows + (tap // 3 - 1) * dilation + made[:, 2 * tap]
-        z = columns + (tap % 3 - 1) * dilation + made[:, 2 * tap + 1]
-        grid = torch.stack([2 * z / (width - 1) - 1, 2 * y / (height - 1) - 1], -1)
-        sample = F.grid_sample(x, grid, align_corners=True) * mask[:, tap : tap + 1]
-        total = total + torch.einsum('nchw,oc->nohw', sample, conv.weight[:, :, tap // 3, tap % 3])
-    return total
-
-
-@pytest.mark.parametrize('version', VERSIONS)
-@pytest.mark.parametrize(('stride', 'dilation'), [(1, 1), (2, 1), (1, 2)])
-def test_deformable_conv_equals_bilinear_samples(version: str, stride: int, dilation: int) -> None:
-    torch.manual_seed(0)
-    conv = with_offsets(DeformableConv2d(3, 5, stride, dilation, version=version).double())
-    x = torch.randn(2, 3, 9, 8, dtype=torch.double)
-    torch.testing.assert_close(conv(x), sampled(conv, x))
-
-
 @pytest.mark.parametrize(('version', 'factor'), [('v1', 1.0), ('v2', 0.5)])
 def test_deformable_conv_begins_as_the_plain_one_times_its_mask(version: str, factor: float) -> None:
     torch.manual_seed(0)
-    plain = nn.Conv2d(6, 8, 3, 2, 1, groups=2, bias=False).double()
-    conv = DeformableConv2d.like(plain, version)
+    conv = DeformableConv2d(6, 8, stride=2, groups=2, version=version).double()
     x = torch.randn(2, 6, 9, 8, dtype=torch.double)
-    torch.testing.assert_close(conv(x), factor * plain(x))
-    assert conv.weight is plain.weight
+    torch.testing.assert_close(conv(x), factor * F.conv2d(x, conv.weight, stride=2, padding=1, groups=2))
 
 
 def test_res2net_deformable_version_1_begins_as_the_plain_network(images: Tensor) -> None:
@@ -68,15 +38,7 @@ def test_res2net_deformable_version_1_begins_as_the_plain_network(images: Tensor
     torch.testing.assert_close(deformable(images.double()), plain(images.double()))
 
 
-def test_res2net_deformable_stages_have_the_names_of_mmcv() -> None:
-    state = tiny(**DEFORMABLE).state_dict()
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items() if 'conv_offset' in name}
-    assert not any(name.startswith('layer1') for name in shapes)
-    assert shapes['layer2.0.convs.0.conv_offset.weight'] == (18, 4, 3, 3)
-    assert shapes['layer3.0.convs.1.conv_offset.bias'] == (27,)
-
-
-def test_res2net_deformable_initialisation_zeroes_offsets() -> None:
+def test_res2net_deformable_initialization_zeroes_offsets() -> None:
     model: Any = with_offsets(tiny(**DEFORMABLE))
     model.init_weights()
     for module in model.modules():
@@ -105,8 +67,9 @@ def test_fuse_deformable_model_computes_the_same(first_block: str, images: Tenso
     torch.testing.assert_close(fuse(model)(images), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
-def test_res2net_deformable_scripts_traces_and_exports(images: Tensor) -> None:
-    model = with_offsets(tiny(**DEFORMABLE))
+@pytest.mark.parametrize('arguments', [{}, DEFORMABLE], ids=['plain', 'deformable'])
+def test_res2net_scripts_traces_and_exports(arguments: dict[str, Any], images: Tensor) -> None:
+    model = with_offsets(tiny(**arguments))
     expected = model(images)
     for converted in (
         torch.jit.script(model),
@@ -114,21 +77,3 @@ def test_res2net_deformable_scripts_traces_and_exports(images: Tensor) -> None:
         torch.export.export(model, (images,)).module(),
     ):
         torch.testing.assert_close(converted(images), expected, rtol=1e-4, atol=1e-4)
-
-
-def test_create_model_deformable_gives_features_of_the_same_shapes(images: Tensor) -> None:
-    plain = tiny(features_only=True)
-    features = randomise(tiny(features_only=True, **DEFORMABLE)).eval()
-    assert [each.shape for each in features(images)] == [each.shape for each in plain(images)]
-
-
-@pytest.mark.parametrize(
-    ('arguments', 'message'),
-    [
-        (dict(deformable=(None, None, None, 'v3')), "deformable='v3' is not known; choose from None, v1, v2"),
-        (dict(deformable=('v2',)), 'must have an entry for each of 4 stages'),
-    ],
-)
-def test_create_model_wrong_deformable_raises_value_error(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        timm.create_model('test_res2net', **arguments)

@@ -1,94 +1,25 @@
-"""The ResNet trunk: what it adds to timm's."""
+"""The ResNet trunk: what timm's lacks, and equality with timm where timm has it."""
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from support import randomise
-from timm.models.resnet import drop_blocks
-from torch import Tensor, nn
+from timm.layers import SEModule
+from timm.models.res2net import Bottle2neck as TimmBlock
+from timm.models.resnet import ResNet
+from torch import Tensor
 
-from timm_res2net.models.function import FIRST_BLOCKS
 from timm_res2net.models.resnet import Res2Net
-from timm_res2net.models.trunk import drop_block_layers
+from timm_res2net.models.spec import FIRST_BLOCKS
 
 SHALLOW: dict[str, Any] = dict(layers=(1, 2, 1, 1), channels=(8, 16, 24, 32))
 
 
-@pytest.mark.parametrize(
-    ('layers', 'arguments', 'params'),
-    [((3, 4, 6, 3), {}, 25_557_032), ((3, 4, 6, 3), dict(stem_type='deep', stem_width=32, avg_down=True), 25_576_264)],
-)
-def test_resnet_scale_1_width_64_has_parameter_count_of_plain_resnet(
-    layers: Any, arguments: dict[str, Any], params: int
-) -> None:
-    model = Res2Net(layers, scale=1, base_width=64, device='meta', **arguments)
-    assert sum(p.numel() for p in model.parameters()) == params
-
-
-@pytest.mark.parametrize('function', FIRST_BLOCKS)
-@pytest.mark.parametrize('avg_down', [False, True])
-def test_resnet_output_stride_16_equals_undilated_on_denser_grid(function: str, avg_down: bool, images: Tensor) -> None:
-    torch.manual_seed(0)
-    arguments = dict(first_block=function, avg_down=avg_down, **SHALLOW)
-    model = randomise(Res2Net(**arguments)).double().eval()
-    dilated = Res2Net(output_stride=16, **arguments).double().eval()
-    dilated.load_state_dict(model.state_dict())
-    dense = dilated.forward_features(images.double())
-    torch.testing.assert_close(dense[..., ::2, ::2], model.forward_features(images.double()))
-
-
-@pytest.mark.parametrize('function', FIRST_BLOCKS)
-@pytest.mark.parametrize('output_stride', [8, 16, 32])
-def test_resnet_output_stride_keeps_cascade_and_pool_of_first_blocks(function: str, output_stride: int) -> None:
-    model = Res2Net(first_block=function, output_stride=output_stride, **SHALLOW)
-    expected = [function == 'paddle', False, False, False]
-    stages = [model.layer1, model.layer2, model.layer3, model.layer4]
-    assert [stage[0].cascade for stage in stages] == expected
-    assert model.layer2[1].cascade
-    pools = [isinstance(stage[0].pool, nn.AvgPool2d) for stage in stages]
-    assert pools == [function == 'official', *[function != 'group'] * 3]
-    assert isinstance(model.layer2[1].pool, nn.Identity)
-
-
-def test_first_block_functions_share_state_dict_and_differ_in_output(images: Tensor) -> None:
-    torch.manual_seed(0)
-    functions = ('official', 'paddle', 'mmdet')
-    models = {function: Res2Net(first_block=function, **SHALLOW).eval() for function in functions}
-    state = randomise(models['official']).state_dict()
-    outputs = {}
-    for function, model in models.items():
-        model.load_state_dict(state)
-        outputs[function] = model(images)
-    for one, other in (('official', 'paddle'), ('official', 'mmdet'), ('paddle', 'mmdet')):
-        difference = (outputs[one] - outputs[other]).norm() / outputs[one].norm()
-        assert difference > 0.01, (one, other)
-
-
-@pytest.mark.parametrize('output_stride', [4, 64, 12])
-def test_resnet_unsupported_output_stride_raises_value_error(output_stride: int) -> None:
-    with pytest.raises(ValueError, match=f'output_stride={output_stride}'):
-        Res2Net(output_stride=output_stride, **SHALLOW)
-
-
-def test_dilate_pool_replaces_avg_pool_2d_same_of_dilated_shortcuts() -> None:
-    """Fails when timm pools there by another module, which `dilate_shortcut_pools` would not find."""
-
-    def kinds(model: nn.Module) -> list[str]:
-        return [type(model.get_submodule(f'layer{i}.0.downsample.0')).__name__ for i in (2, 3, 4)]
-
-    arguments = dict(avg_down=True, output_stride=8, **SHALLOW)
-    assert kinds(Res2Net(**arguments)) == ['AvgPool2d', 'AvgPool2dSame', 'AvgPool2dSame']
-    assert kinds(Res2Net(dilate_pool=True, **arguments)) == ['AvgPool2d', 'DilatedAvgPool2d', 'DilatedAvgPool2d']
-
-
-def test_drop_block_layers_equal_those_of_timm() -> None:
-    def settings(rate: float, make: Any) -> list[Any]:
-        layers = [each and each() for each in make(rate)]
-        return [layer and (layer.drop_prob, layer.block_size, layer.gamma_scale) for layer in layers]
-
-    for rate in (0.0, 0.1):
-        assert settings(rate, drop_block_layers) == settings(rate, drop_blocks)
+def test_resnet_scale_1_width_64_has_parameter_count_of_plain_resnet() -> None:
+    model = Res2Net((3, 4, 6, 3), scale=1, base_width=64, device='meta')
+    assert sum(p.numel() for p in model.parameters()) == 25_557_032
 
 
 @pytest.mark.parametrize('function', FIRST_BLOCKS)
@@ -118,6 +49,12 @@ def test_resnet_explicit_geometry_dilates_first_blocks_and_pools_by_strides() ->
     assert [info['reduction'] for info in model.feature_info] == [2, 4, 8, 8, 16]
 
 
+def test_resnet_explicit_geometry_keeps_shortcuts_between_equal_channels() -> None:
+    arguments = {**SHALLOW, 'channels': (8, 8, 8, 8), 'device': 'meta'}
+    explicit, plain = Res2Net(strides=(1, 2, 2, 1), **arguments), Res2Net(**arguments)
+    assert explicit.state_dict().keys() == plain.state_dict().keys()
+
+
 def test_resnet_stem_ceil_mode_rounds_maps_up(images: Tensor) -> None:
     features = Res2Net(stem_ceil_mode=True, **SHALLOW).forward_intermediates(images, intermediates_only=True)
     assert [feature.shape[-1] for feature in features] == [32, 17, 9, 5, 3]
@@ -126,15 +63,46 @@ def test_resnet_stem_ceil_mode_rounds_maps_up(images: Tensor) -> None:
 @pytest.mark.parametrize(
     ('arguments', 'message'),
     [
-        (dict(strides=(1, 2, 2)), 'an entry for each of 4 stages'),
-        (dict(strides=(1, 2, 2, 1), output_stride=16), 'leave output_stride and dilate_pool out'),
-        (dict(dilations=(1, 1, 1, 2), dilate_pool=True), 'leave output_stride and dilate_pool out'),
-        (dict(dilations=(1, 1, 1, 2), down_kernel_size=3), 'leave down_kernel_size out'),
-        (dict(dilate_first=False), 'dilate_first=False has no effect without dilations'),
+        (dict(strides=(1, 2, 2, 1), output_stride=16), 'do not pass output_stride, dilate_pool or'),
+        (dict(dilations=(1, 1, 1, 2), dilate_pool=True), 'do not pass output_stride, dilate_pool or'),
+        (dict(dilations=(1, 1, 1, 2), down_kernel_size=3), 'do not pass output_stride, dilate_pool or'),
         (dict(dilations=(1, 1, 2, (4, 8))), r'dilations has 2 entries for a stage of \d blocks'),
-        (dict(stem_ceil_mode=True, replace_stem_pool=True), 'stem_ceil_mode is for a stem with a plain max-pool'),
+        (dict(stem_type='wide'), 'stem_type=.* is not known; choose from , deep, deep_tiered'),
+        (dict(stem_ceil_mode=True, replace_stem_pool=True), 'stem_ceil_mode=True has no effect on the convolution'),
     ],
 )
 def test_resnet_contradicting_geometry_raises_value_error(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Res2Net(**SHALLOW, **arguments)
+
+
+@pytest.mark.parametrize(
+    'arguments',
+    [
+        dict(),
+        dict(output_stride=16),
+        dict(output_stride=8, avg_down=True, down_kernel_size=3),
+        dict(output_stride=8, down_kernel_size=3),
+        dict(stem_type='deep', stem_width=8, replace_stem_pool=True),
+        dict(stem_type='deep_tiered', stem_width=8, avg_down=True, channels=(8, 8, 8, 8), output_stride=8),
+        dict(drop_rate=0.2, drop_path_rate=0.3, global_pool='catavgmax', norm_layer='groupnorm1', zero_init_last=False),
+    ],
+    ids=str,
+)
+def test_resnet_initial_weights_features_and_gradients_equal_timms(arguments: dict[str, Any], images: Tensor) -> None:
+    common = {**SHALLOW, 'num_classes': 5, **arguments}
+    block = dict(scale=4, attn_layer=SEModule)
+    results = []
+    for make in (
+        lambda: Res2Net(**block, **common),
+        lambda: ResNet(TimmBlock, base_width=26, block_args=block, **common),
+    ):
+        torch.manual_seed(0)
+        model: Any = make()
+        initial = copy.deepcopy(model.state_dict())
+        randomise(model)(images).square().sum().backward()
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        final, features = model.eval().forward_intermediates(images)
+        results.append((initial, gradients, [final, *features], [list(info.values()) for info in model.feature_info]))
+    assert results[0][-1] == results[1][-1]
+    torch.testing.assert_close(*(result[:-1] for result in results), rtol=0, atol=0)

@@ -74,4 +74,4 @@ def test_recipe_command_lists_prints_and_writes_recipes(tmp_path: Path, capsys: 
         capsys.readouterr()
     with pytest.raises(SystemExit, match='2'):
         main(['recipe', 'imagnet'])
-    assert 'there is no recipe imagnet; there are cifar100, digits, imagenet' in capsys.readouterr().err
+    assert "no recipe 'imagnet'. Choose from cifar100, digits, imagenet" in capsys.readouterr().err

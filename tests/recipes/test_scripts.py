@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from sklearn.datasets import load_sample_image
 from support import ROOT
-from test_training import KINDS, options_of
+from test_train_script import KINDS, options_of
 
 SCRIPTS = Path(os.environ.get('TIMM_SCRIPTS', ''))
 pytestmark = pytest.mark.skipif(

@@ -1,10 +1,11 @@
-"""The study compares networks of equal size on equal batches and resumes runs, and its statistics are exact."""
+"""The study compares networks of equal size and resumes runs, and its statistics are exact."""
 
 import json
-import multiprocessing
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from support import ROOT
@@ -14,10 +15,14 @@ from timm_res2net.recipes import study
 from timm_res2net.recipes.study import (
     BASE_WIDTHS,
     PARTS,
+    SIZES,
+    UNSEEN_SIZES,
+    Items,
+    accuracy,
+    count_parameters,
     difference,
     mean_and_error,
     network,
-    parameters_of,
     plot,
     table,
 )
@@ -31,39 +36,17 @@ def record(part: str, scale: int, seed: int, value: float) -> dict[str, Any]:
 def test_study_networks_have_equal_parameters_and_their_scales() -> None:
     with torch.device('meta'):
         networks = {scale: network(scale, num_classes=10) for scale in BASE_WIDTHS}
-    plain, *counts = map(parameters_of, networks.values())
+    plain, *counts = map(count_parameters, networks.values())
     assert all(count == pytest.approx(plain, rel=0.01) for count in counts)
     assert {scale: each.get_submodule('layer1.1').scale for scale, each in networks.items()} == {1: 1, 4: 4, 8: 8}
 
 
-def test_study_augmentation_moves_and_mirrors_each_image_by_itself() -> None:
-    images = torch.zeros(64, 28, 28, dtype=torch.uint8)
-    images[:, 10, 10] = 255
-    torch.manual_seed(0)
-    shown = study.mirrored(study.cropped(images))
-    assert shown.shape == (64, 56, 56)
-    assert (shown.flatten(1).sum(dim=1) == 4 * 255).all()  # a pixel is shown as four
-    places = {tuple(each.nonzero()[0].tolist()) for each in shown}
-    assert len(places) > 40
-    rows, columns = zip(*places)
-    assert (min(rows), max(rows)) == (2 * 6, 2 * 14)
-    assert set(columns) <= {2 * (10 + by) for by in range(-4, 5)} | {2 * (17 + by) for by in range(-4, 5)}
-
-
-def test_study_batches_hold_each_image_once_in_an_order_of_the_seed() -> None:
-    images = torch.arange(10, dtype=torch.uint8)[:, None, None].expand(10, 4, 4)
-    batches = study.Shuffled(images, torch.arange(10), 4, study.unchanged)
-    epochs = []
-    for seed in (0, 0, 1):
-        torch.manual_seed(seed)
-        drawn = list(batches)
-        assert [len(labels) for _, labels in drawn] == [4, 4]
-        for x, labels in drawn:
-            assert torch.equal(x[:, 0, 0, 0], (labels.float() / 255 - 0.5) / 0.25)
-        epochs.append(torch.cat([labels for _, labels in drawn]))
-    assert len(set(epochs[0].tolist())) == 8
-    assert torch.equal(epochs[0], epochs[1])
-    assert not torch.equal(epochs[0], epochs[2])
+def test_study_accuracy_is_that_of_each_range_of_sizes() -> None:
+    sizes = torch.tensor([14, 24, 25, 45, 46, 84])
+    items = Items([torch.zeros(6, 4, 4), torch.zeros(6), sizes])
+    evaluation = SimpleNamespace(predictions=np.array([100.0, 0, 100, 100, 0, 0]))
+    assert accuracy(items, SIZES, evaluation) == dict(top1=50, small=50, medium=100, large=0)
+    assert accuracy(items, UNSEEN_SIZES, evaluation) == dict(smaller=66.667, larger=33.333)
 
 
 def test_study_differences_are_paired_by_seed() -> None:
@@ -86,76 +69,47 @@ def test_study_of_one_seed_has_no_errors_and_intervals(tmp_path: Path) -> None:
     plot(runs, 'fashion_mnist', str(tmp_path / 'one.png'))
 
 
-@pytest.mark.parametrize('part', PARTS)
-def test_study_picture_of_each_part_is_drawn(part: str, tmp_path: Path) -> None:
-    runs = [record(part, scale, seed, 10.0 * scale + seed) for scale in BASE_WIDTHS for seed in range(2)]
-    plot(runs, part, str(tmp_path / 'part.png'))
-    assert (tmp_path / 'part.png').read_bytes().startswith(b'\x89PNG')
-
-
-def test_study_tables_of_committed_runs_are_in_readme() -> None:
-    runs = json.loads((ASSETS / 'study.json').read_text())['runs']
-    readme = (ROOT / 'timm_res2net' / 'recipes' / 'README.md').read_text()
+def test_study_tables_of_committed_runs_are_committed() -> None:
+    document = json.loads((ASSETS / 'study.json').read_text())
+    tables = (ASSETS / 'study.md').read_text()
     for name, part in PARTS.items():
-        those = [each for each in runs if each['part'] == name]
-        pairs = [(each['scale'], each['seed']) for each in those]
+        runs = [each for each in document['runs'] if each['part'] == name]
+        pairs = [(each['scale'], each['seed']) for each in runs]
         assert pairs == [(scale, seed) for scale in BASE_WIDTHS for seed in range(part.seeds)]
-        assert {(each['epochs'], each['images']) for each in those} == {(part.settings.epochs, None)}
-        assert '\n'.join(table(runs, name)) + '\n' in readme
-        assert f'](../assets/{name}.png)' in readme
+        assert {(each['epochs'], each['images']) for each in runs} == {(part.epochs, None)}
+        assert '\n'.join([name, '', *table(document['runs'], name)]) + '\n' in tables
 
 
-def arguments(folder: Path, source: Path, *more: str) -> list[str]:
-    sizes = ['--scales', '4', '--seeds', '2', '--epochs', '1', '--images', '128', '--workers', '1']
-    return [str(folder), '--fashion-mnist', str(source), '--part', 'sizes', *sizes, *more]
+def test_study_readme_has_its_version_and_gains() -> None:
+    document = json.loads((ASSETS / 'study.json').read_text())
+    readme = (ROOT / 'timm_res2net' / 'recipes' / 'README.md').read_text()
+    assert f'made by version {document["environment"]["timm_res2net"]}' in readme
+    for scale in (4, 8):
+        assert f'{difference(document["runs"], "sizes", scale, "top1")[0]:+.2f}' in readme
 
 
 @pytest.mark.slow
-def test_study_resumes_missing_runs_and_refuses_other_lengths(
-    fashion_mnist: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize('part', PARTS)
+def test_study_runs_what_is_missing_and_refuses_other_lengths(
+    part: str, fashion_mnist: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    study.main(arguments(tmp_path, fashion_mnist))
-    shown = capsys.readouterr().out
-    lost, kept = tmp_path / 'sizes_scale4_seed0.json', tmp_path / 'sizes_scale4_seed1.json'
+    sizes = ['--part', part, '--scales', '4', '--seeds', '2', '--epochs', '1', '--images', '64']
+    arguments = [str(tmp_path), '--fashion-mnist', str(fashion_mnist), *sizes]
+    study.main(arguments)
+    shown = capsys.readouterr().out.partition(f'\n{part}\n')[2]
+    lost, kept = (tmp_path / f'{part}_scale4_seed{seed}.json' for seed in (0, 1))
     first, before = json.loads(lost.read_text()), kept.stat().st_mtime_ns
+    assert PARTS[part].metrics.keys() <= first.keys()
+    assert first['params'] == pytest.approx(622_656, rel=0.02)  # a detector sees three channels
+    assert first['radius'] > 3
     lost.unlink()
-    study.main(arguments(tmp_path, fashion_mnist))
-    assert capsys.readouterr().out == shown
+    study.main(arguments)
+    assert capsys.readouterr().out.partition(f'\n{part}\n')[2] == shown
     assert kept.stat().st_mtime_ns == before
     assert {**json.loads(lost.read_text()), 'seconds': 0} == {**first, 'seconds': 0}
     document = json.loads((tmp_path / 'study.json').read_text())
     assert [(run['scale'], run['seed']) for run in document['runs']] == [(4, 0), (4, 1)]
-    assert not any(path.is_dir() for path in tmp_path.iterdir())
+    assert (tmp_path / f'{part}.png').exists()
     with pytest.raises(SystemExit, match='2'):
-        study.main(arguments(tmp_path, fashion_mnist, '--epochs', '2'))
-    assert 'sizes_scale4_seed0.json is of 1 epochs and 128 images, not of 2 and 128' in capsys.readouterr().err
-    study.main(arguments(tmp_path, fashion_mnist, '--scales', '1', '--seeds', '1'))
-    document = json.loads((tmp_path / 'study.json').read_text())
-    assert [(run['scale'], run['seed']) for run in document['runs']] == [(1, 0), (4, 0), (4, 1)]
-
-
-@pytest.mark.slow
-def test_study_ends_at_once_if_a_run_fails(
-    fashion_mnist: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    other = tmp_path / 'sizes_scale4_seed0'  # the run of other settings
-    other.mkdir()
-    (other / 'settings.json').write_text('{"epochs": 3}')
-    (other / 'last.pth').write_bytes(b'')
-    with pytest.raises(SystemExit, match='2'):
-        study.main(arguments(tmp_path, fashion_mnist, '--seeds', '9'))
-    assert 'sizes_scale4_seed0 holds a run with epochs 3, not 1' in capsys.readouterr().err
-    assert list(tmp_path.glob('*.json')) == []
-    assert not multiprocessing.active_children()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('part', ['detection', 'fashion_mnist'])
-def test_study_run_of_each_part_gives_its_metrics(
-    part: str, fashion_mnist: Path, detection_set: Path, tmp_path: Path
-) -> None:
-    source = detection_set if part == 'detection' else fashion_mnist
-    found = study.run(part, 8, 0, 1, 256, source, tmp_path / 'run')
-    assert PARTS[part].metrics.keys() <= found.keys()
-    assert found['params'] == pytest.approx(622_656, rel=0.02)  # a detector sees three channels
-    assert found['radius'] > 3
+        study.main([*arguments, '--epochs', '2'])
+    assert 'has other epochs or images. Choose another folder' in capsys.readouterr().err

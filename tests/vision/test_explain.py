@@ -13,10 +13,10 @@ from torch import Tensor, nn
 
 from timm_res2net import class_activation_map, receptive_field
 from timm_res2net.__main__ import main
-from timm_res2net.deploy.images import bundled_digits
+from timm_res2net._images import bundled_digits
 from timm_res2net.models.block import Bottle2neck
 from timm_res2net.models.variants import ARCHS
-from timm_res2net.vision.explain import blocks_of, explain, radius
+from timm_res2net.vision.explain import explain, radius
 from timm_res2net.vision.figures import plot_explanation
 
 
@@ -44,17 +44,10 @@ def test_class_activation_map_dilated_equals_undilated_on_denser_grid(images: Te
         np.testing.assert_allclose(fine[:, ::4, ::4], coarse, rtol=1e-3, atol=1e-3 * np.abs(coarse).max())
 
 
-@pytest.mark.parametrize(
-    'make',
-    [
-        lambda: timm.create_model('test_res2net', num_classes=0),
-        lambda: timm.create_model('test_res2net', global_pool='max'),
-        lambda: timm.create_model('test_res2net', features_only=True),
-    ],
-)
-def test_class_activation_map_without_classifier_on_average_pooling_raises(make: Any, images: Tensor) -> None:
+@pytest.mark.parametrize('options', [dict(num_classes=0), dict(global_pool='max'), dict(features_only=True)])
+def test_class_activation_map_without_classifier_on_average_pooling_raises(options: Any, images: Tensor) -> None:
     with pytest.raises(ValueError, match='needs a classifier on average pooling'):
-        class_activation_map(make().eval(), images)
+        class_activation_map(timm.create_model('test_res2net', **options).eval(), images)
 
 
 class SingleBlock(nn.Module):
@@ -90,11 +83,8 @@ def test_receptive_field_of_split_i_in_cascade_spans_2i_plus_3_pixels(scale: int
 
 
 def test_receptive_field_without_cascade_spans_3_pixels_for_every_split() -> None:
-    shortcut = nn.Conv2d(64, 64, 1)
-    fields = receptive_field(
-        SingleBlock(4, downsample=shortcut).eval(), 'block', torch.rand(1, 64, 33, 33), of_block=True
-    )
-    assert supports(fields) == [3, 3, 3, 3]
+    model = SingleBlock(4, downsample=nn.Conv2d(64, 64, 1)).eval()
+    assert supports(receptive_field(model, 'block', torch.rand(1, 64, 33, 33), of_block=True)) == [3, 3, 3, 3]
 
 
 def test_receptive_field_has_size_of_image_or_of_block_input() -> None:
@@ -109,23 +99,23 @@ def test_receptive_field_has_size_of_image_or_of_block_input() -> None:
     assert radii[3] < radii[0] < radii[1] < radii[2]
 
 
-def test_class_activation_map_and_receptive_field_refuse_training_mode() -> None:
+@pytest.mark.parametrize(
+    'explainer', [class_activation_map, lambda model, images: receptive_field(model, 'layer2.0', images)]
+)
+def test_explanations_refuse_training_mode(explainer: Any, images: Tensor) -> None:
     model = timm.create_model('test_res2net')
-    with pytest.raises(ValueError, match=r'is in training mode.*; call its \.eval\(\) first'):
-        class_activation_map(model, torch.randn(2, 3, 32, 32))
-    with pytest.raises(ValueError, match='is in training mode'):
-        receptive_field(model, 'layer2.0', torch.randn(2, 3, 32, 32))
+    with pytest.raises(ValueError, match=r'is in training mode.*Call its \.eval\(\) first'):
+        explainer(model, images)
     assert model.get_buffer('bn1.num_batches_tracked') == 0
 
 
-def test_radius_of_one_pixel_is_zero_and_of_ring_is_its_radius() -> None:
+@pytest.mark.parametrize(('rows', 'columns', 'expected'), [([], [], 0), ([4], [4], 0), ([1, 7, 4, 4], [4, 4, 1, 7], 3)])
+def test_radius_of_nothing_and_of_a_pixel_is_zero_and_of_a_ring_is_its_own(
+    rows: list[int], columns: list[int], expected: int
+) -> None:
     field = np.zeros((9, 9), np.float32)
-    assert radius(field) == 0
-    field[4, 4] = 1
-    assert radius(field) == 0
-    field[:] = 0
-    field[[1, 7, 4, 4], [4, 4, 1, 7]] = 1
-    assert radius(field) == 3
+    field[rows, columns] = 1
+    assert radius(field) == expected
 
 
 def test_receptive_field_leaves_model_unchanged(images: Tensor) -> None:
@@ -137,18 +127,19 @@ def test_receptive_field_leaves_model_unchanged(images: Tensor) -> None:
     torch.testing.assert_close(model(images), before, rtol=0, atol=0)
 
 
-def test_receptive_field_and_blocks_of_absent_name_raise_and_list_choices() -> None:
-    model = tiny()
-    with pytest.raises(ValueError, match=r'no block layer9\.0; there are layer1\.0, layer2\.0, layer2\.1'):
-        receptive_field(model, 'layer9.0', torch.rand(1, 3, 32, 32))
-    with pytest.raises(ValueError, match='no stage 5; there are 1 to 4, layer1, layer2, layer3, layer4'):
-        blocks_of(model, 5)
-    assert blocks_of(timm.create_model('dla60_res2net', device='meta'), 1) == ['level2.tree1', 'level2.tree2']
+def test_receptive_field_and_explain_of_absent_parts_raise_and_list_choices(images: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"no block 'layer9\.0' in this model\. Its blocks: layer1\.0, layer2\.0, "):
+        receptive_field(tiny(), 'layer9.0', images)
+    with pytest.raises(ValueError, match=r'no stage 5 in this model\. Choose 1 to 4: layer1, layer2, layer3, layer4'):
+        explain(tiny(), bundled_digits()[0][0], 5)
 
 
 @pytest.mark.parametrize('name', slow_but(['test_res2net', 'dla60_res2net'], TRUNKS))
 def test_plot_explanation_draws_coloured_picture_of_every_trunk(name: str, tmp_path: Path, build: Any) -> None:
     explanation = explain(build(name), bundled_digits()[0][0], 1)
+    assert explanation.block == {'dla60_res2net': 'level2.tree2', 'test_res2net': 'layer1.1'}.get(
+        name, explanation.block
+    )
     assert (len(explanation.predictions), len(explanation.fields)) == (3, len(explanation.radii))
     plot_explanation(explanation, str(tmp_path / 'out.png'))
     with Image.open(tmp_path / 'out.png') as picture:
@@ -164,8 +155,5 @@ def test_explain_command_draws_bundled_digit(
     assert main(['explain']) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[1] == '3'
-    assert lines[3].startswith('layer2.1: radius of each split ')
+    assert lines[3].startswith('layer2.1: radius of each split in pixels')
     assert [path.name for path in tmp_path.iterdir()] == ['explain.png']
-    assert main(['explain', '--stage', '9']) == 1
-    assert 'there is no stage 9' in capsys.readouterr().err
-    assert main(['explain', 'absent.png']) == 1

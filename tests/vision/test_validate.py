@@ -1,9 +1,6 @@
-"""`validate` counts what a model classifies rightly, and names what can't be counted."""
+"""`validate` counts the images that a model classifies correctly, and names those it cannot count."""
 
-import re
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -12,12 +9,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from timm_res2net.deploy.images import bundled_digits
+from timm_res2net._images import bundled_digits
 from timm_res2net.models.variants import WEIGHTS
 from timm_res2net.recipes.digits import split
 from timm_res2net.vision.figures import plot_confusion
 from timm_res2net.vision.predict import HANDFUL, classify, predict
-from timm_res2net.vision.validate import LabelledImages, labelled_images, validate
+from timm_res2net.vision.validate import LabelledImages, decided_classes, labelled_images, validate
 
 
 @pytest.fixture(scope='module')
@@ -67,117 +64,131 @@ def test_validate_counts_top1_top5_confusion_and_failures_of_a_known_case(tmp_pa
     assert (Path(file).name, 'not an image' in reason) == ('broken.png', True)
 
 
-def test_labelled_images_by_folders_of_other_names_are_in_the_order_of_timm(tmp_path: Path) -> None:
-    write_images(tmp_path, ['n10/a.png', 'n2/b.png', '.hidden/c.png'])
-    found = labelled_images(tmp_path, ['cat', 'dog'])
-    assert [(file.name, index) for file, index in zip(found.files, found.classes)] == [('b.png', 0), ('a.png', 1)]
+@pytest.mark.parametrize(
+    ('order', 'classes', 'warnings'), [(None, [0, 2, 1], 1), ('natural', [0, 2, 1], 0), ('lexicographic', [0, 1, 2], 0)]
+)
+def test_labelled_images_by_folders_that_sort_differently_are_in_the_given_order_or_log_the_assumed_one(
+    order: str | None, classes: list[int], warnings: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_images(tmp_path, ['1/a.png', '2/b.png', '10/c.png', '.hidden/d.png'])
+    found = labelled_images(tmp_path, ['cat', 'dog', 'fox'], class_order=order)
+    assert [found.classes[found.files.index(tmp_path / name)] for name in ('1/a.png', '10/c.png', '2/b.png')] == classes
+    assert len(caplog.records) == warnings
+    assert all("natural order ('2' before '10')" in message for message in caplog.messages)
 
 
-def test_labelled_images_by_a_file_that_is_no_text_raises_with_its_name(tmp_path: Path) -> None:
-    (tmp_path / 'labels.txt').write_bytes(b'\xff\xfe')
-    with pytest.raises(ValueError, match=r'labels\.txt is no text in UTF-8'):
-        labelled_images(tmp_path, ['cat'], tmp_path / 'labels.txt')
-
-
-def test_labelled_images_by_a_file_take_names_and_numbers(tmp_path: Path) -> None:
-    write_images(tmp_path, ['a.png', 'deep/b.png'])
-    (tmp_path / 'labels.txt').write_text('a.png tabby cat\n\ndeep/b.png 0\n')
-    found = labelled_images(tmp_path, ['dog', 'tabby cat'], tmp_path / 'labels.txt')
-    assert [(file.name, index) for file, index in zip(found.files, found.classes)] == [('a.png', 1), ('b.png', 0)]
-
-
-def test_labelled_images_by_a_file_take_the_longest_name_with_blanks_that_is_a_file(tmp_path: Path) -> None:
-    write_images(tmp_path, ['my.png', 'my.png cat.png'])
-    lines = 'my.png cat.png tabby cat', 'my.png cat.png  0', 'my.png dog', 'none.png tabby cat'
-    (tmp_path / 'labels.txt').write_text('\n'.join(lines))
-    found = labelled_images(tmp_path, ['dog', 'tabby cat'], tmp_path / 'labels.txt')
-    assert [file.name for file in found.files] == ['my.png cat.png', 'my.png cat.png', 'my.png', 'none.png']
-    assert found.classes == [1, 0, 0, 1]
+def test_labelled_images_by_synset_folders_are_classes_of_imagenet(tmp_path: Path) -> None:
+    write_images(tmp_path, ['n02102040/b.png', 'n01440764/a.png'])
+    names = [f'class {i}' for i in range(1000)]
+    assert labelled_images(tmp_path, names).classes == [0, 217]
+    (tmp_path / 'truth.txt').write_text('n01440764/a.png n02102040\n')
+    assert labelled_images(tmp_path, names, tmp_path / 'truth.txt').classes == [217]
 
 
 @pytest.mark.parametrize(
-    ('images', 'labels', 'message'),
+    ('labels', 'folders', 'classes'),
+    [(['cat'], ['cat', 'dog'], [1, 0]), ([], ['healthy', 'ill'], [0, 1]), ([], ['negative', 'positive'], [0, 1])],
+)
+def test_validate_one_logit_decides_between_two_folders_at_one_half(
+    labels: list[str], folders: list[str], classes: list[int], tmp_path: Path
+) -> None:
+    write_images(tmp_path, [f'{name}/a.png' for name in folders])
+    for logit, predicted in ((0.1, [0, 2]), (-0.1, [2, 0])):
+        model = Constant([logit]).eval()
+        model.pretrained_cfg['label_names'] = labels
+        images = labelled_images(tmp_path, decided_classes(model))
+        assert images.classes == classes
+        found = validate(model, images)
+        assert (found.top1, found.confusion.sum(dim=0).tolist()) == (50, predicted)
+
+
+def test_labelled_images_by_a_file_takes_the_longest_path_with_spaces_and_names_or_numbers(tmp_path: Path) -> None:
+    write_images(tmp_path, ['my.png', 'my.png cat.png', 'deep/b.png'])
+    lines = 'my.png cat.png tabby cat', '', 'my.png cat.png  0', 'my.png dog', 'none.png tabby cat', 'deep/b.png 1'
+    (tmp_path / 'labels.txt').write_text('\n'.join(lines))
+    found = labelled_images(tmp_path, ['dog', 'tabby cat'], tmp_path / 'labels.txt')
+    assert [file.name for file in found.files] == ['my.png cat.png', 'my.png cat.png', 'my.png', 'none.png', 'b.png']
+    assert found.classes == [1, 0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ('images', 'truth', 'message'),
     [
-        (['a/x.png', 'b/x.png', 'c/x.png'], None, '3 folders and the model 2 classes, of which none is a'),
-        (['x.png'], None, 'has no folder for a class; give the classes of its images by a file, --truth'),
-        (['x.png'], 'x.png 2', "line 1 of .* gives x.png the class '2', which the model lacks"),
-        (['x.png'], 'x.png', "the class '', which the model lacks"),
-        (['a b.png'], 'a b.png 2', "line 1 of .* gives a b.png the class '2', which the model lacks"),
-        (['x.png'], '\n', 'has no line with an image'),
+        (['a/x.png', 'b/x.png', 'c/x.png'], None, "3 folders and the model 2 classes, and 'a' is not the name of one"),
+        (['dog/a.png', 'wolf/b.png'], None, "'wolf' is not the name of one"),
+        (['x.png'], None, 'has no class folders. List the classes of its images in a file, --truth'),
+        (['x.png'], b'x.png 2', "line 1 of .*: the model has no class '2' for x.png"),
+        (['x.png'], b'x.png', "no class '' for x.png"),
+        (['a b.png'], b'a b.png 2', "no class '2' for a b.png"),
+        (['x.png'], b'\n', 'no image and class in'),
+        (['x.png'], b'\xff\xfe', r'truth\.txt: it is not UTF-8 text'),
+        (['cat/.keep'], None, 'no images in'),
+        ([], None, 'is not a folder'),
     ],
 )
 def test_labelled_images_that_do_not_fit_raise_with_reason(
-    images: list[str], labels: str | None, message: str, tmp_path: Path
+    images: list[str], truth: bytes | None, message: str, tmp_path: Path
 ) -> None:
-    write_images(tmp_path / 'data', images)
-    if labels is not None:
-        (tmp_path / 'labels.txt').write_text(labels)
+    for name in images:
+        (tmp_path / 'data' / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / 'data' / name).touch()
+    if truth is not None:
+        (tmp_path / 'truth.txt').write_bytes(truth)
     with pytest.raises(ValueError, match=message):
-        labelled_images(tmp_path / 'data', ['cat', 'dog'], tmp_path / 'labels.txt' if labels is not None else None)
-    (tmp_path / 'empty' / 'cat').mkdir(parents=True)
-    with pytest.raises(ValueError, match='no image in'):
-        labelled_images(tmp_path / 'empty', ['cat', 'dog'])
-    with pytest.raises(ValueError, match='is no folder'):
-        labelled_images(tmp_path / 'none', ['cat', 'dog'])
+        labelled_images(tmp_path / 'data', ['cat', 'dog'], None if truth is None else tmp_path / 'truth.txt')
 
 
-def test_labelled_images_by_a_name_of_two_classes_raise(tmp_path: Path) -> None:
+def test_labelled_images_by_a_name_of_two_classes_raise_but_take_its_number(tmp_path: Path) -> None:
     names = ['crane', 'dog', 'crane']  # as in ImageNet, the bird and the machine
     write_images(tmp_path / 'data', ['crane/x.png', 'dog/y.png'])
-    with pytest.raises(ValueError, match=r"'crane' in .* is the name of several classes; give numbers by a file"):
+    with pytest.raises(ValueError, match=r"'crane' in .* names several classes. List class numbers in a file"):
         labelled_images(tmp_path / 'data', names)
-    (tmp_path / 'truth.txt').write_text('crane/x.png crane\n')
-    with pytest.raises(ValueError, match=r"line 1 of .*'crane' is the name of several classes; give a number"):
-        labelled_images(tmp_path / 'data', names, tmp_path / 'truth.txt')
-    (tmp_path / 'truth.txt').write_text('crane/x.png 0\ndog/y.png dog\n')
-    assert labelled_images(tmp_path / 'data', names, tmp_path / 'truth.txt').classes == [0, 1]
+    truth = tmp_path / 'truth.txt'
+    truth.write_text('crane/x.png crane\n')
+    with pytest.raises(ValueError, match=r"line 1 of .*'crane' names several classes. Use a number"):
+        labelled_images(tmp_path / 'data', names, truth)
+    truth.write_text('crane/x.png 0\ndog/y.png dog\n')
+    assert labelled_images(tmp_path / 'data', names, truth).classes == [0, 1]
 
 
-@pytest.mark.parametrize('score', [float('nan'), float('inf')])
-def test_images_for_which_the_model_gives_no_finite_number_are_errors(score: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ('scores', 'name', 'message'),
+    [
+        ([0.0, float('nan')], 'c0/a.png', 'The first: the model returns NaN or infinity for this image'),
+        ([0.0, float('inf')], 'c0/a.png', 'The first: the model returns NaN or infinity for this image'),
+        ([1.0, 0.0], 'none.png', 'could not read any of 1 images. The first: no such file'),
+    ],
+)
+def test_validate_without_any_result_raises(scores: list[float], name: str, message: str, tmp_path: Path) -> None:
     write_images(tmp_path, ['c0/a.png'])
-    model = Constant([0.0, score]).eval()
-    (found,) = predict(model, [tmp_path / 'c0' / 'a.png'])
-    assert isinstance(found, ValueError)
-    with pytest.raises(ValueError, match='the first one: the model gives no finite number for this image'):
-        validate(model, LabelledImages([tmp_path / 'c0' / 'a.png'], classes=[0]))
+    with pytest.raises(ValueError, match=message):
+        validate(Constant(scores).eval(), LabelledImages([tmp_path / name], classes=[0]))
 
 
-def test_validate_without_any_readable_image_raises(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match='none of 1 images could be read; the first one: there is no such file'):
-        validate(Constant([1.0, 0.0]).eval(), LabelledImages([tmp_path / 'none.png'], classes=[0]))
-
-
-def test_classify_many_images_by_processes_equals_few_in_order_with_errors(digits: nn.Module, tmp_path: Path) -> None:
-    files = []
-    for i, (image, _) in enumerate(bundled_digits()[: 2 * HANDFUL]):
-        files.append(tmp_path / f'{i}.png')
-        image.save(files[-1])
+def test_predict_many_images_equals_few_in_order_with_errors(digits: nn.Module, tmp_path: Path) -> None:
+    files = [tmp_path / f'{i}.png' for i in range(2 * HANDFUL)]
+    for file, (image, _) in zip(files, bundled_digits()):
+        image.save(file)
     files[5].write_bytes(b'no image')
     together = list(predict(digits, files, batch_size=4))
     alone = [next(predict(digits, [file])) for file in files]
-    for i, (many, one) in enumerate(zip(together, alone, strict=True)):
-        if i == 5:
-            assert isinstance(many, ValueError)
-            assert str(many) == str(one)
-        else:
-            assert [each.index for each in many] == [each.index for each in one]
-            np.testing.assert_allclose([x.probability for x in many], [x.probability for x in one], atol=1e-5)
+    assert [i for i, each in enumerate(together) if isinstance(each, ValueError)] == [5]
+    assert str(together.pop(5)) == str(alone.pop(5))
+    for many, one in zip(together, alone, strict=True):
+        assert [each.index for each in many] == [each.index for each in one]  # type: ignore[union-attr]
+        probabilities = [[each.probability for each in found] for found in (many, one)]  # type: ignore[union-attr]
+        np.testing.assert_allclose(probabilities[0], probabilities[1], atol=1e-5)
 
 
-def test_classify_many_images_by_a_model_without_splits_runs_it_as_it_is() -> None:
+def test_classify_many_images_by_a_model_without_splits_runs_it_unchanged() -> None:
     images = [Image.new('RGB', (10, 10))] * (HANDFUL + 1)
-    identity: Callable[[Any], Any] = lambda image: image  # noqa: E731
-    scores = list(classify(Constant([0.0, 0.0]).eval(), images, identity, 8, False))
+    scores = [*classify(Constant([0.0, 0.0]).eval(), images, lambda image: image, batch_size=8)]
     torch.testing.assert_close(torch.stack(scores), torch.full((HANDFUL + 1, 2), 0.5))
 
 
-@pytest.mark.parametrize('count', [3, 30, 60])
+@pytest.mark.parametrize('count', [3, 60])
 def test_plot_confusion_draws_a_picture_of_any_number_of_classes(count: int, tmp_path: Path) -> None:
-    confusion = torch.eye(count, dtype=torch.long) * 3
-    plot_confusion(
-        confusion, [f'class number {i} of many, many classes' for i in range(count)], 'a', str(tmp_path / 'c.png')
-    )
+    names = [f'class number {i} of many, many classes' for i in range(count)]
+    plot_confusion(torch.eye(count, dtype=torch.long) * 3, names, 'a', str(tmp_path / 'c.png'))
     with Image.open(tmp_path / 'c.png') as image:
         assert min(image.size) > 300
-        assert re.match('RGB', image.mode)

@@ -1,4 +1,4 @@
-"""What is written is whole or not there, whatever happens to the disk and the process."""
+"""Files are written completely or not at all, whatever happens to the disk and the process."""
 
 import multiprocessing
 import os
@@ -7,7 +7,6 @@ import signal
 import stat
 import sys
 import tempfile
-import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -19,10 +18,11 @@ import torch
 from support import tiny
 
 from timm_res2net import CheckpointError, export_checkpoint, push
-from timm_res2net.weights.config import load_folder
+from timm_res2net._errors import first_line
+from timm_res2net._files import atomic_write, atomic_write_text, make_folder, require_writable, sha256, write_files
+from timm_res2net.weights import config
+from timm_res2net.weights.config import CONFIG_FILE, WEIGHTS_FILE
 from timm_res2net.weights.convert import convert
-from timm_res2net.weights.files import PREFIX, atomic_write_text, lock, temporary_folder, write_files
-from timm_res2net.weights.folder import CONFIG_FILE, WEIGHTS_FILE
 
 resource = pytest.importorskip('resource')
 pytestmark = [
@@ -67,7 +67,7 @@ def test_replaced_file_keeps_its_permissions(tmp_path: Path) -> None:
     assert mode(tmp_path / 'file') == 0o600
 
 
-def test_all_is_on_the_disk_before_it_gets_its_name(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_content_is_on_the_disk_before_it_gets_its_name(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
 
     def recording(function: Callable[..., Any], name: Callable[..., str]) -> Callable[..., Any]:
@@ -89,13 +89,21 @@ def test_all_is_on_the_disk_before_it_gets_its_name(file: Path, monkeypatch: pyt
     assert events == ['fsync model.safetensors', 'fsync config.json', 'fsync complete', 'rename complete', 'fsync in']
 
 
+def run(work: Callable[..., object], *args: Any) -> int | None:
+    """Runs a function in a process of its own; returns its exit status."""
+    process = multiprocessing.get_context('fork').Process(target=work, args=args)
+    process.start()
+    process.join(60)
+    return process.exitcode
+
+
 def limited(size: int, work: Callable[[], object]) -> None:
-    """Ends the process with 0 if files that may not grow beyond a size lead to an OSError of one line that says so."""
+    """Exits with 0 if a limit on the size of files leads to an OSError of one line that names it."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
     try:
         work()
     except OSError as error:
-        os._exit(0 if re.search('can not be written.*: .*File too large[^\n]{0,20}$', str(error)) else 3)
+        os._exit(0 if re.search('cannot write .*: .*File too large[^\n]{0,20}$', str(error)) else 3)
     os._exit(2)
 
 
@@ -103,7 +111,6 @@ WRITERS: dict[str, Callable[[Path, Path], object]] = {
     'convert': convert,
     'export': lambda file, out: export_checkpoint(tiny(), out, 'official'),
     'push': lambda file, out: push(tiny(), 'user/net', dry_run=out),
-    'load': lambda file, out: load_folder(file.parent.parent / 'model'),
     'files': lambda file, out: write_files(out, {CONFIG_FILE: b'{}', WEIGHTS_FILE: bytes(40_000)}),
 }
 
@@ -113,13 +120,9 @@ WRITERS: dict[str, Callable[[Path, Path], object]] = {
 def test_full_disk_is_an_os_error_and_leaves_nothing(
     writer: str, size: int, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    convert(file, tmp_path / 'model')
     monkeypatch.setattr(tempfile, 'tempdir', str(file.parent))
     work = partial(WRITERS[writer], file, file.parent / 'out')
-    process = multiprocessing.get_context('fork').Process(target=limited, args=(size, work))
-    process.start()
-    process.join(60)
-    assert process.exitcode == 0
+    assert run(limited, size, work) == 0
     assert os.listdir(file.parent) == ['net.pth']
 
 
@@ -127,12 +130,7 @@ def test_write_files_replaces_all_or_none_and_keeps_permissions(tmp_path: Path) 
     for name in ('a', 'b'):
         (tmp_path / name).write_bytes(b'old')
         (tmp_path / name).chmod(0o600)
-    process = multiprocessing.get_context('fork').Process(
-        target=limited, args=(10, lambda: write_files(tmp_path, {'a': b'new', 'b': b'new' * 10}))
-    )
-    process.start()
-    process.join(60)
-    assert process.exitcode == 0
+    assert run(limited, 10, lambda: write_files(tmp_path, {'a': b'new', 'b': b'new' * 10})) == 0
     assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == {'a': b'old', 'b': b'old'}
     write_files(tmp_path, {'a': b'new', 'b': b'newer'})
     assert {name: (tmp_path / name).read_bytes() for name in os.listdir(tmp_path)} == {'a': b'new', 'b': b'newer'}
@@ -140,24 +138,27 @@ def test_write_files_replaces_all_or_none_and_keeps_permissions(tmp_path: Path) 
 
 
 @pytest.mark.parametrize('make', [os.mkfifo, os.mkdir, lambda path: os.symlink('absent/file', path)])
-def test_write_files_onto_what_is_no_file_writes_none(make: Callable[[Path], object], tmp_path: Path) -> None:
+def test_write_files_onto_anything_but_a_file_writes_nothing(make: Callable[[Path], object], tmp_path: Path) -> None:
     (tmp_path / 'a').write_bytes(b'old')
     make(tmp_path / 'b')
     before = (tmp_path / 'b').lstat()
-    with pytest.raises(OSError, match=r'/b can not be written: it is|there is no folder .*absent to write file to'):
+    with pytest.raises(OSError, match=r'cannot write .*: (it is|no folder .*absent)'):
         write_files(tmp_path, {'a': b'new', 'b': b'new'})
     assert (tmp_path / 'a').read_bytes() == b'old'
     assert (tmp_path / 'b').lstat() == before
     assert sorted(os.listdir(tmp_path)) == ['a', 'b']
 
 
-def test_write_files_follows_links(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    'write', [lambda out, text: write_files(out.parent, {out.name: text.encode()}), atomic_write_text]
+)
+def test_write_follows_links(write: Callable[[Path, str], object], tmp_path: Path) -> None:
     (tmp_path / 'out').mkdir()
-    (tmp_path / 'out' / 'a').symlink_to('../target')
-    for content in (b'first', b'second'):  # a link to nothing, and one to a file
-        write_files(tmp_path / 'out', {'a': content, 'b': content})
-        assert (tmp_path / 'target').read_bytes() == (tmp_path / 'out' / 'b').read_bytes() == content
-    assert (tmp_path / 'out' / 'a').is_symlink()
+    (tmp_path / 'out' / 'link').symlink_to('../target')
+    for text in ('first', 'second'):  # a link to nothing, and one to a file
+        write(tmp_path / 'out' / 'link', text)
+        assert (tmp_path / 'target').read_text() == text
+    assert (tmp_path / 'out' / 'link').is_symlink()
 
 
 @pytest.mark.parametrize('renames', [0, 1])
@@ -181,76 +182,16 @@ def test_convert_killed_at_a_rename_into_a_folder_is_done_by_the_next_convert_an
         os.replace = counted  # type: ignore[assignment]
         convert(file, out)
 
-    process = multiprocessing.get_context('fork').Process(target=work)
-    process.start()
-    process.join(60)
-    assert process.exitcode == -signal.SIGKILL
+    assert run(work) == -signal.SIGKILL
     assert len(os.listdir(out)) == 1 + renames
-    assert [name for name in os.listdir(file.parent) if name.startswith(PREFIX)] != []
     convert(file, out)
     assert sorted(os.listdir(out)) == [CONFIG_FILE, WEIGHTS_FILE, 'notes.txt']
-    assert sorted(os.listdir(file.parent)) == ['net.pth', 'out']
     loaded = timm.create_model(f'local-dir:{out}', pretrained=True)
     torch.testing.assert_close(loaded.state_dict(), tiny().state_dict(), rtol=0, atol=0)
 
 
-def test_temporary_folder_of_a_killed_process_is_removed_and_that_of_another_is_not(tmp_path: Path) -> None:
-    context = multiprocessing.get_context('fork')
-    ready = context.SimpleQueue()
-
-    def work() -> None:
-        with temporary_folder(tmp_path) as folder:
-            ready.put(folder)
-            time.sleep(60)
-
-    processes = [context.Process(target=work) for _ in range(2)]
-    folders = []
-    for process in processes:
-        process.start()
-        folders.append(ready.get())
-    processes[0].kill()
-    processes[0].join()
-    assert sorted(tmp_path.iterdir()) == sorted(folders)
-    with temporary_folder(tmp_path):
-        assert not folders[0].exists()
-        assert folders[1].exists()
-    processes[1].kill()
-    processes[1].join()
-
-
-def test_temporary_folder_that_another_process_takes_for_left_is_not_used(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    taken: dict[str, int] = {}
-    make = tempfile.mkdtemp
-
-    def take_the_first(**options: Any) -> str:
-        folder = make(**options)
-        if not taken:
-            taken[folder] = lock(Path(folder))  # by which the other begins to remove it
-        return folder
-
-    monkeypatch.setattr(tempfile, 'mkdtemp', take_the_first)
-    with temporary_folder(tmp_path) as folder:
-        assert str(folder) not in taken
-        assert folder.exists()
-    os.close(*taken.values())
-    assert os.listdir(tmp_path) == []
-
-
-def test_what_others_put_where_temporary_folders_are_is_left_alone(tmp_path: Path) -> None:
-    (tmp_path / 'mine').mkdir()
-    (tmp_path / 'mine' / 'file').touch()
-    (tmp_path / f'{PREFIX}link').symlink_to(tmp_path / 'mine')
-    os.mkfifo(tmp_path / f'{PREFIX}pipe')  # which is never opened, as that would wait
-    with temporary_folder(tmp_path):
-        pass
-    assert os.listdir(tmp_path / 'mine') == ['file']
-    assert sorted(os.listdir(tmp_path)) == [f'{PREFIX}link', f'{PREFIX}pipe', 'mine']
-
-
 @pytest.mark.parametrize('name', [WEIGHTS_FILE, CONFIG_FILE])
-def test_convert_into_a_folder_with_a_file_of_others_is_refused(name: str, file: Path) -> None:
+def test_convert_into_a_folder_with_a_foreign_file_is_refused(name: str, file: Path) -> None:
     out = file.parent / 'out'
     out.mkdir()
     (out / name).write_text('{"timm_res2net": 3}')
@@ -259,26 +200,24 @@ def test_convert_into_a_folder_with_a_file_of_others_is_refused(name: str, file:
     assert os.listdir(out) == [name]
 
 
-@pytest.mark.parametrize('exists', [False, True])
-def test_one_of_six_converts_to_one_folder_succeeds(exists: bool, file: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(('module', 'step'), [(config, 'sha256'), (os, 'rename')])
+def test_one_of_six_converts_to_one_new_folder_succeeds(module: Any, step: str, file: Path, tmp_path: Path) -> None:
+    """Whether they meet once their weights are written, or when each has found that the folder does not exist yet."""
     context = multiprocessing.get_context('fork')
     barrier, outcomes = context.Barrier(6), context.SimpleQueue()
     out = file.parent / 'out'
-    if exists:
-        out.mkdir()
-        (out / 'notes.txt').write_text('mine')
 
     def work(number: int) -> None:
         mine = tmp_path / f'{number}.pth'
         torch.save({**tiny().state_dict(), 'fc.bias': torch.full((4,), float(number))}, mine)
-        folder = sys.modules['timm_res2net.weights.folder']
-        move = folder.move_model
-        folder.move_model = lambda *args: (barrier.wait(30), move(*args))  # type: ignore[attr-defined]
+        function = getattr(module, step)
+        setattr(module, step, lambda *args: (barrier.wait(30), function(*args))[1])
         try:
             convert(mine, out)
             outcomes.put(number)
-        except ValueError as error:
-            outcomes.put(None if 'already' in str(error) else str(error))
+        except Exception as error:  # of any kind: the test waits for six outcomes
+            is_refusal = isinstance(error, ValueError) and 'already' in str(error)
+            outcomes.put(None if is_refusal else repr(error))
 
     processes = [context.Process(target=work, args=(number,)) for number in range(6)]
     for process in processes:
@@ -289,7 +228,6 @@ def test_one_of_six_converts_to_one_folder_succeeds(exists: bool, file: Path, tm
     (winner,) = [each for each in found if each is not None]
     loaded = timm.create_model(f'local-dir:{out}', pretrained=True)
     assert loaded.fc.bias.tolist() == [winner] * 4
-    assert not [name for name in os.listdir(file.parent) if name.startswith(PREFIX)]
 
 
 def test_convert_names_the_folder_after_the_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -299,8 +237,60 @@ def test_convert_names_the_folder_after_the_file(file: Path, monkeypatch: pytest
         assert convert(name, dry_run=True).folder == Path(folder)
         os.replace(name, 'net.pth')
     os.replace('net.pth', '..pth')
-    with pytest.raises(ValueError, match=r'\.\.pth has no name'):
+    with pytest.raises(ValueError, match=r"cannot name a folder after '\.\.pth'"):
         convert('..pth')
     assert os.listdir() == ['..pth']
     with pytest.raises(CheckpointError):
         convert('absent.pth')
+
+
+# Single files
+
+
+@pytest.mark.parametrize('problem', [OSError, ValueError])
+def test_atomic_write_failure_keeps_the_old_file_and_the_type(problem: type[Exception], tmp_path: Path) -> None:
+    def fail(path: str) -> None:
+        Path(path).write_text('half')
+        raise problem('no such format')
+
+    (tmp_path / 'file').write_text('old')
+    with pytest.raises(problem, match=r'cannot write .*file: no such format'):
+        atomic_write(tmp_path / 'file', fail)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ['old']
+
+
+def test_atomic_write_into_absent_folder_raises(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r'cannot write file: no folder .*absent'):
+        atomic_write_text(tmp_path / 'absent' / 'file', 'text')
+
+
+@pytest.mark.parametrize('name', ['pipe', 'folder', 'loop', ''])
+def test_atomic_write_onto_anything_but_a_file_raises_and_leaves_it(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    os.mkfifo('pipe')
+    Path('folder').mkdir()
+    Path('loop').symlink_to('loop')
+    before = {path: path.lstat().st_mode for path in tmp_path.iterdir()}
+    for write in (require_writable, lambda out: atomic_write_text(out, 'text')):
+        with pytest.raises(OSError, match=r'cannot write .*: it is (not a regular file|a folder)'):
+            write(name)
+    assert {path: path.lstat().st_mode for path in tmp_path.iterdir()} == before
+
+
+def test_make_folder_onto_file_raises_with_its_name(tmp_path: Path) -> None:
+    (tmp_path / 'file').touch()
+    with pytest.raises(OSError, match=r'cannot create folder .*file: File exists'):
+        make_folder(tmp_path / 'file')
+
+
+def test_sha256_of_abc_equals_digest_of_standard(tmp_path: Path) -> None:
+    (tmp_path / 'file').write_bytes(b'abc')
+    assert sha256(tmp_path / 'file') == 'ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad'
+
+
+def test_first_line_of_error_is_one_line() -> None:
+    assert first_line(EOFError()) == 'EOFError'
+    assert first_line(ValueError('first.\nsecond')) == 'first'
+    assert first_line(ValueError('it raised:\n  the cause.\nmore')) == 'it raised: the cause'

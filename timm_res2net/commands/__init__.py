@@ -1,1 +1,1 @@
-"""The commands of the command line, a file each: its arguments, its work."""
+"""The commands of the command line, a file each: `add_arguments`, `run`, and a docstring that its help shows."""

@@ -1,44 +1,38 @@
-"""`timm-res2net features`: shows feature maps."""
+"""Prints the sizes of an image's feature maps, and draws them."""
 
 import argparse
 from typing import Any
 
-from ..vision.figures import plot_pyramid, require_drawable
+from ..vision.figures import has_too_few_pixels, plot_pyramid, require_drawable
 from ..vision.predict import feature_pyramid, pretrained_model
-from .options import Commands
+from .options import add_options, add_weights
 from .output import print
-from .sources import PHOTO, read_named_image, read_parameters
-
-__all__ = ['add_features']
+from .sources import PHOTO, read_image_argument, read_weights
 
 
-def add_features(commands: Commands) -> None:
-    """Adds the arguments of `features`."""
-    command = commands.add_parser(
-        'features', help='show feature maps', description="Prints sizes of an image's feature maps, and draws them."
-    )
+def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument('image', metavar='IMAGE', help='a file')
-    command.add_argument('--model', metavar='NAME', help=f'default: {PHOTO}, or what FILE fits')
-    command.add_argument('--weights', metavar='FILE', help='a file of weights instead of published ones')
-    command.add_argument('--out', metavar='PNG', help='draw them to this file')
-    command.set_defaults(run=run_features)
+    add_weights(command, PHOTO)
+    command.add_argument('--out', metavar='PNG', help='file to draw the maps to')
+    add_options(command, '--max-pixels')
 
 
-def run_features(args: argparse.Namespace) -> int:
+def run(args: argparse.Namespace) -> int:
     """Prints the shapes of an image's feature maps and draws them."""
     if args.out is not None:
         require_drawable(args.out)
-    image = read_named_image(args.image)
+    image = read_image_argument(args)
     name = args.model or (None if args.weights else PHOTO)
-    model = pretrained_model(name, read_parameters(args.weights), features_only=True)
+    model = pretrained_model(name, read_weights(args, args.weights, parameters=True), features_only=True)
     shown, features = feature_pyramid(model, image)
     info: Any = model.feature_info
-    print(f'{args.weights or name} on {args.image}, shown as {shown.shape[2]} x {shown.shape[1]}\n')
+    print(f'{args.weights or name} on {args.image}, resized to {shown.shape[2]} x {shown.shape[1]}\n')
     print('module    stride  channels  width x height')
     for module, stride, feature in zip(info.module_name(), info.reduction(), features):
         channels, height, width = feature.shape
-        print(f'{module:8}  {stride:6}  {channels:8}  {width} x {height}')
+        note = ', too few pixels to show a place' if has_too_few_pixels(feature) else ''
+        print(f'{module:8}  {stride:6}  {channels:8}  {width} x {height}{note}')
     if args.out is not None:
         plot_pyramid(shown, features, info.reduction(), args.out)
-        print(f'\ndrawn to {args.out}')
+        print(f'\nwrote {args.out}')
     return 0

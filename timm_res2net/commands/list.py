@@ -1,4 +1,4 @@
-"""`timm-res2net list`: shows the family."""
+"""Lists the models of the family and their weights."""
 
 import argparse
 import json
@@ -10,10 +10,7 @@ from typing import Any
 from ..models.classifier import registered_cfg
 from ..models.variants import ARCHS, WEIGHTS
 from ..vision.figures import plot_catalogue, require_drawable
-from .options import Commands
 from .output import print, print_table
-
-__all__ = ['add_list']
 
 SORT_KEYS: dict[str, Callable[[dict[str, Any]], Any]] = {
     'params': lambda entry: entry['params'],
@@ -22,45 +19,41 @@ SORT_KEYS: dict[str, Callable[[dict[str, Any]], Any]] = {
 }
 
 
-def add_list(commands: Commands) -> None:
-    """Adds the arguments of `list`."""
-    command = commands.add_parser('list', help='show the family', description='Show the family.')
+def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument('pattern', nargs='?', default='*', metavar='PATTERN', help="such as '*50*'")
-    command.add_argument('--pretrained', action='store_true', help='only what has weights')
-    command.add_argument('--max-params', type=positive_number, metavar='M', help='at most so many millions')
-    command.add_argument('--sort', choices=SORT_KEYS, help='smallest first, or the most accurate')
+    command.add_argument('--pretrained', action='store_true', help='only models with weights')
+    command.add_argument('--max-params', type=positive_number, metavar='M', help='at most M million parameters')
+    command.add_argument('--sort', choices=SORT_KEYS, help='smallest first, or most accurate first')
     command.add_argument('--json', action='store_true', help='machine-readable output')
     command.add_argument('--plot', metavar='PNG', help='draw accuracy on ImageNet over cost to this file')
-    command.set_defaults(run=run_list)
 
 
 def positive_number(text: str) -> float:
-    """An argument that is a number above zero."""
+    """Parses a number above zero."""
     if not float(text) > 0:
         raise argparse.ArgumentTypeError(f'{text} is not above zero')
     return float(text)
 
 
-def run_list(args: argparse.Namespace) -> int:
-    """Prints a line for each architecture or set of weights whose name matches."""
+def run(args: argparse.Namespace) -> int:
+    """Prints a line for each matching architecture or set of weights."""
     if args.plot:
         require_drawable(args.plot)
     found = [
-        entry for entry in family() if fnmatch(entry['name'], args.pattern) or fnmatch(entry['arch'], args.pattern)
+        entry
+        for entry in list_family()
+        if (fnmatch(entry['name'], args.pattern) or fnmatch(entry['arch'], args.pattern))
+        and (entry['weights'] or not args.pretrained)
+        and (args.max_params is None or entry['params'] <= args.max_params * 1e6)
     ]
-    found = [entry for entry in found if entry['weights'] or not args.pretrained]
-    found = [entry for entry in found if args.max_params is None or entry['params'] <= args.max_params * 1e6]
     if args.sort:
         found.sort(key=SORT_KEYS[args.sort])
     if not found:
-        what = (
-            args.pattern if args.max_params is None else f'{args.pattern} with at most {args.max_params:g} M parameters'
-        )
-        print(f'timm-res2net: no model of the family matches {what}', file=sys.stderr)
-        return 1
+        budget = '' if args.max_params is None else f' with at most {args.max_params:g} M parameters'
+        raise ValueError(f'no model matches {args.pattern}{budget}')
     if args.plot:
         plot_catalogue([entry for entry in found if entry['top1_on'] == 'imagenet-1k'], args.plot)
-        print(f'drawn to {args.plot}\n', file=sys.stderr if args.json else sys.stdout)
+        print(f'wrote {args.plot}\n', file=sys.stderr if args.json else sys.stdout)
     if args.json:
         print(json.dumps(found, indent=2))
         return 0
@@ -70,22 +63,21 @@ def run_list(args: argparse.Namespace) -> int:
         cost = f'{entry["params"] / 1e6:.2f} M', f'{entry["gmacs"]:.3f}'
         rows.append((entry['name'], *cost, top1, entry['licence'] or '-', entry['weights'] or '-'))
     print_table(rows, left=(0, 4, 5))
-    print('\nGMACs at 224 x 224, of the 29-layer networks for CIFAR at 32 x 32.')
-    print('Top-1 on ImageNet-1k at 224 x 224, of digits on their held-out third.')
+    print('\nGMACs at 224 x 224; of the 29-layer CIFAR networks at 32 x 32.')
+    print('Top-1 on ImageNet-1k at 224 x 224; of the digits on their held-out third.')
     return 0
 
 
-def family() -> list[dict[str, Any]]:
-    """All sets of weights, and the architectures without any."""
+def list_family() -> list[dict[str, Any]]:
+    """Returns an entry for each set of weights, and for each architecture without any."""
     entries = []
     for arch, variant in ARCHS.items():
         for name in [key for key in WEIGHTS if key.split('.')[0] == arch] or [arch]:
             weights, cfg = WEIGHTS.get(name), registered_cfg(name)
             entry = dict(name=name, arch=arch, params=variant.params, gmacs=variant.gmacs)
-            entry.update(top1=None, top1_on=None, licence=None, weights=None)
+            top1 = data = licence = source = None
             if weights is not None:
-                where = 'in this package' if cfg.file else str(cfg.url or f'hf-hub:{cfg.hf_hub_id}')
-                data = 'digits' if weights.top5 is None else 'imagenet-1k'
-                entry.update(top1=weights.top1, top1_on=data, licence=str(cfg.license), weights=where)
-            entries.append(entry)
+                top1, data = weights.top1, 'digits' if weights.top5 is None else 'imagenet-1k'
+                licence, source = cfg.license, 'in this package' if cfg.file else cfg.url or f'hf-hub:{cfg.hf_hub_id}'
+            entries.append(dict(**entry, top1=top1, top1_on=data, licence=licence, weights=source))
     return entries

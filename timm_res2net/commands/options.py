@@ -1,39 +1,68 @@
-"""What arguments of several commands share."""
+"""Options that several commands share."""
 
 import argparse
-from typing import TypeAlias
+from typing import Any
 
-from ..recipes.arguments import device, positive
+import torch
 
-__all__ = ['Commands', 'add_classifying', 'add_labels', 'add_timeout', 'refuse']
-
-# What add_subparsers returns; argparse has no public name for it.
-Commands: TypeAlias = 'argparse._SubParsersAction[argparse.ArgumentParser]'
-
-
-def add_labels(command: argparse.ArgumentParser) -> None:
-    """Adds the argument that names classes."""
-    command.add_argument(
-        '--labels', metavar='PATH', help='names of the classes: a text file, a line each, or the folder of the data'
-    )
+from .._errors import first_line
+from .._images import MAX_PIXELS
+from ..recipes.arguments import positive
+from ..vision.validate import CLASS_ORDERS
 
 
-def add_classifying(command: argparse.ArgumentParser) -> None:
-    """Adds the arguments of what classifies many images: how, where, and how it tells."""
-    command.add_argument('--compile', action='store_true', help='compile first, for thousands of images')
-    command.add_argument('--device', type=device, default='cpu', metavar='D', help='such as cuda (default: cpu)')
-    command.add_argument('--batch-size', type=positive, default=16, metavar='N', help='images at once (default: 16)')
-    command.add_argument('--json', action='store_true', help='machine-readable output')
+def probability(text: str) -> float:
+    """Parses a number from 0 to 1."""
+    if not 0 <= float(text) <= 1:
+        raise argparse.ArgumentTypeError(f'{text} is not between 0 and 1')
+    return float(text)
 
 
-def add_timeout(command: argparse.ArgumentParser) -> None:
-    """Adds the argument that says how long the Hub is waited for."""
-    command.add_argument(
-        '--timeout', type=float, metavar='S', help='seconds to wait for the Hub (default: $TIMM_RES2NET_TIMEOUT or 120)'
-    )
+def device(text: str) -> torch.device:
+    """Parses the name of a device of this machine."""
+    try:
+        torch.empty(0, device=text).cpu()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        raise argparse.ArgumentTypeError(f'cannot use device {text!r}: {first_line(error)}') from None
+    return torch.device(text)
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    '--weights-from': dict(
+        choices=('ema', 'model'), help='which weights to take from a checkpoint that has averaged (ema) and other ones'
+    ),
+    '--labels': dict(metavar='PATH', help='class names: a text file with one per line, or a folder of class folders'),
+    '--class-order': dict(
+        choices=CLASS_ORDERS, help="order of class folders: timm's ('2' before '10', the default) or torchvision's"
+    ),
+    '--multi-label': dict(action='store_true', help='an image can have several classes: use sigmoids, not a softmax'),
+    '--max-pixels': dict(
+        type=positive, default=MAX_PIXELS, metavar='N', help=f'largest image to read (default: {MAX_PIXELS} pixels)'
+    ),
+    '--trust': dict(action='store_true', help='run an exported .pt2, which can contain any code'),
+    '--compile': dict(action='store_true', help='compile first, which pays off for thousands of images'),
+    '--device': dict(type=device, default='cpu', metavar='D', help='such as cuda (default: cpu)'),
+    '--batch-size': dict(type=positive, default=16, metavar='N', help='images per forward pass (default: 16)'),
+    '--json': dict(action='store_true', help='machine-readable output'),
+}
+CLASSIFYING = '--trust', '--compile', '--device', '--batch-size', '--json', '--max-pixels'  # of predict and validate
+
+
+def add_options(command: argparse.ArgumentParser, *names: str) -> None:
+    """Adds options of the table above."""
+    for name in names:
+        command.add_argument(name, **OPTIONS[name])
+
+
+def add_weights(command: argparse.ArgumentParser, default: str, several: bool = False) -> None:
+    """Adds the options that select a model and its weights."""
+    help = 'use these instead of published ones: a weights file, or a folder that convert, push or pull wrote'
+    command.add_argument('--model', metavar='NAME', help=f'default: {default}, or the model that fits the weights')
+    command.add_argument('--weights', nargs='+' if several else None, metavar='PATH', help=help)
+    add_options(command, '--weights-from')
 
 
 def refuse(args: argparse.Namespace, why: str, *options: str) -> None:
-    """Ends the program, as for any other wrong call, if options are given that would have no effect."""
-    if given := [option for option in options if getattr(args, option.removeprefix('--').lower())]:
+    """Exits with a usage error if any of these options is given, as it would have no effect."""
+    if given := [each for each in options if getattr(args, each.removeprefix('--').lower().replace('-', '_'))]:
         args.error(f'{" and ".join(given)} would have no effect: {why}')

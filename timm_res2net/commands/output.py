@@ -1,4 +1,4 @@
-"""What commands print: lines without what a terminal obeys, tables, and what was left out or taken from a file."""
+"""Prints what commands report: escaped lines, tables, files left out, and facts about weights."""
 
 import sys
 from collections.abc import Mapping, Sequence
@@ -8,31 +8,37 @@ from typing import Any, TextIO
 from timm.data import infer_imagenet_subset
 from tqdm import tqdm
 
-from ..weights.errors import printable
-from ..weights.loading import format_create_model
-from ..weights.recorded import IMAGES, Training
-
-__all__ = ['describe_training', 'left_out', 'load_call', 'print', 'print_table', 'report_left_out', 'summarize_names']
+from .._errors import sanitize
+from ..vision.predict import Prediction
+from ..weights.checkpoints import Checkpoint
+from ..weights.config import IMAGES
+from ..weights.loading import describe_assumptions
+from ..weights.matching import format_create_model
 
 
 def print(*values: object, end: str = '\n', file: TextIO | None = None) -> None:
-    """Prints beside any progress bar; what a terminal would obey in a name from a file or the Hub is escaped."""
+    """Prints above any progress bar, and escapes what a terminal would obey in a name from a file or the Hub."""
     lines = ' '.join(map(str, values)).split('\n')
-    tqdm.write('\n'.join(printable(line, len(line)) for line in lines), file=file, end=end)
+    tqdm.write('\n'.join(sanitize(line, len(line)) for line in lines), file=file, end=end)
 
 
 def print_table(rows: Sequence[Sequence[str]], left: Sequence[int]) -> None:
-    """Prints rows in columns, of which some are aligned to the left and the others, with numbers, to the right."""
+    """Prints rows in columns, right-aligned except the columns with an index in `left`."""
     widths = [max(map(len, column)) for column in zip(*rows)]
     for row in rows:
-        cells = [
-            cell.ljust(width) if i in left else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths))
-        ]
+        columns = enumerate(zip(row, widths))
+        cells = [cell.ljust(width) if i in left else cell.rjust(width) for i, (cell, width) in columns]
         print('  '.join(cells).rstrip())
 
 
+def print_predictions(predictions: Sequence[Prediction]) -> None:
+    """Prints a line for each class that an image may belong to."""
+    for each in predictions:
+        print(f'  {each.probability:7.2%}  {each.label}')
+
+
 def left_out(failed: Sequence[tuple[str, str]], skipped: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """Files that were not looked at, for JSON."""
+    """Returns the files that were not classified, for JSON."""
     return dict(
         failed=[dict(file=file, error=error) for file, error in failed],
         skipped=[dict(file=file, reason=reason) for file, reason in skipped],
@@ -40,7 +46,7 @@ def left_out(failed: Sequence[tuple[str, str]], skipped: Sequence[tuple[str, str
 
 
 def report_left_out(failed: Sequence[tuple[str, str]], skipped: Sequence[tuple[str, str]]) -> int:
-    """Names files that were not looked at, with the reasons; 1 if one of them should have been."""
+    """Prints the files that were not classified, with the reasons; returns the exit status, 1 if any failed."""
     for reason in dict.fromkeys(reason for _, reason in skipped):
         names = [file for file, why in skipped if why == reason]
         print(f'timm-res2net: skipped, {reason}: {summarize_names(names)}', file=sys.stderr)
@@ -50,36 +56,36 @@ def report_left_out(failed: Sequence[tuple[str, str]], skipped: Sequence[tuple[s
 
 
 def summarize_names(names: Sequence[str]) -> str:
-    """The number of names, and the first ones."""
+    """Returns the number of names and the first three."""
     more = ', ...' if len(names) > 3 else ''
     return f'{len(names)}' + (f': {", ".join(names[:3])}{more}' if names else '')
 
 
-def describe_training(training: Training, cfg: Mapping[str, Any], num_classes: int) -> list[str]:
-    """Says how images are prepared and what classes are called, and whether a file tells that or it is assumed.
-
-    Args:
-        training: What the file tells.
-        cfg: What is used: timm's configuration, with `label_names`.
-        num_classes: Classes.
-    """
+def describe_training(recorded: Any, cfg: Mapping[str, Any], num_classes: int) -> list[str]:
+    """Describes the preprocessing and the names of classes in `cfg`, and whether a checkpoint or record has them."""
     size = ' x '.join(map(str, cfg['input_size'][1:]))
     mean, std = (', '.join(f'{value:g}' for value in cfg[key]) for key in ('mean', 'std'))
     shown = f'{size}, {cfg["interpolation"]}, crop {cfg["crop_pct"]:g}, mean {mean}, std {std}'
-    unsaid = [key for key in IMAGES if key not in training.images]
-    how = 'as the file says' + (f', but for {", ".join(unsaid)}: assumed, the usual' if unsaid else '')
-    if not training.images:
-        how = 'assumed, the usual; the file does not tell'
+    defaults = [key for key in IMAGES if key not in recorded.images]
+    how = 'recorded in the file' + (f', except {", ".join(defaults)} (defaults)' if defaults else '')
+    if not recorded.images:
+        how = 'defaults, not recorded in the file'
     names = tuple(cfg.get('label_names') or ())
     named = ', without names'
     if names:
-        source = f'named in {training.labels_from}' if training.labels == names else 'named as given'
+        source = f'named in {recorded.labels_from}' if recorded.labels == names else 'named by --labels'
         named = f', {source}: {", ".join(names[:3])}{", ..." if len(names) > 3 else ""}'
     elif infer_imagenet_subset({'num_classes': num_classes}):
-        named = ", named as ImageNet's: assumed, there are as many"
-    return [f'images       {shown}: {how}', f'classes      {num_classes}{named}']
+        named = f", named as ImageNet's: assumed, as there are {num_classes}"
+    lines = [f'images       {shown}: {how}', f'classes      {num_classes}{named}']
+    if chosen := getattr(recorded, 'weights_from', None):
+        other = 'model' if chosen == 'ema' else 'ema'
+        lines.append(f'taken from   {chosen}: the file has averaged (ema) and latest weights (--weights-from {other})')
+    if isinstance(recorded, Checkpoint) and (assumptions := describe_assumptions(recorded)):
+        lines.append(f'assumed      {assumptions.removeprefix("assumed ")}')
+    return lines
 
 
 def load_call(folder: str | Path) -> str:
-    """The Python code that loads a model from a folder."""
+    """Returns the Python code that loads a model from a folder."""
     return format_create_model(f'local-dir:{folder}', dict(pretrained=True))

@@ -1,84 +1,90 @@
-"""`timm-res2net predict`: classifies images."""
+"""Classifies images. A network with one logit gives the probability of its class by a sigmoid."""
 
 import argparse
 import json
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from tqdm import tqdm
 
-from ..deploy.images import bundled_digits, find_images
+from .._images import bundled_digits, find_images
 from ..models.classifier import model_name
 from ..models.variants import EMBEDDED
 from ..recipes.arguments import positive
 from ..vision.predict import is_exported, predict
-from .options import Commands, add_classifying, add_labels, refuse
-from .output import left_out, print, report_left_out
-from .sources import PHOTO, make_classifier, read_weights
-
-__all__ = ['add_predict']
+from .options import CLASSIFYING, add_options, add_weights, probability, refuse
+from .output import left_out, print, print_predictions, report_left_out
+from .sources import PHOTO, image_reader, make_classifier, read_weights
 
 
-def add_predict(commands: Commands) -> None:
-    """Adds the arguments of `predict`."""
-    command = commands.add_parser('predict', help='classify images', description='Classify images.')
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument('images', nargs='*', metavar='IMAGE', help='files, folders or globs (default: bundled digits)')
+    add_weights(command, f'{PHOTO}, {EMBEDDED} for the bundled digits')
+    add_options(command, '--labels', '--class-order', '--multi-label', *CLASSIFYING)
     command.add_argument(
-        'images', nargs='*', metavar='IMAGE', help='files, folders or globs; bundled digits without any'
+        '--topk', type=positive, metavar='K', help='most classes to show (default: 5; multi-label: all)'
     )
     command.add_argument(
-        '--model', metavar='NAME', help=f'default: {PHOTO}, {EMBEDDED} for the bundled digits, or what FILE fits'
+        '--threshold', type=probability, metavar='P', help='least probability to show (default: 0; multi-label: 0.5)'
     )
-    command.add_argument('--weights', metavar='FILE', help='a file of weights instead of published ones')
-    add_labels(command)
-    command.add_argument('--topk', type=positive, default=5, metavar='K', help='classes to show (default: 5)')
-    add_classifying(command)
-    command.set_defaults(run=run_predict)
 
 
-def run_predict(args: argparse.Namespace) -> int:
-    """Classifies images; 1 if one of them could not be."""
+def run(args: argparse.Namespace) -> int:
+    """Classifies images; returns 1 if any of them fails."""
     if args.weights and is_exported(args.weights):
-        refuse(args, 'an exported model runs as it is', '--compile')
-    bundled = not args.images
-    default = None if args.weights else EMBEDDED if bundled else PHOTO
-    model = make_classifier(args.model or default, read_weights(args.weights), args.labels, args.device)
+        refuse(args, 'an exported model runs unchanged', '--compile')
+    default = None if args.weights else PHOTO if args.images else EMBEDDED
+    model = make_classifier(args, args.model or default, read_weights(args, args.weights), args.device)
     name = args.model or default or model_name(model)
-    options = dict(topk=args.topk, batch_size=args.batch_size, compile=args.compile)
-    if bundled:
-        digits = bundled_digits()
-        predictions = predict(model, [image for image, _ in digits], read=lambda image: image, **options)
-        rows = [(truth, found) for (_, truth), found in zip(digits, predictions) if not isinstance(found, ValueError)]
-        show_digits(name, rows, args.json)
-        return 0
+    classify = partial(
+        predict,
+        model,
+        topk=args.topk or (None if args.multi_label else 5),
+        threshold=(0.5 if args.multi_label else 0) if args.threshold is None else args.threshold,
+        batch_size=args.batch_size,
+        compile=args.compile,
+        multi_label=args.multi_label,
+    )
+    return predict_files(args, name, classify) if args.images else predict_digits(args, name, classify)
 
-    found_images = find_images(args.images)
-    files, failed, skipped = found_images.files, found_images.failed, found_images.skipped
+
+def predict_files(args: argparse.Namespace, name: str, classify: Callable[..., Any]) -> int:
+    """Prints the classes of image files as they are found, or all together as JSON."""
+    images = find_images(args.images)
     results = []
-    bar = tqdm(predict(model, files, **options), total=len(files), unit='image', disable=None, leave=False)
-    for file, found in zip(files, bar):
+    predictions = tqdm(
+        classify(images.files, image_reader(args)), total=len(images.files), unit='image', disable=None, leave=False
+    )
+    for file, found in zip(images.files, predictions):
         if isinstance(found, ValueError):
-            failed.append((str(file), str(found)))
-        else:
-            results.append((str(file), found))
-            if not args.json:
-                print(file)
-                for prediction in found:
-                    print(f'  {prediction.probability:7.2%}  {prediction.label}')
+            images.failed.append((str(file), str(found)))
+            continue
+        results.append(dict(file=str(file), predictions=[vars(each) for each in found]))
+        if not args.json:
+            print(file)
+            print_predictions(found)
     if args.json:
-        items = [dict(file=file, predictions=[vars(prediction) for prediction in found]) for file, found in results]
-        print(json.dumps(dict(model=name, results=items, **left_out(failed, skipped)), indent=2))
-    return report_left_out(failed, skipped)
+        print(json.dumps(dict(model=name, results=results, **left_out(images.failed, images.skipped)), indent=2))
+    return report_left_out(images.failed, images.skipped)
 
 
-def show_digits(name: str, rows: list[tuple[str, Any]], as_json: bool) -> None:
-    """Prints predictions of the bundled digits beside the truth."""
-    if as_json:
-        items = [dict(truth=truth, predictions=[vars(prediction) for prediction in found]) for truth, found in rows]
+def predict_digits(args: argparse.Namespace, name: str, classify: Callable[..., Any]) -> int:
+    """Prints the classes of the bundled digits next to the truth."""
+    images, truths = zip(*bundled_digits())
+    results = [
+        (truth, found)
+        for truth, found in zip(truths, classify(images, read=lambda image: image))
+        if not isinstance(found, ValueError)
+    ]
+    if args.json:
+        items = [dict(truth=truth, predictions=[vars(each) for each in found]) for truth, found in results]
         print(json.dumps(dict(model=name, results=items, failed=[], skipped=[]), indent=2))
-        return
-    print(f'{name} on handwritten digits that it was not trained on\n')
-    print('truth   predicted')
-    for digit in sorted({truth for truth, _ in rows}):
-        cells = [f'{found[0].label} ({found[0].probability:4.0%})' for truth, found in rows if truth == digit]
-        print(f'  {digit}     {"   ".join(cells)}')
-    right = sum(found[0].label in (truth, f'class {truth}') for truth, found in rows)  # perhaps classes have no names
-    print(f'\n{right} of {len(rows)} are right. For a photo of yours: timm-res2net predict PHOTO.jpg --model {PHOTO}')
+        return 0
+    print(f'{name} on handwritten digits that it was not trained on\n\ntruth   predicted')
+    for digit in sorted({*truths}):
+        best = [found[0] for truth, found in results if truth == digit and found]
+        print(f'  {digit}     {"   ".join(f"{each.label} ({each.probability:4.0%})" for each in best)}')
+    right = sum(each.label in (truth, f'class {truth}') for truth, found in results for each in found[:1])
+    print(f'\n{right} of {len(results)} are right. Try a photo: timm-res2net predict PHOTO.jpg --model {PHOTO}')
+    return 0

@@ -1,39 +1,32 @@
-"""`timm-res2net pull`: downloads a model from the Hub."""
+"""Downloads a model from the Hugging Face Hub and verifies every byte of it."""
 
 import argparse
 import hashlib
 import os
 
-from ..hub.pull import download_model
-from ..weights.files import write_files
-from ..weights.folder import CONFIG_FILE, WEIGHTS_FILE
-from .options import Commands, add_timeout
+from .._files import write_files
+from ..hub.pull import fetch_model
+from ..weights.config import CONFIG_FILE, WEIGHTS_FILE
+from ..weights.loading import load_folder
 from .output import load_call, print
 
-__all__ = ['add_pull']
 
-
-def add_pull(commands: Commands) -> None:
-    """Adds the arguments of `pull`."""
-    command = commands.add_parser(
-        'pull', help='download a model from the Hub', description='Downloads a model and checks every byte of it.'
-    )
-    command.add_argument('repo', metavar='USER/NAME', help='where it is')
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    command.add_argument('repo', metavar='USER/NAME', help='repository to download')
     command.add_argument('--revision', metavar='R', help='branch, tag or commit (default: main)')
-    command.add_argument('--out', metavar='DIR', help='copy it to this folder (default: only to the cache)')
-    add_timeout(command)
-    command.set_defaults(run=run_pull)
+    command.add_argument('--out', metavar='DIR', help='also copy the files to this folder (default: only to the cache)')
 
 
-def run_pull(args: argparse.Namespace) -> int:
-    """Downloads a model, and says where it is and which."""
+def run(args: argparse.Namespace) -> int:
+    """Downloads a model and prints its files, checksums and the call that loads it."""
     if args.out and os.path.lexists(args.out) and not os.path.isdir(args.out):
-        raise ValueError(f'{args.out} is a file; name a folder by --out')
-    found = download_model(args.repo, args.revision, timeout=args.timeout)
-    files = {name: found.files[name] for name in (WEIGHTS_FILE, CONFIG_FILE)}
+        raise ValueError(f'cannot write to --out {args.out!r}: it is not a folder')
+    folder = fetch_model(args.repo, args.revision)
+    files = {name: (folder / name).read_bytes() for name in (WEIGHTS_FILE, CONFIG_FILE)}
+    load_folder(folder, source=args.repo)
     if args.out:
-        write_files(args.out, found.files)
+        write_files(args.out, files)
     for name, content in files.items():
         print(f'{hashlib.sha256(content).hexdigest()}  {name}')
-    print(f'\n{args.repo} at {found.commit}, checked; load it by\n  {load_call(args.out or found.folder)}')
+    print(f'\nverified {args.repo} at {folder.name}; load it with\n  {load_call(args.out or folder)}')
     return 0

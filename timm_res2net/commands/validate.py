@@ -1,4 +1,7 @@
-"""`timm-res2net validate`: measures accuracy."""
+"""Measures top-1 and top-5 accuracy on images that are sorted into class folders or listed in a file.
+
+Compares several weights files, or a model and its 8-bit export.
+"""
 
 import argparse
 import json
@@ -8,61 +11,51 @@ from functools import partial
 
 from tqdm import tqdm
 
-from ..models.classifier import class_names
 from ..vision.figures import plot_confusion, require_drawable
 from ..vision.predict import is_exported
-from ..vision.validate import labelled_images, validate
-from .options import Commands, add_classifying, add_labels, refuse
+from ..vision.validate import decided_classes, labelled_images, validate
+from .options import CLASSIFYING, add_options, add_weights, refuse
 from .output import left_out, print, print_table, report_left_out
-from .sources import PHOTO, make_classifier, read_weights
-
-__all__ = ['add_validate']
+from .sources import PHOTO, image_reader, make_classifier, read_weights
 
 
-def add_validate(commands: Commands) -> None:
-    """Adds the arguments of `validate`."""
-    command = commands.add_parser(
-        'validate',
-        help='measure accuracy on a folder of images',
-        description='Measures top-1 and top-5 on images in a folder for each class, or listed in a file. With several '
-        'files of weights, or a model and its export to 8 bits, their results stand side by side.',
-        usage='timm-res2net validate FOLDER [--model NAME] [--weights FILE ...] [OPTION ...]',  # FOLDER before FILE ...
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    command.usage = (
+        'timm-res2net validate FOLDER [--model NAME] [--weights PATH ...] [OPTION ...]'  # FOLDER before PATH ...
     )
-    command.add_argument('folder', metavar='FOLDER', help='a folder for each class, or all images')
-    command.add_argument('--model', metavar='NAME', help=f'default: {PHOTO}, or what each FILE of weights fits')
-    command.add_argument('--weights', nargs='+', metavar='FILE', help='files of weights, or exported models')
-    command.add_argument('--truth', metavar='FILE', help='a line for each image: path, space, name or number of class')
-    add_labels(command)
-    command.add_argument('--confusion', metavar='PNG', help='draw which classes the last one takes for which')
-    add_classifying(command)
-    command.set_defaults(run=run_validate)
+    command.add_argument('folder', metavar='FOLDER', help='holds a folder per class, or all images with --truth')
+    add_weights(command, PHOTO, several=True)
+    command.add_argument('--truth', metavar='FILE', help='one line per image: path, space, name or number of its class')
+    command.add_argument('--confusion', metavar='PNG', help='draw the confusion matrix of the last model')
+    add_options(command, '--labels', '--class-order', *CLASSIFYING)
 
 
-def run_validate(args: argparse.Namespace) -> int:
-    """Prints the accuracy of models on a folder; 1 if an image could not be read, or a class has none."""
+def run(args: argparse.Namespace) -> int:
+    """Prints the accuracy of models; returns 1 if an image cannot be read or a class has none."""
     if args.confusion is not None:
         require_drawable(args.confusion)
-    files: list[str | None] = [*(args.weights or ())]
-    only_exported = all(file and is_exported(file) for file in files)
-    if only_exported and (args.model or not files):
-        files.insert(0, None)  # the model itself, beside its exports
+    paths: list[str | None] = [*(args.weights or ())]
+    only_exported = all(path and is_exported(path) for path in paths)
+    if only_exported and (args.model or not paths):
+        paths.insert(0, None)  # the model itself, to compare its exports with
     elif only_exported:
-        refuse(args, 'exported models run as they are', '--compile')
+        refuse(args, 'exported models run unchanged', '--compile')
     default = None if args.weights else PHOTO
     rows: list[Sequence[str]] = [('model', 'images', 'top-1', 'top-5')]
     items, failed = [], []
-    for file in files:
-        exported = file is not None and is_exported(file)
+    for path in paths:
+        exported = path is not None and is_exported(path)
         model = make_classifier(
+            args,
             None if exported else args.model or default,
-            read_weights(file),
-            args.labels,
+            read_weights(args, path),
             'cpu' if exported and args.model else args.device,
         )
-        name = str(file or args.model or default)
-        images = labelled_images(args.folder, class_names(model), args.truth)
+        name = str(path or args.model or default)
+        names = decided_classes(model)
+        images = labelled_images(args.folder, names, args.truth, args.class_order)
         bar = partial(tqdm, total=len(images.files), desc=name, unit='image', disable=None, leave=False)
-        found = validate(model, images, args.batch_size, args.compile, bar)
+        found = validate(model, images, args.batch_size, args.compile, bar, image_reader(args))
         rows.append((name, str(found.images), f'{found.top1:.2f} %', f'{found.top5:.2f} %'))
         items.append(dict(model=name, images=found.images, top1=found.top1, top5=found.top5))
         failed += [failure for failure in found.failed if failure not in failed]
@@ -71,6 +64,6 @@ def run_validate(args: argparse.Namespace) -> int:
     else:
         print_table(rows, left=(0,))
     if args.confusion is not None:
-        plot_confusion(found.confusion, class_names(model), f'{name}: {found.top1:.2f} % right', args.confusion)
-        print(f'\ndrawn to {args.confusion}', file=sys.stderr if args.json else sys.stdout)
+        plot_confusion(found.confusion, names, f'{name}: top-1 {found.top1:.2f} %', args.confusion)
+        print(f'\nwrote {args.confusion}', file=sys.stderr if args.json else sys.stdout)
     return report_left_out(failed, found.skipped)

@@ -1,1 +1,1 @@
-"""Fast inference: fold norms, compile, quantize, export to files, and measure beside timm."""
+"""Fast inference: fuses, compiles, quantizes and exports models, and measures them against timm's own."""

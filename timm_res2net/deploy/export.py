@@ -1,59 +1,54 @@
 """Exports a model to a small file that runs without this package, and verifies the file before it appears."""
 
 import contextlib
-import copy
 import hashlib
-import io
 import json
 import logging
 import os
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from ..models.block import function_of
-from ..models.classifier import class_names, model_name, require_finite_weights, with_channels
+from .._errors import first_line
+from .._files import PathLike, sync, temporary_folder
+from ..models.block import spec_of
+from ..models.checks import require_finite_weights
+from ..models.classifier import class_names, model_name
+from ..models.preprocessing import with_channels
 from ..version import __version__
-from ..weights.errors import first_line
-from ..weights.files import PathLike, sync, temporary_folder
+from .backends import BACKENDS, Backend, find_backend, requires_extra
+from .calibration import Images, calibration_images, repeat_to_whole_batches
+from .exported import load_exported, parse_record
 from .fuse import fuse
-from .optimize import ForInference
-from .quantize import Images, calibration_images, convert_to_openvino, quantize_onnx, whole_batches
-from .runtimes import METADATA, SUFFIXES, load_exported, require_runtime
-
-__all__ = ['PRECISIONS', 'TOLERANCES', 'Export', 'export']
+from .inference import ForInference
+from .program import Exportable, Program
 
 _logger = logging.getLogger(__name__)
 
-PRECISIONS = {  # that can be had in a format
-    '.onnx': ('float32', 'float16', 'int8'),  # onnxruntime's CPU kernels don't compute bfloat16
-    '.xml': ('float32', 'float16', 'bfloat16', 'int8'),
-    '.pt2': ('float32', 'float16', 'bfloat16'),
-}
-# Largest difference to the model, relative to its largest output, at which a file is still right. The loss by 8 bits
-# depends on the weights and on the images to calibrate with; a model that computes nonsense is far beyond this.
+# Largest difference from the model, relative to its largest output, at which a file still counts as right. The loss by
+# 8 bits depends on the weights and on the images for calibration; a file that computes nonsense is far beyond it.
 TOLERANCES = {'float32': 1e-4, 'float16': 2e-2, 'bfloat16': 1e-1, 'int8': 5e-1}
-OPSET = 20  # of ONNX; runtimes since the end of 2023 have it
+OTHER_SIZES = (32, 16), (13, 7)  # pixels added to height and width to verify files with a dynamic size
 
 
 @dataclass(frozen=True)
 class Export:
-    """A file that was exported, loaded by its own runtime, and compared with the model that it was made of."""
+    """An exported file, and how far its outputs are from the model's."""
 
     file: Path
-    bytes: int  # with its .bin
-    largest_difference: float  # of the outputs, relative to the model's largest
-    mean_difference: float  # the root of the mean square, relative to that of the model's outputs
-    agreement: float | None  # share of the images with the same likeliest class; None for features
-    images: int  # that were compared
-    path: str  # what was done, such as 'fused, ONNX, float32'
+    bytes: int  # including the .bin
+    largest_difference: float  # between outputs, relative to the largest output of the model
+    mean_difference: float  # root mean square, relative to that of the model's outputs
+    agreement: float | None  # share of the images with the same predicted class; None for features
+    images: int  # number of images compared
+    path: str  # steps that made the file, such as 'fused, ONNX, float32'
 
 
 def export(
@@ -64,101 +59,147 @@ def export(
     images: Images | None = None,
     batch: int | None = None,
     size: int | tuple[int, int] | None = None,
+    dynamic_size: bool = False,
+    opset: int | None = None,
+    symmetric: bool = False,
     compile: bool = False,
 ) -> Export:
-    """Exports a model, fused, and verifies the file.
+    """Exports a model, fused, to a file that is loaded and compared with the model before it appears.
 
-    The file takes float32 images, preprocessed, and returns float32. It says in its own metadata, under the key
-    `timm_res2net`, what it is: architecture and function, precision, preprocessing, class names, licence and origin,
-    names and strides of its outputs, the SHA-256 of the weights (of the state dict in the order of its names, as
-    `safetensors.torch.save` writes it), and the version of this package. It is loaded by its own runtime and compared
-    with the model, at two batch sizes if those are free, and only then gets its name.
+    The file takes preprocessed float32 images and returns float32. Its metadata, JSON under the key `timm_res2net`,
+    describe it: architecture, function, precision, preprocessing, class names, licence, origin, names and strides of
+    its outputs, SHA-256 of the weights (of the state dict sorted by name, as `safetensors.torch.save` writes it), and
+    the version of this package. Its own runtime runs it, at two batch sizes and three image sizes where those are free.
 
     Args:
-        model: A model of this package in evaluation mode, also one with `features_only`. It is not changed.
-        file: What to write: `.onnx`, `.xml` for OpenVINO's IR with a `.bin` beside it, or `.pt2` for torch. It must not
-            exist yet.
-        precision: 'float32', 'float16', 'bfloat16' or 'int8'; see `PRECISIONS`.
-        images: Images to calibrate 8 bits with, and to compare with: (N, C, H, W), a DataLoader, or a folder.
-            Random ones are compared if None.
-        batch: Batch size, any if None.
+        model: Model of this package in evaluation mode, also with `features_only`. It is not changed.
+        file: File to write: `.onnx`, `.xml` (with a `.bin`) for OpenVINO, or `.pt2` for torch. It must not exist.
+        precision: 'float32', 'float16', 'bfloat16' (not in `.onnx`) or 'int8' (not in `.pt2`).
+        images: Images to calibrate int8 with and to compare outputs on: (N, C, H, W), a DataLoader, or a folder. Random
+            images are compared if None.
+        batch: The only batch size of the file; any if None.
         size: Height and width in pixels; those of the model's configuration if None.
-        compile: Compile by AOTInductor to machine code of this machine; `.pt2` only.
+        dynamic_size: Leave height and width free; `size` is then the one to calibrate and preprocess with.
+        opset: Version of the ONNX operators, 18 to 23, 20 if None; `.onnx` only.
+        symmetric: Quantize to signed 8 bits without zero points, as TensorRT requires; int8 in `.onnx` only.
+        compile: Compile with AOTInductor to machine code for this machine; `.pt2` only.
 
     Returns:
-        `file` and its `bytes`, `largest_difference` and `mean_difference` from the model, the `agreement` of likeliest
-        classes (None for features), how many `images` were compared, and the `path` to it: what was done.
+        The `Export`: the file, its size, and its differences from the model.
 
     Raises:
-        ValueError: If an argument is not possible, the model can't be exported, or the file computes something else.
+        ValueError: If an argument is not possible, the model cannot be exported, or the file's outputs are wrong.
         ImportError: If the format's runtime is not installed.
-        OSError: If the file can't be written.
+        OSError: If the file cannot be written.
+
+    Example:
+        >>> model = timm.create_model('test_res2net.digits', pretrained=True).eval()
+        >>> done = timm_res2net.export(model, 'digits.onnx', dynamic_size=True)
+        >>> done.largest_difference < 1e-4, done.agreement
+        (True, 1.0)
     """
-    path = Path(file)
-    require_possible(path, precision, compile)
-    require_counts(batch=batch, size=size)
+    path, backend = Path(file), find_backend(file)
+    options = dict(opset=opset, symmetric=symmetric, compile=compile)
+    options = {name: value for name, value in options.items() if value is not None and value is not False}
+    require_possible(backend, precision, options, dynamic_size)
+    require_free(path)
     if any(isinstance(module, ForInference) for module in model.modules()):
-        raise ValueError('an optimized model can not be exported; give the model that it was made from')
+        raise ValueError('cannot export an optimized or exported model. Export the model that it was made from.')
     require_finite_weights(model)
-    require_runtime(path.suffix, write=True)
     fused = fuse(model)
-    record = describe(model, path.suffix, precision, batch, size)
-    shape = tuple(record['input'][1:])
-    given = calibration_images(model, images, shape) if images is not None or precision == 'int8' else None
-    program = Exportable(fused, getattr(torch, precision if precision != 'int8' else 'float32')).eval()
-    with in_temporary_folder(path) as folder:
-        unverified = folder / path.name
-        try:
-            with quiet():
-                write(program, unverified, record, given, compile)
-        except (OSError, ImportError):
-            raise
-        except Exception as error:  # whatever an exporter raises for what it can't express
-            _logger.debug('no export of %s', model_name(model), exc_info=True)
-            raise ValueError(
-                f'{model_name(model)} can not be exported to {path.suffix}, {precision}: {first_line(error)}'
-            ) from error
-        result = verify(Exportable(model, torch.float32).eval(), unverified, record, given, compile)
-        for part in reversed(parts_of(path)):  # what names the other one comes last
-            sync(folder / part.name)
-            os.replace(folder / part.name, part)
-        sync(path.parent)
-    return Export(path, **result)
+    text = json.dumps(describe(model, backend, precision, batch, size, dynamic_size))
+    record = parse_record(text)  # as when the file is loaded
+    shape = record['pretrained_cfg']['input_size']
+    given = calibration_images(model, images, tuple(shape)) if images is not None or precision == 'int8' else None
+    program = Program(
+        module=Exportable(fused, getattr(torch, precision if precision != 'int8' else 'float32')),
+        example=torch.zeros(batch or 2, *shape),
+        dynamic=tuple(i for i, length in enumerate(record['input']) if length is None),
+        outputs=tuple(output['name'] for output in record['outputs']),
+        record=text,
+        calibration=given if precision == 'int8' else None,
+    )
+    try:
+        with temporary_folder(path.parent) as folder:
+            write(backend, program, folder / path.name, precision, options)
+            differences = verify(Exportable(model, torch.float32), folder / path.name, record, given)
+            publish(folder, path)
+    except OSError as error:
+        raise OSError(f'cannot write {str(path)!r}: {first_line(error)}') from error
+    total = sum(part.stat().st_size for part in parts_of(path))
+    steps = ['fused', backend.format, precision]
+    steps += [step for step, done in (('symmetric', symmetric), ('compiled', compile)) if done]
+    return Export(file=path, bytes=total, path=', '.join(steps), **differences)
 
 
-def require_possible(path: Path, precision: str, compile: bool) -> None:
-    """Raises an error for a file that can't be written, or a precision that its format doesn't have."""
-    if path.suffix not in SUFFIXES:
-        raise ValueError(f'{path} has no known suffix; choose {", ".join(SUFFIXES)}')
-    if precision not in PRECISIONS[path.suffix]:
-        choices = ', '.join(PRECISIONS[path.suffix])
-        raise ValueError(f'precision={precision!r} is not possible in {path.suffix}; choose from {choices}')
-    if compile and path.suffix != '.pt2':
-        raise ValueError(f'compile is for .pt2, and {path} is another format')
-    for part in parts_of(path):
-        if os.path.lexists(part):
-            raise ValueError(f'there is a {part} already; name another file, or move it away')
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f'there is no folder {path.parent} to write {path.name} to')
-
-
-def require_counts(**values: Any) -> None:
-    """Raises a ValueError for a batch or size that is given and is no number above zero, or two."""
-    for name, value in values.items():
-        numbers = value if isinstance(value, tuple) and len(value) == 2 and name == 'size' else (value,)
-        if value is not None and not all(isinstance(number, int) and number > 0 for number in numbers):
-            raise ValueError(f'{name}={value!r} is not possible; give a number above zero')
+def require_possible(backend: Backend, precision: str, options: dict[str, Any], dynamic_size: bool) -> None:
+    """Raises a ValueError for a precision or options that a format does not have."""
+    if precision not in backend.precisions:
+        choices = ', '.join(backend.precisions)
+        raise ValueError(f'{backend.suffix} has no precision={precision!r}. Choose from {choices}.')
+    for option in options:
+        if option not in backend.options:
+            suffixes = ', '.join(each.suffix for each in BACKENDS.values() if option in each.options)
+            raise ValueError(f'{option} has no effect in {backend.suffix}. It is for {suffixes}.')
+    if 'compile' in options and dynamic_size:
+        raise ValueError('dynamic_size is not possible with compile: code of AOTInductor gives NaN for other sizes')
+    if 'symmetric' in options and precision != 'int8':
+        raise ValueError(f"symmetric has no effect on {precision}. It is for precision='int8'.")
 
 
 def parts_of(path: Path) -> list[Path]:
-    """All files that are written for one."""
+    """Returns all files that are written for one."""
     return [path, path.with_suffix('.bin')] if path.suffix == '.xml' else [path]
 
 
+def require_free(path: Path) -> None:
+    """Raises an error if a file would replace another, or has no folder."""
+    if not path.parent.is_dir():
+        raise FileNotFoundError(f'cannot write {str(path)!r}: no folder {str(path.parent)!r}')
+    for part in parts_of(path):
+        if os.path.lexists(part):
+            raise ValueError(f'cannot write {str(part)!r}: it exists. Move it away, or choose another name.')
+
+
+def write(backend: Backend, program: Program, file: Path, precision: str, options: dict[str, Any]) -> None:
+    """Writes a program with its backend; ValueError if the exporter cannot express it."""
+    try:
+        with (
+            requires_extra(f'exporting to {file.suffix}'),
+            warnings.catch_warnings(),
+            open(os.devnull, 'w') as nowhere,
+            contextlib.redirect_stdout(nowhere),  # progress bars
+        ):
+            warnings.simplefilter('ignore')  # exporters warn about their own internals
+            backend.write(program, file, **options)
+    except (OSError, ImportError):
+        raise
+    except Exception as error:  # exporters raise anything
+        name = json.loads(program.record)['architecture']
+        _logger.debug('cannot export %s', name, exc_info=True)
+        raise ValueError(f'cannot export {name} to {file.suffix}, {precision}: {first_line(error)}') from error
+
+
+def publish(folder: Path, path: Path) -> None:
+    """Moves verified files to their names, the .bin first: an .xml never appears without its weights."""
+    parts = parts_of(path)
+    for part in parts:
+        sync(folder / part.name)
+    require_free(path)  # another export may have been faster
+    for part in reversed(parts):
+        os.replace(folder / part.name, part)
+    sync(path.parent)
+
+
 def describe(
-    model: nn.Module, suffix: str, precision: str, batch: int | None, size: int | tuple[int, int] | None
+    model: nn.Module,
+    backend: Backend,
+    precision: str,
+    batch: int | None,
+    size: int | tuple[int, int] | None,
+    dynamic_size: bool,
 ) -> dict[str, Any]:
-    """What a file says of itself."""
+    """Makes the record of an exported file, for its metadata."""
     cfg: dict[str, Any] = getattr(model, 'pretrained_cfg', None) or {}
     channels = next(parameter.shape[1] for parameter in model.parameters() if parameter.dim() == 4)
     config = with_channels(resolve_model_data_config(model), channels)
@@ -166,195 +207,87 @@ def describe(
     info: Any = getattr(model, 'feature_info', None)
     features = not hasattr(model, 'forward_head')
     if features and info is None:
-        raise ValueError(f'{model_name(model)} is no model of timm; export that which is in it')
-    function = function_of(model)
-    assert function is not None  # or `fuse` would have refused the model
-    keys = ('license', 'origin_url', 'tag', 'hf_hub_id')
+        raise ValueError(f'cannot export a {model_name(model)}: it is not a timm model. Export the model inside it.')
+    spec = spec_of(model)
+    assert spec is not None  # or `fuse` would have refused the model
     if features:
         outputs = [{'name': each['module'], 'stride': each['reduction']} for each in info.get_dicts()]
         names = []
     else:
         outputs, names = [{'name': 'logits'}], class_names(model)
+    state = {name: tensor.detach().cpu().contiguous() for name, tensor in sorted(model.state_dict().items())}
     return dict(
         architecture=model_name(model),
-        function=function.as_text(),
-        format={'.onnx': 'ONNX', '.xml': 'OpenVINO', '.pt2': 'torch'}[suffix],
+        function=spec.as_text(),
+        format=backend.format,
         precision=precision,
-        input=[batch, channels, height, width],
+        input=[batch, channels, *((None, None) if dynamic_size else (height, width))],
         outputs=outputs,
         features=features,
-        num_classes=len(names),
         pretrained_cfg={
             'architecture': model_name(model),
-            **{key: cfg[key] for key in keys if cfg.get(key)},
+            **{key: cfg[key] for key in ('license', 'origin_url', 'tag', 'hf_hub_id') if cfg.get(key)},
             **config,
             'input_size': [channels, height, width],
             'label_names': names,
             'num_classes': len(names),
         },
-        weights_sha256=hashlib.sha256(
-            save({name: tensor.detach().cpu().contiguous() for name, tensor in sorted(model.state_dict().items())})
-        ).hexdigest(),
+        weights_sha256=hashlib.sha256(save(state)).hexdigest(),
         version=__version__,
     )
 
 
-class Exportable(nn.Module):
-    """A copy of a model on the CPU that takes and returns float32, and computes in a data type; features as a tuple."""
-
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.model = copy.deepcopy(model).to('cpu', dtype)
-        self.dtype = dtype
-
-    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """Runs the model on (N, C, H, W)."""
-        outputs = self.model(images.to(self.dtype))
-        if isinstance(outputs, Tensor):
-            return outputs.float()
-        values = outputs.values() if isinstance(outputs, dict) else outputs
-        return tuple(output.float() for output in values)
-
-
-def write(program: Exportable, file: Path, record: dict[str, Any], images: Tensor | None, compile: bool) -> None:
-    """Writes a file in the format of its suffix, with the record in its metadata."""
-    batch, *shape = record['input']
-    example = torch.zeros(batch or 2, *shape)
-    text = json.dumps(record)
-    names = [output['name'] for output in record['outputs']]
-    int8 = images if record['precision'] == 'int8' else None
-    if file.suffix == '.onnx':
-        write_onnx(program, file, example, batch is None, names, text, int8)
-    elif file.suffix == '.xml':
-        write_openvino(program, file, example, batch is None, names, text, int8)
-    else:
-        write_torch(program, file, example, batch is None, text, compile)
-
-
-def write_onnx(
-    program: nn.Module, file: Path, example: Tensor, free: bool, names: list[str], text: str, images: Tensor | None
-) -> None:
-    """Writes ONNX by torch's exporter, quantized if images are given."""
-    import onnx
-
-    unquantized = file if images is None else file.with_name('unquantized.onnx')
-    torch.onnx.export(
-        program,
-        (example,),
-        unquantized,
-        dynamo=True,
-        opset_version=OPSET,
-        input_names=['images'],
-        output_names=names,
-        dynamic_shapes=({0: torch.export.Dim('batch', min=1)},) if free else None,
-        external_data=False,
-        verbose=False,
-    )
-    if images is not None:
-        quantize_onnx(unquantized, file, images, 1 if free else len(example))
-    model = onnx.load(file)
-    onnx.helper.set_model_props(model, {METADATA: text})
-    onnx.checker.check_model(model)
-    onnx.save(model, file)
-
-
-def write_openvino(
-    program: nn.Module, file: Path, example: Tensor, free: bool, names: list[str], text: str, images: Tensor | None
-) -> None:
-    """Writes OpenVINO's IR, quantized if images are given."""
-    import openvino
-
-    model = convert_to_openvino(program, example, -1 if free else len(example), images)
-    model.inputs[0].get_tensor().set_names({'images'})
-    for output, name in zip(model.outputs, names):
-        output.get_tensor().set_names({name})
-    model.set_rt_info(text, [METADATA])
-    try:
-        openvino.save_model(model, file, compress_to_fp16=False)
-    except RuntimeError as error:
-        raise OSError(f'OpenVINO can not write it, perhaps the disk is full: {first_line(error)}') from error
-
-
-def write_torch(program: nn.Module, file: Path, example: Tensor, free: bool, text: str, compile: bool) -> None:
-    """Writes a program of torch.export, or a package that AOTInductor compiled of it."""
-    shapes = ({0: torch.export.Dim('batch', min=1)},) if free else None
-    exported = torch.export.export(program, (example,), dynamic_shapes=shapes)
-    if compile:
-        configs = {'aot_inductor.metadata': {METADATA: text}}
-        torch._inductor.aoti_compile_and_package(exported, package_path=str(file), inductor_configs=configs)
-    else:
-        content = io.BytesIO()  # on a full disk torch would end the process
-        torch.export.save(exported, content, extra_files={METADATA: text})
-        file.write_bytes(content.getbuffer())
-
-
 @torch.no_grad()
-def verify(
-    program: nn.Module, file: Path, record: dict[str, Any], images: Tensor | None, compiled: bool
-) -> dict[str, Any]:
-    """Loads a file by its runtime and compares it with the model.
+def verify(model: nn.Module, file: Path, record: dict[str, Any], images: Tensor | None) -> dict[str, Any]:
+    """Loads a file with its runtime and compares it with the model; returns the differences, as in `Export`.
 
-    Returns:
-        The fields of an `Export`.
-
-    Raises:
-        ValueError: If it computes something else.
+    Raises a ValueError if they are larger than the precision explains.
     """
-    loaded = load_exported(file)
-    batch, *shape = record['input']
-    if images is None:
-        images = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
-    if batch is not None:
-        images = whole_batches(images, batch)
-        batches = list(images.split(batch))
-    else:
-        images = images if len(images) > 1 else images.expand(3, -1, -1, -1)
-        batches = [images[:1], *images[1:].split(8)]  # two sizes
-    expected: list[list[Tensor]] = []
-    found: list[list[Tensor]] = []
-    for each in batches:
-        for side, run in ((expected, program), (found, loaded)):
-            outputs = run(each)
-            side.append([outputs] if isinstance(outputs, Tensor) else list(outputs))
-    theirs = [torch.cat(outputs) for outputs in zip(*expected)]
-    ours = [torch.cat(outputs) for outputs in zip(*found)]
-    if [output.shape for output in ours] != [output.shape for output in theirs]:
-        raise ValueError(f'{file.name} returns other shapes than the model, and was not kept')
-    pairs = list(zip(ours, theirs))
-    # Of tensors max() passes NaN on, Python's own does not.
-    difference = torch.stack([(a - b).abs().max() / b.abs().max() for a, b in pairs]).max().item()
+    loaded = load_exported(file, trust=True)
+    batches = make_batches(record, images)
+    found, expected = ([flatten_outputs(run(x)) for x in batches] for run in (loaded, model))
+    if [[y.shape for y in outputs] for outputs in found] != [[y.shape for y in outputs] for outputs in expected]:
+        raise ValueError(f'{file.name} was discarded: its outputs have other shapes than those of the model')
+    pairs = [(torch.cat(a), torch.cat(b)) for a, b in zip(zip(*found), zip(*expected))]  # for each output
+    # Tensor.max() passes NaN on, Python's max() does not.
+    largest = torch.stack([(a - b).abs().max() / b.abs().max() for a, b in pairs]).max().item()
     mean = torch.stack([((a - b).square().mean() / b.square().mean()).sqrt() for a, b in pairs]).max().item()
     tolerance = TOLERANCES[record['precision']]
-    if not difference <= tolerance:
+    if not largest <= tolerance:
         raise ValueError(
-            f'{file.name} computes something else than the model, up to {difference:.2%} of the largest output where '
-            f'{tolerance:.2%} is usual at most, and was not kept'
+            f'{file.name} was discarded: its outputs differ from the model by {largest:.2%} of the largest, more than '
+            f'{tolerance:.2%}'
         )
-    same = None if record['features'] else float((ours[0].argmax(1) == theirs[0].argmax(1)).float().mean())
-    path = ['fused', record['format'], record['precision'], *(['compiled'] if compiled else [])]
-    return dict(
-        bytes=sum(part.stat().st_size for part in parts_of(file)),
-        largest_difference=difference,
-        mean_difference=mean,
-        agreement=same,
-        images=len(images),
-        path=', '.join(path),
-    )
+    same = None
+    if loaded.num_classes:
+        classes = (predict_classes(each.reshape(-1, loaded.num_classes)) for each in pairs[0])
+        same = torch.eq(*classes).float().mean().item()
+    return dict(largest_difference=largest, mean_difference=mean, agreement=same, images=sum(map(len, batches)))
 
 
-@contextlib.contextmanager
-def in_temporary_folder(path: Path) -> Iterator[Path]:
-    """Makes a temporary folder beside a file; an OSError is of the file that can't be written."""
-    try:
-        with temporary_folder(path.parent) as folder:
-            yield folder
-    except OSError as error:
-        raise OSError(f'{path} can not be written: {first_line(error)}') from error
+def flatten_outputs(outputs: Any) -> list[Tensor]:
+    """Returns one output, or a list or tuple of them, as a list of vectors."""
+    return [output.flatten() for output in ([outputs] if isinstance(outputs, Tensor) else outputs)]
 
 
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keeps exporters' warnings and progress from the user, to whom they say nothing."""
-    with warnings.catch_warnings(), open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(nowhere):
-        warnings.simplefilter('ignore')
-        yield
+def make_batches(record: dict[str, Any], images: Tensor | None) -> list[Tensor]:
+    """Makes the batches to compare on: of two sizes, and of images of three sizes, where those are free."""
+    batch, _, *size = record['input']
+    if images is None:
+        shape = record['pretrained_cfg']['input_size']
+        images = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+    if batch is not None:
+        batches = list(repeat_to_whole_batches(images, batch).split(batch))
+    else:
+        images = images if len(images) > 1 else images.expand(3, -1, -1, -1)
+        batches = [images[:1], *images[1:].split(8)]
+    if None in size:
+        height, width = images.shape[-2:]
+        others = [(height + more_height, width + more_width) for more_height, more_width in OTHER_SIZES]
+        batches += [F.interpolate(batches[0], other, mode='bilinear') for other in others]
+    return batches
+
+
+def predict_classes(logits: Tensor) -> Tensor:
+    """Returns the index of the largest logit; of a single one, whether it is positive."""
+    return logits.argmax(1) if logits.shape[1] > 1 else logits[:, 0] > 0

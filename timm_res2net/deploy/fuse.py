@@ -3,57 +3,58 @@
 from functools import partial
 
 from timm.models import FeatureDictNet, FeatureHookNet, reparameterize_model
-from timm.models.resnet import ResNet
 from torch import nn
 from torchvision.models._utils import IntermediateLayerGetter
 
 from ..models.block import Bottle2neck
+from ..models.checks import require_eval_mode
 from ..models.dla import DlaRoot
-from ..models.fold import NOT_TRAINABLE, fold_norms, require_eval_mode
+from ..models.fold import fold_norms
 from ..models.trunk import Trunk
 
-__all__ = ['fuse']
-
 # Modules that run their children in the order of registration.
-SEQUENTIAL = nn.Sequential, DlaRoot, Trunk, ResNet, FeatureDictNet, FeatureHookNet, IntermediateLayerGetter
+SEQUENTIAL = nn.Sequential, DlaRoot, Trunk, FeatureDictNet, FeatureHookNet, IntermediateLayerGetter
 
 
 def fuse(model: nn.Module) -> nn.Module:
-    """Makes a model for inference that computes the same, up to rounding (1e-5 of the largest output).
+    """Returns a copy of a model for inference that computes the same, up to rounding (1e-5 of the largest output).
 
-    Every batch norm of a network of this package, and of what runs its modules in order, as `nn.Sequential` does, is
-    folded into the convolution before it; a module of other code keeps its norms. In blocks without a cascade the
-    convolutions that run side by side and the pool beside them become one grouped convolution, where one can compute
-    the same: not with an activation other than ReLU, and not for Paddle's pool, which doesn't count the padding.
-    `timm.models.reparameterize_model` does the same to the blocks alone.
+    Folds every batch norm of this package's networks into the convolution before it, and those of modules that run
+    their children in order, as `nn.Sequential` does; modules of other code keep their norms. In blocks without a
+    cascade, the parallel convolutions and the pool become one grouped convolution where one can compute the same: not
+    with an activation other than ReLU, and not for Paddle's pool, which does not count the padding.
+    `timm.models.reparameterize_model` does the same to blocks only.
 
-    The result can't be trained: its `train()` raises an error. It exports, scripts and gives features like the model
-    that it was made from.
+    The copy exports, scripts and gives features like the model. It always stays in evaluation mode: `train()` has no
+    effect on it, also as a part of another model, and gradients pass through it as through frozen norms.
 
     Args:
         model: A model of this package, or one that contains some, in evaluation mode. It is not changed.
 
     Returns:
-        A fused copy.
+        The fused copy.
 
     Raises:
         ValueError: If the model is in training mode, or has no Res2Net block.
+
+    Example:
+        >>> model = timm.create_model('res2net50d').eval()
+        >>> fused = timm_res2net.fuse(model)
+        >>> x = torch.randn(1, 3, 64, 64)
+        >>> torch.testing.assert_close(fused(x), model(x), rtol=1e-4, atol=1e-4)
     """
     require_eval_mode(model)
     if not any(isinstance(module, Bottle2neck) for module in model.modules()):
-        raise ValueError(f'{type(model).__name__} has no Res2Net block; give a model that was made by this package')
+        raise ValueError(f'{type(model).__name__} has no Res2Net block. Pass a model made by this package.')
     wrapped = reparameterize_model(nn.Sequential(model))  # because timm fuses submodules, but not the model itself
     fused = wrapped.get_submodule('0')
     for module in fused.modules():
         if isinstance(module, SEQUENTIAL):
             fold_norms(module)
-    # Before any module's mode is set, which `nn.Module.train` does from the outside in.
-    fused.train = partial(refuse_training, fused)  # type: ignore[method-assign]
+    fused.train = partial(stay_in_eval_mode, fused)  # type: ignore[method-assign]
     return fused
 
 
-def refuse_training(model: nn.Module, mode: bool = True) -> nn.Module:
-    """The `train` of a fused model."""
-    if mode:
-        raise ValueError(NOT_TRAINABLE)
+def stay_in_eval_mode(model: nn.Module, mode: bool = True) -> nn.Module:
+    """The `train` of a fused model, whose modules from other code would change their mode otherwise."""
     return type(model).train(model, False)

@@ -4,13 +4,11 @@ import re
 
 import timm
 
-OLDEST_TIMM = (
-    '1.0.31'  # as in pyproject.toml; a checkout of an older one can be in the way of the one that is installed
-)
+OLDEST_TIMM = '1.0.31'  # as in pyproject.toml
 
 
 def require_timm() -> None:
-    """Raises an ImportError if timm is older than the oldest that these networks can be built on."""
+    """Raises an ImportError for an older timm, such as a checkout that hides the installed one."""
     found, oldest = ([int(part) for part in re.findall(r'\d+', text)[:3]] for text in (timm.__version__, OLDEST_TIMM))
     if found < oldest:
         raise ImportError(f'timm_res2net needs timm >= {OLDEST_TIMM}, found {timm.__version__} at {timm.__file__}')

@@ -18,22 +18,18 @@ from timm.layers import create_attn, get_norm_layer
 from torch import Tensor, nn
 
 from .fold import Foldable, fold_norm, fold_norms, merge_convs
-from .function import FIRST_BLOCKS, Function, Splits, activation_name
-from .pool import DilatedAvgPool2d
-
-__all__ = ['Bottle2neck', 'Layer', 'function_of', 'norm_factory', 'set_function']
+from .layers import DeformableConv2d, DilatedAvgPool2d
+from .spec import FIRST_BLOCKS, NetworkSpec, Splits, activation_name, hidden_attention, require_one_of
 
 Layer = Callable[..., nn.Module]
-
-
-LATER_BLOCK = Splits(cascade=True, last='kept')
 
 
 class Bottle2neck(Foldable):
     """Res2Net bottleneck: 1x1 convolution, cascade of 3x3 convolutions over splits of the channels, 1x1 convolution.
 
-    Tensor names are those of timm and of the authors: `conv1 bn1 convs.k bns.k conv3 bn3 se downsample`. With `scale=1`
-    it is the plain ResNe(X)t bottleneck.
+    Maps (N, inplanes, H, W) to (N, planes * expansion, H / stride, W / stride), sizes rounded up. Tensor names are
+    those of timm and of the authors: `conv1 bn1 convs.k bns.k conv3 bn3 se downsample`. With `scale=1` it is the plain
+    ResNe(X)t bottleneck.
 
     Args:
         inplanes: Input channels.
@@ -48,24 +44,29 @@ class Bottle2neck(Foldable):
         dilation: Dilation of the blocks that follow in the stage.
         first_dilation: Dilation of this block's 3x3 convolutions, `dilation` if None.
         first: Whether this block is the first one of its stage.
-        first_block: What a first block computes, a key of `FIRST_BLOCKS`: 'official', 'paddle', 'mmdet' or 'group'.
-        style: Where the stride is: 'pytorch', in the 3x3 convolutions and the pool beside them, or 'caffe', in the
-            first 1x1 convolution. With 'caffe' the splits are those of a first block at stride 1.
+        first_block: How a first block computes its splits, a key of `FIRST_BLOCKS`: 'official', 'paddle', 'mmdet' or
+            'group'.
+        style: Position of the stride: 'pytorch', in the 3x3 convolutions and the pool of the last split, or 'caffe', in
+            the first 1x1 convolution. With 'caffe' the splits are those of a first block at stride 1.
+        deformable: Version of deformable 3x3 convolutions, 'v1' or 'v2', None for plain ones.
         last_act: Whether an activation follows the residual add.
-        dilate_pool: Dilate the average pool like the convolutions beside it. Only then does a dilated network compute
-            what the undilated one does, on a denser grid. timm leaves the pool undilated.
+        dilate_pool: Dilate the average pool of the last split like the convolutions. Only then does a dilated network
+            compute the undilated one on a denser grid. timm leaves the pool undilated.
         act_layer: Activation class, one instance for each site (hooks and attribution methods tell sites apart).
         norm_layer: Norm class.
         attn_layer: Attention class or its name in timm, right before the residual add, where the paper (3.2.2) has SE.
         drop_block: Makes the DropBlock layer that follows the concatenated splits.
         drop_path: Stochastic depth layer of the residual branch.
-        reduce_first: Must be 1; timm's ResNet passes it to each block.
-        aa_layer: Must be None; timm's ResNet passes it to each block.
         device: Device of the tensors.
         dtype: Data type of the tensors.
 
     Raises:
-        ValueError: For an argument that the block doesn't support.
+        ValueError: If the block does not support an argument.
+
+    Example:
+        >>> block = Bottle2neck(256, 64, scale=4, base_width=26)
+        >>> block(torch.randn(1, 256, 56, 56)).shape
+        torch.Size([1, 256, 56, 56])
     """
 
     expansion = 4
@@ -84,6 +85,7 @@ class Bottle2neck(Foldable):
         first: bool | None = None,
         first_block: str = 'official',
         style: str = 'pytorch',
+        deformable: str | None = None,
         last_act: bool = True,
         dilate_pool: bool = False,
         act_layer: Layer = nn.ReLU,
@@ -91,31 +93,31 @@ class Bottle2neck(Foldable):
         attn_layer: str | Layer | None = None,
         drop_block: Layer | None = None,
         drop_path: nn.Module | None = None,
-        reduce_first: int = 1,
-        aa_layer: Layer | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        require_supported(scale, cardinality, reduce_first, aa_layer)
+        if scale < 1 or cardinality < 1:
+            raise ValueError(f'scale={scale} and cardinality={cardinality} must be at least 1')
+        require_one_of('first_block', first_block, FIRST_BLOCKS)
         width = int(planes * base_width / 64) * cardinality
         if width < 1:
             raise ValueError(f'base_width={base_width} leaves no channel in a split of a block with {planes} planes')
         outplanes = planes * self.expansion
         first_dilation = first_dilation or dilation
-        if first is None:
-            first = downsample is not None
         stride_1x1, stride_3x3 = (stride, 1) if style == 'caffe' else (1, stride)
-        function = Function(first_block, style)
-        first_splits = FIRST_BLOCKS[first_block]
-        nominal_stride = 1 if style == 'caffe' else stride * dilation // first_dilation
-        splits = first_splits.splits(nominal_stride) if first else LATER_BLOCK
+        splits = Splits(cascade=True, last='kept')
+        if first or (first is None and downsample is not None):
+            nominal_stride = 1 if style == 'caffe' else stride * dilation // first_dilation
+            splits = FIRST_BLOCKS[first_block].splits(nominal_stride)
         num_convs = scale if splits.last == 'convolved' else max(1, scale - 1)
-        dd: dict[str, Any] = {'device': device, 'dtype': dtype}
+
+        dd: dict[str, Any] = dict(device=device, dtype=dtype)
         conv1x1: Layer = partial(nn.Conv2d, kernel_size=1, bias=False, **dd)
-        conv3x3: Layer = partial(
-            nn.Conv2d, width, width, 3, stride_3x3, first_dilation, first_dilation, groups=cardinality, bias=False, **dd
-        )
+        grid: dict[str, Any] = dict(stride=stride_3x3, dilation=first_dilation, groups=cardinality)
+        conv3x3: Layer = partial(nn.Conv2d, width, width, 3, padding=first_dilation, bias=False, **grid, **dd)
+        if deformable is not None:
+            conv3x3 = partial(DeformableConv2d, width, width, version=deformable, **grid, **dd)
 
         self.scale = scale
         self.cascade = splits.cascade
@@ -126,12 +128,9 @@ class Bottle2neck(Foldable):
         self.bns = nn.ModuleList(norm_layer(width, **dd) for _ in range(num_convs))
         self.acts = nn.ModuleList(act_layer(inplace=True) for _ in range(num_convs))
         self.pool: nn.Module = nn.Identity()
-        if splits.last == 'pooled' and dilate_pool and first_dilation > 1:
-            if stride_3x3 > 1:
-                raise ValueError('a pool with a stride can not be dilated; leave dilate_pool out')
-            self.pool = DilatedAvgPool2d(first_dilation, first_splits.count_include_pad)
-        elif splits.last == 'pooled':
-            self.pool = nn.AvgPool2d(3, stride_3x3, padding=1, count_include_pad=first_splits.count_include_pad)
+        if splits.last == 'pooled':
+            pool_dilation = first_dilation if dilate_pool else 1
+            self.pool = make_pool(stride_3x3, pool_dilation, FIRST_BLOCKS[first_block].count_include_pad)
         self.drop_block = nn.Identity() if drop_block is None else drop_block()
         self.conv3 = conv1x1(width * scale, outplanes)
         self.bn3 = norm_layer(outplanes, **dd)
@@ -139,12 +138,12 @@ class Bottle2neck(Foldable):
         self.downsample = downsample
         self.drop_path = drop_path
         self.act3 = act_layer(inplace=True) if last_act else nn.Identity()
-        self.function = replace(
-            function
-            if scale > 1
-            else replace(function, first_block=Function.first_block),  # without splits, all the same
+        self.spec = NetworkSpec(
+            first_block=first_block if scale > 1 else NetworkSpec.first_block,  # all are equal without splits
+            style=style,
             act_layer=activation_name(act_layer),
-            norm_eps=getattr(self.bn1, 'eps', Function.norm_eps),
+            norm_eps=getattr(self.bn1, 'eps', NetworkSpec.norm_eps),
+            attn_layer=hidden_attention(attn_layer),
         )
 
     def zero_init_last(self) -> None:
@@ -155,11 +154,11 @@ class Bottle2neck(Foldable):
 
     @torch.jit.ignore
     def fuse(self) -> 'Bottle2neck':
-        """Makes a block for inference that computes the same; `timm.models.reparameterize_model` calls this.
+        """Returns a block for inference that computes the same; `timm.models.reparameterize_model` calls this.
 
-        Batch norms are folded into the convolutions before them. In a block without cascade the convolutions, and what
-        happens to the last split, become one grouped convolution where one can compute the same. A block in training
-        mode is folded, too, with the statistics that it would have after `eval()`: timm calls this before.
+        Batch norms are folded into the convolutions before them. In a block without cascade, the convolutions and the
+        pool of the last split become one grouped convolution where one can compute the same. A block in training mode
+        is folded with its running statistics, because timm calls this before `eval()`.
         """
         block = copy.deepcopy(self)
         fold_norms(block)
@@ -181,8 +180,8 @@ class Bottle2neck(Foldable):
 
         Args:
             x: (N, inplanes, H, W).
-            shortcut: (N, planes * expansion, H / stride, W / stride) to add to the branch, for a trunk that projects
-                shortcuts by itself (DLA). The block's own, from `x`, if None.
+            shortcut: (N, planes * expansion, H / stride, W / stride) to add to the branch, from a trunk that projects
+                shortcuts itself (DLA). Computed from `x` if None.
 
         Returns:
             (N, planes * expansion, H / stride, W / stride), sizes rounded up.
@@ -209,31 +208,27 @@ class Bottle2neck(Foldable):
         return self.act3(y)
 
 
-def require_supported(scale: int, cardinality: int, reduce_first: int, aa_layer: Layer | None) -> None:
-    """Raises a ValueError that names the argument of a block that is not supported."""
-    if scale < 1 or cardinality < 1:
-        raise ValueError(f'scale={scale} and cardinality={cardinality} must be at least 1')
-    if reduce_first != 1:
-        raise ValueError(f'a Res2Net block has no block_reduce_first={reduce_first}; set base_width instead')
-    if aa_layer is not None:
-        raise ValueError(f'a Res2Net block has no aa_layer={aa_layer}: its strided convolutions are not blurred')
+def make_pool(stride: int, dilation: int, count_include_pad: bool) -> nn.Module:
+    """Makes the 3x3 average pool of the last split."""
+    if dilation == 1:
+        return nn.AvgPool2d(3, stride, padding=1, count_include_pad=count_include_pad)
+    if stride > 1:
+        raise ValueError('dilate_pool=True is not possible in a block with both a stride and a dilation')
+    return DilatedAvgPool2d(dilation, count_include_pad)
 
 
 def make_attention(attn_layer: str | Layer | None, channels: int, **dd: object) -> nn.Module | None:
-    """Makes timm's attention layer of that name or class, None for None; ValueError for a name that timm lacks."""
+    """Makes timm's attention layer of that name or class, or returns None for None."""
     try:
         return create_attn(attn_layer, channels, **dd)
     except AssertionError as error:
-        raise ValueError(f"attn_layer={attn_layer!r} is no attention layer of timm; 'se' or 'eca' are") from error
+        raise ValueError(
+            f"attn_layer={attn_layer!r} is not an attention layer of timm, as 'se' and 'eca' are"
+        ) from error
 
 
 def norm_factory(norm_layer: str | Layer, eps: float | None = None) -> Layer:
-    """Returns a norm class that takes device and dtype, which torchvision's doesn't.
-
-    Args:
-        norm_layer: The class or its name in timm.
-        eps: Added to variances, the class's own default if None.
-    """
+    """Returns a norm class, or timm's of that name, that takes a device and a dtype, which torchvision's does not."""
     layer = get_norm_layer(norm_layer)
     parameters = inspect.signature(layer).parameters
     if eps is not None:
@@ -242,23 +237,29 @@ def norm_factory(norm_layer: str | Layer, eps: float | None = None) -> Layer:
         return layer
 
     def on_device(
-        num_features: int,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        **kwargs: object,
+        num_features: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None, **kwargs: object
     ) -> nn.Module:
         return layer(num_features, **kwargs).to(device=device, dtype=dtype)
 
     return on_device
 
 
-def set_function(model: nn.Module, **fields: Any) -> None:
-    """Records in a network's blocks what the network computes, where they can't know by themselves."""
+def set_spec(model: nn.Module, **fields: Any) -> None:
+    """Sets fields of a network's spec that its blocks cannot know; blocks carry it, as features keep only those."""
     for block in model.modules():
         if isinstance(block, Bottle2neck):
-            block.function = replace(block.function, **fields)
+            block.spec = replace(block.spec, **fields)
 
 
-def function_of(model: nn.Module) -> Function | None:
-    """What the network in a model computes, None if there is none of this package."""
-    return next((block.function for block in model.modules() if isinstance(block, Bottle2neck)), None)
+def spec_of(model: nn.Module) -> NetworkSpec | None:
+    """Returns the spec of the network in a model, or None if the model contains no Res2Net block.
+
+    Args:
+        model: A model, or a module that contains one.
+
+    Example:
+        >>> model = timm.create_model('res2net50_vd_26w_4s')
+        >>> spec_of(model).first_block
+        'paddle'
+    """
+    return next((block.spec for block in model.modules() if isinstance(block, Bottle2neck)), None)

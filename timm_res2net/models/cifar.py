@@ -1,43 +1,49 @@
-"""The 29-layer trunk for CIFAR's images of 32 x 32 pixels."""
+"""The 29-layer trunk for the 32 x 32 pixel images of CIFAR."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
+from timm.models.resnet import drop_blocks
 from torch import Tensor, nn
 
 from .block import Bottle2neck
-from .recompute import Stage
-from .trunk import FeatureInfo, Trunk, TrunkOptions, drop_block_layers
-
-__all__ = ['Res2NetCifar']
+from .spec import require_one_of
+from .trunk import FeatureInfo, Trunk, TrunkOptions, dense_grids, make_stage
 
 
 class Res2NetCifar(Trunk):
-    """ResNeXt-29's trunk with Res2Net blocks: a 3x3 stem without pooling and three stages.
+    """ResNeXt-29 with Res2Net blocks, for images of 32 x 32 pixels: a 3x3 stem without pooling and three stages.
 
-    The literature leaves two definitions. With `first_block='group'` convolutions and classifier have the sizes that
-    the paper (table 4) prints: 24.3 M for 6c 24w 4s, 33.8 M for 8c 25w 4s, 36.7 M for 6c 24w 6s; exactly 24,302,116,
-    33,829,172 and 36,718,372, norms not counted. It is what the authors say of their code for CIFAR: each stage begins
-    with a grouped convolution. With the block as it was published, `first_block='official'`, there are 23,705,732,
-    32,957,436 and 36,146,180 parameters, norms counted, which is no number of the paper's.
+    Maps images (N, in_chans, H, W) to logits (N, num_classes). The literature leaves two definitions. With
+    `first_block='group'`, convolutions and classifier have the sizes printed in the paper (table 4): 24.3 M for
+    6c 24w 4s, 33.8 M for 8c 25w 4s, 36.7 M for 6c 24w 6s; exactly 24,302,116, 33,829,172 and 36,718,372 without norms.
+    The authors describe their code for CIFAR so: each stage begins with a grouped convolution. The published block,
+    `first_block='official'`, gives 23,705,732, 32,957,436 and 36,146,180 parameters with norms, which the paper does
+    not mention.
 
-    The paper's sizes with SE (26.0, 34.0 and 36.9 M) can't be reproduced: they exceed those without by 1.7, 0.2 and
-    0.2 M, but attention on the same outputs of 256, 512 and 1024 channels adds the same to all three, 521,808 for the
-    usual reduction by 16.
+    The paper's sizes with SE (26.0, 34.0 and 36.9 M) cannot be reproduced: they exceed those without SE by 1.7, 0.2 and
+    0.2 M, but attention on the same outputs of 256, 512 and 1024 channels adds 521,808 to each, with the default
+    reduction by 16.
 
     Args:
         layers: Blocks of each stage.
         channels: Planes of each stage; it has four times as many output channels.
         base_width: Channels of one split and group for 64 planes.
         cardinality: Groups of the 3x3 convolutions.
-        first_block: What the first block of a stage computes, a key of `FIRST_BLOCKS`.
-        num_classes: Classes, 0 for none.
+        first_block: How the first block of a stage computes its splits, a key of `FIRST_BLOCKS`.
+        num_classes: Number of classes, 0 for features instead of logits.
         output_stride: 1, 2 or 4; stages beyond it are dilated.
         **options: See `TrunkOptions`.
 
     Raises:
-        ValueError: For an argument that the network doesn't support.
+        ValueError: If the network does not support a value.
+        TypeError: If an argument is unknown.
+
+    Example:
+        >>> model = Res2NetCifar(cardinality=6, base_width=24, scale=4).eval()
+        >>> model(torch.randn(1, 3, 32, 32)).shape
+        torch.Size([1, 100])
     """
 
     parts = ('conv1', 'bn1', 'act1', 'layer1', 'layer2', 'layer3')
@@ -59,39 +65,28 @@ class Res2NetCifar(Trunk):
             base_width=base_width, cardinality=cardinality, first_block=first_block, num_classes=num_classes, **options
         )
         super().__init__(opts)
-        if output_stride not in (1, 2, 4):
-            raise ValueError(f'output_stride={output_stride} is not possible; choose 1, 2 or 4')
-        if len(layers) != 3 or len(channels) != 3:
-            raise ValueError(f'layers={layers} and channels={channels} must have an entry for each of 3 stages')
+        require_one_of('output_stride', output_stride, (1, 2, 4))
+        if len(layers) != 3 or len(channels) != 3 or min(layers) < 1:
+            raise ValueError(f'layers={layers} and channels={channels} must have a positive entry for each of 3 stages')
 
         inplanes = 64
-        self.conv1, self.bn1, self.act1 = opts.conv(opts.in_chans, inplanes, 3, act_layer=opts.act)
+        self.conv1, self.bn1, self.act1 = opts.conv(opts.in_chans, inplanes, 3, act=True)
         self.feature_info = [FeatureInfo(num_chs=inplanes, reduction=1, module='act1')]
-        reduction, dilation = 1, 1
         stages = []
-        for i, (depth, planes, drop_block) in enumerate(
-            zip(layers, channels, drop_block_layers(opts.drop_block_rate)[1:])
-        ):
-            nominal_stride, first_dilation = 1 if i == 0 else 2, dilation
-            stride = nominal_stride if reduction < output_stride else 1
-            reduction, dilation = reduction * stride, dilation * nominal_stride // stride
+        grids = dense_grids(layers, (1, 2, 2), output_stride, reduction=1)
+        for i, (grid, planes, drop_block) in enumerate(zip(grids, channels, drop_blocks(opts.drop_block_rate)[1:])):
             outplanes = planes * Bottle2neck.expansion
-            shortcut = nn.Sequential(*opts.conv(inplanes, outplanes, 1, stride))
-            block = opts.block(dilation=dilation, dilate_pool=True, drop_block=drop_block)
-            first = block(inplanes, planes, stride, shortcut, first_dilation=first_dilation)
-            stages.append(Stage(first, *(block(outplanes, planes) for _ in range(depth - 1))))
+            shortcut = nn.Sequential(*opts.conv(inplanes, outplanes, 1, grid.stride))
+            block = opts.block(dilate_pool=True, drop_block=drop_block)
+            stages.append(make_stage(block, inplanes, planes, grid, shortcut))
             inplanes = outplanes
-            self.feature_info.append(FeatureInfo(num_chs=inplanes, reduction=reduction, module=f'layer{i + 1}'))
+            self.feature_info.append(FeatureInfo(num_chs=inplanes, reduction=grid.reduction, module=f'layer{i + 1}'))
         self.layer1, self.layer2, self.layer3 = stages
         self.add_head(inplanes, opts)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that sort parameters into groups in the order of execution, as timm's optimizers want them.
-
-        Args:
-            coarse: A group for each stage, instead of one for each block.
-        """
+        """Returns patterns that sort parameters into groups for layer decay, a few large groups if `coarse`."""
         return dict(stem=r'^conv1|bn1', blocks=r'^layer(\d+)' if coarse else r'^layer(\d+)\.(\d+)')
 
     def forward_features(self, x: Tensor) -> Tensor:

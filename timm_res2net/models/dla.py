@@ -3,18 +3,18 @@
 Papers: `Deep Layer Aggregation` - https://arxiv.org/abs/1707.06484, and Res2Net's own, whose Res2Net-DLA-60 this is.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
+from timm.models.resnet import drop_blocks
 from torch import Tensor, nn
 
-from .block import Bottle2neck, Layer
+from .block import Bottle2neck, Layer, set_spec
 from .recompute import recompute
-from .trunk import FeatureInfo, Layers, Trunk, TrunkOptions, drop_block_layers
-
-__all__ = ['Res2NetDla']
+from .spec import require_one_of
+from .trunk import FeatureInfo, Trunk, TrunkOptions, dense_grids
 
 
 class DlaBottle2neck(Bottle2neck):
@@ -24,24 +24,11 @@ class DlaBottle2neck(Bottle2neck):
 
 
 class DlaRoot(nn.Module):
-    """Aggregates the outputs of the parts of a tree: concatenation, 1x1 convolution, norm, activation.
+    """Aggregates the outputs of a tree: concatenation, 1x1 convolution, norm, first input if `shortcut`, activation."""
 
-    Args:
-        in_chs: Channels of all inputs together.
-        out_chs: Output channels.
-        shortcut: Add the first input to the convolution's output.
-        act_layer: Activation class.
-        norm_layer: Norm class.
-        **dd: Device and dtype.
-    """
-
-    def __init__(
-        self, in_chs: int, out_chs: int, shortcut: bool, act_layer: Layer, norm_layer: Layer, **dd: Any
-    ) -> None:
+    def __init__(self, opts: TrunkOptions, in_chs: int, out_chs: int, shortcut: bool) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(in_chs, out_chs, 1, bias=False, **dd)
-        self.bn = norm_layer(out_chs, **dd)
-        self.act = act_layer(inplace=True)
+        self.conv, self.bn, self.act = opts.conv(in_chs, out_chs, 1, act=True)
         self.shortcut = shortcut
 
     def forward(self, children: list[Tensor]) -> Tensor:
@@ -53,24 +40,18 @@ class DlaRoot(nn.Module):
 
 
 class TreeLayers(NamedTuple):
-    """Functions that make the layers of a network's trees."""
+    """Functions that make the layers of trees."""
 
     block: Layer  # (in_chs, planes, ...) -> DlaBottle2neck
-    project: Layers  # (in_chs, out_chs) -> 1x1 convolution and norm
+    project: Callable[..., list[nn.Module]]  # (in_chs, out_chs) -> 1x1 convolution and norm
     root: Layer  # (in_chs, out_chs) -> DlaRoot
 
 
 class DlaLeaf(nn.Module):
     """The smallest tree: two blocks joined by a root.
 
-    Args:
-        layers: Makes blocks, projections and roots.
-        in_chs: Input channels.
-        out_chs: Output channels.
-        dilation: Dilation of the blocks.
-        step: Stride and dilation of the first block, in a tree that begins a level. None elsewhere.
-        level_root: Give the input, at the output's resolution, to the root as well.
-        root_chs: Channels that the root gets from outside.
+    The `step` of a tree that begins a level is the stride and dilation of its first block. With `level_root`, the root
+    also gets the input, at the output's resolution. From outside the tree it gets `root_chs` channels.
     """
 
     def __init__(
@@ -95,21 +76,16 @@ class DlaLeaf(nn.Module):
         self.root = layers.root(2 * out_chs + root_chs + (in_chs if level_root else 0), out_chs)
 
     def forward(self, x: Tensor, children: list[Tensor] | None = None) -> Tensor:
-        """Runs the tree.
+        """Runs the tree, (N, in_chs, H, W) to (N, out_chs, H / stride, W / stride), sizes rounded up.
 
-        Args:
-            x: (N, in_chs, H, W).
-            children: Tensors (N, C_i, H / stride, W / stride) for the root, sum of C_i = root_chs.
-
-        Returns:
-            (N, out_chs, H / stride, W / stride), sizes rounded up.
+        The root also gets the children (N, C_i, H / stride, W / stride), sum of C_i = root_chs.
         """
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return recompute(self.aggregate, x, children, buffers_of=self)
         return self.aggregate(x, children)
 
     def aggregate(self, x: Tensor, children: list[Tensor] | None) -> Tensor:
-        """Computes what `forward` returns."""
+        """Computes the output of `forward`, without checkpointing."""
         children = [] if children is None else children
         bottom = self.downsample(x)
         if self.level_root:
@@ -120,9 +96,9 @@ class DlaLeaf(nn.Module):
 
 
 class DlaTree(nn.Module):
-    """Two trees in sequence; the second one's last root also gets what the first one returns.
+    """Two trees in sequence. The last root of the second tree also gets the output of the first.
 
-    Arguments are those of `DlaLeaf`, after the depth: a tree of depth 2 has two leaves, one of depth 3 four.
+    Takes the depth, then the arguments of `DlaLeaf`. A tree of depth 2 has two leaves, one of depth 3 has four.
     """
 
     def __init__(
@@ -158,9 +134,9 @@ def tree(depth: int, *args: Any, **kwargs: Any) -> nn.Module:
 
 
 def shrink(step: tuple[int, int] | None) -> nn.Module:
-    """Makes the maximum over 2x2 pixels that brings a tree's input to its output's resolution.
+    """Makes the max-pool over 2x2 pixels that brings a tree's input to its output's resolution.
 
-    Where the level is dilated instead (stride 1), the pixels are as far apart as those that the strided pool would see.
+    In a dilated level (stride 1), the pixels are as far apart as those that the strided pool would see.
     """
     if step is None:
         return nn.Identity()
@@ -168,26 +144,35 @@ def shrink(step: tuple[int, int] | None) -> nn.Module:
     if stride == 1:
         pad = nn.ConstantPad2d((0, dilation, 0, dilation), float('-inf'))
         return nn.Sequential(pad, nn.MaxPool2d(2, stride=1, dilation=dilation))
-    return nn.MaxPool2d(2, stride=2, ceil_mode=True)  # rounds odd sizes up, as the convolutions beside it do
+    return nn.MaxPool2d(2, stride=2, ceil_mode=True)  # rounds odd sizes up, as strided convolutions do
 
 
 class Res2NetDla(Trunk):
-    """DLA with Res2Net blocks, on timm's tensor names.
+    """DLA with Res2Net blocks, on timm's tensor names: a stem, two levels of convolutions and four of nested trees.
 
-    Unlike timm's DLA it dilates, checkpoints, drops paths, takes layers of any kind, and accepts odd image sizes. In
-    its dilated forms (`output_stride`) it computes exactly what the undilated network does, on a denser grid.
+    Maps images (N, in_chans, H, W) to logits (N, num_classes). Unlike timm's DLA it supports dilation, checkpointing,
+    stochastic depth, layers of any kind, and odd image sizes. Its dilated forms (`output_stride`) compute exactly the
+    undilated network, on a denser grid.
 
     Args:
         levels: Depth of each level: convolutions in the first two, depth of the tree in the others.
         channels: Output channels of each level.
-        base_width: Channels of one split for 64 planes, of which a block has half as many as output channels.
+        base_width: Channels of one split for 64 planes; a block has half as many planes as output channels.
         output_stride: 8, 16 or 32; levels beyond it are dilated.
-        shortcut_root: Add a root's first input to its output.
-        zero_init_last: Start training with every block as an identity. timm's DLA does not.
+        shortcut_root: Add a root's first input to its output. This changes the function but adds no tensor.
+        zero_init_last: Start training with every block as the identity. timm's DLA does not.
         **options: See `TrunkOptions`.
 
     Raises:
-        ValueError: For an argument that the network doesn't support.
+        ValueError: If the network does not support a value.
+        TypeError: If an argument is unknown.
+
+    Example:
+        >>> model = Res2NetDla(num_classes=10).eval()
+        >>> model(torch.randn(1, 3, 224, 224)).shape
+        torch.Size([1, 10])
+        >>> [tuple(x.shape[1:]) for x in model.forward_intermediates(torch.randn(1, 3, 64, 64), indices=3)[1]]
+        [(256, 8, 8), (512, 4, 4), (1024, 2, 2)]
     """
 
     parts = ('base_layer', 'level0', 'level1', 'level2', 'level3', 'level4', 'level5')
@@ -207,11 +192,10 @@ class Res2NetDla(Trunk):
     ) -> None:
         opts = TrunkOptions(base_width=base_width, zero_init_last=zero_init_last, **options)
         super().__init__(opts)
-        if output_stride not in (8, 16, 32):
-            raise ValueError(f'output_stride={output_stride} is not possible; choose 8, 16 or 32')
-        if len(levels) != 6 or len(channels) != 6:
-            raise ValueError(f'levels={levels} and channels={channels} must have an entry for each of 6 levels')
-        conv: Layers = partial(opts.conv, act_layer=opts.act)
+        require_one_of('output_stride', output_stride, (8, 16, 32))
+        if len(levels) != 6 or len(channels) != 6 or min(levels) < 1:
+            raise ValueError(f'levels={levels} and channels={channels} must have a positive entry for each of 6 levels')
+        conv = partial(opts.conv, act=True)
         self.base_layer = nn.Sequential(*conv(opts.in_chans, channels[0], 7))
         self.level0 = nn.Sequential(*conv(channels[0], channels[0], 3))
         self.level1 = nn.Sequential(*conv(channels[0], channels[1], 3, stride=2))
@@ -223,35 +207,26 @@ class Res2NetDla(Trunk):
             FeatureInfo(num_chs=channels[1], reduction=2, module='level1'),
         ]
 
-        project = partial(opts.conv, kernel_size=1)
-        root = partial(DlaRoot, shortcut=shortcut_root, act_layer=opts.act, norm_layer=opts.norm)
-        reduction, dilation = 2, 1
+        root = partial(DlaRoot, opts, shortcut=shortcut_root)
         trees = []
-        for i, drop_block in zip(range(2, 6), drop_block_layers(opts.drop_block_rate)):
-            stride = 2 if reduction < output_stride else 1
-            step = stride, dilation
-            reduction, dilation = reduction * stride, dilation * 2 // stride
+        grids = dense_grids(levels[2:], (2, 2, 2, 2), output_stride, reduction=2)
+        for i, grid, drop_block in zip(range(2, 6), grids, drop_blocks(opts.drop_block_rate)):
+            step = grid.stride, grid.first_dilation
             block = opts.block(DlaBottle2neck, dilate_pool=True, drop_block=drop_block)
-            layers = TreeLayers(block, project, partial(root, **opts.factory))
-            trees.append(tree(levels[i], layers, channels[i - 1], channels[i], dilation, step, level_root=i > 2))
-            self.feature_info.append(FeatureInfo(num_chs=channels[i], reduction=reduction, module=f'level{i}'))
+            layers = TreeLayers(block, partial(opts.conv, kernel_size=1), root)
+            trees.append(
+                tree(levels[i], layers, channels[i - 1], channels[i], grid.dilations[0], step, level_root=i > 2)
+            )
+            self.feature_info.append(FeatureInfo(num_chs=channels[i], reduction=grid.reduction, module=f'level{i}'))
         self.level2, self.level3, self.level4, self.level5 = trees
         self.add_head(channels[-1], opts)
+        set_spec(self, shortcut_root=shortcut_root)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Patterns that sort parameters into groups in the order of execution, as timm's optimizers want them.
-
-        Args:
-            coarse: A group for each level, instead of one for each block, projection and root.
-        """
-        if coarse:
-            return dict(stem=r'^base_layer', blocks=r'^level(\d+)')
-        patterns: list[tuple[str, tuple[int] | None]] = []
-        for depth in range(5, -1, -1):  # of nested trees; timm takes the first pattern that matches
-            prefix = r'^level(\d+)' + r'\.tree(\d+)' * depth
-            patterns += [(prefix + r'\.project', (0,)), (prefix + r'\.root', (3,)), (prefix, None)]
-        return dict(stem=r'^base_layer', blocks=patterns)
+        """Returns timm's patterns that sort parameters into groups for layer decay, a few large groups if `coarse`."""
+        trees = [(r'^level(\d+)\.tree(\d+)', None), (r'^level(\d+)\.root', (2,)), (r'^level(\d+)', (1,))]
+        return dict(stem=r'^base_layer', blocks=r'^level(\d+)' if coarse else trees)
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Computes features, (N, in_chans, H, W) to (N, num_features, H / 32, W / 32)."""

@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Iterable
-from typing import TypeVar, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -12,32 +12,21 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.ops import FrozenBatchNorm2d
 
-from .pool import DilatedAvgPool2d
-
-__all__ = ['NOT_TRAINABLE', 'Foldable', 'FoldedNorm', 'fold_norm', 'fold_norms', 'merge_convs', 'require_eval_mode']
-
-NOT_TRAINABLE = 'a fused model has no norms left to train with; train the model that it was made from'
+from .layers import DilatedAvgPool2d
 
 FoldableT = TypeVar('FoldableT', bound='Foldable')
 
 
-def require_eval_mode(module: nn.Module) -> None:
-    """Raises a ValueError for a module in training mode, whose norms take, and keep, statistics of each batch."""
-    if any(submodule.training for submodule in module.modules()):
-        raise ValueError(
-            f'this {type(module).__name__} is in training mode, where its norms take the statistics of each batch; '
-            'call its .eval() first'
-        )
-
-
 class Foldable(nn.Module):
-    """Mixin of networks whose norms can be folded. Then they refuse training mode, before any module's mode is set."""
+    """Mixin of networks whose norms can be folded. With a folded norm, a network always stays in evaluation mode.
+
+    Many programs call `train()` on a model that holds a fused one, as a teacher for instance, or just to trace it, so
+    that is not an error. Gradients are exact: they are those of a network with frozen norms.
+    """
 
     def train(self: FoldableT, mode: bool = True) -> FoldableT:
-        """Raises a ValueError for training mode: without its norms a network would train differently, and worse."""
-        if mode and any(isinstance(module, FoldedNorm) for module in self.modules()):
-            raise ValueError(NOT_TRAINABLE)
-        return super().train(mode)
+        """Sets the mode of a network without folded norms; others stay in evaluation mode."""
+        return super().train(mode and not any(isinstance(module, FoldedNorm) for module in self.modules()))
 
 
 class FoldedNorm(Foldable, nn.Identity):
@@ -49,11 +38,7 @@ class FoldedNorm(Foldable, nn.Identity):
 
 
 def fold_norm(conv: nn.Module | None, norm: nn.Module) -> nn.Module:
-    """Folds a norm into the convolution that runs before it, if both are of a kind that can be folded.
-
-    Returns:
-        The module for the norm's place: a `FoldedNorm`, or the norm itself if it was not folded.
-    """
+    """Folds a norm into the convolution before it. Returns a `FoldedNorm`, or the norm if that is not possible."""
     if not isinstance(conv, nn.Conv2d) or not isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm | FrozenBatchNorm2d):
         return norm
     if norm.running_mean is None or norm.running_var is None:
@@ -75,50 +60,31 @@ def fold_norms(module: nn.Module) -> None:
 
 
 def merge_convs(modules: Iterable[nn.Module], scale: int, pool: nn.Module, act: nn.Module) -> nn.Conv2d | None:
-    """Makes one grouped convolution of parallel 3x3 convolutions and, if it isn't convolved, of the last split.
+    """Makes one grouped convolution of parallel 3x3 convolutions and the pool of the last split.
 
-    The grouped convolution is followed by one activation, so the last split passes it, too. ReLU doesn't change that
-    split, pooled or not, because it is the output of a ReLU.
-
-    Args:
-        modules: The convolutions of the first splits, with their norms folded.
-        scale: Number of splits, one more than convolutions if the last one isn't convolved.
-        pool: What happens to the last split then.
-        act: The activation before and after.
-
-    Returns:
-        The convolution; None if none computes the same, because of another activation, or a pool that doesn't count the
-        padding or has another dilation.
+    One activation follows the grouped convolution, so the last split passes through it, too. ReLU does not change that
+    split, pooled or not, because it is the output of a ReLU. With another activation, or a pool that does not count the
+    padding or has another dilation, no convolution computes the same and None is returned.
     """
     convs = [cast(nn.Conv2d, module) for module in modules]
     conv = convs[0]
-    no_bias = torch.zeros_like(conv.weight[:, 0, 0, 0])
     weights: list[Tensor] = [each.weight for each in convs]  # (width, width / cardinality, 3, 3) each
-    biases: list[Tensor] = [no_bias if each.bias is None else each.bias for each in convs]
+    biases = [cast(Tensor, each.bias) for each in convs]  # of the folded norms
     if len(convs) < scale:
         kernel = kernel_of_pool(pool, conv)
         if kernel is None or not isinstance(act, nn.ReLU | nn.ReLU6):
             return None
         identity = torch.eye(conv.weight.shape[1]).repeat(conv.groups, 1)  # output channel i reads input channel i
         weights.append((identity[:, :, None, None] * kernel).to(conv.weight))
-        biases.append(no_bias)
-    merged = nn.Conv2d(
-        conv.in_channels * scale,
-        conv.out_channels * scale,
-        3,
-        stride=cast(tuple[int, int], conv.stride),
-        padding=cast(tuple[int, int], conv.padding),
-        dilation=cast(tuple[int, int], conv.dilation),
-        groups=conv.groups * scale,
-        device=conv.weight.device,
-        dtype=conv.weight.dtype,
-    )
+        biases.append(torch.zeros_like(biases[0]))
+    grid: Any = dict(stride=conv.stride, padding=conv.padding, dilation=conv.dilation)
+    merged = nn.Conv2d(conv.in_channels * scale, conv.out_channels * scale, 3, groups=conv.groups * scale, **grid)
     merged.weight, merged.bias = (nn.Parameter(torch.cat(each).detach()) for each in (weights, biases))
     return merged
 
 
 def kernel_of_pool(pool: nn.Module, conv: nn.Conv2d) -> Tensor | None:
-    """The 3x3 kernel with which a convolution on the grid of `conv` computes what a pool does; None if none does."""
+    """Returns the 3x3 kernel of a convolution that computes a pool on the grid of `conv`, or None if there is none."""
     if isinstance(pool, nn.AvgPool2d | DilatedAvgPool2d):
         dilation = pool.dilation if isinstance(pool, DilatedAvgPool2d) else 1
         return torch.full((3, 3), 1 / 9) if pool.count_include_pad and conv.dilation == (dilation, dilation) else None

@@ -1,8 +1,8 @@
 """Gradient checkpointing that leaves norm statistics exact.
 
-Checkpointing runs a part of the network once more in the backward pass instead of keeping its activations. timm's
-version updates the running statistics of the norms in both runs; this one updates them once, so that a training step
-ends with the same model with and without checkpointing.
+Checkpointing runs a part of the network again in the backward pass instead of keeping its activations. timm's version
+updates the running statistics of the norms in both runs. This one updates them once, so that a training step gives the
+same model with and without checkpointing.
 """
 
 from collections.abc import Callable
@@ -16,20 +16,9 @@ from torch import Tensor, nn
 
 from .fold import Foldable
 
-__all__ = [
-    'BufferCopies',
-    'FeatureDict',
-    'FeatureGetter',
-    'FeatureHook',
-    'FeatureList',
-    'Stage',
-    'recompute',
-    'set_grad_checkpointing',
-]
-
 
 class BufferCopies:
-    """Context in which a module reads and updates copies of its buffers. It can be entered again and again."""
+    """Context in which a module reads and updates copies of its buffers. It can be entered repeatedly."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -47,14 +36,8 @@ class BufferCopies:
 
 
 def recompute(run: Callable[..., Tensor], *args: object, buffers_of: nn.Module) -> Tensor:
-    """Runs a function, keeps only its arguments, and runs it again in the backward pass.
-
-    Args:
-        run: Function to run.
-        *args: Its arguments.
-        buffers_of: Module whose buffers the function updates. The second run updates copies.
-    """
-    # torch.compile accepts no context. From torch 2.9 on it needs none: it recomputes values and repeats no update.
+    """Runs a function, keeping only its arguments, and runs it again in the backward pass, on copies of the buffers."""
+    # torch.compile accepts no context and, from torch 2.9 on, needs none: it recomputes values without their updates.
     if torch.compiler.is_compiling():
         return torch.utils.checkpoint.checkpoint(run, *args, use_reentrant=False)
     contexts = nullcontext(), BufferCopies(buffers_of)
@@ -62,7 +45,7 @@ def recompute(run: Callable[..., Tensor], *args: object, buffers_of: nn.Module) 
 
 
 class Stage(nn.Sequential):
-    """Blocks in sequence. While `grad_checkpointing` is set, each of them is recomputed in the backward pass."""
+    """Blocks in sequence. While `grad_checkpointing` is set, each block is recomputed in the backward pass."""
 
     def __init__(self, *blocks: nn.Module) -> None:
         super().__init__(*blocks)
@@ -78,7 +61,7 @@ class Stage(nn.Sequential):
 
 
 def set_grad_checkpointing(model: nn.Module, enable: bool = True) -> None:
-    """Sets `grad_checkpointing` of every part that recomputes itself; of a network it would be timm's version."""
+    """Sets `grad_checkpointing` of parts that recompute themselves; on a feature extractor it would be timm's own."""
     for module in model.modules():
         if not hasattr(module, 'set_grad_checkpointing') and 'grad_checkpointing' in vars(module):
             vars(module)['grad_checkpointing'] = enable

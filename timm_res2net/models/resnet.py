@@ -1,93 +1,101 @@
-"""ResNet trunk: timm's own, with Res2Net blocks."""
+"""ResNet trunk with Res2Net blocks, on timm's tensor names."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from timm.layers import AvgPool2dSame, DropPath, calculate_drop_path_rates, get_act_layer
-from timm.models.resnet import ResNet
-from torch import nn
+from timm.layers import AvgPool2dSame
+from timm.models.resnet import downsample_conv, drop_blocks
+from torch import Tensor, nn
 
-from .block import Bottle2neck, Layer, norm_factory, set_function
-from .deformable import DeformableConv2d
-from .fold import Foldable
-from .function import Function
-from .pool import DilatedAvgPool2d
-from .recompute import Stage, set_grad_checkpointing
-from .trunk import drop_block_layers
-
-__all__ = ['Res2Net']
-
-OF_STAGES = 'channels', 'avg_down', 'drop_path_rate', 'drop_block_rate', 'zero_init_last', 'device', 'dtype'
+from .block import Bottle2neck, set_spec
+from .layers import DilatedAvgPool2d
+from .spec import NetworkSpec, require_one_of
+from .trunk import FeatureInfo, Grid, Trunk, TrunkOptions, dense_grids, make_stage
 
 
-class Res2Net(Foldable, ResNet):
-    """timm's ResNet with Res2Net blocks.
+def explicit_grids(layers: Sequence[int], spec: NetworkSpec) -> list[Grid]:
+    """Returns the grid of each stage of a network that was trained with other strides or dilations."""
+    grids, prior, reduction = [], 1, 4
+    for depth, stride, dilation in zip(layers, spec.strides, spec.dilations):
+        dilations = dilation if isinstance(dilation, tuple) else (dilation,) * depth
+        if len(dilations) != depth:
+            raise ValueError(f'dilations has {len(dilations)} entries for a stage of {depth} blocks: {spec.dilations}')
+        reduction *= stride
+        grids.append(Grid(stride, stride, dilations[0] if spec.dilate_first else prior, dilations, reduction))
+        prior = dilations[-1]
+    return grids
 
-    It takes the block's arguments by name, refuses what the blocks don't support, and leaves norm statistics exact
-    under gradient checkpointing. The rest is timm's.
+
+class Res2Net(Trunk):
+    """ResNet with Res2Net blocks: a stem and four stages, at strides 4, 8, 16 and 32.
+
+    Maps images (N, in_chans, H, W) to logits (N, num_classes). Weights, outputs and gradients are those of timm's
+    `ResNet` with its `Bottle2neck`, bit for bit.
 
     Args:
         layers: Blocks of each of the four stages.
-        scale: Splits of a block.
-        base_width: Channels of one split for 64 planes.
-        cardinality: Groups of the 3x3 convolutions.
-        first_block: What the first block of a stage computes, a key of `FIRST_BLOCKS`.
-        attn_layer: Attention class or its name in timm.
-        style: Where the stride of a stage is: 'pytorch' (3x3 convolutions) or 'caffe' (first 1x1 convolution).
-        deformable: For each of the four stages 'v1' or 'v2' for deformable 3x3 convolutions, or None for plain ones.
-        strides: Stride of each of the four stages, for a network that was trained with others than 1, 2, 2, 2.
-        dilations: Dilation of each of the four stages, for a network that was trained dilated; for a stage with
-            another one in each block (multi-grid), the dilations of its blocks.
-        dilate_first: Whether `dilations` are also those of the first block of a stage, as in most code. The first block
-            has the dilation of the stage before it otherwise, as in timm and torchvision.
+        channels: Planes of each stage; it has four times as many output channels.
+        stem_type: '' for one 7x7 convolution, 'deep' for three of 3x3, 'deep_tiered' for these in growing widths.
+        stem_width: Channels of the first convolution of a deep stem, which ends with twice as many; else it has 64.
+        replace_stem_pool: Put a strided convolution in the place of the stem's max-pool.
         stem_ceil_mode: Round the size of the stem's max-pool up.
-        output_stride: 8, 16 or 32; stages beyond it are dilated. This makes a dense network of one that was trained
-            with the usual strides, so first blocks keep their function; `strides` and `dilations` are for networks that
-            were trained with them. A stage with as many channels as the one before it has no shortcut then, as in timm,
-            and its first block is as the others: weights of the undilated network don't fit.
+        down_kernel_size: Size of the shortcuts' convolutions where they have a stride or dilation.
+        avg_down: Put the stride of shortcuts into an average pool before the convolution.
+        style: Position of a stage's stride: 'pytorch' (3x3 convolutions) or 'caffe' (first 1x1 convolution).
+        deformable: Version of the deformable 3x3 convolutions of each stage, 'v1' or 'v2', None for plain ones.
+        strides: Stride of each stage, for a network that was trained with others than 1, 2, 2, 2.
+        dilations: Dilation of each stage, or of each of its blocks (multi-grid), for a network trained dilated.
+        dilate_first: Whether the first block of a stage has the stage's dilation, as in most code, or that of the stage
+            before, as in timm and torchvision.
+        output_stride: 8, 16 or 32; stages beyond it are dilated. This makes a denser network of one that was trained
+            with the default strides, so first blocks keep their function; `strides` and `dilations` are for networks
+            that were trained with them. As in timm, a stage with as many channels as the one before it then has no
+            shortcut, and its first block is a later block: weights of the undilated network do not fit.
         dilate_pool: Dilate the average pools, too, where stages are dilated. Weights then compute, on a denser grid,
-            what they compute in the undilated network. timm leaves the pools as they are, so its features are some
-            percent off with `output_stride=8`, and more with 16 where the map at stride 16 has an odd side; that is the
-            default here, for equality with timm. Attention that pools over the whole image differs on a denser grid in
-            any case.
-        act_layer: Activation class or its name in timm.
-        norm_layer: Norm class or its name in timm; also one that takes no device and dtype, as torchvision's.
-        norm_eps: Added to the variances of norms, the norm class's own default if None.
-        **kwargs: Other arguments of timm's `ResNet`.
+            the undilated network. The default leaves the pools undilated, for equality with timm: its features are a
+            few percent off with `output_stride=8`, and with 16 where the map at stride 16 has an odd side. Attention
+            that pools over the whole image differs on a denser grid in any case.
+        **options: See `TrunkOptions`: `scale`, `base_width`, `cardinality`, `first_block`, `attn_layer`, `num_classes`,
+            `in_chans`, `global_pool`, `act_layer`, `norm_layer`, `drop_path_rate` and others.
 
     Raises:
-        ValueError: For an argument that the network doesn't support.
-        TypeError: For an argument that timm's `ResNet` doesn't know.
+        ValueError: If the network does not support a value.
+        TypeError: If an argument is unknown.
+
+    Example:
+        >>> model = Res2Net(layers=(3, 4, 6, 3), scale=4, base_width=26, num_classes=10).eval()
+        >>> model(torch.randn(1, 3, 224, 224)).shape
+        torch.Size([1, 10])
+        >>> [tuple(x.shape[1:]) for x in model.forward_intermediates(torch.randn(1, 3, 64, 64))[1]]
+        [(64, 32, 32), (256, 16, 16), (512, 8, 8), (1024, 4, 4), (2048, 2, 2)]
     """
 
+    parts = ('conv1', 'bn1', 'act1', 'maxpool', 'layer1', 'layer2', 'layer3', 'layer4')
     densest: ClassVar[dict[str, Any]] = dict(output_stride=8, dilate_pool=True)
 
     def __init__(
         self,
         layers: Sequence[int] = (3, 4, 6, 3),
         *,
-        scale: int = 4,
-        base_width: float = 26,
-        cardinality: int = 1,
-        first_block: str = 'official',
-        style: str = 'pytorch',
-        deformable: Sequence[str | None] = Function.deformable,
-        strides: Sequence[int] = Function.strides,
-        dilations: Sequence[int | Sequence[int]] = Function.dilations,
-        dilate_first: bool = True,
+        channels: Sequence[int] = (64, 128, 256, 512),
+        stem_type: str = '',
+        stem_width: int = 64,
+        replace_stem_pool: bool = False,
         stem_ceil_mode: bool = False,
-        attn_layer: str | Layer | None = None,
+        down_kernel_size: int = 1,
+        avg_down: bool = False,
+        style: str = 'pytorch',
+        deformable: Sequence[str | None] = NetworkSpec.deformable,
+        strides: Sequence[int] = NetworkSpec.strides,
+        dilations: Sequence[int | Sequence[int]] = NetworkSpec.dilations,
+        dilate_first: bool = True,
         output_stride: int = 32,
         dilate_pool: bool = False,
-        act_layer: str | Layer = 'relu',
-        norm_layer: str | Layer = 'batchnorm2d',
-        norm_eps: float | None = None,
-        **kwargs: Any,
+        **options: Any,
     ) -> None:
-        if output_stride not in (8, 16, 32):
-            raise ValueError(f'output_stride={output_stride} is not possible; choose 8, 16 or 32')
+        opts = TrunkOptions(**options)
+        super().__init__(opts)
         geometry: dict[str, Any] = dict(
             strides=strides,
             dilations=dilations,
@@ -95,124 +103,84 @@ class Res2Net(Foldable, ResNet):
             deformable=deformable,
             stem_ceil_mode=stem_ceil_mode,
         )
-        function = Function(first_block, style, **geometry)
-        usual = function.strides == Function.strides and function.dilations == Function.dilations
-        if not usual and (output_stride != 32 or dilate_pool):
-            raise ValueError('strides and dilations say all of the geometry; leave output_stride and dilate_pool out')
-        if not usual and kwargs.get('down_kernel_size', 1) != 1:
-            raise ValueError('with strides and dilations a shortcut is a 1x1 convolution; leave down_kernel_size out')
-        for depth, dilation in zip(layers, function.dilations):
-            if isinstance(dilation, tuple) and len(dilation) != depth:
-                raise ValueError(f'dilations has {len(dilation)} entries for a stage of {depth} blocks: {dilations}')
-        norm_layer = norm_factory(norm_layer, norm_eps)
-        block_args: dict[str, Any] = dict(scale=scale, first_block=first_block, style=style, attn_layer=attn_layer)
-        super().__init__(
-            Bottle2neck,  # type: ignore[arg-type]  # timm's annotation allows only its own blocks
-            tuple(layers),
-            base_width=base_width,  # type: ignore[arg-type]  # an int in the annotation; timm multiplies by it
-            cardinality=cardinality,
-            output_stride=output_stride,
-            act_layer=act_layer,
-            norm_layer=norm_layer,
-            block_args=dict(block_args, dilate_pool=dilate_pool),
-            **kwargs,
-        )
-        if not usual:
-            block = partial(
-                Bottle2neck,
-                cardinality=cardinality,
-                base_width=base_width,
-                act_layer=get_act_layer(act_layer),
-                norm_layer=norm_layer,
-                **block_args,
+        spec = NetworkSpec(style=style, **geometry)
+        if len(layers) != 4 or len(channels) != 4 or min(layers) < 1:
+            raise ValueError(f'layers={layers} and channels={channels} must have a positive entry for each of 4 stages')
+        is_timms = spec.strides == NetworkSpec.strides and spec.dilations == NetworkSpec.dilations
+        if not is_timms and (output_stride != 32 or dilate_pool or down_kernel_size != 1):
+            raise ValueError(
+                'strides and dilations set the whole geometry: do not pass output_stride, dilate_pool or '
+                'down_kernel_size with them'
             )
-            replace_stages(self, block, layers, function, **{key: kwargs[key] for key in OF_STAGES if key in kwargs})
-        for i, version in enumerate(function.deformable):
-            blocks = self.get_submodule(f'layer{i + 1}').children()
-            setattr(self, f'layer{i + 1}', Stage(*(make_deformable(each, version) for each in blocks)))
-        if dilate_pool:
-            dilate_shortcut_pools(self)
-        if stem_ceil_mode:
-            if not isinstance(self.maxpool, nn.MaxPool2d):
-                raise ValueError('stem_ceil_mode is for a stem with a plain max-pool')
-            self.maxpool.ceil_mode = True
-        set_function(self, **{name: getattr(function, name) for name in geometry})
+        require_one_of('output_stride', output_stride, (8, 16, 32))
+        grids = dense_grids(layers, spec.strides, output_stride, 4) if is_timms else explicit_grids(layers, spec)
+        require_one_of('stem_type', stem_type, ('', 'deep', 'deep_tiered'))
+        if stem_ceil_mode and replace_stem_pool:
+            raise ValueError('stem_ceil_mode=True has no effect on the convolution of replace_stem_pool')
 
-    @torch.jit.ignore
-    def init_weights(self, zero_init_last: bool = True) -> None:
-        """Initialises as timm does; offsets of deformable convolutions become zero."""
-        super().init_weights(zero_init_last)
-        for module in self.modules():
-            if isinstance(module, DeformableConv2d):
-                module.zero_offsets()
+        inplanes = stem_width * 2 if stem_type else 64
+        self.conv1 = make_stem(opts, inplanes, stem_type, stem_width)
+        self.bn1 = opts.norm(inplanes, **opts.factory)
+        self.act1 = opts.act(inplace=True)
+        self.maxpool: nn.Module = nn.MaxPool2d(3, 2, padding=1, ceil_mode=stem_ceil_mode)
+        if replace_stem_pool:
+            self.maxpool = nn.Sequential(*opts.conv(inplanes, inplanes, 3, stride=2, act=True))
+        self.feature_info = [FeatureInfo(num_chs=inplanes, reduction=2, module='act1')]
 
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Switches gradient checkpointing of each block; unlike timm's, norm statistics stay exact."""
-        set_grad_checkpointing(self, enable)
-
-
-def dilate_shortcut_pools(model: nn.Module) -> None:
-    """Replaces the average pools in the shortcuts of dilated stages, for which timm's ResNet takes `AvgPool2dSame`."""
-    for block in model.modules():
-        if isinstance(block, Bottle2neck) and isinstance(block.downsample, nn.Sequential):
-            pool, conv = block.downsample[0], block.convs[0]
-            if isinstance(pool, AvgPool2dSame) and isinstance(conv, nn.Conv2d):
-                block.downsample[0] = DilatedAvgPool2d(conv.dilation[0], count_include_pad=False, kernel_size=2)
-
-
-def replace_stages(
-    model: Res2Net,
-    block: partial[Bottle2neck],
-    layers: Sequence[int],
-    function: Function,
-    *,
-    channels: Sequence[int] = (64, 128, 256, 512),
-    avg_down: bool = False,
-    drop_path_rate: float = 0.0,
-    drop_block_rate: float = 0.0,
-    zero_init_last: bool = True,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> None:
-    """Replaces the stages that timm made by stages with other strides and dilations, which timm has no arguments for.
-
-    Arguments are those of `Res2Net`; strides and dilations are the function's. A shortcut at stride 1 has no pool.
-    """
-    dd: dict[str, Any] = dict(device=device, dtype=dtype)
-    rates: list[float] = calculate_drop_path_rates(drop_path_rate, sum(layers))  # type: ignore[assignment]
-    rate_of_next = iter(rates)
-    (inplanes,) = (conv.in_channels for conv in [model.get_submodule('layer1.0.conv1')] if isinstance(conv, nn.Conv2d))
-    reduction, dilation_before = 4, 1
-    for i, (depth, planes, drop_block) in enumerate(zip(layers, channels, drop_block_layers(drop_block_rate))):
-        stride, dilation, outplanes = function.strides[i], function.dilations[i], planes * Bottle2neck.expansion
-        of_blocks = dilation if isinstance(dilation, tuple) else (dilation,) * depth
-        conv = nn.Conv2d(inplanes, outplanes, 1, 1 if avg_down else stride, bias=False, **dd)
-        shortcut = nn.Sequential(conv, block.keywords['norm_layer'](outplanes, **dd))
-        if avg_down:
-            pool = nn.AvgPool2d(stride, stride, ceil_mode=True, count_include_pad=False)
-            shortcut.insert(0, pool if stride > 1 else nn.Identity())
-        first_dilation = of_blocks[0] if function.dilate_first else dilation_before
-        of_first = dict(stride=stride, downsample=shortcut, first_dilation=first_dilation)
-        blocks = []
-        for b, dilation_of_block in enumerate(of_blocks):
-            rate = next(rate_of_next)
-            drop_path = DropPath(rate) if rate > 0 else None
-            options: dict[str, Any] = dict(dilation=dilation_of_block, drop_block=drop_block, drop_path=drop_path)
-            blocks.append(block(inplanes, planes, **options, **(of_first if b == 0 else {}), **dd))
+        stages = []
+        for i, (grid, planes, drop_block) in enumerate(zip(grids, channels, drop_blocks(opts.drop_block_rate))):
+            outplanes = planes * Bottle2neck.expansion
+            shortcut = None
+            if grid.stride > 1 or inplanes != outplanes or not is_timms:
+                shortcut = make_shortcut(opts, inplanes, outplanes, grid, down_kernel_size, avg_down, dilate_pool)
+            version = spec.deformable[i]
+            block = opts.block(style=style, deformable=version, dilate_pool=dilate_pool, drop_block=drop_block)
+            stages.append(make_stage(block, inplanes, planes, grid, shortcut))
             inplanes = outplanes
-        setattr(model, f'layer{i + 1}', nn.Sequential(*blocks))
-        reduction, dilation_before = reduction * stride, of_blocks[-1]
-        model.feature_info[i + 1]['reduction'] = reduction
-    model.init_weights(zero_init_last)
+            self.feature_info.append(FeatureInfo(num_chs=outplanes, reduction=grid.reduction, module=f'layer{i + 1}'))
+        self.layer1, self.layer2, self.layer3, self.layer4 = stages
+        self.add_head(inplanes, opts)
+        set_spec(self, **geometry)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Returns timm's patterns that sort parameters into groups for layer decay, a few large groups if `coarse`."""
+        return dict(stem=r'^conv1|bn1|maxpool', blocks=r'^layer(\d+)' if coarse else r'^layer(\d+)\.(\d+)')
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Computes features, (N, in_chans, H, W) to (N, num_features, H / 32, W / 32)."""
+        x = self.act1(self.bn1(self.conv1(x)))  # (N, 64, H / 2, W / 2) with default channels
+        x = self.maxpool(x)  # (N, 64, H / 4, W / 4)
+        x = self.layer1(x)  # (N, 256, H / 4, W / 4)
+        x = self.layer2(x)  # (N, 512, H / 8, W / 8)
+        x = self.layer3(x)  # (N, 1024, H / 16, W / 16)
+        return self.layer4(x)  # (N, 2048, H / 32, W / 32)
 
 
-def make_deformable(block: nn.Module, version: str | None) -> nn.Module:
-    """Replaces the 3x3 convolutions of a block by deformable ones with the same weights, for None by none."""
-    if version is None:
-        return block
-    assert isinstance(block, Bottle2neck)
-    for i, conv in enumerate(block.convs):
-        assert isinstance(conv, nn.Conv2d)
-        block.convs[i] = DeformableConv2d.like(conv, version)
-    return block
+def make_stem(opts: TrunkOptions, channels: int, stem_type: str, stem_width: int) -> nn.Module:
+    """Makes the stem's convolutions, with the norms and activations between them."""
+    if not stem_type:
+        return nn.Conv2d(opts.in_chans, channels, 7, 2, padding=3, bias=False, **opts.factory)
+    first = 3 * (stem_width // 4) if stem_type == 'deep_tiered' else stem_width
+    return nn.Sequential(
+        *opts.conv(opts.in_chans, first, 3, stride=2, act=True),
+        *opts.conv(first, stem_width, 3, act=True),
+        nn.Conv2d(stem_width, channels, 3, padding=1, bias=False, **opts.factory),
+    )
+
+
+def make_shortcut(
+    opts: TrunkOptions, inplanes: int, outplanes: int, grid: Grid, kernel_size: int, avg_down: bool, dilate_pool: bool
+) -> nn.Module:
+    """Makes the projection of a stage's shortcut."""
+    if not avg_down:
+        options = dict(first_dilation=grid.first_dilation, norm_layer=opts.norm, **opts.factory)
+        return downsample_conv(inplanes, outplanes, kernel_size, grid.stride, grid.dilations[0], **options)
+    pool: nn.Module = nn.Identity()
+    if grid.stride > 1:
+        pool = nn.AvgPool2d(grid.stride, grid.stride, ceil_mode=True, count_include_pad=False)
+    elif grid.trained_stride > 1 and dilate_pool:
+        pool = DilatedAvgPool2d(grid.first_dilation, count_include_pad=False, kernel_size=2)
+    elif grid.trained_stride > 1:
+        pool = AvgPool2dSame(2, 1, ceil_mode=True, count_include_pad=False)
+    return nn.Sequential(pool, *opts.conv(inplanes, outplanes, 1))

@@ -1,39 +1,24 @@
-"""What the trunks of our own have in common: their arguments, a head, and features taken from their parts."""
+"""The base of all trunks: their common arguments, the head, and features taken from their parts."""
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, ClassVar, TypedDict
+from typing import Any, ClassVar, NamedTuple, TypedDict
 
 import torch
-from timm.layers import (
-    DropBlock2d,
-    DropPath,
-    calculate_drop_path_rates,
-    create_classifier,
-    get_act_layer,
-    get_device_dtype,
-)
+import torch.nn.functional as F
+from timm.layers import DropPath, SelectAdaptivePool2d, create_classifier, get_act_layer, get_device_dtype
 from torch import Tensor, nn
 
 from .block import Bottle2neck, Layer, norm_factory
 from .fold import Foldable
-from .recompute import set_grad_checkpointing
-
-__all__ = ['FeatureInfo', 'Layers', 'Trunk', 'TrunkOptions', 'conv_norm_act', 'drop_block_layers']
-
-Layers = Callable[..., list[nn.Module]]
-
-
-class FactoryOptions(TypedDict):
-    """Where new tensors go."""
-
-    device: torch.device | str | None
-    dtype: torch.dtype | None
+from .layers import ConvClassifier, DeformableConv2d
+from .recompute import Stage, set_grad_checkpointing
 
 
 class FeatureInfo(TypedDict):
-    """What timm wants to know of a feature."""
+    """timm's description of a feature."""
 
     num_chs: int
     reduction: int  # stride, in pixels of the image
@@ -42,24 +27,24 @@ class FeatureInfo(TypedDict):
 
 @dataclass(frozen=True)
 class TrunkOptions:
-    """Keyword arguments that every trunk takes; its signature shows those whose default is its own.
+    """Keyword arguments of every trunk. A trunk's own signature lists those whose default it changes.
 
     Args:
         scale: Splits of a block.
         base_width: Channels of one split for 64 planes.
         cardinality: Groups of the 3x3 convolutions.
-        first_block: What the first block of a stage computes, a key of `FIRST_BLOCKS`.
+        first_block: How the first block of a stage computes its splits, a key of `FIRST_BLOCKS`.
         attn_layer: Attention class or its name in timm.
-        num_classes: Classes, 0 for none.
-        in_chans: Channels of the image.
+        num_classes: Number of classes, 0 for features instead of logits.
+        in_chans: Channels of the images.
         global_pool: Kind of pooling: 'avg', 'max', 'avgmax', 'catavgmax', '' for none.
         act_layer: Activation class or its name in timm.
         norm_layer: Norm class or its name in timm.
-        norm_eps: Added to the variances of norms, the norm class's own default if None.
+        norm_eps: Number that norms add to variances, the default of the norm class if None.
         drop_rate: Dropout probability before the classifier.
         drop_path_rate: Stochastic depth probability of the last block, growing linearly from 0 at the first.
         drop_block_rate: DropBlock probability in the last two stages.
-        zero_init_last: Start training with every block as an identity.
+        zero_init_last: Start training with every block as the identity.
         device: Device of the tensors.
         dtype: Data type of the tensors.
     """
@@ -83,9 +68,9 @@ class TrunkOptions:
     dtype: torch.dtype | None = None
 
     @property
-    def factory(self) -> FactoryOptions:
-        """Device and dtype."""
-        return FactoryOptions(device=self.device, dtype=self.dtype)
+    def factory(self) -> dict[str, Any]:
+        """Device and dtype of new tensors."""
+        return dict(device=self.device, dtype=self.dtype)
 
     @property
     def act(self) -> Layer:
@@ -94,16 +79,18 @@ class TrunkOptions:
 
     @property
     def norm(self) -> Layer:
-        """Makes a norm."""
+        """The norm class, or a function that makes norms."""
         return norm_factory(self.norm_layer, self.norm_eps)
 
-    @property
-    def conv(self) -> Layers:
-        """Makes a convolution and its norm, see `conv_norm_act`."""
-        return partial(conv_norm_act, norm_layer=self.norm, **self.factory)
+    def conv(self, in_chs: int, out_chs: int, kernel_size: int, stride: int = 1, act: bool = False) -> list[nn.Module]:
+        """Makes a convolution, its norm, and an activation if `act`."""
+        padding = kernel_size // 2
+        conv = nn.Conv2d(in_chs, out_chs, kernel_size, stride, padding=padding, bias=False, **self.factory)
+        layers: list[nn.Module] = [conv, self.norm(out_chs, **self.factory)]
+        return [*layers, self.act(inplace=True)] if act else layers
 
     def block(self, block_cls: type[Bottle2neck] = Bottle2neck, **kwargs: Any) -> Callable[..., Bottle2neck]:
-        """Makes a function that builds blocks; what remains to be given are channels, stride and place."""
+        """Returns a function that makes blocks from their channels, stride and position."""
         return partial(
             block_cls,
             scale=self.scale,
@@ -118,18 +105,46 @@ class TrunkOptions:
         )
 
 
+class Grid(NamedTuple):
+    """Stride and dilations of a stage."""
+
+    trained_stride: int  # as the weights were trained; a stage at stride 1 may be dilated instead
+    stride: int
+    first_dilation: int  # of the convolutions in the first block
+    dilations: tuple[int, ...]  # of the blocks; that of the first is the stage's
+    reduction: int  # stride of the stage's output, in pixels of the image
+
+
+def dense_grids(layers: Sequence[int], strides: Sequence[int], output_stride: int, reduction: int) -> list[Grid]:
+    """Returns the grid of each stage after a stem of stride `reduction`; those beyond the output stride are dilated."""
+    grids, dilation = [], 1
+    for depth, trained_stride in zip(layers, strides):
+        stride = trained_stride if reduction < output_stride else 1
+        first_dilation, reduction, dilation = dilation, reduction * stride, dilation * trained_stride // stride
+        grids.append(Grid(trained_stride, stride, first_dilation, (dilation,) * depth, reduction))
+    return grids
+
+
+def make_stage(
+    block: Callable[..., Bottle2neck], inplanes: int, planes: int, grid: Grid, shortcut: nn.Module | None
+) -> Stage:
+    """Makes the blocks of a stage."""
+    dilation, *later_dilations = grid.dilations
+    blocks = [block(inplanes, planes, grid.stride, shortcut, dilation=dilation, first_dilation=grid.first_dilation)]
+    blocks += [block(planes * Bottle2neck.expansion, planes, dilation=each) for each in later_dilations]
+    return Stage(*blocks)
+
+
 class Trunk(Foldable):
     """A sequence of parts and a head, with the methods that timm expects of a model.
 
-    A subclass makes the parts, lists the features that can be taken in `feature_info`, writes `forward_features` out,
-    and calls `add_head`.
-
-    Args:
-        options: Of these, the number of classes and of image channels.
+    A subclass makes the parts, lists their features in `feature_info`, writes `forward_features` out, and calls
+    `add_head`. Its children run in order: `nn.Sequential(*list(model.children())[:-1])` gives pooled features
+    (N, num_features), `[:-2]` the map (N, num_features, H, W).
     """
 
-    parts: tuple[str, ...]  # names of the modules that make the features, in the order in which they run
-    conv_head = False  # a 1x1 convolution as classifier
+    parts: tuple[str, ...]  # names of the modules that make the features, in the order of execution
+    conv_head = False  # whether the classifier is a 1x1 convolution
     densest: ClassVar[dict[str, Any]]  # arguments for the densest grid on which the network computes the same
 
     forward_features: Callable[[Tensor], Tensor]
@@ -138,44 +153,60 @@ class Trunk(Foldable):
         super().__init__()
         self.num_classes = options.num_classes
         self.in_chans = options.in_chans
+        self.drop_rate = options.drop_rate
         self.feature_info: list[FeatureInfo] = []
 
-    def add_head(self, num_features: int, options: TrunkOptions) -> None:
-        """Adds stochastic depth and the head to the parts, and initialises everything.
+    @classmethod
+    def arguments(cls) -> dict[str, Any]:
+        """Returns the trunk's keyword arguments and their defaults, those of `TrunkOptions` included."""
+        own = {name: each.default for name, each in inspect.signature(cls).parameters.items() if name != 'options'}
+        return {**vars(TrunkOptions()), **own}
 
-        Args:
-            num_features: Channels of the last part.
-            options: Of the trunk.
+    def add_head(self, num_features: int, options: TrunkOptions) -> None:
+        """Adds stochastic depth to the blocks and a head of `num_features` input channels, and initializes everything.
+
+        Drop rates grow linearly. They are computed as Python floats: timm's helper makes a tensor, which fake tensor
+        mode cannot read.
         """
         blocks = [module for module in self.modules() if isinstance(module, Bottle2neck)]
-        rates: list[float] = calculate_drop_path_rates(options.drop_path_rate, len(blocks))  # type: ignore[assignment]
-        for block, rate in zip(blocks, rates):
+        for i, block in enumerate(blocks):
+            rate = options.drop_path_rate * i / max(1, len(blocks) - 1)
             block.drop_path = DropPath(rate) if rate > 0 else None
         self.num_features = num_features
-        self.head_drop = nn.Dropout(options.drop_rate)
         self._make_classifier(options.global_pool, options.factory)
-        self.init_weights(options.zero_init_last)
+        self.zero_init_last = options.zero_init_last
+        self.init_weights()
 
-    def _make_classifier(self, global_pool: str, factory: FactoryOptions) -> None:
-        self.global_pool, self.fc = create_classifier(
-            self.num_features, self.num_classes, pool_type=global_pool, use_conv=self.conv_head, **factory
-        )
-        self.flatten = nn.Flatten(1) if global_pool and self.conv_head else nn.Identity()
+    def _make_classifier(self, global_pool: str, factory: dict[str, Any]) -> None:
+        if self.conv_head and global_pool:
+            self.global_pool = SelectAdaptivePool2d(pool_type=global_pool, flatten=True)
+            pooled = self.num_features * self.global_pool.feat_mult()
+            self.fc = ConvClassifier(pooled, self.num_classes, 1, **factory) if self.num_classes else nn.Identity()
+        else:
+            self.global_pool, self.fc = create_classifier(
+                self.num_features, self.num_classes, pool_type=global_pool, use_conv=self.conv_head, **factory
+            )
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
 
     @torch.jit.ignore
-    def init_weights(self, zero_init_last: bool = False) -> None:
-        """Initialises the convolutions for ReLU by their fan-out, and optionally makes each block an identity."""
+    def init_weights(self, zero_init_last: bool | None = None) -> None:
+        """Initializes convolutions for ReLU by their fan-out, and offsets of deformable convolutions with zero.
+
+        Blocks become identities if `zero_init_last`; None stands for the argument of the constructor.
+        """
+        zero_init_last = self.zero_init_last if zero_init_last is None else zero_init_last
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
         for module in self.modules():
+            if isinstance(module, DeformableConv2d):
+                module.zero_offsets()
             if zero_init_last and isinstance(module, Bottle2neck):
                 module.zero_init_last()
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Switches gradient checkpointing of the blocks; norm statistics stay exact."""
+        """Turns gradient checkpointing of the blocks on or off; norm statistics stay exact, unlike timm's."""
         set_grad_checkpointing(self, enable)
 
     @torch.jit.ignore
@@ -184,25 +215,15 @@ class Trunk(Foldable):
         return 'fc' if name_only else self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the classifier by a new one.
-
-        Args:
-            num_classes: Classes, 0 for none.
-            global_pool: Kind of pooling, the present one if None.
-        """
+        """Replaces the classifier, for 0 classes with an identity, and the pooling if it is not None."""
         self.num_classes = num_classes
-        self._make_classifier(
-            self.global_pool.pool_type if global_pool is None else global_pool, get_device_dtype(self)
-        )
-        for module in (self.global_pool, self.fc, self.flatten):
-            module.train(self.training)
+        global_pool = self.global_pool.pool_type if global_pool is None else global_pool
+        self._make_classifier(global_pool, get_device_dtype(self))
+        self.global_pool.train(self.training)
+        self.fc.train(self.training)
 
     def _select_features(self, indices: int | Sequence[int] | None) -> tuple[list[int], list[str], int]:
-        """Returns indices of features, the names of the parts of all features, and how many parts the last one needs.
-
-        Raises:
-            ValueError: For no feature, or one that doesn't exist.
-        """
+        """Returns non-negative indices, the names of all features' parts, and how many parts the last index needs."""
         names = [info['module'] for info in self.feature_info]
         everything = range(len(names))
         wanted = range(-indices, 0) if isinstance(indices, int) else everything if indices is None else indices
@@ -222,18 +243,21 @@ class Trunk(Foldable):
         output_fmt: str = 'NCHW',
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """Runs the parts and returns the outputs of some.
+        """Runs the parts and returns the features of some of them.
 
         Args:
             x: (N, in_chans, H, W).
-            indices: Of `feature_info`: the last n for an int, those of a list, all if None.
-            norm: Without effect, there is no final norm.
-            stop_early: Stop after the last part that is to be returned.
-            output_fmt: Only 'NCHW'.
-            intermediates_only: Leave out the final features.
+            indices: Indices into `feature_info`, the last n for an int n, all if None.
+            norm: Has no effect: no trunk has a final norm.
+            stop_early: Stop after the last part whose features are returned.
+            output_fmt: Must be 'NCHW'.
+            intermediates_only: Return only the list.
 
         Returns:
-            Final features and a list of those of parts, or just the list; each (N, C, H / reduction, W / reduction).
+            The final features and a list of features, or only the list; each (N, C, H / reduction, W / reduction).
+
+        Raises:
+            ValueError: If a feature does not exist, or `output_fmt` is not 'NCHW'.
         """
         if output_fmt != 'NCHW':
             raise ValueError(f"output_fmt={output_fmt!r} is not possible; choose 'NCHW'")
@@ -248,15 +272,9 @@ class Trunk(Foldable):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Removes the parts that some of the features don't need.
+        """Removes parts that the given features do not need, and returns the features' non-negative indices.
 
-        Args:
-            indices: Features to keep, as in `forward_intermediates`.
-            prune_norm: Without effect, there is no final norm.
-            prune_head: Remove the classifier. It is removed in any case if the last part is.
-
-        Returns:
-            The indices of these features.
+        The classifier is removed if `prune_head`, and always along with the last part. No trunk has a final norm.
         """
         take, _, end = self._select_features(indices)
         for part in self.parts[end:]:
@@ -269,35 +287,11 @@ class Trunk(Foldable):
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Pools and classifies, (N, num_features, H, W) to (N, num_classes), or (N, num_features) if `pre_logits`."""
-        x = self.head_drop(self.global_pool(x))
-        return self.flatten(x if pre_logits else self.fc(x))
+        x = self.global_pool(x)
+        if self.drop_rate:
+            x = F.dropout(x, p=float(self.drop_rate), training=self.training)
+        return x if pre_logits else self.fc(x)
 
     def forward(self, x: Tensor) -> Tensor:
         """Classifies images, (N, in_chans, H, W) to (N, num_classes)."""
         return self.forward_head(self.forward_features(x))
-
-
-def conv_norm_act(
-    in_chs: int,
-    out_chs: int,
-    kernel_size: int,
-    stride: int = 1,
-    *,
-    norm_layer: Layer,
-    act_layer: Layer | None = None,
-    device: torch.device | str | None = None,
-    dtype: torch.dtype | None = None,
-) -> list[nn.Module]:
-    """Makes a convolution, its norm, and an activation if `act_layer` is given."""
-    dd = FactoryOptions(device=device, dtype=dtype)
-    conv = nn.Conv2d(in_chs, out_chs, kernel_size, stride, padding=kernel_size // 2, bias=False, **dd)
-    layers: list[nn.Module] = [conv, norm_layer(out_chs, **dd)]
-    return layers if act_layer is None else [*layers, act_layer(inplace=True)]
-
-
-def drop_block_layers(drop_prob: float) -> list[Layer | None]:
-    """What makes the DropBlock layers of four stages: none in the first two; block sizes and rates are timm's."""
-    if not drop_prob:
-        return [None] * 4
-    layer = partial(DropBlock2d, drop_prob=drop_prob)
-    return [None, None, partial(layer, block_size=5, gamma_scale=0.25), partial(layer, block_size=3, gamma_scale=1.0)]

@@ -13,8 +13,6 @@ from .dla import Res2NetDla
 from .resnet import Res2Net
 from .trunk import Trunk
 
-__all__ = ['ARCHS', 'ASSETS', 'EMBEDDED', 'WEIGHTS', 'Arch', 'Weights', 'default_cfg']
-
 ASSETS = Path(__file__).parents[1] / 'assets'
 EMBEDDED = 'test_res2net.digits'  # whose weights this package contains
 
@@ -27,8 +25,7 @@ class Arch:
     gmacs: float  # 10^9 multiply-adds of convolutions and classifier, for one image of 224 x 224, on CIFAR of 32 x 32
     trunk: type[Res2Net | Trunk]
     args: dict[str, Any]
-    features: int  # how many can be taken
-    out_indices: tuple[int, ...]  # of the features that features_only returns by default
+    out_indices: tuple[int, ...]  # of the features that features_only returns by default, up to the last one
     cfg: dict[str, Any]
 
 
@@ -36,20 +33,20 @@ def resnet(params: int, gmacs: float, layers: Sequence[int], base_width: int, sc
     """Res2Net block in timm's ResNet: blocks of each stage, channels of a split for 64 planes, splits."""
     args = dict(layers=layers, base_width=base_width, scale=scale, **args)
     cfg = dict(first_conv='conv1.0' if args.get('stem_type') == 'deep' else 'conv1')
-    return Arch(params, gmacs, Res2Net, args, 5, (0, 1, 2, 3, 4), cfg)
+    return Arch(params, gmacs, Res2Net, args, (0, 1, 2, 3, 4), cfg)
 
 
 def dla(params: int, gmacs: float, levels: Sequence[int], base_width: int, scale: int, **args: Any) -> Arch:
     """Res2Net block in DLA: depth of each level, channels of a split for 64 planes, splits."""
     args = dict(levels=levels, base_width=base_width, scale=scale, **args)
-    return Arch(params, gmacs, Res2NetDla, args, 6, (1, 2, 3, 4, 5), dict(first_conv='base_layer.0'))
+    return Arch(params, gmacs, Res2NetDla, args, (1, 2, 3, 4, 5), dict(first_conv='base_layer.0'))
 
 
 def biglittle(params: int, gmacs: float, layers: Sequence[int], base_width: int, scale: int, **args: Any) -> Arch:
     """Res2Net block in Big-Little Net: blocks of each stage, channels of a split for 64 planes, splits."""
     args = dict(layers=layers, base_width=base_width, scale=scale, **args)
     cfg = dict(paper_ids=('arXiv:1904.01169', 'arXiv:1807.03848'))
-    return Arch(params, gmacs, Res2NetBigLittle, args, 5, (0, 1, 2, 3, 4), cfg)
+    return Arch(params, gmacs, Res2NetBigLittle, args, (0, 1, 2, 3, 4), cfg)
 
 
 def cifar(params: int, gmacs: float, cardinality: int, base_width: int, scale: int, **args: Any) -> Arch:
@@ -57,7 +54,7 @@ def cifar(params: int, gmacs: float, cardinality: int, base_width: int, scale: i
     args = dict(cardinality=cardinality, base_width=base_width, scale=scale, **args)
     mean, std = (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)
     size = dict(input_size=(3, 32, 32), pool_size=(8, 8), crop_pct=1.0)
-    return Arch(params, gmacs, Res2NetCifar, args, 4, (0, 1, 2, 3), dict(num_classes=100, mean=mean, std=std, **size))
+    return Arch(params, gmacs, Res2NetCifar, args, (0, 1, 2, 3), dict(num_classes=100, mean=mean, std=std, **size))
 
 
 R50, R101, R152, R200 = (3, 4, 6, 3), (3, 4, 23, 3), (3, 8, 36, 3), (3, 12, 48, 3)

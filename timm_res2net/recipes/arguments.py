@@ -1,63 +1,54 @@
-"""What the command lines share: types of arguments, and how an error ends them."""
+"""Shared by the command lines of the recipes: their parser, argument types, and one-line errors."""
 
 import argparse
-import os
-from collections.abc import Iterator
+import ast
+import sys
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import torch
-from timm.utils import ParseKwargs
-
-from ..weights.errors import first_line
-
-__all__ = ['Keywords', 'device', 'make_parser', 'positive', 'reported']
+from .._errors import first_line, sanitize
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
-    """Makes the parser of a recipe. It takes no abbreviations: --model is not --model-kwargs."""
+    """Makes a parser that keeps the line breaks of its description and accepts no abbreviations."""
     keep_lines = argparse.RawDescriptionHelpFormatter
     return argparse.ArgumentParser(description=description, formatter_class=keep_lines, allow_abbrev=False)
 
 
 def positive(text: str) -> int:
-    """An argument that is an integer above zero."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f'{value} is not above zero')
-    return value
+    """Parses an integer above zero."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f'{text} is not above zero')
+    return int(text)
 
 
-def device(text: str) -> torch.device:
-    """An argument that is a device of this machine; for a process of torchrun 'cuda' is the GPU that is its own."""
-    if text == 'cuda' and 'LOCAL_RANK' in os.environ:
-        text = f'cuda:{os.environ["LOCAL_RANK"]}'
-    try:
-        torch.empty(0, device=text).cpu()
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        raise argparse.ArgumentTypeError(f'{text} can not be used here: {first_line(error)}') from None
-    return torch.device(text)
-
-
-class Keywords(ParseKwargs):
-    """An argument that is keywords, KEY=VALUE, which timm reads as Python's literals or texts."""
-
-    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
-        if wrong := [value for value in values if '=' not in value]:
-            parser.error(f'argument {option}: {wrong[0]!r} is no KEY=VALUE')
-        super().__call__(parser, namespace, values, option)  # type: ignore[no-untyped-call]
+def parse_keywords(texts: Sequence[str]) -> dict[str, Any]:
+    """Parses KEY=VALUE arguments, with values as Python literals or else strings; ValueError if one has no '='."""
+    keywords: dict[str, Any] = {}
+    for text in texts:
+        key, equals, value = text.partition('=')
+        if not equals:
+            raise ValueError(f'cannot parse {text!r}: it has no "=". Write KEY=VALUE.')
+        try:
+            keywords[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):
+            keywords[key] = value
+    return keywords
 
 
 @contextmanager
-def reported(parser: argparse.ArgumentParser) -> Iterator[None]:
-    """Ends the program with one line: with status 2 for an error that a user can mend, 130 for Ctrl-C."""
+def report_errors(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """Ends the program with one line and status 2 for an error that a user can fix, 130 for Ctrl-C."""
     try:
         yield
     except KeyboardInterrupt:
         parser.exit(130, f'{parser.prog}: interrupted\n')
-    except ImportError as error:
-        parser.error(f'{first_line(error)}; pip install "timm_res2net[recipes]"')
-    except (ValueError, TypeError, KeyError, OSError, RuntimeError) as error:
-        text = str(error).strip()
-        # A DataLoader puts the traceback of the process that reads before what is wrong.
-        parser.error(text.splitlines()[-1] if text.startswith('Caught ') else first_line(error))
+    except (ImportError, ValueError, TypeError, KeyError, OSError, RuntimeError) as error:
+        message = first_line(error)
+        if message.startswith('Caught '):  # a DataLoader's: the traceback of its worker, which ends with the message
+            message = sanitize(str(error).strip().splitlines()[-1], 500)
+        if isinstance(error, ImportError):
+            message += ". Install the recipes: pip install 'timm_res2net[recipes]'"
+        sys.stdout.flush()
+        parser.exit(2, f'{parser.prog}: error: {message}\n')

@@ -1,16 +1,16 @@
-"""Trains a detector on any set in COCO's format: torchvision's FCOS on a feature pyramid over any model of timm.
+"""Trains a detector on a data set in COCO's format: torchvision's FCOS on a feature pyramid over any timm model.
 
-    python -m timm_res2net.recipes.detect data/coco runs/coco --train train2017 --val val2017 \\
-        --backbone res2net50d --pretrained --show found.png
+    python -m timm_res2net.recipes.detect --data data/coco --train train2017 --val val2017 --output-dir runs/coco \\
+        --backbone res2net50d --pretrained --num-train-epochs 12 --bf16
+    python -m timm_res2net.recipes.detect --predict photos --output-dir runs/coco
 
-The set is a folder with images in NAME/ and annotations/instances_NAME.json. The detector is FCOS because it has no
-anchors, whose sizes and shapes have to be chosen anew for each set. AP is that of pycocotools. The run's folder keeps
-the best model and the last; --resume goes on where a run was stopped, and draws what a finished one finds. torchrun
-starts several processes.
+The first command trains, and continues if it is run again after an interruption. It takes all options of transformers'
+TrainingArguments, and runs on several GPUs by torchrun or `accelerate launch`. The second finds objects in new images.
 """
 
+import json
 from collections import OrderedDict
-from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -20,32 +20,43 @@ import timm
 import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 from torchvision.models.detection import FCOS
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork, nms
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
+from torchvision.transforms import v2
+from transformers import set_seed
 
-from .arguments import Keywords, make_parser, positive, reported
-from .backbones import add_arguments, begin, choices_of, data_of, end, prepare
-from .coco import AREAS, SHOWN, CocoImages, Target, average_precision, draw, save_sheet
-from .training_loop import Settings, batches_of, fit, gather, settings_of, share_of
+from .._files import atomic_write_text, make_folder
+from . import training
+from .arguments import parse_keywords
+from .coco import CocoImages, read_image
+from .metrics import AREAS, Found, compute_precision, pack_detections, unpack_detections
+from .pictures import SHOWN, Panel, draw_grid
+from .training import option
 
-__all__ = ['Pyramid', 'create_backbone', 'create_detector', 'evaluate', 'train']
+STRIDES = 8, 16, 32  # of the features under the pyramid, which adds two more levels
 
-STRIDES = 8, 16, 32  # of the features that the pyramid is built on; two more levels follow
-SURE = 0.3  # the score from which on a box is drawn
 
-Batch = tuple[tuple[Tensor, ...], tuple[Target, ...]]
+@dataclass
+class TrainOptions(training.TrainOptions):
+    """Options for training a detector, besides the Trainer's own."""
+
+    channels: int = option(256, 'channels of each pyramid level')
+    model_kwargs: list[str] = option([], 'KEY=VALUE arguments of timm.create_model')
+    detector_kwargs: list[str] = option([], "KEY=VALUE arguments of torchvision's FCOS, such as min_size and max_size")
+    areas: list[int] = option(list(AREAS), 'sides of the squares from which objects are medium and large, in pixels')
+
+
+@dataclass
+class PredictOptions(training.PredictOptions):
+    """Options for finding objects in new images."""
+
+    score: float = option(0.3, 'smallest score of an object')
 
 
 class Pyramid(nn.Module):
-    """A feature pyramid over a backbone: levels of stride 8, 16, 32, 64 and 128.
-
-    Args:
-        body: A model of timm with `features_only`, whose features have strides 8, 16 and 32.
-        channels: Of each level.
-    """
+    """A feature pyramid over a backbone: levels of stride 8, 16, 32, 64 and 128, with `channels` channels each."""
 
     def __init__(self, body: Any, channels: int = 256) -> None:
         super().__init__()
@@ -54,197 +65,123 @@ class Pyramid(nn.Module):
         self.out_channels = channels
 
     def forward(self, x: Tensor) -> 'OrderedDict[str, Tensor]':
-        """Computes levels from (N, C, H, W), in float32: torchvision gives their data type to coordinates."""
+        """Computes levels from (N, C, H, W), in float32: torchvision computes coordinates in their data type."""
         levels = self.neck(OrderedDict((str(i), feature) for i, feature in enumerate(self.body(x))))
         return OrderedDict((name, level.float()) for name, level in levels.items())
 
 
 def create_backbone(name: str, **kwargs: Any) -> nn.Module:
-    """Makes a feature extractor with strides 8, 16 and 32.
-
-    Args:
-        name: timm's name of the model.
-        **kwargs: Of `timm.create_model`.
-
-    Raises:
-        ValueError: If the model lacks such a stride.
-    """
-    whole: Any = timm.create_model(name, features_only=True, **{**kwargs, 'pretrained': False})
+    """Creates a timm model as a feature extractor with strides 8, 16 and 32; ValueError if it lacks one of them."""
+    with torch.device('meta'):
+        whole: Any = timm.create_model(name, features_only=True, **{**kwargs, 'pretrained': False})
     strides = [each['reduction'] for each in whole.feature_info.info]
     if missing := sorted(set(STRIDES) - set(strides)):
-        raise ValueError(f'{name} has features of strides {strides}; a pyramid needs {missing}, too')
+        raise ValueError(f'cannot build a pyramid on {name!r}: its features have strides {strides}, without {missing}')
     indices = [len(strides) - 1 - strides[::-1].index(stride) for stride in STRIDES]  # the deepest of each
     return timm.create_model(name, features_only=True, out_indices=indices, **kwargs)
 
 
-def create_detector(body: nn.Module, classes: int, channels: int = 256, **kwargs: Any) -> FCOS:
-    """Makes a detector.
+def create_detector(body: Any, classes: int, channels: int = 256, **kwargs: Any) -> FCOS:
+    """Creates a detector of `classes` classes, without the background, with so many channels in each pyramid level.
 
-    Args:
-        body: Of `create_backbone`.
-        classes: Without the background.
-        channels: Of the pyramid's levels.
-        **kwargs: Of torchvision's FCOS, such as `min_size`, `max_size` and `score_thresh`.
-
-    Raises:
-        TypeError: If FCOS knows no such argument.
-        ValueError: If there can't be so many channels.
+    Keyword arguments are those of torchvision's FCOS, such as `min_size` and `score_thresh`; TypeError for others.
     """
     known = signature(FCOS).parameters.keys() | signature(GeneralizedRCNNTransform).parameters.keys()
     if unknown := kwargs.keys() - known:
-        raise TypeError(f"torchvision's FCOS has no argument {min(unknown)}")  # it would ignore it
+        raise TypeError(f"torchvision's FCOS has no argument {min(unknown)!r}")  # it would ignore it
     if channels % 32 or channels < 64:
-        raise ValueError(f'channels={channels} is not possible: norms of FCOS have 32 groups; give 64, 96, 128, ...')
+        raise ValueError(f'cannot use channels={channels}: the norms of FCOS have 32 groups. Use 64, 96, 128, ...')
     config = resolve_model_data_config(body)
-    options = dict(image_mean=config['mean'], image_std=config['std'], score_thresh=0.05) | kwargs
-    return FCOS(Pyramid(body, channels), classes + 1, **options)
+    kwargs = dict(image_mean=config['mean'], image_std=config['std'], score_thresh=0.05) | kwargs
+    return FCOS(Pyramid(body, channels), classes + 1, **kwargs)
 
 
-class Mirrored(Dataset[tuple[Tensor, Target]]):
-    """Mirrors every other image of a set, by chance."""
+def load_detector(folder: str | Path) -> FCOS:
+    """Loads the best model of a finished run, in evaluation mode; ValueError if there is none.
 
-    def __init__(self, images: Dataset[tuple[Tensor, Target]]) -> None:
-        self.images = images
-
-    def __len__(self) -> int:
-        return len(self.images)  # type: ignore[arg-type]
-
-    def __getitem__(self, index: int) -> tuple[Tensor, Target]:
-        image, target = self.images[index]
-        if torch.rand(()) < 0.5:
-            left, top, right, bottom = target['boxes'].unbind(dim=1)
-            width = image.shape[2]
-            target = {**target, 'boxes': torch.stack([width - right, top, width - left, bottom], dim=1)}
-            image = image.flip(2)
-        return image, target
-
-
-def collate(samples: Sequence[tuple[Tensor, Target]]) -> Batch:
-    """Images of any sizes, and their targets."""
-    images, targets = zip(*samples)
-    return images, targets
-
-
-def losses(device: torch.device, model: nn.Module, batch: Batch) -> Tensor:
-    """The sum of the detector's losses."""
-    images, targets = batch
-    moved = [{name: value.to(device) for name, value in target.items()} for target in targets]
-    found: dict[str, Tensor] = model([image.to(device) for image in images], moved)
-    return torch.stack(list(found.values())).sum()
-
-
-def objects(found: Target) -> Target:
-    """What was found, on the CPU; without the background, which FCOS has a score for, too."""
-    kept = found['labels'] > 0
-    return {name: value[kept].cpu() for name, value in found.items()}
-
-
-def evaluate(
-    dataset: CocoImages,
-    areas: tuple[int, int],
-    batch_size: int,
-    workers: int,
-    device: torch.device,
-    model: nn.Module,
-) -> dict[str, float]:
-    """COCO's average precisions of a detector on a set; each process runs it on a share of the images."""
-    found = []
-    for images, targets in DataLoader(share_of(dataset), batch_size, num_workers=workers, collate_fn=collate):
-        outputs = model([image.to(device) for image in images])
-        for target, output in zip(targets, outputs):
-            found.append((int(target['image_id']), objects(output)))
-    return average_precision(dataset, gather(found), areas)
-
-
-def train(
-    model: nn.Module,
-    images: Dataset[tuple[Tensor, Target]],
-    dataset: CocoImages,
-    settings: Settings,
-    folder: Path,
-    *,
-    areas: tuple[int, int] = AREAS,
-    workers: int = 0,
-    device: torch.device | None = None,
-    **options: Any,
-) -> list[dict[str, Any]]:
-    """Trains a detector of torchvision.
-
-    Args:
-        model: Takes lists of images and targets, as all detectors of torchvision do.
-        images: To train with.
-        dataset: To evaluate with.
-        settings: How to train.
-        folder: Where the run lives.
-        areas: Pixels across of a square at which medium and large objects begin.
-        workers: Processes that read images.
-        device: Where to train, the CPU if None.
-        **options: Of `fit`.
-
-    Returns:
-        Learning rate, loss and average precisions of each epoch.
-
-    Raises:
-        ValueError: See `batches_of` and `fit`.
-        OSError: If the folder can't be written.
+    Example:
+        detector = load_detector('runs/coco')
+        found = detector([torch.rand(3, 480, 640)])[0]  # boxes (N, 4), labels (N,) from 1, scores (N,)
     """
-    device = device or torch.device('cpu')
-    batches = batches_of(Mirrored(images), settings, workers, collate)
-    check = partial(evaluate, dataset, areas, settings.batch_size, workers, device)
-    return fit(model.to(device), batches, partial(losses, device), check, settings, folder, device=device, **options)
+    run = training.read_run(folder)
+    body = create_backbone(run['backbone'], **run['model_kwargs'])
+    model = create_detector(body, len(run['names']), run['channels'], **run['detector_kwargs'])
+    return training.load_best(model, folder)
 
 
-def show(dataset: CocoImages, model: nn.Module, out: str, device: torch.device) -> None:
-    """Draws what a detector finds in the first images of a set, with classes and scores; the surest of one place."""
-    pictures = []
-    with torch.no_grad():
-        for index in range(min(SHOWN, len(dataset))):
-            image = dataset.image(index)
-            found = objects(model([image.to(device)])[0])
-            kept = nms(found['boxes'], found['scores'], 0.5)  # a detector does that for each class
-            kept = kept[found['scores'][kept] >= SURE]
-            labels, scores = found['labels'][kept].tolist(), found['scores'][kept].tolist()
-            texts = [f'{dataset.names[label - 1]} {score:.2f}' for label, score in zip(labels, scores)]
-            pictures.append(draw(image, found['boxes'][kept], texts))
-    save_sheet(pictures, out)
+def compute_loss(model: Any, batch: dict[str, Any]) -> Tensor:
+    """Adds up the losses of a torchvision detector."""
+    return torch.stack(list(model(batch['image'], batch['target']).values())).sum()
+
+
+def make_trainer(model: FCOS, args: Any, images: Any, dataset: CocoImages, areas: Any) -> training.RecipeTrainer:
+    """Makes the Trainer of a detector: it trains on `images`, with items as of `CocoImages`, evaluates on `dataset`."""
+    return training.RecipeTrainer(
+        compute_loss,
+        pack_detections,
+        model=model,
+        args=args,
+        train_dataset=images,
+        eval_dataset=dataset,
+        compute_metrics=partial(compute_precision, dataset, tuple(areas)),
+    )
+
+
+@torch.no_grad()
+def find_objects(model: FCOS, image: Tensor, score: float = 0.3) -> Found:
+    """Finds objects in an image, (3, H, W) in 0..1: at each place the one with the highest score, of any class."""
+    batch = dict(image=[image.to(next(model.parameters()).device)])
+    found = unpack_detections(pack_detections(model, batch)[0].cpu(), score)
+    kept = nms(found['boxes'], found['scores'], 0.5)  # the detector itself suppresses within each class
+    return {name: value[kept] for name, value in found.items()}
+
+
+def draw_examples(model: FCOS, dataset: CocoImages, out: Path) -> None:
+    """Draws the truth next to the detections of the first images."""
+    panels = []
+    for index in range(min(SHOWN, len(dataset))):
+        image, truth = dataset[index]['image'], dataset[index]['target']
+        for title, objects in (('truth', truth), ('found', find_objects(model, image))):
+            panels.append(Panel(f'{index + 1}: {title}', image, objects['boxes'], objects['labels'].tolist()))
+    draw_grid(panels, dataset.names, str(out))
+
+
+def train(options: TrainOptions, args: Any) -> None:
+    """Trains a detector by these options and TrainingArguments, and draws what it finds."""
+    set_seed(args.seed)
+    images = CocoImages(Path(options.data), options.train, v2.RandomHorizontalFlip())
+    dataset = CocoImages(Path(options.data), options.val)
+    if images.names != dataset.names:
+        raise ValueError(f'{options.train!r} and {options.val!r} have different categories')
+    model_kwargs, detector_kwargs = parse_keywords(options.model_kwargs), parse_keywords(options.detector_kwargs)
+    body = create_backbone(options.backbone, pretrained=options.pretrained, **model_kwargs)
+    training.prepare_backbone(body, options.weights, options.frozen_stages, options.frozen_norms)
+    model = create_detector(body, len(images.names), options.channels, **detector_kwargs)
+    more = dict(names=images.names, model_kwargs=model_kwargs, detector_kwargs=detector_kwargs)
+    if training.train(make_trainer(model, args, images, dataset, options.areas), options, body, **more):
+        draw_examples(model.eval(), dataset, Path(args.output_dir, 'examples.png'))
+
+
+def predict(options: PredictOptions) -> None:
+    """Writes the objects in new images to predictions/: all to objects.json, and a picture of each image."""
+    model = load_detector(options.output_dir).to(options.device)
+    names = training.read_run(options.output_dir)['names']
+    out, results = make_folder(Path(options.output_dir, 'predictions')), []
+    for file in training.find_pictures(options.predict):
+        image = read_image(file)
+        found = find_objects(model, image, options.score)
+        labels = found['labels'].tolist()
+        draw_grid([Panel(file.name, image, found['boxes'], labels)], names, str(out / f'{file.stem}.png'), columns=1)
+        rows = zip(found['boxes'].tolist(), labels, found['scores'].tolist())
+        objects = [dict(box=box, name=names[label - 1], score=score) for box, label, score in rows]
+        results.append(dict(file=str(file), objects=objects))
+    atomic_write_text(out / 'objects.json', json.dumps(results, indent=1) + '\n')
+    print(f'Found {sum(len(each["objects"]) for each in results)} objects in {len(results)} images: {out}')
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Trains a detector, prints its average precisions, and draws what it finds."""
-    parser = make_parser(__doc__)
-    parser.add_argument('data', type=Path, help="a set in COCO's format")
-    parser.add_argument('--channels', type=positive, default=256, help='of the pyramid (default: 256)')
-    parser.add_argument('--model-kwargs', nargs='*', default={}, action=Keywords, help='of timm.create_model')
-    parser.add_argument('--detector-kwargs', nargs='*', default={}, action=Keywords, help="of torchvision's FCOS")
-    parser.add_argument(
-        '--areas', nargs=2, type=positive, default=AREAS, help='pixels across of squares: small | medium | large'
-    )
-    add_arguments(parser, 'res2net50d')
-    args = parser.parse_args(argv)
-    about = choices_of(args, 'channels', 'areas', 'model_kwargs', 'detector_kwargs')
-    with reported(parser):
-        settings = settings_of(args)
-        begin(args)
-        images, dataset = CocoImages(args.data, args.train), CocoImages(args.data, args.val)
-        if images.names != dataset.names:
-            raise ValueError(f'{args.train} and {args.val} have other categories')
-        about |= data_of(images, dataset, images.names)
-        body = create_backbone(args.backbone, pretrained=args.pretrained, **args.model_kwargs)
-        prepare(body, args.weights, args.frozen_stages, args.frozen_norms)
-        model = create_detector(body, len(images.names), args.channels, **args.detector_kwargs)
-        history = train(
-            model,
-            images,
-            dataset,
-            settings,
-            Path(args.out),
-            areas=tuple(args.areas),
-            workers=args.workers,
-            device=args.device,
-            about=about,
-            resume=args.resume,
-        )
-        end(args, model, history, partial(show, dataset))
+    """Trains a detector, or finds objects by a trained one."""
+    training.run_recipe(argv, __doc__, (TrainOptions, train), (PredictOptions, predict), metric='AP')
 
 
 if __name__ == '__main__':

@@ -2,9 +2,9 @@
 
     python -m timm_res2net.recipes.digits data/digits
 
-The data are the test part of `Optical Recognition of Handwritten Digits` - https://archive.ics.uci.edu/dataset/80,
-1797 images of 8x8 pixels with 17 grey levels, light strokes on dark ground (CC BY 4.0). A third of each class is held
-out.
+The data are the test part of `Optical Recognition of Handwritten Digits` (CC BY 4.0,
+https://archive.ics.uci.edu/dataset/80): 1797 images of 8x8 pixels with 17 grey levels, light strokes on a dark
+background. A third of each class is held out.
 """
 
 from pathlib import Path
@@ -12,15 +12,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from .arguments import make_parser, reported
+from .arguments import make_parser, report_errors
 
 
 def split() -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """Splits the digits into 'train' (1198) and 'val' (599, the held-out third).
-
-    Returns:
-        For each part the images, (N, 8, 8) uint8 in 0..255, and the labels, (N,) in 0..9.
-    """
+    """Returns images, (N, 8, 8) uint8 in 0..255, and labels, (N,), of 'train' (1198) and 'val' (599 held out)."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -35,9 +31,9 @@ def split() -> dict[str, tuple[np.ndarray, np.ndarray]]:
 def main(argv: list[str] | None = None) -> None:
     """Writes `FOLDER/{train,val}/LABEL/NUMBER.png`."""
     parser = make_parser(__doc__)
-    parser.add_argument('folder', type=Path, help='where to write')
+    parser.add_argument('folder', type=Path, help='folder to write')
     folder = parser.parse_args(argv).folder
-    with reported(parser):
+    with report_errors(parser):
         for part, (images, labels) in split().items():
             for i, (image, label) in enumerate(zip(images, labels)):
                 path = folder / part / str(label) / f'{i:04}.png'

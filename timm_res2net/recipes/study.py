@@ -1,40 +1,37 @@
-"""Tests the claim of the Res2Net paper at the size of two CPU cores: do splits in a cascade help where sizes differ?
+"""Tests the claim of the Res2Net paper at the size of two CPU cores: do cascaded splits help where sizes differ?
 
-    python -m timm_res2net.recipes.study runs/study --fashion-mnist data/fashion-mnist
+    python -m timm_res2net.recipes.study runs/study --fashion-mnist data
 
-trains networks of equally many parameters (to 1 %) by one recipe: bottlenecks (scale 1) and Res2Net blocks at scales 4
-and 8 in the paper's trunk, narrow and eight blocks deep. There are three parts:
+trains networks of equally many parameters (to 1 %) with one recipe: bottlenecks (scale 1) and Res2Net blocks at scales
+4 and 8 in the paper's trunk, narrow and eight blocks deep. There are three parts:
 
     sizes          one item of Fashion-MNIST on a canvas of 96 pixels, at half to three times its size, and at sizes
                    never seen
     detection      the set of `multi_scale`: one to six items on a canvas, found by `detect`
-    fashion_mnist  Fashion-MNIST as it is published, cropped with a padding of 4 and mirrored; 28 pixels shown as 56
+    fashion_mnist  Fashion-MNIST as published, cropped with a padding of 4 and mirrored; each pixel is shown as 2 x 2
 
-What would count as support, written down before the first run. Of a part: the 95 % interval of the paired differences
-between scale 4 and scale 1, and of those between scale 8 and scale 1, lies above zero (pairs have the same seed, and
-with it the same order of images). Of the reason that the paper gives, receptive fields of several sizes: in `sizes` and
-`detection` the same holds for large objects, by a larger difference than for small ones, as in the paper's COCO table
-(AP of small, medium and large objects: +0.5, +2.9, +4.9). Figures are of the last epoch: none is chosen by the test
-images. The optimizer and its learning rate were chosen on bottlenecks alone, with a seed that is not in the study.
+The criteria for support were written down before the first run. For a part: the 95 % interval of the paired
+differences between scale 4 and scale 1, and of those between scale 8 and scale 1, lies above zero (pairs have the same
+seed, and with it the same order of images). For the paper's explanation, receptive fields of several sizes: in `sizes`
+and `detection` the same holds for large objects, by a larger difference than for small ones, as in the paper's COCO
+table (AP of small, medium and large objects: +0.5, +2.9, +4.9). Figures are those of the last epoch: none is chosen by
+the test images. The optimizer and its learning rate were chosen on bottlenecks alone, with a seed that is not in the
+study.
 
-Run again, it goes on where it was stopped, in the middle of a run, too. The folder then holds `study.json` with all
-runs, and a picture of each part.
+Run again, it continues where it was stopped, also in the middle of a run. To use more cores, start it several times
+with different parts or scales. The folder then holds `study.json` with all runs, `study.md` with tables, and a
+picture of each part.
 """
 
 import json
 import math
-import multiprocessing
-import os
 import shutil
-import signal
 import statistics
 import sys
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from argparse import Namespace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -44,59 +41,51 @@ import timm
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.data import Subset
+from torch.utils.data import Dataset, Subset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.detection.fcos import FCOSHead
-from tqdm import tqdm
+from torchvision.transforms import v2
+from transformers import TrainingArguments
 
+from .._files import atomic_write_text, make_folder
 from ..deploy.bench import environment
 from ..vision.explain import radius, receptive_field
 from ..vision.figures import new_figure, save
-from ..weights.files import atomic_write_text, make_folder
-from . import detect, multi_scale
-from .arguments import make_parser, positive, reported
+from . import detect, multi_scale, training
+from .arguments import make_parser, positive, report_errors
 from .coco import CocoImages
-from .training_loop import Settings, fit
-
-__all__ = ['BASE_WIDTHS', 'PARTS', 'network', 'plot', 'run', 'study', 'table']
+from .metrics import compute_precision
 
 TRUNK: dict[str, Any] = dict(layers=(2, 2, 2, 2), channels=(16, 32, 64, 96))
-BASE_WIDTHS = {1: 64, 4: 26.2, 8: 14.75}  # of each scale, for the number of parameters of scale 1
-CLASSIFICATION = Settings(epochs=6, batch_size=64, opt='adamw', lr=3e-3, weight_decay=0.05, amp='bfloat16')
-DETECTION = Settings(epochs=4, batch_size=16, lr=0.02, clip_grad=5.0, amp='bfloat16')
-EDGES = 25, 46  # pixels across at which medium and large items begin; thirds of the range of sizes
-AREAS = 16, 32  # the same for COCO's AP, whose sizes are those of the silhouettes: roots of their areas
-CANVASES = 20_000, 4_000  # of one item, to train with, and to test with for each range of sizes
+BASE_WIDTHS = {1: 64, 4: 26.2, 8: 14.75}  # of each scale, so that all have as many parameters as scale 1
+# Item sizes, in pixels, for which accuracy is computed; small, medium and large are thirds of the range.
+SIZES: dict[str, tuple[float, float]] = dict(top1=(0, math.inf), small=(0, 25), medium=(25, 46), large=(46, math.inf))
+UNSEEN_SIZES: dict[str, tuple[float, float]] = dict(smaller=(0, multi_scale.ITEM), larger=(multi_scale.ITEM, math.inf))
+AREAS = 16, 32  # for COCO's AP, whose sizes are roots of the areas of the silhouettes
+CANVASES = 20_000, 4_000  # of one item: for training, and for testing on each range of sizes
+CLASSIFYING: dict[str, Any] = dict(per_device_train_batch_size=64, learning_rate=3e-3, weight_decay=0.05)
+DETECTING: dict[str, Any] = dict(
+    per_device_train_batch_size=16, optim='sgd', optim_args='momentum=0.9', learning_rate=0.02, max_grad_norm=5.0
+)
 
 
 @dataclass(frozen=True)
 class Part:
     """A part of the study."""
 
-    settings: Settings
+    args: dict[str, Any]  # of TrainingArguments
+    epochs: int
     seeds: int
-    metrics: dict[str, str]  # what is compared, and how it is called
+    metrics: dict[str, str]  # headings of the metrics that are compared
 
 
+TOP1 = {'top1': 'top-1, %'}
+BY_SIZE = dict(small='small', medium='medium', large='large', smaller='smaller than seen', larger='larger than seen')
+PRECISION = dict(AP='AP', APs='small', APm='medium', APl='large', unseen='AP at sizes never seen')
 PARTS = {
-    'sizes': Part(
-        CLASSIFICATION,
-        5,
-        {
-            'top1': 'top-1, %',
-            'small': 'small',
-            'medium': 'medium',
-            'large': 'large',
-            'smaller': 'smaller than seen',
-            'larger': 'larger than seen',
-        },
-    ),
-    'detection': Part(
-        DETECTION,
-        3,
-        {'AP': 'AP', 'APs': 'small', 'APm': 'medium', 'APl': 'large', 'unseen': 'AP at sizes never seen'},
-    ),
-    'fashion_mnist': Part(replace(CLASSIFICATION, epochs=3), 5, {'top1': 'top-1, %'}),
+    'sizes': Part(CLASSIFYING, 6, 5, TOP1 | BY_SIZE),
+    'detection': Part(DETECTING, 4, 3, PRECISION),
+    'fashion_mnist': Part(CLASSIFYING, 3, 5, TOP1),
 }
 
 
@@ -106,348 +95,226 @@ def network(scale: int, **kwargs: Any) -> nn.Module:
 
 
 @dataclass(frozen=True)
-class Shuffled:
-    """Batches of images that are in memory, in another order in each epoch."""
+class Items(Dataset[dict[str, Any]]):
+    """Images, (N, H, W) of bytes, with their labels and sizes, (N,) each; changed at random."""
 
-    images: Tensor  # (N, H, W) of bytes
-    labels: Tensor  # (N,)
-    batch_size: int
-    augment: Callable[[Tensor], Tensor]
+    data: Sequence[Tensor]
+    zoom: int = 1  # each pixel is shown as zoom x zoom
+    change: Callable[[Tensor], Tensor] | None = None
 
     def __len__(self) -> int:
-        return len(self.images) // self.batch_size
+        return len(self.data[0])
 
-    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        for batch in torch.randperm(len(self.images))[: len(self) * self.batch_size].split(self.batch_size):
-            yield normalised(mirrored(self.augment(self.images[batch]))), self.labels[batch]
-
-
-def normalised(images: Tensor) -> Tensor:
-    """(N, H, W) of bytes to (N, 1, H, W) of numbers around zero."""
-    return (images[:, None].float() / 255 - 0.5) / 0.25
-
-
-def mirrored(images: Tensor) -> Tensor:
-    """Mirrors half of the images."""
-    return torch.where(torch.rand(len(images), 1, 1) < 0.5, images.flip(-1), images)
-
-
-def cropped(images: Tensor) -> Tensor:
-    """Moves each image by up to 4 pixels, and fills in black."""
-    (count, height, width), padding = images.shape, 4
-    padded = F.pad(images, [padding] * 4)
-    rows = torch.randint(2 * padding + 1, (count, 1, 1)) + torch.arange(height)[:, None]
-    columns = torch.randint(2 * padding + 1, (count, 1, 1)) + torch.arange(width)
-    return doubled(padded[torch.arange(count)[:, None, None], rows, columns])
-
-
-def doubled(images: Tensor) -> Tensor:
-    """Shows each pixel as two by two."""
-    return images.repeat_interleave(2, 1).repeat_interleave(2, 2)
-
-
-def unchanged(images: Tensor) -> Tensor:
-    """The images."""
-    return images
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        image = self.data[0][index][None]
+        image = image if self.change is None else self.change(image)
+        image = image.repeat_interleave(self.zoom, 1).repeat_interleave(self.zoom, 2)
+        return dict(image=(image.float() / 255 - 0.5) / 0.25, label=self.data[1][index], image_id=index)
 
 
 @cache
 def single_items(source: Path, part: str, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Canvases of one item each: images (N, H, W) of bytes, labels, and sizes in pixels."""
+    """Draws canvases of one item each: images, labels and sizes."""
     draw = multi_scale.canvases(source, part, items=(1, 1))
     drawn = [draw(index) for index in range(count)]
     images = torch.from_numpy(np.stack([canvas.image for canvas in drawn]))
-    labels, sizes = (
-        torch.tensor([values[0] for values in column]) for column in zip(*((c.labels, c.sizes) for c in drawn))
-    )
-    return images, labels, sizes
+    labels, sizes = ([getattr(canvas, name)[0] for canvas in drawn] for name in ('labels', 'sizes'))
+    return images, torch.tensor(labels), torch.tensor(sizes)
 
 
 @cache
-def fashion_mnist(source: Path, train: bool) -> tuple[Tensor, Tensor]:
-    """Images (N, 28, 28) of bytes, and labels."""
-    images, labels = multi_scale.fashion_mnist(source, train)
-    return torch.from_numpy(images.copy()), torch.from_numpy(labels.astype(np.int64))
+def published_items(source: Path, train: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Reads Fashion-MNIST: images, labels and sizes."""
+    images, labels = (torch.from_numpy(each) for each in multi_scale.fashion_mnist(source, train))
+    return images, labels, torch.full_like(labels, multi_scale.ITEM)
 
 
-def correct(model: nn.Module, images: Tensor, labels: Tensor) -> Tensor:
-    """Whether each image is classified correctly, (N,) of 0 and 100."""
-    found = torch.cat([model(normalised(part)).argmax(dim=1) for part in images.split(256)])
-    return 100.0 * (found == labels)
+def compute_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    """Computes the cross entropy of a classifier."""
+    return F.cross_entropy(model(torch.stack(batch['image'])), torch.stack(batch['label']))
 
 
-def rounded_mean(values: Tensor) -> float:
-    """The mean, to three places."""
-    return round(values.mean().item(), 3)
+def measure(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+    """Returns 100 for each image that is classified correctly, else 0."""
+    return 100.0 * (model(torch.stack(batch['image'])).argmax(dim=1) == torch.stack(batch['label']))
 
 
-def top1(images: Tensor, labels: Tensor, model: nn.Module) -> dict[str, float]:
-    """Accuracy on a test set."""
-    return dict(top1=rounded_mean(correct(model, images, labels)))
+def accuracy(items: Items, ranges: dict[str, tuple[float, float]], evaluation: Any) -> dict[str, float]:
+    """Computes the accuracy for items of each range of sizes, in %."""
+    sizes, correct = items.data[2].numpy(), evaluation.predictions
+    masks = {name: (sizes >= low) & (sizes < high) for name, (low, high) in ranges.items()}
+    return {name: round(float(correct[mask].mean()), 3) for name, mask in masks.items()}
 
 
-def top1_by_size(
-    seen: tuple[Tensor, Tensor, Tensor], unseen: tuple[Tensor, Tensor, Tensor], model: nn.Module
-) -> dict[str, float]:
-    """Accuracy on canvases of one item, by its size."""
-    values, sizes = correct(model, *seen[:2]), seen[2]
-    small, large = sizes < EDGES[0], sizes >= EDGES[1]
-    others, smaller = correct(model, *unseen[:2]), unseen[2] < multi_scale.ITEM
-    return dict(
-        top1=rounded_mean(values),
-        small=rounded_mean(values[small]),
-        medium=rounded_mean(values[~small & ~large]),
-        large=rounded_mean(values[large]),
-        smaller=rounded_mean(others[smaller]),
-        larger=rounded_mean(others[~smaller]),
-    )
-
-
-def cross_entropy(model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-    """The loss of a classifier."""
-    return F.cross_entropy(model(batch[0]), batch[1])
-
-
-def train_classifier(
-    part: str, scale: int, settings: Settings, images: int | None, source: Path, folder: Path
-) -> tuple[nn.Module, dict[str, Any]]:
-    """Trains a classifier; it and its metrics after the last epoch."""
-    check: Callable[[nn.Module], dict[str, Any]]
+def classifier_trainer(part: str, scale: int, args: Any, limit: int | None, source: Path) -> tuple[Any, nn.Module, Any]:
+    """Makes the Trainer of a classifier; returns it with its network, and the test sets with their metrics."""
+    flip = v2.RandomHorizontalFlip()
     if part == 'fashion_mnist':
-        train, augment = fashion_mnist(source, True), cropped
-        test_images, test_labels = fashion_mnist(source, False)
-        check = partial(top1, doubled(test_images[:images]), test_labels[:images])
+        train, test = ([x[:limit] for x in published_items(source, is_train)] for is_train in (True, False))
+        images = Items(train, zoom=2, change=v2.Compose([v2.RandomCrop(28, padding=4), flip]))
+        tests = [(Items(test, zoom=2), {'top1': SIZES['top1']})]
     else:
-        counts = [min(count, images or count) for count in CANVASES]
-        train, augment = single_items(source, 'train', counts[0])[:2], unchanged
-        seen, unseen = (single_items(source, name, counts[1]) for name in ('val', 'unseen'))
-        check = partial(top1_by_size, seen, unseen)
-    batches = Shuffled(train[0][:images], train[1][:images], settings.batch_size, augment)
-    model = network(scale, in_chans=1, num_classes=10).to(memory_format=torch.channels_last)
-    options: dict[str, Any] = dict(about=dict(images=images), resume=True, progress=False)
-    history = fit(model, batches, cross_entropy, check, settings, folder, **options)
-    return model, history[-1]
+        counts = [min(count, limit or count) for count in CANVASES]
+        images = Items(single_items(source, 'train', counts[0]), change=flip)
+        seen, unseen = (Items(single_items(source, name, counts[1])) for name in ('val', 'unseen'))
+        tests = [(seen, SIZES), (unseen, UNSEEN_SIZES)]
+    model = network(scale, in_chans=1, num_classes=10)
+    trainer = training.RecipeTrainer(compute_loss, measure, model=model, args=args, train_dataset=images)
+    return trainer, model, [(items, partial(accuracy, items, ranges)) for items, ranges in tests]
 
 
-def train_detector(
-    part: str, scale: int, settings: Settings, images: int | None, source: Path, folder: Path
-) -> tuple[nn.Module, dict[str, Any]]:
-    """Trains a detector; its backbone and its average precisions after the last epoch."""
-    data, side = source, multi_scale.SIDE
-    train, val, unseen = (CocoImages(data, name) for name in ('train', 'val', 'unseen'))
-    body = network(scale, features_only=True, out_indices=(2, 3, 4))
-    channels = 64
-    model = detect.create_detector(body, len(train.names), channels, min_size=side, max_size=side)
-    model.head = FCOSHead(channels, 1, len(train.names) + 1, num_convs=2)
-    some = Subset(train, range(min(len(train), images or len(train))))
-    options: dict[str, Any] = dict(areas=AREAS, about=dict(images=images), resume=True, progress=False)
-    history = detect.train(model.to(memory_format=torch.channels_last), some, val, settings, folder, **options)
-    model.eval()
-    with torch.no_grad():
-        found = detect.evaluate(unseen, AREAS, settings.batch_size, 0, torch.device('cpu'), model)
-    return body, {**history[-1], 'unseen': found['AP'], 'unseen_small': found['APs'], 'unseen_large': found['APl']}
+def detector_trainer(part: str, scale: int, args: Any, limit: int | None, source: Path) -> tuple[Any, nn.Module, Any]:
+    """Makes the Trainer of a detector; returns it with its backbone, and the test sets with their metrics."""
+    images = CocoImages(source, 'train', v2.RandomHorizontalFlip())
+    val, unseen = (CocoImages(source, name) for name in ('val', 'unseen'))
+    body, side = network(scale, features_only=True, out_indices=(2, 3, 4)), multi_scale.SIDE
+    model = detect.create_detector(body, len(images.names), 64, min_size=side, max_size=side)
+    model.head = FCOSHead(64, 1, len(images.names) + 1, num_convs=2)
+    some = Subset(images, range(min(len(images), limit or len(images))))
+    trainer = detect.make_trainer(model, args, some, val, AREAS)
+
+    def unseen_precision(evaluation: Any) -> dict[str, float]:
+        return dict(unseen=compute_precision(unseen, AREAS, evaluation)['AP'])
+
+    return trainer, body, [(val, trainer.compute_metrics), (unseen, unseen_precision)]
 
 
 def run(
-    part: str, scale: int, seed: int, epochs: int | None, images: int | None, source: Path, folder: Path
+    part: str, scale: int, seed: int, epochs: int | None, limit: int | None, source: Path, folder: Path
 ) -> dict[str, Any]:
-    """Trains and tests one network.
+    """Trains and tests one network, for the part's epochs and with all images unless given.
 
     Args:
-        part: A key of PARTS.
-        scale: A key of BASE_WIDTHS.
-        seed: Of the weights and of the order of images.
-        epochs: Others than the part's.
-        images: Train and test with the first ones only.
-        source: Where Fashion-MNIST is, for detection the set.
-        folder: Where the run lives while it isn't done.
+        part: Key of PARTS.
+        scale: Key of BASE_WIDTHS.
+        seed: Determines the weights and the order of images.
+        epochs: Number of epochs.
+        limit: Largest number of images to train on, and to test on.
+        source: Folder of Fashion-MNIST; for detection that of the set.
+        folder: Folder of the unfinished run.
     """
-    torch.set_num_threads(1)
-    start = time.perf_counter()
-    settings = replace(PARTS[part].settings, seed=seed, epochs=epochs or PARTS[part].settings.epochs)
+    start, epochs = time.perf_counter(), epochs or PARTS[part].epochs
+    args: Any = TrainingArguments(
+        output_dir=str(folder),
+        num_train_epochs=epochs,
+        seed=seed,
+        per_device_eval_batch_size=64,
+        save_strategy='epoch',
+        save_total_limit=2,
+        logging_strategy='epoch',
+        lr_scheduler_type='cosine',
+        warmup_steps=0.05,
+        remove_unused_columns=False,
+        dataloader_drop_last=True,
+        use_cpu=True,
+        bf16=True,
+        **PARTS[part].args,
+    )
     torch.manual_seed(seed)
-    train = train_detector if part == 'detection' else train_classifier
-    model, metrics = train(part, scale, settings, images, source, folder)
+    make = detector_trainer if part == 'detection' else classifier_trainer
+    trainer, model, tests = make(part, scale, args, limit, source)
+    training.train(trainer, Namespace(data=source, part=part, scale=scale, limit=limit), model)
+    metrics: dict[str, Any] = {}
+    for data, trainer.compute_metrics in tests:
+        metrics |= {name.removeprefix('eval_'): value for name, value in trainer.evaluate(data).items()}
     model.eval()
     shape = (1 if part != 'detection' else 3), *[56 if part == 'fashion_mnist' else multi_scale.SIDE] * 2
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(torch.zeros(1, *shape))
     noise = torch.randn(8, *shape, generator=torch.Generator().manual_seed(0))
     return dict(
-        part=part,
-        scale=scale,
-        seed=seed,
-        epochs=settings.epochs,
-        images=images,
-        params=parameters_of(model),
+        **dict(part=part, scale=scale, seed=seed, epochs=epochs, images=limit, params=count_parameters(model)),
         mmacs=round(counter.get_total_flops() / 2e6, 2),
         radius=round(radius(receptive_field(model, 'layer4.1', noise).mean(axis=0)), 3),  # of all splits
         seconds=round(time.perf_counter() - start),
-        **metrics,
+        **{name: metrics[name] for name in PARTS[part].metrics},
     )
 
 
-def parameters_of(model: nn.Module) -> int:
-    """The number of parameters without the classifier, so that it is the same for all parts."""
+def count_parameters(model: nn.Module) -> int:
+    """Counts parameters without the classifier, so that the number is the same for all parts."""
     return sum(parameter.numel() for name, parameter in model.named_parameters() if not name.startswith('fc.'))
 
 
-def study(
-    folder: Path,
-    source: Path,
-    parts: Sequence[str],
-    scales: Sequence[int],
-    seeds: int | None = None,
-    epochs: int | None = None,
-    images: int | None = None,
-    workers: int = 1,
-) -> list[dict[str, Any]]:
-    """Runs what the folder does not hold yet, and returns all runs that it holds, in order.
-
-    Args:
-        folder: Where to write.
-        source: Where Fashion-MNIST is, or shall be.
-        parts: Keys of PARTS.
-        scales: Keys of BASE_WIDTHS.
-        seeds: Runs of each, the part's number if None.
-        epochs: Of a run, the part's number if None.
-        images: Train and test with the first ones only.
-        workers: Runs at a time.
-
-    Raises:
-        ValueError: If the folder holds runs of other lengths.
-        ImportError: If a package is missing.
-        OSError: If the folder can't be written.
-    """
-    make_folder(folder)
-    data = folder / ('multi_scale' if images is None else f'multi_scale_{images}')
-    if 'detection' in parts and not data.exists():
-        multi_scale.write(
-            data, source, {part: min(count, images or count) for part, (count, _) in multi_scale.PARTS.items()}
-        )
-    multi_scale.fashion_mnist(source, train=True)  # before several processes download it
-    wanted = [
-        (part, scale, seed)
-        for seed in range(max(seeds or PARTS[part].seeds for part in parts))
-        for part in parts
-        if seed < (seeds or PARTS[part].seeds)
-        for scale in scales
-    ]
-    paths = {each: folder / f'{each[0]}_scale{each[1]}_seed{each[2]}.json' for each in wanted}
-    done = {each: json.loads(path.read_text()) for each, path in paths.items() if path.exists()}
-    for each, record in done.items():
-        found, length = (record['epochs'], record['images']), (epochs or PARTS[each[0]].settings.epochs, images)
-        if found != length:
-            raise ValueError(
-                f'{paths[each]} is of {found[0]} epochs and {found[1] or "all"} images, not of {length[0]} and '
-                f'{images or "all"}; name another folder, or remove it'
-            )
-    pool = ProcessPoolExecutor(workers, multiprocessing.get_context('spawn'), initializer=end_with_parent)
-    with pool, ended_on_error(), tqdm(total=len(wanted), initial=len(done), unit='run', disable=None) as bar:
-        futures = {}
-        for each in wanted:
-            if each not in done:
-                where = data if each[0] == 'detection' else source
-                futures[pool.submit(run, *each, epochs, images, where, paths[each].with_suffix(''))] = each
-        for future in as_completed(futures):
-            path = paths[futures[future]]
-            atomic_write_text(path, json.dumps(future.result()) + '\n')
-            shutil.rmtree(path.with_suffix(''))
-            bar.update()
-    records = [json.loads(path.read_text()) for path in folder.glob('*_scale*_seed*.json')]
-    return sorted(records, key=lambda record: (record['part'], record['scale'], record['seed']))
-
-
-@contextmanager
-def ended_on_error() -> Iterator[None]:
-    """Ends the workers if one fails, or the study is interrupted: what they have is resumed when it is run again."""
-    try:
-        yield
-    except BaseException:
-        for worker in multiprocessing.active_children():
-            worker.terminate()
-        raise
-
-
-def end_with_parent() -> None:
-    """Has a worker end when the study is killed, instead of running what it was given, beside the resumed study."""
-
-    def wait() -> None:
-        if (parent := multiprocessing.parent_process()) is not None:
-            parent.join()
-        os._exit(1)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # of Ctrl-C, which the study hears, too
-    threading.Thread(target=wait, daemon=True).start()
+def study(folder: Path, source: Path, chosen: Namespace) -> list[dict[str, Any]]:
+    """Runs what the folder lacks of the chosen parts and scales, and returns all runs in the folder, in order."""
+    data = make_folder(folder) / ('multi_scale' if chosen.images is None else f'multi_scale_{chosen.images}')
+    if 'detection' in chosen.part and not data.exists():
+        counts = {part: min(count, chosen.images or count) for part, (count, _) in multi_scale.PARTS.items()}
+        multi_scale.write(data, source, counts)
+    for part in chosen.part:
+        for seed in range(chosen.seeds or PARTS[part].seeds):
+            for scale in chosen.scales:
+                unfinished = folder / f'{part}_scale{scale}_seed{seed}'
+                result, length = unfinished.with_suffix('.json'), (chosen.epochs or PARTS[part].epochs, chosen.images)
+                if not result.exists():
+                    where = data if part == 'detection' else source
+                    record = run(part, scale, seed, chosen.epochs, chosen.images, where, unfinished)
+                    atomic_write_text(result, json.dumps(record) + '\n')
+                    shutil.rmtree(unfinished)
+                record = json.loads(result.read_text())
+                if (record['epochs'], record['images']) != length:
+                    raise ValueError(f'{str(result)!r} has other epochs or images. Choose another folder.')
+    runs = [json.loads(path.read_text()) for path in folder.glob('*_scale*_seed*.json')]
+    return sorted(runs, key=lambda run: (run['part'], run['scale'], run['seed']))
 
 
 def values_of(runs: Sequence[dict[str, Any]], part: str, scale: int, metric: str) -> dict[int, float]:
-    """A metric of a part at a scale, by seed."""
+    """Returns a metric of a part at a scale, by seed."""
     return {each['seed']: each[metric] for each in runs if (each['part'], each['scale']) == (part, scale)}
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """The mean, and its standard error; NaN for one value, which tells nothing of it."""
+    """Returns the mean and its standard error, which is NaN for a single value."""
     error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
     return statistics.mean(values), error
 
 
 def difference(runs: Sequence[dict[str, Any]], part: str, scale: int, metric: str) -> tuple[float, float]:
-    """The mean of the paired differences to scale 1, and half the width of its 95 % interval by Student's t."""
+    """Returns the mean of the paired differences to scale 1, and half the width of its 95 % interval (Student's t)."""
     from scipy.stats import t  # comes with scikit-image
 
     plain, others = (values_of(runs, part, each, metric) for each in (1, scale))
-    mean, error = mean_and_error([others[seed] - plain[seed] for seed in sorted(plain.keys() & others.keys())])
-    return mean, error * float(t.ppf(0.975, max(1, len(plain.keys() & others.keys()) - 1)))
-
-
-def scales_of(runs: Sequence[dict[str, Any]], part: str) -> list[int]:
-    """The scales that a part has runs of."""
-    return sorted({each['scale'] for each in runs if each['part'] == part})
+    pairs = [others[seed] - plain[seed] for seed in sorted(plain.keys() & others.keys())]
+    mean, error = mean_and_error(pairs)
+    return mean, error * float(t.ppf(0.975, max(1, len(pairs) - 1)))
 
 
 def table(runs: Sequence[dict[str, Any]], part: str) -> list[str]:
-    """Lines of a Markdown table: of each scale the mean and its standard error, then the differences to scale 1.
+    """Returns a Markdown table: mean and standard error for each scale, then the differences to scale 1.
 
-    One seed has neither error nor interval: '-'.
+    A single seed has neither error nor interval: '-'.
     """
-    names = PARTS[part].metrics
+    names, first = PARTS[part].metrics, {each['scale']: each for each in runs if each['part'] == part}
     heads = ['scale', 'parameters', 'MMACs', 'receptive field, pixels', *names.values()]
-    lines = [f'| {" | ".join(heads)} |', '|---:' * len(heads) + '|']
-    for scale in scales_of(runs, part):
-        first = next(each for each in runs if (each['part'], each['scale']) == (part, scale))
-        cells = [str(scale), f'{first["params"]:,}', f'{first["mmacs"]:.1f}']
+    rows = [heads]
+    for scale, record in sorted(first.items()):
+        cells = [str(scale), f'{record["params"]:,}', f'{record["mmacs"]:.1f}']
         for metric in ('radius', *names):
             mean, error = mean_and_error(list(values_of(runs, part, scale, metric).values()))
             cells.append(f'{mean:.2f} ± -' if math.isnan(error) else f'{mean:.2f} ± {error:.2f}')
-        lines.append(f'| {" | ".join(cells)} |')
-    for scale in scales_of(runs, part):
-        if scale != 1 and 1 in scales_of(runs, part):
-            cells = [f'{scale} - 1', '', '', '']
-            for metric in names:
-                mean, half = difference(runs, part, scale, metric)
-                interval = '-' if math.isnan(half) else f'[{mean - half:+.2f}, {mean + half:+.2f}]'
-                cells.append(f'{mean:+.2f} {interval}')
-            lines.append(f'| {" | ".join(cells)} |')
-    return lines
+        rows.append(cells)
+    for scale in sorted(first.keys() - {1}) if 1 in first else ():
+        cells = [f'{scale} - 1', '', '', '']
+        for metric in names:
+            mean, half = difference(runs, part, scale, metric)
+            interval = '-' if math.isnan(half) else f'[{mean - half:+.2f}, {mean + half:+.2f}]'
+            cells.append(f'{mean:+.2f} {interval}')
+        rows.append(cells)
+    lines = [f'| {" | ".join(cells)} |' for cells in rows]
+    return [lines[0], '|---:' * len(heads) + '|', *lines[1:]]
 
 
 def plot(runs: Sequence[dict[str, Any]], part: str, out: str) -> None:
-    """Draws each metric of a part over scale: each run, the mean, and its standard error.
-
-    Raises:
-        ImportError: If matplotlib is missing.
-        OSError: If the file can't be written.
-    """
-    names, scales = PARTS[part].metrics, scales_of(runs, part)
+    """Draws each metric of a part over scale: each run, the mean, and its standard error."""
+    names, scales = PARTS[part].metrics, sorted({each['scale'] for each in runs if each['part'] == part})
     figure = new_figure(max(5, 0.8 + 2.2 * len(names)), 3.6)
     panels = np.atleast_1d(figure.subplots(1, len(names)))
     for panel, (metric, name) in zip(panels, names.items()):
         for i, scale in enumerate(scales):
             values = list(values_of(runs, part, scale, metric).values())
-            mean, error = mean_and_error(values)
             panel.scatter([i] * len(values), values, color='C0', alpha=0.35, linewidths=0)
-            panel.errorbar(i, mean, error, color='C0', marker='_', markersize=18, capsize=5)
+            panel.errorbar(i, *mean_and_error(values), color='C0', marker='_', markersize=18, capsize=5)
         panel.set_xticks(range(len(scales)), [str(scale) for scale in scales])
         panel.set(xlabel='scale', title=name)
         panel.margins(x=0.2)
@@ -458,25 +325,24 @@ def plot(runs: Sequence[dict[str, Any]], part: str, out: str) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Runs the study, writes its figures and pictures, and prints its tables."""
     parser = make_parser(__doc__)
-    parser.add_argument('folder', type=Path, help='where to write')
+    parser.add_argument('folder', type=Path, help='folder to write')
     parser.add_argument('--fashion-mnist', type=Path, required=True, help='folder of Fashion-MNIST', metavar='DIR')
     parser.add_argument('--part', nargs='+', choices=PARTS, default=list(PARTS), help='(default: all)')
     parser.add_argument('--scales', nargs='+', type=int, choices=BASE_WIDTHS, default=list(BASE_WIDTHS))
     parser.add_argument('--seeds', type=positive, help='runs of each (default: 5, of detection 3)')
     parser.add_argument('--epochs', type=positive, help='of a run (default: 6, of detection 4, of fashion_mnist 3)')
-    parser.add_argument('--images', type=positive, help='train and test with the first ones only, for a quick look')
-    parser.add_argument('--workers', type=positive, default=os.cpu_count(), help='runs at a time (default: one a core)')
+    parser.add_argument('--images', type=positive, help='use only the first images, for a quick look')
     args = parser.parse_args(argv)
-    with reported(parser):
-        runs = study(
-            args.folder, args.fashion_mnist, args.part, args.scales, args.seeds, args.epochs, args.images, args.workers
-        )
+    with report_errors(parser):
+        runs = study(args.folder, args.fashion_mnist, args)
         command = ' '.join(['python -m timm_res2net.recipes.study', *(sys.argv[1:] if argv is None else argv)])
         document = dict(command=command, environment=environment(), runs=runs)
         atomic_write_text(args.folder / 'study.json', json.dumps(document, indent=1) + '\n')
         for part in args.part:
             plot(runs, part, str(args.folder / f'{part}.png'))
-            print('\n'.join([f'\n{part}\n', *table(runs, part)]))
+        text = '\n\n'.join('\n'.join([part, '', *table(runs, part)]) for part in args.part)
+        atomic_write_text(args.folder / 'study.md', text + '\n')
+        print(text)
 
 
 if __name__ == '__main__':

@@ -1,4 +1,4 @@
-"""What a network looks at: class activation maps and receptive fields."""
+"""Explains a prediction: class activation maps and receptive fields."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,35 +9,38 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from ..deploy.images import preprocess
+from .._images import preprocess
 from ..models.block import Bottle2neck
-from ..models.classifier import as_classifier, class_names
-from ..models.fold import require_eval_mode
-from .predict import Prediction
-
-__all__ = ['Explanation', 'class_activation_map', 'explain', 'radius', 'receptive_field']
+from ..models.checks import require_eval_mode
+from ..models.classifier import as_classifier
+from .predict import Prediction, predict
 
 Array = NDArray[np.float32]
 
 
 @torch.no_grad()
 def class_activation_map(model: nn.Module, images: Tensor, classes: Sequence[int] | None = None) -> Array:
-    """Computes how much each position of an image adds to the score of a class.
+    """Computes how much each position of an image adds to the logit of a class.
 
-    The classifier of these networks is linear in the mean of the features, so its score is the mean of this map:
-    `map.mean((1, 2)) + bias`. Paper: `Learning Deep Features for
-    Discriminative Localization` - https://arxiv.org/abs/1512.04150
+    The classifier of these networks is linear in the mean of the features, so the logit is the mean of the map:
+    `map.mean((1, 2)) + bias`. Paper: `Learning Deep Features for Discriminative Localization` -
+    https://arxiv.org/abs/1512.04150
 
     Args:
         model: A model of this package with a classifier on average pooling, in evaluation mode.
         images: (N, in_chans, H, W), preprocessed.
-        classes: For each image an index, the likeliest class if None.
+        classes: A class index for each image; the most likely class if None.
 
     Returns:
-        (N, H / 32, W / 32), sizes rounded up, or less with `output_stride`; in the unit of scores before softmax.
+        (N, H / stride, W / stride), rounded up, in units of logits. The stride is 32, or less with `output_stride`.
 
     Raises:
-        ValueError: If the model is in training mode, or the classifier not linear in the mean of the features.
+        ValueError: If the model is in training mode, or its classifier is not linear in the mean of the features.
+
+    Example:
+        >>> model = timm.create_model('test_res2net.digits', pretrained=True).eval()
+        >>> class_activation_map(model, torch.zeros(1, 3, 64, 64)).shape
+        (1, 2, 2)
     """
     require_eval_mode(model)
     get_classifier = getattr(model, 'get_classifier', None)
@@ -45,7 +48,7 @@ def class_activation_map(model: nn.Module, images: Tensor, classes: Sequence[int
     pool_type = getattr(getattr(model, 'global_pool', None), 'pool_type', '')
     if not isinstance(weight, Tensor) or pool_type != 'avg':
         raise ValueError(
-            f'a class activation map needs a classifier on average pooling; this {type(model).__name__} has none'
+            f'a class activation map needs a classifier on average pooling, not this {type(model).__name__}'
         )
     net = as_classifier(model)
     features = net.forward_features(images)  # (N, num_features, H / 32, W / 32)
@@ -58,35 +61,39 @@ def class_activation_map(model: nn.Module, images: Tensor, classes: Sequence[int
 def receptive_field(model: nn.Module, block: str, images: Tensor, of_block: bool = False) -> Array:
     """Measures how much each input pixel influences the central unit of each split of a block.
 
-    The influence is the magnitude of the gradient with respect to the image or to the block's input. It is not zero
-    within the theoretical receptive field, which for split i of an undilated cascade is 2i + 3 pixels of the block's
-    input across. Paper: `Understanding the Effective Receptive Field in Deep Convolutional Neural Networks` -
-    https://arxiv.org/abs/1701.04128
+    The influence is the magnitude of the gradient. It is zero outside the theoretical receptive field: in an undilated
+    cascade, split i (from 0) sees a window of 2i + 3 pixels of the block's input. Paper: `Understanding the Effective
+    Receptive Field in Deep Convolutional Neural Networks` - https://arxiv.org/abs/1701.04128
 
     Args:
         model: A model of this package in evaluation mode.
-        block: Name of a block in it, such as 'layer2.1'.
-        images: (N, in_chans, H, W); the result is a mean over them. Noise shows the network itself best.
+        block: Name of one of its blocks, such as 'layer2.1'.
+        images: (N, in_chans, H, W); the result is the mean over them. Noise shows the network itself best.
         of_block: Measure in the block's input instead of in the image.
 
     Returns:
         (splits, H, W), or (splits, h, w) at the resolution of the block's input; each split sums to 1. The last split
-        is the one that the block doesn't convolve, but for first blocks of `'group'`, which convolve all.
+        is the one that the block does not convolve, except with `first_block='group'`, which convolves all.
 
     Raises:
-        ValueError: If the model is in training mode, or there is no such block.
+        ValueError: If the model is in training mode, or has no such block.
+
+    Example:
+        >>> model = timm.create_model('test_res2net.digits', pretrained=True).eval()
+        >>> receptive_field(model, 'layer2.1', torch.randn(4, 3, 96, 96)).shape
+        (4, 96, 96)
     """
     require_eval_mode(model)
     names = blocks_in(model, '')
     if block not in names:
-        raise ValueError(f'there is no block {block}; there are {", ".join(names) or "none"}')
+        raise ValueError(f'no block {block!r} in this model. Its blocks: {", ".join(names) or "none"}')
     unit = model.get_submodule(block)
     assert isinstance(unit, Bottle2neck)
     inputs: list[Tensor] = []
     splits: list[Tensor] = []
     hooks = [unit.conv1.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))]
     last = [] if len(unit.bns) == unit.scale else [unit.pool]
-    for module in [*unit.bns, *last]:  # copied before an activation, which works in place and may have no gradient
+    for module in [*unit.bns, *last]:  # cloned before an activation works in place, perhaps without a gradient
         hooks.append(module.register_forward_hook(lambda module, args, output: splits.append(output.clone())))
     try:
         x = images.clone().requires_grad_()
@@ -104,78 +111,63 @@ def receptive_field(model: nn.Module, block: str, images: Tensor, of_block: bool
 
 
 def center_of_mass(field: Array) -> tuple[float, float]:
-    """Row and column of a field's center of mass, in pixels; the middle for a field of zeros, as of a dead split."""
-    rows, columns = np.mgrid[: field.shape[0], : field.shape[1]]
-    if not field.any():
-        field = np.ones_like(field)
-    return float((rows * field).sum() / field.sum()), float((columns * field).sum() / field.sum())
+    """Returns row and column of a field's center of mass, in pixels; the middle of a field of zeros (a dead split)."""
+    rows, columns = np.indices(field.shape)
+    weights = field / field.sum() if field.any() else np.full_like(field, 1 / field.size)
+    return float((rows * weights).sum()), float((columns * weights).sum())
 
 
 def radius(field: Array) -> float:
-    """The root mean square distance of a field's weight from its center of mass, in pixels."""
-    rows, columns = np.mgrid[: field.shape[0], : field.shape[1]]
+    """Returns the root mean square distance of a field's weight from its center of mass, in pixels."""
+    rows, columns = np.indices(field.shape)
     row, column = center_of_mass(field)
     moment = (((rows - row) ** 2 + (columns - column) ** 2) * field).sum()
     return float(np.sqrt(moment / max(field.sum(), 1e-30)))
 
 
 def blocks_of(model: nn.Module, stage: int) -> list[str]:
-    """Names of the blocks in a stage, counted from 1 as in `layer1`; ValueError if there is no such stage."""
+    """Returns the names of the blocks in a stage, counted from 1 as in `layer1`; ValueError if there is none."""
     info = as_classifier(model).feature_info
     stages = [each['module'] for each in info if blocks_in(model, each['module'])]
     if not 1 <= stage <= len(stages):
-        raise ValueError(f'there is no stage {stage}; there are 1 to {len(stages)}, {", ".join(stages)}')
+        raise ValueError(f'no stage {stage} in this model. Choose 1 to {len(stages)}: {", ".join(stages)}')
     return blocks_in(model, stages[stage - 1])
 
 
 def blocks_in(model: nn.Module, part: str) -> list[str]:
-    """Names of the blocks in a part of a model, of all for ''."""
+    """Returns the names of the blocks in a part of a model, in all of it for ''."""
     blocks = [name for name, module in model.named_modules() if isinstance(module, Bottle2neck)]
     return [name for name in blocks if name.startswith(part and f'{part}.')]
 
 
 @dataclass(frozen=True)
 class Explanation:
-    """What `explain` computed, to be drawn."""
+    """An image, its predictions, and where the network looks."""
 
     image: Array  # (H, W, 3) in 0..1
-    predictions: list[Prediction]  # the likeliest classes
-    activation_map: Array  # (h, w), of the likeliest class
-    block: str  # name of the block below
-    fields: Array  # (splits, H, W), receptive field of each of its splits in the image
-
-    @property
-    def radii(self) -> list[float]:
-        """The radius of each receptive field, in pixels of the image."""
-        return [radius(field) for field in self.fields]
+    predictions: list[Prediction]  # the most likely classes
+    activation_map: Array  # (h, w), of the most likely class
+    block: str  # name of the measured block
+    fields: Array  # (splits, H, W), receptive field of each split of the block
+    radii: list[float]  # radius of each field, in pixels of the image
 
 
-def explain(model: nn.Module, image: Image.Image, stage: int, dense: nn.Module | None = None) -> Explanation:
-    """Computes a class activation map of an image, and how far the splits of a block see.
+def explain(
+    model: nn.Module, image: Image.Image, stage: int, dense: nn.Module | None = None, multi_label: bool = False
+) -> Explanation:
+    """Computes the class activation map of an image, and the receptive fields of a block of a stage, from 1.
 
-    Args:
-        model: A model of this package with a classifier, in evaluation mode.
-        image: RGB.
-        stage: From 1. Its second block is measured, if it has one: the first block of a stage has no cascade.
-        dense: The same network, dilated (`output_stride=8, dilate_pool=True`): it computes the same on a denser grid,
-            so the map has more positions.
-
-    Raises:
-        ValueError: If there is no such stage.
+    `dense` is the same network, dilated so that it computes the map on a denser grid.
     """
-    names = blocks_of(model, stage)
-    block = names[min(1, len(names) - 1)]
+    block = blocks_of(model, stage)[:2][-1]  # the second if there is one: the first block of a stage has no cascade
+    (predictions,) = predict(model, [image], read=lambda image: image, topk=3, multi_label=multi_label)
+    if isinstance(predictions, ValueError):
+        raise predictions
     x, visible = preprocess(model, image)
     x = x.to(next(model.parameters()).device)
-    with torch.no_grad():
-        probabilities = model(x[None]).softmax(dim=1)[0]
-    best = probabilities.topk(min(3, len(probabilities)))
-    labels = class_names(model)
-    predictions = [
-        Prediction(index, labels[index], value) for value, index in zip(best.values.tolist(), best.indices.tolist())
-    ]
     (activation_map,) = class_activation_map(dense or model, x[None], [predictions[0].index])
     size = max(visible.shape[1], 96)
     noise = torch.randn(4, x.shape[0], size, size, generator=torch.Generator().manual_seed(0)).to(x.device)
     fields = receptive_field(model, block, noise)
-    return Explanation(visible.permute(1, 2, 0).numpy(), predictions, activation_map, block, fields)
+    radii = [radius(field) for field in fields]
+    return Explanation(visible.permute(1, 2, 0).numpy(), predictions, activation_map, block, fields, radii)

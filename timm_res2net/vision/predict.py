@@ -1,8 +1,9 @@
-"""Classifies images, and loads the model for it."""
+"""Classifies images, and loads the models that do it."""
 
 import logging
 import os
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -11,27 +12,26 @@ import torch
 from PIL import Image
 from timm.models import parse_model_name
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
 
-from ..deploy.images import image_transform, preprocess, read_image
+from .._errors import first_line
+from .._files import PathLike
+from .._images import image_transform, preprocess, read_image
+from ..deploy.backends import SUFFIXES
+from ..deploy.exported import load_exported
 from ..deploy.optimize import optimize
-from ..deploy.runtimes import SUFFIXES, load_exported
-from ..hub.pull import bring_file
-from ..models.classifier import class_names, image_config, registered_cfg
-from ..models.fold import require_eval_mode
+from ..hub.pull import fetch_file
+from ..models.checks import require_eval_mode
+from ..models.classifier import class_names, registered_cfg
+from ..models.preprocessing import image_config
 from ..weights.checkpoints import Checkpoint
+from ..weights.config import CONFIG_FILE
 from ..weights.convert import require_as_many_labels
-from ..weights.errors import first_line
-from ..weights.files import PathLike
-from ..weights.folder import CONFIG_FILE
 from ..weights.loading import load_model, require_known
-
-__all__ = ['Prediction', 'classify', 'feature_pyramid', 'is_exported', 'name_classes', 'predict', 'pretrained_model']
 
 _logger = logging.getLogger(__name__)
 
 ImageT = TypeVar('ImageT')
-HANDFUL = 16  # images for which fusing and starting processes takes longer than it saves
+HANDFUL = 16  # images for which fusing a model takes longer than it saves
 
 
 @dataclass(frozen=True)
@@ -44,165 +44,158 @@ class Prediction:
 
 
 def pretrained_model(
-    name: str | None, weights: PathLike | Checkpoint | None = None, device: str | torch.device = 'cpu', **kwargs: Any
+    name: str | None,
+    weights: PathLike | Checkpoint | None = None,
+    device: str | torch.device = 'cpu',
+    trust: bool = False,
+    **kwargs: Any,
 ) -> nn.Module:
-    """Makes a model with its published weights, or with those of a file, in evaluation mode.
+    """Makes a model in evaluation mode with its published weights, or with those of a file or an exported model.
 
-    Args:
-        name: A name that `timm.create_model` takes. None for the model that `weights` fit.
-        weights: A file for `timm_res2net.load_model`, whose number of classes the model gets; or an exported model.
-        device: Where to put the model.
-        **kwargs: For `timm.create_model`.
-
-    Raises:
-        UnknownModelError: If there is no such model; the message names those most alike.
-        ValueError: If the weights can't be loaded, with the reason in one line.
+    Without a name it is the model that the weights fit. `trust` runs an exported `.pt2`, which can contain any code.
     """
     if weights is not None and not isinstance(weights, Checkpoint) and is_exported(weights):
         if name is not None or kwargs or str(device) != 'cpu':
-            raise ValueError(f'{weights} is an exported model, which runs as it is, on the CPU: give nothing else')
-        exported = load_exported(weights)
+            raise ValueError(f'{weights} is an exported model, which runs unchanged on the CPU: pass nothing else')
+        exported = load_exported(weights, trust=trust)
         if exported.record['features']:
-            raise ValueError(f'{weights} returns feature maps and no classes; export it without --features')
+            raise ValueError(f'{weights} returns feature maps, not classes. Export it without --features')
         return exported
     if weights is not None:
         return load_model(weights, name, **kwargs).to(device).eval()
     if name is None:
-        raise ValueError('give the name of a model, or a file of weights')
+        raise ValueError('pass the name of a model, or a weights file')
     require_known(name)
     if ':' not in name and not registered_cfg(name).has_weights:
-        raise ValueError(f'there are no published weights of {name}; give a file of yours')
+        raise ValueError(f'no published weights of {name}. Pass a weights file')
     try:
-        source = commit_in_cache(name, kwargs.get('cache_dir'))
+        source = pin_cached_commit(name, kwargs.get('cache_dir'))
         return timm.create_model(source, pretrained=True, **kwargs).to(device).eval()
-    except Exception as error:  # a download fails in as many ways as libraries take part in it
+    except Exception as error:  # downloads fail in as many ways as there are libraries involved
         _logger.debug('no weights of %s', name, exc_info=True)
-        problem = f'weights of {name} can not be had: {first_line(error)}'
+        problem = f'cannot load the weights of {name}: {first_line(error)}'
         if not name.startswith('local-dir:'):
-            problem += (
-                '. If you are offline, give a file of weights, or take test_res2net.digits, which needs no network'
-            )
+            problem += '. If you are offline, pass a weights file, or use test_res2net.digits, which needs no network'
         raise ValueError(problem) from error
 
 
-def commit_in_cache(name: str, cache_dir: PathLike | None) -> str:
-    """The name of a model on the Hub with its last commit, whose verified configuration is in the cache then.
+def pin_cached_commit(name: str, cache_dir: PathLike | None) -> str:
+    """Adds the last commit to the name of a model on the Hub, after bringing its verified config into the cache.
 
-    timm takes it from there without asking; by itself it would ask for half a minute, with a line each time.
+    timm then reads the cache; asked for a branch while offline, it would retry for half a minute.
     """
     source, hub_id = parse_model_name(name)
-    found = bring_file(hub_id, CONFIG_FILE, cache_dir) if source == 'hf-hub' else None
+    found = fetch_file(hub_id, CONFIG_FILE, cache_dir) if source == 'hf-hub' else None
     return name if found is None else f'hf-hub:{hub_id.partition("@")[0]}@{found.parent.name}'
 
 
 def is_exported(file: PathLike) -> bool:
-    """Whether a file's name is that of an exported model, and not of weights."""
+    """Returns whether a file name is that of an exported model rather than of weights."""
     return os.fspath(file).endswith(SUFFIXES)
 
 
 def name_classes(model: nn.Module, labels: Sequence[str]) -> None:
-    """Gives names to the classes of a model, also of an exported one; ValueError if there are not as many."""
+    """Names the classes of a model or an exported model; ValueError unless there is one name per class.
+
+    A network with one logit also takes two names: the second is that of the class whose probability it computes.
+    """
     net: Any = model
+    if net.num_classes == 1 and len(labels) == 2:
+        labels = labels[1:]
     require_as_many_labels(labels, net.num_classes)
     net.pretrained_cfg['label_names'] = tuple(labels)
+
+
+def label_classes(model: nn.Module) -> list[str]:
+    """Returns the names of a model's classes; that of a single unnamed logit is 'positive'."""
+    names = class_names(model)
+    return ['positive'] if names == ['class 0'] else names
+
+
+def to_probabilities(logits: Tensor, multi_label: bool = False) -> Tensor:
+    """Turns logits (N, classes) into probabilities: by a softmax, but by a sigmoid if there is one logit.
+
+    With `multi_label`, an image can belong to several classes, and each logit gets its own sigmoid.
+    """
+    return logits.sigmoid() if multi_label or logits.shape[1] == 1 else logits.softmax(dim=1)
 
 
 def predict(
     model: nn.Module,
     images: Sequence[ImageT],
     read: Callable[[ImageT], Image.Image] = read_image,  # type: ignore[assignment]
-    topk: int = 5,
-    batch_size: int = 16,
-    compile: bool = False,
+    topk: int | None = 5,
+    threshold: float = 0,
+    **options: Any,
 ) -> Iterator[list[Prediction] | ValueError]:
-    """Classifies images, preprocessed as the model's own configuration says.
+    """Classifies images; yields for each, in order, its most likely classes, or the error that prevented it.
 
-    Args:
-        model: A model with a `pretrained_cfg`, as timm makes it, in evaluation mode, or an exported one.
-        images: Files, or other arguments of `read`.
-        read: Reads one of them as an RGB image.
-        topk: Number of classes to return, of all that there are.
-        batch_size: Number of images that are classified at once.
-        compile: Compile the model first, which pays for thousands of images.
-
-    Yields:
-        For each image, in order, its likeliest classes, or the error that prevented it.
-
-    Raises:
-        ValueError: If the model is in training mode.
+    It returns at most `topk` classes (None for all), of at least `threshold` probability; `options` are for `classify`.
     """
-    labels = class_names(model)
-    for scores in classify(model, images, read, batch_size, compile):
+    labels = label_classes(model)
+    for scores in classify(model, images, read, **options):
         if isinstance(scores, ValueError):
             yield scores
         else:
-            best = scores.topk(min(topk, len(labels)))  # values and indices
-            yield [Prediction(i, labels[i], value) for value, i in zip(best.values.tolist(), best.indices.tolist())]
+            best = scores.topk(min(topk or len(labels), len(labels)))
+            pairs = zip(best.values.tolist(), best.indices.tolist())
+            yield [Prediction(i, labels[i], value) for value, i in pairs if value >= threshold]
 
 
 def classify(
-    model: nn.Module, images: Sequence[ImageT], read: Callable[[ImageT], Image.Image], batch_size: int, compile: bool
+    model: nn.Module,
+    images: Sequence[ImageT],
+    read: Callable[[ImageT], Image.Image],
+    batch_size: int = 16,
+    compile: bool = False,
+    multi_label: bool = False,
 ) -> Iterator[Tensor | ValueError]:
-    """Computes the probabilities of classes, (classes,) for each image in order, or the error that prevented it.
+    """Yields probabilities (classes,) for each image, in order, or the error that prevented it.
 
-    For more than a handful of images the model is fused, and several processes read images.
+    Images are files, or other arguments of `read`, which is called from several threads. They are preprocessed by the
+    model's own configuration. The model, in evaluation mode, is fused for more than a handful of images.
     """
     require_eval_mode(model)
     config = image_config(model)
+    transform = image_transform(config)
     parameter = next(model.parameters(), None)  # an exported model has none
     device, dtype = (torch.device('cpu'), torch.float32) if parameter is None else (parameter.device, parameter.dtype)
     exported: Any = model
     fixed = exported.record['input'][0] if parameter is None else None  # the only batch size of an exported model
-    many = len(images) > HANDFUL
-    if parameter is not None and (many or compile):
+    if parameter is not None and (len(images) > HANDFUL or compile):
         example = torch.zeros(min(batch_size, len(images)), *config['input_size'], device=device, dtype=dtype)
         try:
             model = optimize(model, example, compile=compile)
         except ValueError as error:  # timm's other models have nothing to fuse
-            _logger.debug('%s runs as it is: %s', type(model).__name__, error)
-    loader: DataLoader[Any] = DataLoader(
-        ReadImages(images, read, image_transform(config)),
-        batch_size=fixed or batch_size,
-        num_workers=min(4, os.cpu_count() or 1) if many and read is read_image else 0,
-        collate_fn=list,
-    )
-    for batch in loader:
-        inputs = [image for image in batch if isinstance(image, Tensor)]  # (C, H, W) each
-        if inputs:
-            x = torch.stack(inputs + inputs[:1] * ((fixed or 0) - len(inputs)))
-            with torch.inference_mode():
-                probabilities = model(x.to(device, dtype)).float().softmax(dim=1).cpu()  # (N, classes)
-        rows = iter(probabilities) if inputs else iter(())
-        for image in batch:
-            found = next(rows) if isinstance(image, Tensor) else image
-            if isinstance(found, Tensor) and not found.isfinite().all():  # of weights that overflow
-                found = ValueError('the model gives no finite number for this image')
-            yield found
+            _logger.debug('%s runs unchanged: %s', type(model).__name__, error)
 
-
-class ReadImages(Dataset[Any]):
-    """Reads and preprocesses images; one that can't be read becomes its error."""
-
-    def __init__(self, images: Sequence[Any], read: Callable[[Any], Image.Image], transform: Callable[..., Tensor]):
-        self.images, self.read, self.transform = images, read, transform
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> Tensor | ValueError:
+    def load(image: ImageT) -> Tensor | ValueError:
         try:
-            return self.transform(self.read(self.images[index]))
+            return transform(read(image))  # (C, H, W)
         except ValueError as error:
-            return ValueError(str(error))  # which can be sent to another process
+            return error
+
+    size = fixed or batch_size
+    with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # Pillow decodes without the GIL
+        loading = pool.map(load, images[:size])
+        for start in range(0, len(images), size):
+            batch = list(loading)
+            loading = pool.map(load, images[start + size : start + 2 * size])  # while the model runs
+            inputs = [each for each in batch if isinstance(each, Tensor)]
+            if inputs:
+                x = torch.stack(inputs + inputs[:1] * ((fixed or 0) - len(inputs)))
+                with torch.inference_mode():
+                    rows = iter(to_probabilities(model(x.to(device, dtype)).float(), multi_label).cpu())
+            for each in batch:
+                scores = next(rows) if isinstance(each, Tensor) else each
+                if isinstance(scores, Tensor) and not scores.isfinite().all():  # weights that overflow
+                    scores = ValueError('the model returns NaN or infinity for this image')
+                yield scores
 
 
 @torch.inference_mode()
 def feature_pyramid(model: nn.Module, image: Image.Image) -> tuple[Tensor, list[Tensor]]:
-    """Runs a feature extractor (`features_only=True`) on an image.
-
-    Returns:
-        The model's input as it looks, (3, H, W) in 0..1, and its feature maps, (C, H / stride, W / stride) each.
-    """
+    """Returns an image as the model sees it, (3, H, W) in 0..1, and the maps (C, h, w) of a feature extractor."""
     x, shown = preprocess(model, image)
     features = model(x[None].to(next(model.parameters()).device))
     return shown, [feature[0].cpu() for feature in features]

@@ -1,97 +1,148 @@
-"""Measures how many images of a folder a model classifies rightly."""
+"""Measures the accuracy of a model on a folder of images."""
 
+import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
+from timm.data import ImageNetInfo, infer_imagenet_subset
 from timm.utils import natural_key
 from torch import Tensor, nn
 
-from ..deploy.images import Found, find_images, read_image
-from ..models.classifier import class_names
-from ..weights.files import PathLike, read_text
-from .predict import classify
+from .._files import PathLike, read_text
+from .._images import Found, find_images, read_image
+from .predict import classify, label_classes
 
-__all__ = ['LabelledImages', 'Validation', 'labelled_images', 'validate']
+_logger = logging.getLogger(__name__)
+
+CLASS_ORDERS: dict[str, Callable[[str], Any]] = {'natural': natural_key, 'lexicographic': str}  # timm's, torchvision's
+SHARED = -1  # number of a name that several classes have
 
 
 @dataclass
 class LabelledImages(Found):
-    """What `labelled_images` found."""
+    """Image files and their classes."""
 
-    classes: list[int] = field(default_factory=list)  # of the files
+    classes: list[int] = field(default_factory=list)  # one per file
 
 
 @dataclass(frozen=True)
 class Validation:
-    """How a model does on images whose classes are known."""
+    """A model's accuracy on images of known classes."""
 
-    images: int  # that could be read
-    top1: float  # % whose likeliest class is right
-    top5: float  # % whose class is among the five likeliest
-    confusion: Tensor  # (classes, classes), images of the first class that were taken for the second
-    failed: list[tuple[str, str]]  # files and folders that could not be read or are empty, and why
-    skipped: list[tuple[str, str]]  # what the folders hold beside images, and why
+    images: int  # read and classified
+    top1: float  # % whose most likely class is right
+    top5: float  # % whose class is among the five most likely
+    confusion: Tensor  # (classes, classes), counts by true class (rows) and predicted class (columns)
+    failed: list[tuple[str, str]]  # (file or folder that is unreadable or empty, reason)
+    skipped: list[tuple[str, str]]  # (other file in a folder, reason)
 
 
-def labelled_images(folder: PathLike, names: Sequence[str], truth: PathLike | None = None) -> LabelledImages:
-    """Finds images and their classes.
+def decided_classes(model: nn.Module) -> list[str]:
+    """Returns the names of the classes that a model decides between; a single logit decides between two."""
+    names = label_classes(model)
+    return names if len(names) > 1 else [negation(names[0]), names[0]]
+
+
+def negation(name: str) -> str:
+    """Returns the name of the other class of a single logit."""
+    return 'negative' if name == 'positive' else f'not {name}'
+
+
+def sort_classes(names: Iterable[str], order: str | None = None) -> list[str]:
+    """Sorts the names of class folders; `order` is a key of `CLASS_ORDERS`.
+
+    Without it the order is timm's natural one, which is logged if it makes a difference.
+    """
+    natural, lexicographic = (sorted(names, key=key) for key in CLASS_ORDERS.values())
+    if order is None and natural != lexicographic:
+        first = next(pair for pair in zip(natural, lexicographic) if pair[0] != pair[1])
+        _logger.warning(
+            "class folders are taken in natural order (%r before %r), timm's default; for weights trained with "
+            "torchvision's ImageFolder, pass --class-order lexicographic",
+            *first,
+        )
+    return lexicographic if order == 'lexicographic' else natural
+
+
+def labelled_images(
+    folder: PathLike, names: Sequence[str], truth: PathLike | None = None, class_order: str | None = None
+) -> LabelledImages:
+    """Finds images and their classes; ValueError if there are none or they do not match.
 
     Args:
-        folder: A folder for each class, or all images together with a file of their classes.
-        names: Names of a model's classes. Folders have these names, or are as many, in timm's order: 'c2' before 'c10'.
-        truth: A text file with a line for each image: path in the folder, space, name or number of the class. The path
-            is the longest beginning, up to a space, that is a file; if none is, it ends at the first space.
-
-    Raises:
-        ValueError: If there is no image, the file can't be read, or its classes are not those of the model, or a name
-            is that of several.
+        folder: Has a subfolder for each class, or all images if `truth` gives their classes.
+        names: From `decided_classes`. The subfolders have these names, or ImageNet's synset names (all of them or
+            some), or are as many as the classes and in the order of `class_order`.
+        truth: A text file with one line per image: its path in the folder, a space, and its class by name or number.
+        class_order: See `sort_classes`.
     """
     root = Path(folder)
     if not root.is_dir():
-        raise ValueError(f'{root} is no folder')
-    index = {name: i for i, name in enumerate(names)}
-    shared = {name for name in index if names.count(name) > 1} if len(index) < len(names) else set()
+        raise ValueError(f'{root} is not a folder')
+    index = class_numbers(names)
     if truth is not None:
-        images = LabelledImages()
-        for number, line in enumerate(read_text(truth).splitlines(), 1):
-            if not line.strip():
-                continue
-            name, label = split_line(line.strip(), root)
-            which = index.get(label, int(label) if label.isdecimal() else -1)
-            if not 0 <= which < len(names):
-                raise ValueError(f'line {number} of {truth} gives {name} the class {label!r}, which the model lacks')
-            if label in shared:
-                raise ValueError(f'line {number} of {truth}: {label!r} is the name of several classes; give a number')
-            images.files.append(root / name)
-            images.classes.append(which)
-        if not images.files:
-            raise ValueError(f'{truth} has no line with an image and its class')
-        return images
+        return images_in_list(root, truth, index, len(names))
+
     folders = [each.name for each in os.scandir(root) if each.is_dir() and not each.name.startswith('.')]
-    classes = sorted(folders, key=natural_key)
-    if not classes:
-        raise ValueError(f'{root} has no folder for a class; give the classes of its images by a file, --truth')
-    if not set(classes) <= index.keys():
-        if len(classes) != len(names):
-            strange = next(name for name in classes if name not in index)
-            raise ValueError(
-                f'{root} has {len(classes)} folders and the model {len(names)} classes, of which none is {strange}'
-            )
-        index = {name: i for i, name in enumerate(classes)}
-    elif unclear := shared & {*classes}:
-        raise ValueError(f'{min(unclear)!r} in {root} is the name of several classes; give numbers by a file, --truth')
-    found = find_images(str(root / name) for name in classes)
+    if not folders:
+        raise ValueError(f'{root} has no class folders. List the classes of its images in a file, --truth')
+    if shared := [name for name in folders if index.get(name) == SHARED]:
+        raise ValueError(f'{min(shared)!r} in {root} names several classes. List class numbers in a file, --truth')
+    strange = [name for name in folders if name not in index]
+    if len(strange) == len(folders) == len(names):
+        index = {name: i for i, name in enumerate(sort_classes(folders, class_order))}
+    elif len(strange) == 1 and len(names) == 2 and names[0] == negation(names[1]):
+        index[strange[0]] = 0
+    elif strange:
+        raise ValueError(
+            f'{root} has {len(folders)} folders and the model {len(names)} classes, and {min(strange)!r} is not the '
+            'name of one. Rename the folders, or name the classes with --labels'
+        )
+    found = find_images(str(root / name) for name in sorted(folders, key=natural_key))
     if not found.files:
-        raise ValueError(f'there is no image in {root}')
+        raise ValueError(f'no images in {root}')
     return LabelledImages(**vars(found), classes=[index[file.relative_to(root).parts[0]] for file in found.files])
 
 
+def class_numbers(names: Sequence[str]) -> dict[str, int]:
+    """Returns the number of each class by its name, and for ImageNet's classes also by synset, such as 'n01440764'."""
+    subset = infer_imagenet_subset({'num_classes': len(names)})
+    synsets = ImageNetInfo(subset).label_names() if subset else []
+    index = {name: i for each in (synsets, names) for i, name in enumerate(each)}
+    counts = Counter(names)
+    return {name: SHARED if counts[name] > 1 else i for name, i in index.items()}
+
+
+def images_in_list(root: Path, truth: PathLike, index: dict[str, int], count: int) -> LabelledImages:
+    """Reads a file of images and their classes, see `labelled_images`."""
+    images = LabelledImages()
+    for number, line in enumerate(read_text(truth).splitlines(), 1):
+        if not line.strip():
+            continue
+        name, label = split_line(line.strip(), root)
+        class_number = index.get(label, int(label) if label.isdecimal() else count)
+        if class_number == SHARED:
+            raise ValueError(f'line {number} of {truth}: {label!r} names several classes. Use a number')
+        if class_number >= count:
+            raise ValueError(f'line {number} of {truth}: the model has no class {label!r} for {name}')
+        images.files.append(root / name)
+        images.classes.append(class_number)
+    if not images.files:
+        raise ValueError(f'no image and class in {truth}')
+    return images
+
+
 def split_line(line: str, root: Path) -> tuple[str, str]:
-    """The path and the class in a line of a file for `labelled_images`. Both can have spaces in them."""
+    """Splits a line of a truth file into path and class, both of which may contain spaces.
+
+    The path is the longest part, up to a space, that is a file, else the part before the first space.
+    """
     words = line.split(' ')
     ends = (end for end in range(len(words) - 1, 1, -1) if os.path.isfile(root / ' '.join(words[:end])))
     end = next(ends, 1)
@@ -103,34 +154,30 @@ def validate(
     images: LabelledImages,
     batch_size: int = 16,
     compile: bool = False,
-    progress: Any = iter,
+    progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
+    read: Callable[[PathLike], Image.Image] = read_image,
 ) -> Validation:
-    """Classifies images, preprocessed as the model's own configuration says, and counts what is right.
+    """Classifies images and counts the right answers; ValueError if no image can be read.
 
-    Args:
-        model: A model as timm makes it in evaluation mode, or an exported one.
-        images: What `labelled_images` found.
-        batch_size: Number of images that are classified at once.
-        compile: Compile the model first.
-        progress: Wraps the iterator over images, to show a bar.
-
-    Raises:
-        ValueError: If no image can be read.
+    A single logit decides between class 0 and, from a probability of 0.5, class 1. `progress` wraps the iterator over
+    images, to show a progress bar; the other arguments are those of `classify`.
     """
-    count = len(class_names(model))
+    count = max(len(label_classes(model)), 2)
     confusion = torch.zeros(count, count, dtype=torch.long)
     unread, right, among_five = [], 0, 0
-    scores: Iterable[Tensor | ValueError] = progress(classify(model, images.files, read_image, batch_size, compile))
+    scores = progress(classify(model, images.files, read, batch_size, compile))
     for file, truth, found in zip(images.files, images.classes, scores):
         if isinstance(found, ValueError):
             unread.append((str(file), str(found)))
             continue
+        if len(found) == 1:
+            found = torch.cat([1 - found, found])
         best = found.topk(min(5, count)).indices.tolist()
         right += best[0] == truth
         among_five += truth in best
         confusion[truth, best[0]] += 1
     done = len(images.files) - len(unread)
     if not done:
-        raise ValueError(f'none of {len(unread)} images could be read; the first one: {unread[0][1]}')
+        raise ValueError(f'could not read any of {len(unread)} images. The first: {unread[0][1]}')
     failed = images.failed + unread
     return Validation(done, 100 * right / done, 100 * among_five / done, confusion, failed, images.skipped)

@@ -1,210 +1,275 @@
-"""What a file of weights holds: a network's tensors under timm's names, and what the network computes."""
+"""From a weights file to a `Checkpoint`: a network's tensors under timm's names, and what the network computes."""
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
-from ..models.deformable import VERSIONS
-from ..models.function import Function, require_one_of
-from ..models.variants import ARCHS, Arch
-from .dialects import DIALECTS, Translation, flatten, translate
-from .errors import CheckpointError
-from .files import PathLike
+from .._errors import CheckpointError, first_line
+from .._files import PathLike, sha256
+from ..models.layers import VERSIONS
+from ..models.spec import ARGUMENTS, NetworkSpec
+from .config import (
+    CONFIG_FILE,
+    RECORD,
+    WEIGHTS_FILE,
+    read_config,
+    recorded_images,
+    recorded_labels,
+    recorded_model,
+    recorded_spec,
+)
+from .dialects import DIALECTS
 from .projects import find_project
-from .readers import Contents, read
-from .recorded import Training, config_beside, recorded_training
+from .readers import RawFile, read_file
+from .renaming import find_network, has_modules_around, rename_tensors, to_weight
 
-__all__ = ['Checkpoint', 'read_checkpoint', 'recognise']
-
-# Arguments that change what a model returns and are no part of its function, and their values.
-POOLS = 'avg', 'max', 'avgmax', 'catavgmax'
-USES: dict[str, tuple[object, ...]] = {
-    'output_stride': (1, 2, 4, 8, 16, 32),
-    'dilate_pool': (False, True),
-    'global_pool': (*POOLS, 'fast', *(f'fast{pool}' for pool in POOLS)),
-}
+Provenance = Literal['recorded', 'proved', 'inferred', 'default']
 
 
 @dataclass(frozen=True, repr=False)
 class Checkpoint:
-    """A network's weights read from a file, under timm's names, and what the network computes."""
+    """A network read from a weights file: tensors under timm's names, what it computes, and how each fact is known.
+
+    Attributes:
+        file: The file, for messages.
+        dialect: Whose tensor names it has, a key of `DIALECTS`.
+        prefix: Precedes the network's names in the file.
+        state: Tensors by timm's names; floating-point ones are float32, on the CPU.
+        spec: What the network computes; None if no model here computes it.
+        provenance: How each field of `spec` is known. 'recorded': the file, the `config.json` next to it or the caller
+            specifies it. 'proved': names and shapes leave no other possibility. 'inferred': other tensors in the file
+            are those of a known project. 'default': nothing specifies it.
+        is_part: Whether the file holds other modules, too, so that the network is part of a larger one.
+        project: The larger network, if it is a known one.
+        unsupported: Why `spec` is None.
+        weights_from: 'ema' or 'model', which of averaged and latest weights were taken; None if the file has one kind.
+        name: The recorded model, a key of `ARCHS`.
+        model_args: Its recorded arguments.
+        dropped: Names in the file of tensors that were left out, and why.
+        filled: Names in `state` of tensors that the file lacks and that are zero.
+        cast: How many tensors were cast to float32, by their type in the file.
+        images: Recorded settings of image preprocessing, as in timm's `pretrained_cfg`.
+        labels: Recorded names of the classes.
+        labels_from: Where they were recorded.
+        record: Results, license and others that a push recorded.
+    """
 
     file: str
-    translation: Translation
-    function: Function | None  # None if no model here computes what such files are for
-    assumed: tuple[str, ...] = ()  # fields of `function` that nothing in the file tells, so they are the usual ones
-    project: str | None = None  # the larger network that it is a part of, if that is known
-    unknown: str = ''  # why `function` is None
-    uses: Mapping[str, Any] = field(default_factory=dict)  # arguments among `USES` that the file states
-    training: Training = field(default_factory=Training)
+    dialect: str
+    prefix: str
+    state: dict[str, Tensor]
+    spec: NetworkSpec | None
+    provenance: Mapping[str, Provenance]
+    is_part: bool = False
+    project: str | None = None
+    unsupported: str = ''
+    weights_from: str | None = None
+    name: str | None = None
+    model_args: Mapping[str, Any] = field(default_factory=dict)
+    dropped: Mapping[str, str] = field(default_factory=dict)
+    filled: tuple[str, ...] = ()
+    cast: Mapping[str, int] = field(default_factory=dict)
+    images: Mapping[str, Any] = field(default_factory=dict)
+    labels: tuple[str, ...] = ()
+    labels_from: str = ''
+    record: Mapping[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
-        dialect, dropped = self.translation.dialect, len(self.translation.dropped)
-        left_out = f', {dropped} dropped' if dropped else ''
-        return f'Checkpoint({self.file!r}, {dialect}, {len(self.state)} tensors{left_out}, {self.num_classes} classes)'
-
-    @property
-    def state(self) -> dict[str, Tensor]:
-        """The tensors; floating-point ones are float32."""
-        return self.translation.state
+        left_out = f', {len(self.dropped)} dropped' if self.dropped else ''
+        tensors = f'{len(self.state)} tensors{left_out}'
+        return f'Checkpoint({self.file!r}, {self.dialect}, {tensors}, {self.num_classes} classes)'
 
     @property
     def num_classes(self) -> int:
-        """Classes, 0 without a classifier."""
+        """Number of classes; 0 without a classifier."""
         return len(self.state.get('fc.weight', ()))
 
-    def stating(self, **fields: Any) -> 'Checkpoint':
-        """The same with some fields of the function, which are then not assumed.
+    @property
+    def assumed(self) -> tuple[str, ...]:
+        """Fields of `spec` that are inferred or default."""
+        return tuple(name for name, known in self.provenance.items() if known in ('inferred', 'default'))
+
+    @property
+    def function(self) -> NetworkSpec | None:
+        """The former name of `spec`."""
+        return self.spec
+
+    def with_spec(self, **fields: Any) -> 'Checkpoint':
+        """Returns the checkpoint with fields of its spec set by the caller, which are then recorded.
 
         Raises:
-            ValueError: For a value that is not possible.
-            TypeError: For a field that a function doesn't have.
+            ValueError: For an impossible value.
+            TypeError: For a field that a spec does not have.
         """
-        if unknown := [name for name in fields if name not in vars(Function())]:
-            raise TypeError(f'{unknown[0]} is no argument here; a function has {", ".join(vars(Function()))}')
+        if unknown := [name for name in fields if name not in ARGUMENTS['spec']]:
+            raise TypeError(f'unknown argument {unknown[0]!r}. A network spec has {", ".join(ARGUMENTS["spec"])}')
         if not fields:
             return self
-        function = replace(self.function or Function(), **fields)
-        return replace(self, function=function, assumed=tuple(name for name in self.assumed if name not in fields))
+        recorded: dict[str, Provenance] = dict.fromkeys(fields, 'recorded')
+        spec = replace(self.spec or NetworkSpec(), **fields)
+        return replace(self, spec=spec, provenance={**self.provenance, **recorded})
 
 
 def read_checkpoint(
-    file: PathLike, *, dialect: str | None = None, prefix: str | None = None, **function: Any
+    file: PathLike,
+    *,
+    dialect: str | None = None,
+    prefix: str | None = None,
+    weights_from: str | None = None,
+    **spec: Any,
 ) -> Checkpoint:
-    """Reads a Res2Net's weights from a file of any known code base.
+    """Reads a Res2Net's weights from a file of any known code base, without running code in it.
 
     Args:
-        file: .safetensors, .pth, .pdparams, .pkl, .ckpt of MindSpore, .tar of Paddle or .zip of OneFlow; detected by
-            content.
-        dialect: Whose tensor names the file has, a key of `DIALECTS`. Detected if None.
-        prefix: Before the network's names, for a file with several networks. Detected if None.
-        **function: What its network computes, fields of `Function`, for what the file can't tell: `first_block`,
-            `style`, `strides`, `dilations` and others. What is left out the file says (those of this package and timm's
-            training checkpoints do), or its names decide.
+        file: .safetensors, .pth, .pdparams, .pkl, .ckpt of MindSpore, .tar of PaddlePaddle or .zip of OneFlow, detected
+            by content; or a folder with `config.json` and `model.safetensors`.
+        dialect: Whose tensor names the file has, a key of `DIALECTS`; detected if None.
+        prefix: Precedes the network's names, in a file with several networks; detected if None.
+        weights_from: 'ema' for averaged or 'model' for the latest weights, in a file that has both; 'ema' if None.
+        **spec: Fields of `NetworkSpec` that the file does not record, such as `first_block` or `dilations`.
+
+    Returns:
+        The checkpoint. What it does not record and its tensors do not prove is listed in `.assumed`.
 
     Raises:
-        CheckpointError: If the file can't be read, or holds no Res2Net.
-        ValueError: For an argument that is not possible.
-        TypeError: For an argument that is no field of `Function`.
+        CheckpointError: If the file cannot be read, or holds no Res2Net, or more than one.
+        ValueError: For an impossible argument.
+        TypeError: For an argument that is not a field of `NetworkSpec`.
+
+    Example:
+        >>> checkpoint = timm_res2net.read_checkpoint('res2net50_v1b_26w_4s-3cf99910.pth')
+        >>> checkpoint.dialect, checkpoint.num_classes, checkpoint.spec.first_block
+        ('official', 1000, 'official')
     """
-    contents, config = read(file), config_beside(file)
-    checkpoint = recognise(contents, str(file), dialect, prefix, config).stating(**function)
-    return replace(checkpoint, training=recorded_training(contents, file, checkpoint.num_classes, config))
+    path, config = Path(file), {}
+    if path.is_dir():
+        path, config = path / WEIGHTS_FILE, read_config(path)
+    elif path.name == WEIGHTS_FILE and path.with_name(CONFIG_FILE).is_file():
+        config = read_config(path.parent)
+    checkpoint = identify(read_file(path), str(path), dialect, prefix, weights_from, config).with_spec(**spec)
+    return with_record(checkpoint, path, config)
 
 
-def recognise(
-    contents: Contents,
+def with_record(checkpoint: Checkpoint, path: Path, config: Mapping[str, Any]) -> Checkpoint:
+    """Adds what a push recorded in `config.json`, if it recorded that for this file."""
+    if 'sha256' not in config.get(RECORD, {}) or config[RECORD]['sha256'] != sha256(path):
+        return checkpoint
+    return replace(checkpoint, record={'tag': config['pretrained_cfg'].get('tag'), **config[RECORD]})
+
+
+def identify(
+    raw: RawFile,
     file: str,
     dialect: str | None = None,
     prefix: str | None = None,
+    weights_from: str | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
-    """Finds the network in the contents of a file, and what it computes, see `read_checkpoint`.
-
-    Args:
-        contents: Of the file.
-        file: Its name, for messages.
-        dialect: See `read_checkpoint`.
-        prefix: See `read_checkpoint`.
-        config: The `config.json` beside it.
-    """
+    """Finds the network in the content of a file and what it computes; `config` is the `config.json` next to it."""
+    if dialect is not None and dialect not in DIALECTS:
+        raise ValueError(f'unknown dialect {dialect!r}. Choose from {", ".join(DIALECTS)}')
+    if weights_from not in (None, 'ema', 'model'):
+        raise ValueError(f"weights_from must be 'ema' or 'model', got {weights_from!r}")
+    config = config or {}
     try:
-        translation = translate(contents.nested, dialect, prefix)
-        require_unfused(translation.state)
-        recorded, uses = recorded_function(contents, config or {}), recorded_uses(contents, config or {})
-        if recorded is not None:
-            return Checkpoint(file, translation, recorded, uses=uses)
-        function, assumed = function_of_names(translation)
-        unknown, project = DIALECTS[translation.dialect].unknown, None
-        if translation.dialect == 'official':
-            shapes = {name: tuple(tensor.shape) for name, tensor in flatten(contents.nested).items()}
-            project = find_project(translation.prefix, shapes)
-        if project is not None:
-            function, assumed, unknown = project.function, (), project.unknown
-        if function is not None:
-            function = replace(function, deformable=deformable_stages(translation.state))
-    except ValueError as error:  # of a dialect that is not known, too
-        kind = CheckpointError if isinstance(error, CheckpointError) else ValueError
-        raise kind(f'{file} can not be used: {error}') from error
-    return Checkpoint(file, translation, function, assumed, project.whose if project else None, unknown, uses)
+        key, prefix, rows, chosen = find_network(raw.tensors, dialect, prefix, weights_from)
+        state, dropped = rename_tensors(raw.tensors, raw.unsupported, key, prefix, rows)
+        require_unfused(state)
+        cast: Counter[str] = Counter()
+        state = {name: to_weight(name, tensor, cast) for name, tensor in state.items()}
+        filled = zeros_for(state)
+        part = has_modules_around(prefix, dropped, raw.tensors, 'fc.weight' in state)
+        checkpoint = Checkpoint(
+            file,
+            key,
+            prefix,
+            {**state, **filled},
+            **specify(raw, key, prefix, state, part, config),
+            is_part=part,
+            weights_from=chosen,
+            dropped=dropped,
+            filled=tuple(filled),
+            cast=dict(cast),
+        )
+        labels = recorded_labels(config, checkpoint.num_classes)
+        images = recorded_images(raw, config, checkpoint.name, file)
+    except RecursionError as error:  # of JSON in a file's metadata
+        raise CheckpointError(f'cannot use {file}: its metadata is nested too deeply') from error
+    except ValueError as error:
+        raise CheckpointError(f'cannot use {file}: {first_line(error)}') from error
+    return replace(checkpoint, images=images, labels=labels, labels_from=CONFIG_FILE if labels else '')
 
 
-def function_of_names(translation: Translation) -> tuple[Function | None, tuple[str, ...]]:
-    """What a network computes, going by its tensors' names, and the fields of that which they don't tell."""
-    dialect = DIALECTS[translation.dialect]
-    function, unsaid = dialect.function, dialect.unsaid
-    if dialect.in_detector and translation.is_part:
-        function, unsaid = dialect.in_detector, tuple(name for name in unsaid if name not in ('first_block', 'style'))
-    if convolves_all_splits(translation.state):
-        return Function('group'), tuple(name for name in unsaid if name != 'first_block')
-    return function, unsaid
-
-
-def recorded_function(contents: Contents, config: Mapping[str, Any]) -> Function | None:
-    """What is stated of a file's network: in its metadata, its training script's arguments, or the file beside it.
-
-    Raises:
-        CheckpointError: If it states what is not possible.
-    """
+def specify(
+    raw: RawFile, dialect: str, prefix: str, state: Mapping[str, Tensor], is_part: bool, config: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Returns the fields of a `Checkpoint` on what its network computes: as recorded, of a project, or of a dialect."""
     try:
-        if 'first_block' in contents.metadata:
-            return Function.from_text(contents.metadata)
-        for arch, arguments in stated_models(contents, config):
-            return Function.from_arguments({**arch.args, **arguments})
-    except (TypeError, ValueError) as error:
-        raise CheckpointError(f'what it states of its network is not possible: {error}') from error
-    return None
+        name, args = recorded_model(raw, config)
+        recorded = recorded_spec(raw, name, args)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(f'it records an impossible network: {first_line(error)}') from error
+    everything = ARGUMENTS['spec']
+    if recorded is not None:
+        return dict(spec=recorded, provenance=dict.fromkeys(everything, 'recorded'), name=name, model_args=args)
 
-
-def recorded_uses(contents: Contents, config: Mapping[str, Any]) -> dict[str, Any]:
-    """What the training script's arguments, or the file beside it, state of how a file's network is used, see `USES`.
-
-    Raises:
-        CheckpointError: If that is not possible.
-    """
-    for arch, arguments in stated_models(contents, config):
-        uses = {key: arguments[key] for key in ('global_pool', *arch.trunk.densest) if arguments.get(key)}
-        try:
-            for key, value in uses.items():
-                require_one_of(key, value, USES[key])
-        except ValueError as error:
-            raise CheckpointError(f'what it states of its network is not possible: {error}') from error
-        return uses
-    return {}
-
-
-def stated_models(contents: Contents, config: Mapping[str, Any]) -> Iterator[tuple[Arch, dict[str, Any]]]:
-    """The models of this package that may be a file's, with arguments, the likeliest one first."""
-    for name, arguments in stated_names(contents, config):
-        arch = ARCHS.get(str(name).partition('.')[0])
-        if arch is not None:
-            yield arch, arguments if isinstance(arguments, dict) else {}
-
-
-def stated_names(contents: Contents, config: Mapping[str, Any]) -> Iterator[tuple[object, object]]:
-    """Names of models that may be a file's, with arguments: of timm's train script, transformers and Lightning."""
-    args = contents.nested.get('args')
-    arguments, pool = getattr(args, 'model_kwargs', None), getattr(args, 'gp', None)
-    yield contents.nested.get('arch'), {'global_pool': pool, **(arguments if isinstance(arguments, dict) else {})}
-    yield config.get('architecture'), config.get('model_args')
-    parameters = contents.nested.get('hyper_parameters')
-    if isinstance(parameters, Mapping):
-        names = {value for value in parameters.values() if isinstance(value, str) and value.partition('.')[0] in ARCHS}
-        if len(names) == 1:
-            yield names.pop(), {key: value for key, value in parameters.items() if key in vars(Function())}
+    names = DIALECTS[dialect]
+    spec, ambiguous, project = names.spec, names.ambiguous, None
+    if names.detector_spec is not None and is_part:  # which has its code base's own first block
+        spec, ambiguous = names.detector_spec, tuple(each for each in ambiguous if each != 'first_block')
+    provenance: dict[str, Provenance] = {each: 'default' if each in ambiguous else 'proved' for each in everything}
+    if dialect == 'official':
+        project = find_project(prefix, {each: tuple(tensor.shape) for each, tensor in raw.tensors.items()})
+    if project is not None:
+        spec = project.spec
+        provenance = {each: 'inferred' if each in ambiguous else 'proved' for each in everything}
+    for each in irrelevant_fields(state, spec or NetworkSpec()):
+        provenance[each] = 'proved'
+    if convolves_all_splits(state):
+        spec, provenance = replace(spec or NetworkSpec(), first_block='group'), {**provenance, 'first_block': 'proved'}
+    if spec is not None:
+        spec = replace(spec, deformable=deformable_stages(state))
+    unsupported = project.unsupported if project is not None else names.unsupported
+    whose = None if project is None else project.name
+    return dict(spec=spec, provenance=provenance, project=whose, unsupported=unsupported)
 
 
 def require_unfused(state: Mapping[str, Tensor]) -> None:
-    """Raises a CheckpointError for weights of a model that `fuse` made: biases of convolutions, and no norms."""
+    """Raises CheckpointError for weights of a fused model: biases of convolutions, and no norms."""
     modules = {name.rpartition('.')[0] for name in state if name.endswith('.conv3.bias')}
     if any(f'{module.removesuffix("conv3")}bn3.weight' not in state for module in modules):
-        raise CheckpointError('it is of a fused model, whose norms are in its convolutions; save weights before `fuse`')
+        raise CheckpointError('it is a fused model, with norms folded into convolutions. Save it before `fuse`')
+
+
+def zeros_for(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns tensors that some code bases lack and that are zero there: batch counters, biases of offsets."""
+    zeros = {}
+    for name, tensor in state.items():
+        module, _, last = name.rpartition('.')
+        if last == 'running_var':
+            zeros[f'{module}.num_batches_tracked'] = torch.tensor(0)
+        elif name.endswith('.conv_offset.weight'):
+            zeros[f'{module}.bias'] = torch.zeros(len(tensor))
+    return {name: tensor for name, tensor in zeros.items() if name not in state}
+
+
+def irrelevant_fields(state: Mapping[str, Tensor], spec: NetworkSpec) -> list[str]:
+    """Returns the fields of a spec that do not matter for a network with these tensors."""
+    matters = {
+        'dilate_first': spec.dilations != NetworkSpec.dilations,
+        'shortcut_root': any('.root.' in name for name in state),
+        'attn_layer': any('.se.conv.' in name for name in state),
+    }
+    return [name for name, does in matters.items() if not does]
 
 
 def convolves_all_splits(state: Mapping[str, Tensor]) -> bool:
-    """Whether the first block has as many convolutions as splits, as only `first_block='group'` has."""
+    """Whether the first block has as many convolutions as splits, which only `first_block='group'` has."""
     whole, split = (state.get(f'layer1.0.{name}.weight') for name in ('conv1', 'convs.0'))
     if whole is None or split is None or len(whole) == len(split):
         return False
@@ -212,7 +277,7 @@ def convolves_all_splits(state: Mapping[str, Tensor]) -> bool:
 
 
 def deformable_stages(state: Mapping[str, Tensor]) -> tuple[str | None, ...]:
-    """The kind of deformable convolution of each stage, by the channels of what makes the offsets."""
+    """Returns the kind of deformable convolution of each stage, which the channels of their offsets prove."""
     versions = {channels: version for version, channels in VERSIONS.items()}
     offsets = [state.get(f'layer{stage}.0.convs.0.conv_offset.weight', ()) for stage in (1, 2, 3, 4)]
     return tuple(versions.get(len(each)) for each in offsets)

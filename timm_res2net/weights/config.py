@@ -1,343 +1,306 @@
-"""What a `config.json` may say, checked before anything is built of it, and the model that such a folder makes."""
+"""Facts about weights that are recorded: in `config.json`, in a file's own metadata, or by a training script.
 
-import hashlib
-import inspect
+A folder with `config.json` and `model.safetensors` is how timm, transformers and the Hub store a model. Its content is
+untrusted and checked before use: only arguments that the model's constructor has, with plain and bounded values.
+"""
+
 import json
-import math
-import sys
-import tempfile
-from collections.abc import Callable, Mapping
+import logging
+import os
+import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-import timm
-import torch
 from safetensors import SafetensorError
-from timm.models import PretrainedCfg, build_model_with_cfg
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from safetensors.torch import save_file
+from timm.data import get_img_extensions, resolve_data_config
+from timm.utils import natural_key
+from torch import Tensor
 
-from ..models.classifier import not_finite, registered_cfg
-from ..models.variants import ARCHS
-from .errors import CheckpointError, first_line
-from .files import PathLike, open_regular, temporary_folder
-from .folder import CONFIG_FILE, LARGEST_CONFIG, WEIGHTS_FILE
-from .loading import adapt_state_dict, describe_mismatch, require_no_overflow
-from .readers import NUMBERS
-from .recorded import CROP_MODES, INTERPOLATIONS, LARGEST_CROP, LARGEST_SIZE, SMALLEST_CROP
+from .._errors import CheckpointError, first_line, sanitize
+from .._files import PathLike, open_regular, read_text, sha256, sync, temporary_folder
+from .._images import check_image_settings
+from ..models.classifier import Classifier, registered_cfg
+from ..models.preprocessing import with_channels
+from ..models.spec import ARGUMENTS, NetworkSpec
+from ..models.variants import ARCHS, Arch
+from ..version import __version__
+from .readers import RawFile
 
-__all__ = ['load_folder', 'make_model', 'require_recorded_weights']
+_logger = logging.getLogger(__name__)
 
-LARGEST = {'layers': 200, 'levels': 8, 'scale': 64, 'num_classes': 1_000_000}  # numbers in `model_args`
-LARGEST_OTHER = 4096
-CALLS_PER_TENSOR = 40  # of torch, while a network is made; 4 to 12 for those of timm
-# What decides how weights are loaded is for the caller, not for the file.
-ARGUMENTS = {**inspect.signature(timm.create_model).parameters, **inspect.signature(build_model_with_cfg).parameters}
-FORBIDDEN = {'features_only', 'out_indices', 'pruned', *ARGUMENTS}
-
-
-def is_text(value: object) -> bool:
-    """Whether a value is a text."""
-    return isinstance(value, str)
-
-
-def is_number(value: object, most: float = math.inf) -> bool:
-    """Whether a value is a number from 0 to `most`."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= most
+WEIGHTS_FILE, CONFIG_FILE = 'model.safetensors', 'config.json'
+RECORD = 'timm_res2net'  # the key of our own record
+MAX_CONFIG = 5_000_000  # bytes
+IMAGES = 'input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode'
+# Numbers in `model_args`: a small file could describe a network that takes hours to make.
+MAX_NUMBERS = {'layers': 200, 'levels': 8, 'scale': 64, 'num_classes': 1_000_000}
+MAX_NUMBER, MAX_TEXT, MAX_ITEMS, MAX_DEPTH = 4096, 100, 64, 3
+DATA_ARGUMENTS = 'img_size', *IMAGES  # of timm's train script
 
 
-def is_count(value: object) -> bool:
-    """Whether a value is a number of classes."""
-    return isinstance(value, int) and is_number(value, LARGEST['num_classes'])
+# Reading what is recorded
 
 
-def is_size(value: object) -> bool:
-    """Whether a value is a size of feature maps."""
-    whole = is_list(value, lambda item: isinstance(item, int) and is_number(item, LARGEST_SIZE))
-    return whole and len(value) <= 3 and 0 not in value  # type: ignore[arg-type, operator]
-
-
-def is_image_size(value: object) -> bool:
-    """Whether a value is a size of images: channels, height and width."""
-    return is_size(value) and len(value) == 3  # type: ignore[arg-type]
-
-
-def is_crop(value: object) -> bool:
-    """Whether a value is the part of an image's side that a crop keeps."""
-    return is_number(value, LARGEST_CROP) and value >= SMALLEST_CROP  # type: ignore[operator]
-
-
-def is_list(value: object, of: Callable[[object], bool]) -> bool:
-    """Whether a value is a list whose items are all of a kind."""
-    return isinstance(value, list) and all(map(of, value))
-
-
-def is_texts(value: object) -> bool:
-    """Whether a value is a text or a list of texts."""
-    return is_text(value) or is_list(value, is_text)
-
-
-def is_texts_by_name(value: object) -> bool:
-    """Whether a value is a list of texts, or texts by their names."""
-    return is_list(list(value.values()) if isinstance(value, dict) else value, is_text)
-
-
-def is_channels(value: object) -> bool:
-    """Whether a value is a finite number for each channel of an image."""
-    finite = is_list(value, lambda item: is_number(item, sys.float_info.max))
-    return finite and 1 <= len(value) <= LARGEST_OTHER  # type: ignore[arg-type]
-
-
-def is_positive(value: object) -> bool:
-    """Whether a value is a positive number for each channel of an image."""
-    return is_channels(value) and 0 not in value  # type: ignore[operator]
-
-
-KINDS: dict[str, tuple[Callable[[object], bool], str]] = {  # of values in `pretrained_cfg`
-    **dict.fromkeys(('num_classes', 'label_offset'), (is_count, 'a number of classes')),
-    **dict.fromkeys(('crop_pct', 'test_crop_pct'), (is_crop, f'a number from {SMALLEST_CROP} to {LARGEST_CROP}')),
-    **dict.fromkeys(
-        ('input_size', 'test_input_size', 'min_input_size'),
-        (is_image_size, f'a size of three numbers from 1 to {LARGEST_SIZE}'),
-    ),
-    **dict.fromkeys(('pool_size', 'test_pool_size'), (is_size, f'a size from 1 to {LARGEST_SIZE}')),
-    'mean': (is_channels, 'a number for each channel'),
-    'std': (is_positive, 'a positive number for each channel'),
-    'interpolation': (INTERPOLATIONS.__contains__, f'one of {", ".join(INTERPOLATIONS)}'),
-    'crop_mode': (CROP_MODES.__contains__, f'one of {", ".join(CROP_MODES)}'),
-    **dict.fromkeys(('first_conv', 'classifier', 'paper_ids', 'notes'), (is_texts, 'a text or a list of texts')),
-    'label_names': (lambda value: is_list(value, is_text), 'a list of texts'),
-    'label_descriptions': (is_texts_by_name, 'texts by name'),
-    'fixed_input_size': (lambda value: isinstance(value, bool), 'true or false'),
-    'custom_load': (lambda value: isinstance(value, bool) or is_text(value), 'true or false'),
-    'state_dict': (lambda value: False, 'null'),
-    'url': (is_texts, 'a text or a list of texts'),
-}
-
-
-def checked_config(content: bytes, source: str) -> dict[str, Any]:
-    """Reads a `config.json` and checks all that is used of it.
-
-    Args:
-        content: The file.
-        source: Where it is from, for errors.
-
-    Raises:
-        CheckpointError: If it can't be read, or a value is not possible; the message names its key.
-    """
-
-    def refuse(problem: str) -> CheckpointError:
-        return CheckpointError(f'{CONFIG_FILE} of {source} is of no use: {problem}')
-
-    if len(content) > LARGEST_CONFIG:
-        raise refuse(f'it has more than {LARGEST_CONFIG:,} bytes, and none needs as many')
+def read_config(folder: PathLike, source: str | None = None) -> dict[str, Any]:
+    """Reads and checks a folder's `config.json`, which keeps unknown keys; messages call it `source`."""
+    where = f'{CONFIG_FILE} of {source or folder}'
     try:
-        config = json.loads(content.decode('utf-8-sig'), parse_constant=float)
-    except RecursionError:
-        raise refuse('it is nested too deeply') from None
-    except ValueError as error:
-        raise refuse(first_line(error)[:200]) from None
-
-    def require(key: str, value: object, good: bool, kind: str) -> None:
-        if not good:
-            text = repr(value)
-            raise refuse(f'{key} is {text if len(text) < 80 else f"{text[:80]}..."}, and should be {kind}')
-
-    require('it', config, isinstance(config, dict), 'a mapping')
-    if 'pretrained_cfg' not in config:  # as timm wrote it at first: all in one
-        top = ('architecture', 'num_classes', 'num_features', 'model_args', 'timm_res2net')
-        cfg = {('label_names' if key == 'labels' else key): config[key] for key in config if key not in top}
-        config = {**{key: config[key] for key in top if key in config}, 'pretrained_cfg': cfg}
-    cfg, args = config['pretrained_cfg'], config.get('model_args', {})
-    for key, value in (('pretrained_cfg', cfg), ('model_args', args), ('timm_res2net', config.get('timm_res2net', {}))):
-        require(key, value, isinstance(value, dict), 'a mapping')
-    name = config.get('architecture')
-    require('architecture', name, isinstance(name, str) and timm.is_model(name), 'the name of a model that timm knows')
-    for key in cfg:
-        known = key in PretrainedCfg.__dataclass_fields__
-        require(f'pretrained_cfg.{key}', cfg[key], known, 'left out, as timm has no such key')
-        good, kind = KINDS.get(key, (is_text, 'a text'))
-        require(f'pretrained_cfg.{key}', cfg[key], cfg[key] is None or good(cfg[key]), kind)
-        if key in ('first_conv', 'classifier') and name in ARCHS:  # timm leaves out what they name
-            own = getattr(registered_cfg(name), key)
-            require(f'pretrained_cfg.{key}', cfg[key], cfg[key] in (None, own), repr(own))
-    for key in ('mean', 'std'):
-        value, channels = cfg.get(key), (cfg.get('input_size') or [3])[0]
-        # timm's own have three whatever the channels are; `with_channels` adapts those, and one.
-        fits = value is None or len(value) in (1, 3, channels)
-        require(f'pretrained_cfg.{key}', value, fits, f'a number for each of {channels} channels')
-    for key, value in args.items():
-        require(f'model_args.{key}', value, key not in FORBIDDEN, 'left out, as it is for whoever loads the model')
-        most = LARGEST.get(key, LARGEST_OTHER)
-        kind = f'made of numbers from 0 to {most:,} and short texts'
-        require(f'model_args.{key}', value, is_plain(value, most), kind)
-    classes = config.get('num_classes', cfg.get('num_classes', 1000))
-    require('num_classes', classes, is_count(classes), 'a number of classes')
-    told = args.get('num_classes', classes)
-    require('model_args.num_classes', told, told == classes, f'{classes}, as num_classes is')
-    for where, key in ((config, 'label_names'), (config, 'label_descriptions'), (cfg, 'label_names')):
-        if where.get(key) is not None:
-            good, kind = KINDS[key]
-            require(key, where[key], good(where[key]), kind)
-            if key == 'label_names' and classes and len(where[key]) != classes:
-                raise refuse(f'{key} has {len(where[key]):,} names for {classes:,} classes')
+        with open_regular(Path(folder, CONFIG_FILE)) as file:
+            content = file.read(MAX_CONFIG + 1)
+        if len(content) > MAX_CONFIG:
+            raise ValueError(f'it has more than {MAX_CONFIG:,} bytes')
+        config = json.loads(content.decode('utf-8-sig'))
+        if not isinstance(config, dict):
+            raise ValueError(f'it holds a {type(config).__name__}, not a mapping')
+        config = with_pretrained_cfg(config)
+        if isinstance(config.get('architecture'), str) and config['architecture'] in ARCHS:
+            check_config(config)
+    except OSError as error:
+        raise CheckpointError(f'cannot read {where}: {error.strerror or error}') from error
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(f'cannot use {where}: {first_line(error)}') from error
     return config
 
 
-def is_plain(value: object, most: float, depth: int = 3) -> bool:
-    """Whether a value is made of numbers from 0 to `most`, short texts, and short lists and mappings of such."""
+def with_pretrained_cfg(config: dict[str, Any]) -> dict[str, Any]:
+    """Returns a configuration in its present form; timm first wrote all keys in one mapping."""
+    resaved = 'transformers_version' in config  # with other weights than those that our record is about
+    record = {} if resaved else config.get(RECORD) or {}
+    config = {**config, 'model_args': config.get('model_args') or {}, RECORD: record}
+    cfg = config.get('pretrained_cfg') or {key: config[key] for key in config if key not in ('model_args', RECORD)}
+    for key, value in (('model_args', config['model_args']), (RECORD, config[RECORD]), ('pretrained_cfg', cfg)):
+        if not isinstance(value, dict):
+            raise ValueError(f'{key} must be a mapping, got {sanitize(repr(value), 80)}')
+    return {**config, 'pretrained_cfg': cfg}
+
+
+def check_config(config: Mapping[str, Any]) -> None:
+    """Raises ValueError for an impossible value; the message names its key."""
+    arch, cfg, classes = ARCHS[config['architecture']], config['pretrained_cfg'], recorded_classes(config)
+    check_model_args(arch, config['model_args'])
+    check_image_settings(cfg)
+    if classes is not None and not (type(classes) is int and 0 <= classes <= MAX_NUMBERS['num_classes']):
+        raise ValueError(f'num_classes must be a number of classes, got {sanitize(repr(classes), 80)}')
+    names = config.get('label_names') or cfg.get('label_names') or ()
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise ValueError('label_names must be a list of str')
+    if names and classes is not None and len(names) != classes:
+        raise ValueError(f'label_names has {len(names):,} names for {classes:,} classes')
+    for key in ('first_conv', 'classifier'):  # timm skips the weights of the layers that these name
+        own = getattr(registered_cfg(config['architecture']), key)
+        if cfg.get(key) not in (None, own):
+            raise ValueError(f'pretrained_cfg.{key} must be {own!r}, got {sanitize(repr(cfg[key]), 80)}')
+
+
+def recorded_classes(config: Mapping[str, Any]) -> Any:
+    """Returns the number of classes in a configuration, which has three places for it."""
+    places = config, config['model_args'], config['pretrained_cfg']
+    return next((place['num_classes'] for place in places if place.get('num_classes') is not None), None)
+
+
+def check_model_args(arch: Arch, args: Mapping[str, Any]) -> None:
+    """Raises ValueError for recorded arguments that the model's constructor lacks, or with impossible values."""
+    allowed = {*arch.trunk.arguments()} - {*ARGUMENTS['placement']}
+    for key, value in args.items():
+        if key not in allowed:
+            raise ValueError(f'model_args.{sanitize(key)} is not an argument of {arch.trunk.__name__}')
+        largest = MAX_NUMBERS.get(key, MAX_NUMBER)
+        if not is_plain(value, largest):
+            must = f'must be made of numbers from 0 to {largest:,} and short text'
+            raise ValueError(f'model_args.{key} {must}, got {sanitize(repr(value), 80)}')
+
+
+def beyond_row(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments that differ from those of the model's row in `ARCHS`; JSON has lists for tuples."""
+    row, values = ARCHS[name].args, {key: tuple(each) if isinstance(each, list) else each for key, each in args.items()}
+    return {key: args[key] for key, value in values.items() if row.get(key) != value}
+
+
+def is_plain(value: object, largest: float, depth: int = MAX_DEPTH) -> bool:
+    """Whether a value is made of numbers from 0 to `largest`, short text, and short lists and mappings of these."""
     if value is None or isinstance(value, bool):
         return True
     if isinstance(value, str):
-        return len(value) <= 100
+        return len(value) <= MAX_TEXT
     if isinstance(value, dict):
-        return is_plain(list(value), most, depth) and is_plain(list(value.values()), most, depth)
-    if isinstance(value, list):
-        return depth > 0 and len(value) <= 64 and all(is_plain(item, most, depth - 1) for item in value)
-    return is_number(value, most)
+        return is_plain([*value, *value.values()], largest, depth)
+    if isinstance(value, list | tuple):
+        return depth > 0 and len(value) <= MAX_ITEMS and all(is_plain(item, largest, depth - 1) for item in value)
+    return isinstance(value, int | float) and 0 <= value <= largest
 
 
-def checked_weights(content: bytes, source: str) -> dict[str, Tensor]:
-    """Reads `model.safetensors`.
+def recorded_model(raw: RawFile, config: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
+    """Returns the key of `ARCHS` and the arguments that a file records, or None and no arguments."""
+    parameters = raw.values.get('hyper_parameters') or {}
+    names = {value for value in parameters.values() if isinstance(value, str) and value.partition('.')[0] in ARCHS}
+    spec = {key: value for key, value in parameters.items() if key in ARGUMENTS['spec']}
+    sources: list[tuple[Any, Any]] = [
+        (raw.metadata.get('architecture'), json.loads(raw.metadata.get('model_args', '{}'))),
+        train_script_model(raw.values),
+        (config.get('architecture'), config.get('model_args')),
+        (names.pop() if len(names) == 1 else None, spec),
+    ]
+    for name, args in sources:
+        name = str(name).partition('.')[0]
+        if name in ARCHS:
+            known = {key: value for key, value in (args or {}).items() if value is not None}
+            check_model_args(ARCHS[name], known)
+            return name, known
+    return None, {}
+
+
+def train_script_model(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Returns the name and arguments of the model in a checkpoint of timm's train script, or of one like it."""
+    recorded = values.get('args')
+    args: dict[str, Any] = recorded if isinstance(recorded, dict) else {}
+    given = next((each for each in (args.get('model_kwargs'), values.get('model_args')) if isinstance(each, dict)), {})
+    pool = {'global_pool': args['gp']} if args.get('gp') else {}
+    name = values.get('arch') or args.get('model')
+    return (name if isinstance(name, str) else None), {**pool, **given}
+
+
+def recorded_spec(raw: RawFile, name: str | None, args: Mapping[str, Any]) -> NetworkSpec | None:
+    """Returns the spec that a file records; None if it records none."""
+    for text in (raw.metadata, raw.values.get(RECORD) or {}):
+        if 'first_block' in text:
+            return NetworkSpec.from_text(text)
+    return None if name is None else NetworkSpec.from_arguments({**ARCHS[name].args, **args})
+
+
+def recorded_images(raw: RawFile, config: Mapping[str, Any], name: str | None, source: str) -> dict[str, Any]:
+    """Returns recorded settings of image preprocessing; for a training script, what timm made of its arguments."""
+    args = raw.values.get('args')
+    if not isinstance(args, dict):
+        return check_image_settings(config.get('pretrained_cfg') or {})
+    try:
+        given = {key: args[key] for key in DATA_ARGUMENTS if args.get(key)}
+        sizes = [args.get('in_chans') or 3, *2 * [given['img_size']]] if 'img_size' in given else None
+        checked = check_image_settings({**given, 'input_size': given.get('input_size') or sizes})
+        if name is None and not checked:
+            return {}
+        cfg = registered_cfg(name).to_dict() if name is not None else {}
+        resolved = check_image_settings(resolve_data_config({'in_chans': args.get('in_chans'), **checked}, cfg))
+    except (ValueError, TypeError) as error:
+        _logger.warning('ignored image settings in %s: %s', sanitize(source), first_line(error))
+        return {}
+    return resolved if name is not None else {key: resolved[key] for key in checked}
+
+
+def recorded_labels(config: Mapping[str, Any], num_classes: int) -> tuple[str, ...]:
+    """Returns the names of the classes in a configuration."""
+    names = config.get('label_names') or (config.get('pretrained_cfg') or {}).get('label_names') or ()
+    return tuple(names) if len(names) == num_classes else ()
+
+
+def read_labels(path: str) -> list[str]:
+    """Reads the names of classes from a text file, one per line, or from a data folder, one per subfolder.
 
     Raises:
-        CheckpointError: If it holds something else, numbers that are not finite or of a type that no weights have, or
-            variances below zero.
+        ValueError: If it cannot be read.
     """
+    if not os.path.isdir(path):
+        return [line.strip() for line in read_text(path).splitlines() if line.strip()]
+    root = next((Path(path, part) for part in ('train', 'training') if Path(path, part).is_dir()), Path(path))
+    suffixes = set(get_img_extensions())
     try:
-        state = safetensors.torch.load(content)
-    except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
-        raise CheckpointError(
-            f'{WEIGHTS_FILE} of {source} is cut, or is no file of safetensors: {first_line(error)}'
-        ) from None
-    for name, tensor in state.items():
-        if tensor.dtype not in NUMBERS:
-            raise CheckpointError(
-                f'{WEIGHTS_FILE} of {source} has {name} of {tensor.dtype}; save plain floating-point tensors'
-            )
-    if bad := not_finite(state):
-        raise CheckpointError(f'{WEIGHTS_FILE} of {source} has NaN or infinity in {bad[0]}')
-    for name, tensor in state.items():
-        if name.endswith('running_var') and (tensor < 0).any():  # its root would be NaN
-            raise CheckpointError(f'{WEIGHTS_FILE} of {source} has a variance below zero in {name}')
-    return state
+        folders = [each for each in root.iterdir() if each.is_dir()]
+        names = [each.name for each in folders if any(file.suffix.lower() in suffixes for file in each.iterdir())]
+    except OSError as error:
+        raise ValueError(f'cannot read {path}: {error.strerror}') from error
+    return sorted(names, key=natural_key)
 
 
-class Meter(TorchFunctionMode):
-    """Raises a ValueError if this thread calls torch far more often than for making a network of so many tensors.
+# Writing a folder
 
-    Making one, also without memory, takes as long as the network is large. torch's hooks of new parameters would tell
-    more exactly, but those of one thread disturb the others.
+
+def require_no_model(folder: Path) -> None:
+    """Raises ValueError if a folder already holds a model or one of its files, or is not a folder.
+
+    A `config.json` of ours without weights is what remains of a write that was killed, and may be replaced.
     """
-
-    def __init__(self, tensors: int) -> None:
-        super().__init__()
-        self.tensors, self.left = tensors, CALLS_PER_TENSOR * tensors + 4000
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is not torch._C._set_grad_enabled:  # by which `torch.no_grad` ends, also after the error
-            self.left -= 1
-            if self.left < 0:
-                raise ValueError(f'it would have far more tensors than the {self.tensors:,} of its weights')
-        return func(*args, **(kwargs or {}))
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise ValueError(f'cannot write {folder}: it is not a folder. Choose another name')
+    present = [name for name in (WEIGHTS_FILE, CONFIG_FILE) if os.path.lexists(folder / name)]
+    if present and not (present == [CONFIG_FILE] and is_unfinished(folder / CONFIG_FILE)):
+        raise ValueError(f'cannot write {folder}: it already has a {present[0]}. Choose another folder')
 
 
-def require_fit(config: Mapping[str, Any], state: dict[str, Tensor], source: str) -> None:
-    """Raises a CheckpointError unless weights are those of a configuration, before the model takes any memory."""
-    args = config.get('model_args', {})
-    classes = config.get('num_classes', config['pretrained_cfg'].get('num_classes', 1000))
+def is_unfinished(file: Path) -> bool:
+    """Whether this package wrote a `config.json` and was killed before it wrote the weights."""
     try:
-        with Meter(len(state)):
-            model = timm.create_model(config['architecture'], device='meta', **{**args, 'num_classes': classes})
-    except Exception as error:  # a network can refuse its arguments in any way
-        raise CheckpointError(f'{CONFIG_FILE} of {source} describes no network: {first_line(error)}') from error
-    wanted = model.state_dict()
-    need = sum(parameter.numel() for parameter in model.parameters())
-    have = sum(tensor.numel() for tensor in state.values())
-    if need > have:
-        raise CheckpointError(
-            f'{CONFIG_FILE} of {source} describes a network of {need:,} numbers, and its weights have only {have:,}'
-        )
-    if config['architecture'] not in ARCHS:  # only timm knows what it renames
-        return
+        return bool(json.loads(file.read_bytes())[RECORD]['sha256'])
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return False
+
+
+def make_config(
+    model: Classifier,
+    name: str,
+    args: Mapping[str, Any],
+    cfg: Mapping[str, Any],
+    labels: Sequence[str] = (),
+    **record: Any,
+) -> dict[str, Any]:
+    """Makes the content of a `config.json`; `record` is what this package records about the weights."""
+    cfg = with_channels(cfg, args.get('in_chans', 3))
+    args = beyond_row(name, args)
+    return dict(
+        architecture=name,
+        num_classes=model.num_classes,
+        num_features=model.num_features,
+        model_args=dict(args),
+        pretrained_cfg={**cfg, 'custom_load': False, 'num_classes': model.num_classes},
+        **({'label_names': [*labels]} if labels else {}),
+        **{RECORD: dict(version=__version__, **record)},
+    )
+
+
+def write_folder(folder: Path, state: dict[str, Tensor], config: dict[str, Any], spec: NetworkSpec | None) -> None:
+    """Writes `config.json` and `model.safetensors`, whose metadata also records model and spec; both or neither."""
+    args = json.dumps(config['model_args'], sort_keys=True)
+    metadata = {'format': 'pt', 'architecture': config['architecture'], 'model_args': args}
+    metadata |= spec.as_text() if spec is not None else {}
     try:
-        adapted = adapt_state_dict(dict(state), model)
-    except CheckpointError as error:
-        raise CheckpointError(f'{WEIGHTS_FILE} of {source} can not be used: {error}') from error
-    if problems := describe_mismatch(wanted, adapted):
-        raise CheckpointError(f'{WEIGHTS_FILE} of {source} does not fit its {CONFIG_FILE}: {problems}')
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with temporary_folder(folder.parent) as temporary:
+            complete = temporary / 'complete'
+            complete.mkdir()
+            save_weights(state, complete / WEIGHTS_FILE, metadata)
+            config[RECORD]['sha256'] = sha256(complete / WEIGHTS_FILE)
+            (complete / CONFIG_FILE).write_text(json.dumps(config, indent=2) + '\n')
+            shutil.copymode(complete / CONFIG_FILE, complete / WEIGHTS_FILE)  # safetensors lets only the owner read
+            for path in (complete / WEIGHTS_FILE, complete / CONFIG_FILE, complete):
+                sync(path)
+            move_into_place(complete, folder)
+            sync(folder.parent)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f'cannot write {folder}: {first_line(error)}') from error
 
 
-def make_model(config: bytes, weights: bytes, source: str, **kwargs: Any) -> nn.Module:
-    """Makes the model of a `config.json` with the weights of a `model.safetensors`.
-
-    Args:
-        config: The contents of the one.
-        weights: The contents of the other.
-        source: Where they are from, for errors.
-        **kwargs: For `timm.create_model`, such as `num_classes` or `features_only`.
-
-    Returns:
-        The model in evaluation mode. Its attribute `record` is what this package recorded of the weights.
-
-    Raises:
-        CheckpointError: If one of the files is of no use, they don't fit each other, or weights would be infinite.
-        OSError: If the folder for temporary files can't be written.
-    """
-    checked = checked_config(config, source)
-    require_fit(checked, checked_weights(weights, source), source)
-    with temporary_folder(Path(tempfile.gettempdir())) as folder:  # nobody changes files there between check and use
+def move_into_place(complete: Path, folder: Path) -> None:
+    """Renames a folder, or moves its two files into one that exists; ValueError if another process was faster."""
+    if not folder.exists():
         try:
-            (folder / CONFIG_FILE).write_text(json.dumps(checked))
-            (folder / WEIGHTS_FILE).write_bytes(weights)
-        except OSError as error:
-            raise OSError(f'{folder} can not be written, from where timm reads: {error.strerror}') from error
-        try:
-            model = timm.create_model(f'local-dir:{folder}', pretrained=True, **kwargs)
-        except CheckpointError as error:  # names the temporary file
-            path, shown = str(folder / WEIGHTS_FILE), f'{WEIGHTS_FILE} of {source}'
-            raise CheckpointError(str(error).replace(path, shown)) from None
-        except RuntimeError as error:
-            if not any(word in str(error) for word in ('state_dict', 'input_size')):
-                raise
-            raise CheckpointError(
-                f'{WEIGHTS_FILE} of {source} does not fit its {CONFIG_FILE}: {first_line(error)}'
-            ) from error
-    if checked['architecture'] not in ARCHS:  # those of this package have looked
-        require_no_overflow(model, f'{WEIGHTS_FILE} of {source}')
-    cfg = getattr(model, 'pretrained_cfg', None)
-    if isinstance(cfg, dict):
-        cfg.pop('file', None)
-    model.record = checked.get('timm_res2net', {})
-    return model.eval()
+            os.rename(complete, folder)
+        except OSError:
+            require_no_model(folder)
+            raise
+    else:
+        require_no_model(folder)
+        for name in (CONFIG_FILE, WEIGHTS_FILE):  # a configuration alone shows an unfinished write
+            os.replace(complete / name, folder / name)
 
 
-def require_recorded_weights(config: bytes, weights: bytes, source: str) -> None:
-    """Raises a CheckpointError if this package wrote a `config.json` with other weights, or if it is of no use."""
-    recorded = checked_config(config, source).get('timm_res2net', {}).get('sha256')
-    if recorded is not None and recorded != hashlib.sha256(weights).hexdigest():
-        raise CheckpointError(
-            f'{WEIGHTS_FILE} of {source} is not the file that its {CONFIG_FILE} was written with: it should have '
-            f'SHA-256 {str(recorded)[:80]}. Somebody replaced one of them: ask the owner, or, if it was you, '
-            '`timm-res2net convert` the weights to a new folder'
-        )
-
-
-def load_folder(folder: PathLike, **kwargs: Any) -> nn.Module:
-    """Makes the model of a folder that `convert`, `push` or `pull` wrote, see `make_model`.
-
-    Raises:
-        CheckpointError: If a file is missing, can't be read or is of no use, or the weights are not those that the
-            configuration was written with.
-        OSError: If the folder for temporary files can't be written.
-    """
-    files = []
-    for name, most in ((CONFIG_FILE, LARGEST_CONFIG + 1), (WEIGHTS_FILE, -1)):
-        try:
-            with open_regular(Path(folder, name)) as file:
-                files.append(file.read(most))
-        except OSError as error:
-            raise CheckpointError(f'{name} of {folder} can not be read: {error.strerror or error}') from error
-    require_recorded_weights(files[0], files[1], str(folder))
-    return make_model(files[0], files[1], str(folder), **kwargs)
+def save_weights(state: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
+    """Saves safetensors, with the same bytes for the same weights: the library writes metadata in random order."""
+    save_file(state, path, metadata)
+    with open(path, 'r+b') as file:
+        size = int.from_bytes(file.read(8), 'little')
+        header = json.loads(file.read(size))
+        header['__metadata__'] = dict(sorted(header['__metadata__'].items()))
+        text = json.dumps(header, separators=(',', ':'), ensure_ascii=False).encode().ljust(size)
+        assert len(text) == size
+        file.seek(8)
+        file.write(text)

@@ -1,41 +1,40 @@
-"""Converts files of weights: other people's to a folder for timm, a model's to a file for other people's code."""
+"""Converts weights: other people's files to a folder for timm, a model's weights to a file for other people's code."""
 
 import io
 import pickle
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from torch import nn
 
-from ..models.block import function_of
-from ..models.classifier import as_classifier, registered_cfg, require_finite_weights
+from .._errors import UnknownModelError
+from .._files import PathLike, atomic_write, sha256
+from ..models.block import spec_of
+from ..models.checks import require_finite_weights
+from ..models.classifier import as_classifier, registered_cfg
 from ..models.fold import FoldedNorm
-from ..models.function import Function
+from ..models.resnet import Res2Net
 from ..models.variants import ARCHS, WEIGHTS, default_cfg
 from .checkpoints import Checkpoint, read_checkpoint
-from .dialects import DIALECTS, export
-from .errors import UnknownModelError
-from .files import PathLike, atomic_write, sha256
-from .folder import make_config, require_no_model, write_folder
-from .loading import find_architecture, require_same_function
-from .recorded import IMAGES
-
-__all__ = ['Conversion', 'convert', 'export_checkpoint', 'require_as_many_labels']
+from .config import IMAGES, RECORD, make_config, require_no_model, write_folder
+from .dialects import DIALECTS
+from .loading import require_same_spec
+from .matching import find_outline, resnet_arguments
+from .renaming import rename_for
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """A file of weights converted to a folder that timm loads."""
+    """A weights file converted to a folder that timm loads."""
 
     checkpoint: Checkpoint
     name: str  # of the model
-    args: dict[str, Any]  # beyond those of its row in ARCHS
-    config: dict[str, Any]  # with the checksums of both files
+    args: dict[str, Any]  # beyond those of its row in `ARCHS`
+    config: dict[str, Any]  # content of config.json, with the checksums of both files
     folder: Path
 
 
@@ -46,67 +45,57 @@ def convert(
     model: str | None = None,
     dialect: str | None = None,
     prefix: str | None = None,
+    weights_from: str | None = None,
     labels: Sequence[str] | None = None,
     dry_run: bool = False,
-    **function: Any,
+    **spec: Any,
 ) -> Conversion:
-    """Converts a file of weights to a folder: `timm.create_model('local-dir:OUT', pretrained=True)` loads it.
+    """Converts a weights file to a folder that `timm.create_model('local-dir:OUT', pretrained=True)` loads.
 
-    Args:
-        file: See `read_checkpoint`.
-        out: The folder, in which there must not be a model yet. Named after the file, in the current folder, if None.
-        model: Name of the model. If None, the model that the file fits.
-        dialect: See `read_checkpoint`.
-        prefix: See `read_checkpoint`.
-        labels: Names of the classes. Those that the file tells if None.
-        dry_run: Write nothing.
-        **function: See `read_checkpoint`.
-
-    Raises:
-        CheckpointError: If the file can't be read, fits no model, or is of a network whose function is not known.
-        UnknownModelError: If there is no such model.
-        ValueError: If the folder has a model already, or there are not as many labels as classes.
-        OSError: If the folder can't be written.
+    `out`, which must not hold a model, is named after the file if None; the model is found if None; `labels` replace
+    those that the file records. The other arguments are those of `read_checkpoint`.
     """
     if model is not None and model not in ARCHS:
         raise UnknownModelError.among(model, ARCHS, ' in this package')
-    checkpoint = read_checkpoint(file, dialect=dialect, prefix=prefix, **function)
-    folder = Path(out) if out is not None else folder_of(file)
+    checkpoint = read_checkpoint(file, dialect=dialect, prefix=prefix, weights_from=weights_from, **spec)
+    folder = Path(out) if out is not None else folder_for(file)
     if not dry_run:
         require_no_model(folder)
-    name, args = find_architecture(checkpoint, model)
-    network = as_classifier(timm.create_model(name, device='meta', num_classes=checkpoint.num_classes, **args))
-    require_same_function(network, checkpoint)
-    origin = dict(file=Path(file).name, sha256=sha256(file), dialect=checkpoint.translation.dialect)
-    tags = [key for key in WEIGHTS if key.split('.')[0] == name and not args]
-    published = [key for key in tags if Path(WEIGHTS[key].cfg.get('url', '')).name == origin['file']]
-    if published:
-        cfg = registered_cfg(published[0]).to_dict(remove_source=True)
-    else:  # images as in timm's configuration, which may be of weights whose licence and other properties these lack
-        usual = registered_cfg(name).to_dict()
-        cfg = {**default_cfg(name), **{key: usual[key] for key in IMAGES if key in usual}}
+    name, args, outline = find_outline(checkpoint, model)
+    network = as_classifier(outline)
+    require_same_spec(network, checkpoint)
     if labels is not None:
         require_as_many_labels(labels, checkpoint.num_classes)
-    names = labels or checkpoint.training.labels
-    config = make_config(network, name, args, {**cfg, **checkpoint.training.images}, converted_from=origin)
-    config.update({'label_names': list(names)} if names else {})
+    origin = dict(file=Path(file).name, sha256=sha256(checkpoint.file), dialect=checkpoint.dialect)
+    cfg = {**describe_weights(name, args, origin['file']), **checkpoint.images}
+    config = make_config(network, name, args, cfg, labels or checkpoint.labels, converted_from=origin)
     if not dry_run:
         state = {key: checkpoint.state[key].contiguous() for key in network.state_dict()}
-        write_folder(folder, state, config, checkpoint.function)
+        write_folder(folder, state, config, checkpoint.spec)
     return Conversion(checkpoint, name, args, config, folder)
 
 
+def describe_weights(name: str, args: dict[str, Any], file: str) -> dict[str, Any]:
+    """Returns timm's configuration of published weights if the file has their name; else one without license etc."""
+    tags = [key for key in WEIGHTS if key.split('.')[0] == name and not args]
+    published = [key for key in tags if Path(WEIGHTS[key].cfg.get('url', '')).name == file]
+    if published:
+        return dict(registered_cfg(published[0]).to_dict(remove_source=True))
+    default = registered_cfg(name).to_dict()
+    return {**default_cfg(name), **{key: default[key] for key in IMAGES if key in default}}
+
+
 def require_as_many_labels(labels: Sequence[str], num_classes: int) -> None:
-    """Raises a ValueError unless there is a name for each class."""
+    """Raises ValueError unless there is a name for each class."""
     if len(labels) != num_classes:
         raise ValueError(f'labels has {len(labels)} names for {num_classes} classes')
 
 
-def folder_of(file: PathLike) -> Path:
-    """A folder in the current one with the name of a file, without its suffix and dots before it."""
+def folder_for(file: PathLike) -> Path:
+    """Returns a folder in the current one with the name of a file, without its suffix and leading dots."""
     name = Path(file).stem.removesuffix('.pth').lstrip('.')  # x of x.pth.tar
     if not name:
-        raise ValueError(f'{file} has no name that a folder could have; name one')
+        raise ValueError(f'cannot name a folder after {str(file)!r}. Pass out')
     return Path(name)
 
 
@@ -115,53 +104,67 @@ def export_checkpoint(model: nn.Module, file: PathLike, dialect: str) -> None:
 
     Args:
         model: A ResNet-hosted model of this package.
-        file: File to write, `.pdparams` for PaddleClas, `.pth` for the others. The write is atomic.
-        dialect: 'official' (the authors' code), 'mmpretrain', 'mmdet' or 'paddleclas'. A backbone of mmdet may be
-            strided, dilated and deformable, its configuration has to say how.
+        file: File to write: `.pdparams` for PaddleClas, `.pth` for the others. The write is atomic.
+        dialect: 'official' (the authors' code), 'mmpretrain', 'mmdet' or 'paddleclas'. A backbone for mmdet may have
+            strides, dilations and deformable convolutions, which its configuration has to repeat.
 
     Raises:
-        ValueError: If that code base has no such network, or computes something else with it; or if weights are NaN
-            or infinite, or on the meta device.
-        OSError: If the file can't be written.
+        ValueError: If that code base has no such network, or computes something else with it; or if weights are not
+            finite, or on the meta device.
+        OSError: If the file cannot be written.
+
+    Example:
+        >>> model = timm.create_model('res2net50d', pretrained=True, num_classes=0, first_block='mmdet')
+        >>> timm_res2net.export_checkpoint(model, 'mmdet.pth', 'mmdet')
     """
-    require_plain_resnet(model, dialect)
+    if any(isinstance(module, FoldedNorm) for module in model.modules()):
+        raise ValueError('cannot export a fused model: it has no norms left. Export the model it was made from')
+    if branches := [name for name in model.state_dict() if re.match(r'layer\d\.(?!\d+\.)', name)]:
+        raise ValueError(f'cannot export to {dialect}: its stages have one branch, no {branches[0]}')
     require_finite_weights(model)
-    exported = export({name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}, dialect)
-    if reasons := export_obstacles(model, dialect):
-        raise ValueError(
-            f'the weights would load into {dialect} and compute something else there: {", ".join(reasons)}'
-        )
-    data = io.BytesIO()
+    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    renamed = rename_for(dialect, state)
+    if difference := describe_difference(model, dialect):
+        raise ValueError(f'cannot export to {dialect}: the weights would load and compute something else. {difference}')
+    spec = spec_of(model)
+    assert spec is not None  # or `rename_for` would have found no Res2Net
+
+    data = io.BytesIO()  # on a full disk, `torch.save` to a file raises anything but an OSError
     if dialect == 'paddleclas':
-        pickle.dump({name: tensor.numpy() for name, tensor in exported.items()}, data, protocol=4)
+        pickle.dump({name: tensor.numpy() for name, tensor in renamed.items()}, data, protocol=4)
+    elif DIALECTS[dialect].prefix:
+        torch.save({'state_dict': renamed, RECORD: spec.as_text()}, data)
     else:
-        torch.save({'state_dict': exported} if DIALECTS[dialect].prefix else exported, data)
+        torch.save(renamed, data)
     atomic_write(file, lambda path: Path(path).write_bytes(data.getbuffer()))
 
 
-def require_plain_resnet(model: nn.Module, dialect: str) -> None:
-    """Raises a ValueError for a fused model, and for one with branches that networks of other code bases don't have."""
-    if any(isinstance(module, FoldedNorm) for module in model.modules()):
-        raise ValueError('a fused model has no norms left to export; export the model that it was made from')
-    if branches := [name for name in model.state_dict() if re.match(r'layer\d\.(?!\d+\.)', name)]:
-        raise ValueError(f'{dialect} has no place for {branches[0]}: its stages have one branch')
+def describe_difference(model: nn.Module, dialect: str) -> str:
+    """Describes the first difference between a model and the network that another code base makes; '' if none.
 
-
-def export_obstacles(model: nn.Module, dialect: str) -> list[str]:
-    """What a model computes differently from the networks of another code base that its weights would load into."""
-    names = DIALECTS[dialect]
-    theirs, ours = names.in_detector or names.function, function_of(model)
-    assert theirs is not None  # as of all that can be exported to
-    assert ours is not None  # or `export` would have found no Res2Net
-    reasons = []
-    if fields := [name for name in theirs.differing_fields(ours) if name not in names.options]:
-        reasons.append(f'that computes {theirs.as_keywords(fields)} and the model {ours.as_keywords(fields)}')
+    All of both is compared, layer by layer, as strides, dilations, activations and pools have no tensors.
+    """
+    their, ours = DIALECTS[dialect], spec_of(model)
+    theirs = their.detector_spec or their.spec
+    assert ours is not None
+    assert theirs is not None
+    chosen = {field: getattr(ours, field) for field in their.options}
     if len({*ours.deformable} - {None}) > 1:
-        reasons.append('that has one kind of deformable convolution in all stages')
-    if any(isinstance(dilation, tuple) for dilation in ours.dilations):
-        reasons.append('that has one dilation in all blocks of a stage')
-    if ours.dilations == Function.dilations:
-        dilated = [name for name, conv in model.named_modules() if getattr(conv, 'dilation', 1) not in (1, (1, 1))]
-        reasons += [f'{name} of the model is dilated' for name in dilated[:1]]  # by output_stride
-    pool = getattr(getattr(model, 'global_pool', None), 'pool_type', 'avg')
-    return reasons if pool in ('', 'avg') else [*reasons, f'its global_pool is {pool!r}']
+        return f'It has one kind of deformable convolution in all stages, the model has {ours.deformable}'
+    if any(isinstance(dilation, tuple) for dilation in chosen.get('dilations', ())):
+        return f'It has one dilation for all blocks of a stage, the model has dilations={ours.dilations}'
+    spec = replace(theirs, **chosen)
+    if names := spec.differing_fields(ours):
+        return f'It has {spec.as_keywords(names)}, the model {ours.as_keywords(names)}'
+    classes = getattr(model, 'num_classes', 0)
+    available = {*Res2Net.arguments()} - {'attn_layer'}
+    fields = {field: value for field, value in vars(spec).items() if field in available}
+    args = {**resnet_arguments(model.state_dict()), **fields}
+    channels = next(iter(model.parameters())).shape[1]
+    outline = Res2Net(**args, num_classes=classes, in_chans=channels, device='meta')
+    ignored = 'drop_path', 'drop_block', *(() if classes else ('global_pool.pool', 'global_pool.flatten'))
+    layers = {name: str(module) for name, module in model.named_modules() if not [*module.children()]}
+    for name, module in outline.named_modules():
+        if name in layers and layers[name] != str(module) and not name.endswith(ignored):
+            return f'{name} is {module} there and {layers[name]} in the model'
+    return ''

@@ -1,0 +1,137 @@
+"""Exported files of strangers run no code, open no other file, and lie about nothing without a CheckpointError."""
+
+import json
+import os
+import pickle
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from support import tiny
+from torch import nn
+
+from timm_res2net import CheckpointError, export, load_exported
+from timm_res2net.deploy.exported import ExportedModel, parse_record
+from timm_res2net.deploy.program import METADATA
+
+pytestmark = pytest.mark.filterwarnings('ignore')  # of torch.export about its own internals
+HUGE = 10**12
+
+
+@pytest.fixture(scope='module')
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An exported file."""
+    return export(tiny(), tmp_path_factory.mktemp('exported') / 'net.pt2', size=32).file
+
+
+@pytest.fixture
+def record(file: Path) -> dict[str, Any]:
+    """The record of a file, for a test to change."""
+    with zipfile.ZipFile(file) as archive:
+        (name,) = (name for name in archive.namelist() if name.endswith(f'extra/{METADATA}'))
+        return json.loads(archive.read(name))
+
+
+class Bomb:
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[str]]:
+        return os.mkdir, (str(self.file),)
+
+
+def test_torch_program_runs_no_code_without_trust(file: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(file) as original, zipfile.ZipFile(tmp_path / 'net.pt2', 'w') as changed:
+        for name in original.namelist():
+            is_pickled = 'sample_inputs' in name and name.endswith('.pt')
+            changed.writestr(name, pickle.dumps(Bomb(tmp_path / 'ran')) if is_pickled else original.read(name))
+    with pytest.raises(CheckpointError, match=r'net\.pt2.: a \.pt2 file is a program and can run any code.*trust=True'):
+        load_exported(tmp_path / 'net.pt2')
+    assert not (tmp_path / 'ran').exists()
+
+
+WRONG_OUTPUTS: list[Any] = [[], None, [{}], [{'name': 'x', 'stride': HUGE}], 'logits']
+
+
+@pytest.mark.parametrize(
+    ('change', 'key'),
+    [
+        *((dict(input=[value, 3, 32, 32]), 'input') for value in (10**9, 0, 1.0, '2')),
+        *((dict(input=value), 'input') for value in ([None, 3, 30_000, 30_000], [None, 3, 32], 3, None)),
+        *((dict(outputs=value), 'outputs') for value in WRONG_OUTPUTS),
+        *((dict(precision=value), 'precision') for value in ('float8', None, ['int8'])),
+        *((dict(format=value), 'format') for value in ('Keras', None)),
+        *((dict(features=value), 'features') for value in ('no', 0)),
+        *((dict(architecture=value), 'architecture') for value in (7, None, 'x' * 2000)),
+        *((dict(function=value), 'function') for value in ({'strides': '[1, 2]'}, {'norm_eps': 3}, '', None)),
+        (dict(pretrained_cfg=None), 'pretrained_cfg'),
+        (dict(input_size=[3, 30_000, 30_000]), 'input_size'),
+        (dict(input_size=[3, 64, 64]), 'pretrained_cfg'),  # not the input of the file
+        (dict(input_size=None), 'pretrained_cfg'),
+        (dict(crop_pct=1e-9), 'crop_pct'),
+        (dict(mean=[0.5]), 'pretrained_cfg'),
+        (dict(std=[0, 0, 0]), 'std'),
+        (dict(interpolation='cubic'), 'interpolation'),
+        *((dict(label_names=value), 'pretrained_cfg') for value in (['a'], [1, 2, 3, 4])),
+        *((dict(num_classes=value), 'pretrained_cfg') for value in (HUGE, -1, '4', True, None)),
+        (dict(license=['mit']), 'pretrained_cfg'),
+    ],
+    ids=str,
+)
+def test_record_with_an_impossible_value_is_refused_by_its_key(
+    change: dict[str, Any], key: str, record: dict[str, Any]
+) -> None:
+    place = record if change.keys() <= record.keys() else record['pretrained_cfg']
+    place |= change
+    with pytest.raises(ValueError, match=rf'{key}.* in its metadata is not possible|is not possible: {key}'):
+        parse_record(json.dumps(record))
+
+
+@pytest.mark.parametrize('wrong', ['[' * 100_000, '[]', 'null', '{', ' ' * 60_000_000], ids=lambda wrong: wrong[:4])
+def test_record_that_is_not_a_small_mapping_is_refused(wrong: str) -> None:
+    start = time.perf_counter()
+    with pytest.raises((ValueError, RecursionError)):
+        parse_record(wrong)
+    assert time.perf_counter() - start < 2
+
+
+def test_unknown_keys_of_a_record_do_not_reach_the_configuration(record: dict[str, Any]) -> None:
+    record['pretrained_cfg'] |= dict(url='http://example.org', custom_load=True)
+    model = ExportedModel(Path('net.onnx'), lambda x: [x.new_zeros(len(x), 4)], parse_record(json.dumps(record)))
+    assert model.pretrained_cfg.keys() & {'url', 'custom_load'} == set()
+
+
+@pytest.mark.parametrize(
+    'outputs', [[], [torch.zeros(2, 3)], [torch.zeros(1, 4)], [torch.zeros(2, 4)] * 2, [torch.zeros(2)]], ids=len
+)
+def test_outputs_that_the_record_does_not_describe_are_refused(outputs: list[torch.Tensor], record: Any) -> None:
+    model = ExportedModel(Path('net.onnx'), lambda x: outputs, record)
+    with pytest.raises(CheckpointError, match=r"outputs of 'net\.onnx' are not those that its metadata describe"):
+        model(torch.zeros(2, 3, 32, 32))
+
+
+def test_runtime_that_fails_is_a_checkpoint_error(record: dict[str, Any]) -> None:
+    def fail(images: torch.Tensor) -> Any:
+        raise MemoryError('no more of it\nat line 3')
+
+    with pytest.raises(CheckpointError, match=r"^cannot run 'net\.onnx': no more of it$"):
+        ExportedModel(Path('net.onnx'), fail, record)(torch.zeros(2, 3, 32, 32))
+
+
+def test_other_files_are_refused_with_the_reason(tmp_path: Path) -> None:
+    program = torch.export.export(nn.Conv2d(3, 2, 1), (torch.zeros(1, 3, 4, 4),))
+    torch.export.save(program, tmp_path / 'foreign.pt2')
+    (tmp_path / 'broken.pt2').write_bytes(b'PK no archive')
+    for name, reason in (
+        ('foreign.pt2', 'its metadata do not describe a model'),
+        ('broken.pt2', 'File is not a zip file'),
+        ('none.pt2', 'no such file'),
+    ):
+        with pytest.raises(CheckpointError, match=rf"cannot load '.*{name}': {reason}"):
+            load_exported(tmp_path / name, trust=True)
+    with pytest.raises(ValueError, match='unknown suffix'):
+        load_exported(tmp_path / 'a.pth')

@@ -1,0 +1,206 @@
+"""Fused models compute the same with fewer operators, and are not trained."""
+
+import copy
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import timm
+import torch
+from support import TRUNKS, built, fitting, randomise, slow_but, small, tiny
+from timm.layers import BatchNormAct2d
+from timm.models import reparameterize_model
+from torch import Tensor, nn
+from torchvision.models._utils import IntermediateLayerGetter
+
+from timm_res2net import fuse
+from timm_res2net.models.block import Bottle2neck
+from timm_res2net.models.fold import fold_norm
+from timm_res2net.models.variants import ARCHS
+
+
+def require_equal(fused: nn.Module, model: nn.Module, x: Tensor, tolerance: float = 1e-5) -> None:
+    """Outputs agree, relative to the largest one."""
+    with torch.no_grad():
+        pair = [run(x) for run in (fused, model)]
+    lists = [[y] if isinstance(y, Tensor) else list(y.values()) if isinstance(y, dict) else y for y in pair]
+    for output, wanted in zip(*lists, strict=True):
+        torch.testing.assert_close(output, wanted, rtol=0, atol=tolerance * wanted.abs().max().item())
+
+
+def count_norms(model: nn.Module) -> int:
+    return sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+
+
+@pytest.mark.parametrize('full', [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('name', ARCHS)
+def test_fuse_every_model_leaves_no_norm(
+    name: str, full: bool, build: Callable[..., nn.Module], images: Tensor
+) -> None:
+    model, images = build(name, full), fitting(name, images)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    fused = fuse(model)
+    require_equal(fused, model, images)
+    assert (count_norms(fused), count_norms(model) > 0) == (0, True)
+    torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('first_block', ['official', 'paddle', 'mmdet', 'group'])
+@pytest.mark.parametrize(
+    'arguments',
+    [
+        {},
+        dict(cardinality=2, base_width=16),
+        dict(scale=2),
+        dict(scale=1),
+        dict(output_stride=8),
+        dict(output_stride=8, dilate_pool=True),
+        dict(attn_layer='se'),
+        dict(act_layer='relu6'),
+        dict(act_layer='silu'),
+        dict(act_layer='leaky_relu'),
+        dict(norm_layer='groupnorm1'),
+        dict(norm_layer='frozenbatchnorm2d'),
+        dict(drop_rate=0.1, drop_path_rate=0.1, drop_block_rate=0.1),
+    ],
+    ids=str,
+)
+def test_fuse_every_block_function_and_argument_keeps_output(
+    first_block: str, arguments: dict[str, Any], images: Tensor
+) -> None:
+    model = tiny(first_block, **arguments)
+    require_equal(fuse(model), model, images[:, :, :33, :40])
+    require_equal(reparameterize_model(model), model, images[:, :, :33, :40])
+
+
+@pytest.mark.parametrize(
+    ('first_block', 'arguments', 'expected'),
+    [
+        ('official', {}, [True, True, True, True]),
+        ('official', dict(scale=2), [True, True, True, True]),  # with one convolution before it was fused
+        ('official', dict(act_layer='silu'), [False, False, False, False]),
+        ('official', dict(output_stride=8), [True, True, True, False]),  # convolutions dilated, pool not
+        ('official', dict(output_stride=8, dilate_pool=True), [True, True, True, True]),
+        ('official', dict(norm_layer='groupnorm1'), [False, False, False, False]),
+        ('paddle', {}, [False, False, False, False]),
+        ('mmdet', {}, [True, True, True, True]),
+        ('group', dict(act_layer='silu'), [True, True, True, True]),
+    ],
+    ids=str,
+)
+def test_fuse_merges_first_blocks_into_one_convolution_where_exact(
+    first_block: str, arguments: dict[str, Any], expected: list[bool]
+) -> None:
+    model = tiny(first_block, channels=(8, 16, 8, 16), **arguments)
+    for fused in (fuse(model), reparameterize_model(model)):
+        assert [len(fused.get_submodule(f'layer{i}.0.convs')) == 1 for i in range(1, 5)] == expected
+
+
+def test_fuse_scale_2_keeps_average_pool_beside_convolution() -> None:
+    blocks = [module for module in fuse(tiny(scale=2)).modules() if isinstance(module, Bottle2neck)]
+    assert [isinstance(block.pool, nn.AvgPool2d) for block in blocks] == [True, True, False, True, True]
+
+
+def test_reparameterize_model_leaves_norms_of_stem_also_of_a_model_in_training_mode(images: Tensor) -> None:
+    model = tiny()
+    fused = reparameterize_model(tiny().train()).eval()  # the order of timm's scripts, and of timmx
+    require_equal(fused, model, images)
+    assert count_norms(fused) == 3
+
+
+def test_fuse_twice_changes_nothing(images: Tensor) -> None:
+    fused = fuse(tiny())
+    require_equal(fuse(fused), fused, images, tolerance=0)
+
+
+def make_segmenter() -> nn.Module:
+    """A backbone with a neck and a head that have norms of their own."""
+    head = nn.Sequential(nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
+    return randomise(nn.Sequential(tiny(num_classes=0, global_pool=''), nn.Conv2d(32, 8, 1), head)).eval()
+
+
+def make_features(name: str, feature_cls: str) -> nn.Module:
+    torch.manual_seed(0)
+    return randomise(timm.create_model(name, features_only=True, feature_cls=feature_cls, **small(name))).eval()
+
+
+FEATURES = {
+    f'{name}, {feature_cls}': partial(make_features, name, feature_cls)
+    for name in TRUNKS
+    for feature_cls in ('list', 'dict', 'hook', 'getter')
+}
+WRAPPERS: dict[str, Callable[[], nn.Module]] = {
+    'segmenter': make_segmenter,
+    'layer getter': lambda: IntermediateLayerGetter(tiny(), {'layer2': '0', 'layer4': '1'}).eval(),
+    'dropout': lambda: nn.Sequential(nn.Dropout(), tiny()).eval(),
+}
+
+
+@pytest.mark.parametrize('kind', [*FEATURES, *WRAPPERS])
+def test_fuse_features_and_models_around_a_backbone_keep_output_and_leave_no_norm(kind: str, images: Tensor) -> None:
+    model = {**FEATURES, **WRAPPERS}[kind]()
+    fused = fuse(model)
+    require_equal(fused, model, fitting(kind.partition(',')[0], images) if kind in FEATURES else images)
+    assert count_norms(fused) == 0 or kind.endswith(', getter')  # which traces the model
+
+
+def test_fuse_keeps_forward_intermediates(images: Tensor) -> None:
+    model: Any = tiny()
+    features, expected = (each.forward_intermediates(images, intermediates_only=True) for each in (fuse(model), model))
+    torch.testing.assert_close(features, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize('first_block', slow_but(['official'], ['official', 'paddle']))
+def test_fused_model_scripted_exported_or_traced_keeps_output(first_block: str, images: Tensor) -> None:
+    model = tiny(first_block)
+    fused = fuse(model)
+    require_equal(torch.jit.script(fused), model, images)
+    require_equal(torch.export.export(fused, (images,)).module(), model, images)
+    require_equal(torch.fx.symbolic_trace(fused), model, images)
+
+
+@pytest.mark.parametrize('fold', [fuse, reparameterize_model, lambda model: copy.deepcopy(fuse(model))])
+@pytest.mark.parametrize(
+    'make',
+    [
+        *(partial(built, name) for name in TRUNKS),
+        *(partial(make_features, 'test_res2net', each) for each in ('list', 'dict', 'hook', 'getter')),
+    ],
+    ids=[*TRUNKS, 'list', 'dict', 'hook', 'getter'],
+)
+def test_fused_model_stays_in_evaluation_mode(
+    make: Callable[[], nn.Module], fold: Callable[[nn.Module], nn.Module]
+) -> None:
+    model = fold(make())
+    assert not any(module.training for module in model.train().modules())
+
+
+def test_fused_block_and_wrapper_stay_in_evaluation_mode() -> None:
+    for model in (tiny().layer2[1].fuse(), fuse(WRAPPERS['dropout']())):
+        assert not any(module.training for module in model.train().modules())
+
+
+def in_training_mode(part: str) -> nn.Module:
+    """A model with one part in training mode."""
+    model = tiny()
+    model.get_submodule(part).train()
+    return model
+
+
+@pytest.mark.parametrize(
+    ('make', 'problem'),
+    [
+        (lambda: tiny().train(), r'training mode.*eval'),
+        (lambda: in_training_mode('layer3.0.bn1'), 'training mode'),
+        (lambda: timm.create_model('resnet18').eval(), 'no Res2Net block'),
+    ],
+)
+def test_fuse_wrong_model_raises_value_error(make: Callable[[], nn.Module], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        fuse(make())
+
+
+def test_fold_norm_keeps_a_norm_with_an_activation() -> None:
+    norm = BatchNormAct2d(4).eval()
+    assert fold_norm(nn.Conv2d(3, 4, 1), norm) is norm

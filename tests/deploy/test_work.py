@@ -1,0 +1,117 @@
+"""Models do no more work than timm's own, and fused ones far less."""
+
+from typing import Any
+
+import pytest
+import timm
+import torch
+from support import shallow, tiny
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from timm_res2net import fuse
+from timm_res2net.models.variants import ARCHS
+from timm_res2net.res2net import timm_entrypoint
+
+
+class Counter(TorchDispatchMode):
+    """Counts operators except views while it is active, and the bytes of their new tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.operators = 0
+        self.allocated = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        outputs = func(*args, **kwargs)
+        before, after = find_storages([args, list(kwargs.values())]), find_storages(outputs)
+        self.operators += not func.is_view
+        self.allocated += sum(after[pointer].nbytes() for pointer in after.keys() - before.keys())
+        return outputs
+
+
+def find_storages(values: Any) -> dict[int, Any]:
+    """Finds the storages of the tensors among values, also in lists and tuples, by address."""
+    if isinstance(values, Tensor):
+        storage = values.untyped_storage()
+        return {storage.data_ptr(): storage}
+    found: dict[int, Any] = {}
+    for value in values if isinstance(values, list | tuple) else ():
+        found |= find_storages(value)
+    return found
+
+
+def count(model: nn.Module, x: Tensor, train: bool = False) -> tuple[int, int]:
+    """Returns the operators and allocated bytes of a forward pass."""
+    with Counter() as counter, torch.set_grad_enabled(train):
+        model(x)
+    return counter.operators, counter.allocated
+
+
+def count_saved_bytes(model: nn.Module, x: Tensor) -> int:
+    """Returns the bytes that a forward pass keeps for the backward pass, without images, parameters and buffers."""
+    saved: dict[int, Any] = {}  # references keep the memory, so that no address is reused
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved.update(find_storages(tensor))
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = model(x)
+    del output
+    known = find_storages([x, *model.parameters(), *model.buffers()])
+    return sum(saved[pointer].nbytes() for pointer in saved.keys() - known.keys())
+
+
+def make_timms(name: str, **arguments: Any) -> nn.Module:
+    """Makes timm's own model."""
+    entrypoint = timm_entrypoint(name)
+    assert entrypoint is not None
+    return entrypoint(**arguments)
+
+
+def test_counter_counts_operators_and_allocated_bytes() -> None:
+    x = torch.ones(2, 5)
+    for _ in range(2):
+        with Counter() as counter:
+            y = x + 1  # 40 bytes
+            y.view(5, 2).relu_()  # a view, and in place
+            torch.chunk(y, 5, dim=1)  # views
+            torch.cat([x, y])  # 80 bytes
+        assert (counter.operators, counter.allocated) == (3, 120)
+
+
+@pytest.mark.parametrize('full', [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize('name', [name for name in ARCHS if timm_entrypoint(name)])
+def test_model_does_no_more_work_than_timm_and_fused_39_percent_less(name: str, full: bool, images: Tensor) -> None:
+    arguments = {} if full else shallow(name)
+    theirs, ours = make_timms(name, **arguments), timm.create_model(name, **arguments)
+    for training in (True, False):
+        pairs = zip(*(count(model.train(training), images, training) for model in (ours, theirs)))
+        assert all(mine <= timms for mine, timms in pairs)
+    operators, allocated = count(fuse(ours), images)
+    timms_operators, timms_allocated = count(theirs, images)
+    assert operators < 0.61 * timms_operators
+    assert allocated < 0.61 * timms_allocated
+
+
+@pytest.mark.parametrize('name', ['res2net50_26w_4s', 'dla60_res2net'])
+def test_training_saves_no_more_bytes_than_timm_and_a_third_with_checkpointing(name: str, images: Tensor) -> None:
+    ours, theirs = timm.create_model(name, **shallow(name)).train(), make_timms(name, **shallow(name)).train()
+    plain = count_saved_bytes(ours, images)
+    assert 0 < plain <= count_saved_bytes(theirs, images)
+    ours.set_grad_checkpointing()
+    assert count_saved_bytes(ours, images) <= plain / 3
+
+
+@pytest.mark.slow
+def test_training_step_compiles_without_graph_break(images: Tensor) -> None:
+    torch._dynamo.reset()
+    model: Any = tiny().train()
+    torch.compile(model, fullgraph=True, backend='aot_eager')(images).sum().backward()  # type: ignore[no-untyped-call]
+    gradients = [parameter.grad.clone() for parameter in model.parameters()]
+    again: Any = tiny().train()
+    again(images).sum().backward()
+    for gradient, parameter in zip(gradients, again.parameters()):
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-3, atol=1e-4)

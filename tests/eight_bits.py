@@ -1,0 +1,106 @@
+"""Measures the loss of 8 bits for every kind of trunk and scale, on photographs, and for the digits model its accuracy.
+
+    python tests/eight_bits.py int8.json
+
+Exports full-size networks with random weights in 8 bits to OpenVINO and ONNX, and compares them with their float32
+models on crops of scikit-image's photographs, which also calibrate them; a minute or two each. Run again, it continues
+where it was stopped.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import timm
+import torch
+from PIL import Image
+from support import randomise
+from timm.data import create_transform, resolve_model_data_config
+from torch import Tensor, nn
+
+from timm_res2net._files import atomic_write_text
+from timm_res2net.deploy.bench import environment
+from timm_res2net.deploy.export import export
+from timm_res2net.deploy.exported import load_exported
+from timm_res2net.models.classifier import class_names
+from timm_res2net.models.variants import EMBEDDED
+from timm_res2net.recipes import digits
+from timm_res2net.recipes.multi_scale import whole_photographs
+from timm_res2net.vision.validate import labelled_images, validate
+
+MODELS = (
+    *('res2net50_48w_2s', 'res2net50_26w_4s', 'res2net50_26w_6s', 'res2net50_26w_8s'),  # the scale
+    *('res2net50d', 'res2net50_vd_26w_4s', 'seres2net50_26w_4s', 'res2next50'),  # the block
+    *('dla60_res2net', 'blres2net50_26w_4s', 'res2next29_6c_24w_4s'),  # the trunk
+)
+SUFFIXES = {'openvino': '.xml', 'onnx': '.onnx'}
+SIDE = 128  # pixels of a crop, of which each photograph gives two
+
+
+def random_model(name: str) -> nn.Module:
+    """Makes a full-size network with random weights and norms, always the same."""
+    torch.manual_seed(0)
+    return randomise(timm.create_model(name)).eval()
+
+
+def crops(model: nn.Module) -> Tensor:
+    """Preprocesses two corners of each photograph, (32, 3, H, W), at a size that fits the model."""
+    config = resolve_model_data_config(model)
+    side = min(SIDE, config['input_size'][1])
+    transform: Any = create_transform(**{**config, 'input_size': (3, side, side), 'crop_pct': 1.0})
+    return torch.stack([transform(corner) for photograph in whole_photographs('RGB') for corner in corners(photograph)])
+
+
+def corners(photograph: Image.Image) -> list[Image.Image]:
+    """Crops the upper left and the lower right corner."""
+    width, height = photograph.size
+    return [photograph.crop((0, 0, SIDE, SIDE)), photograph.crop((width - SIDE, height - SIDE, width, height))]
+
+
+def cost(name: str) -> dict[str, Any]:
+    """Measures the root mean square difference of the logits in 8 bits, relative to the float32 logits."""
+    model = random_model(name)
+    images = crops(model)
+    found: dict[str, Any] = dict(model=name)
+    with TemporaryDirectory() as folder:
+        for runtime, suffix in SUFFIXES.items():
+            done = export(model, f'{folder}/net{suffix}', precision='int8', images=images, size=images.shape[-1])
+            found[runtime] = round(done.mean_difference, 4)
+    return found
+
+
+def cost_for_digits() -> dict[str, Any]:
+    """Measures the same for the embedded model, and its accuracy on the held-out digits, in %."""
+    model = timm.create_model(EMBEDDED, pretrained=True).eval()
+    with TemporaryDirectory() as folder:
+        digits.main([f'{folder}/digits'])
+        images = labelled_images(f'{folder}/digits/val', class_names(model))
+        found: dict[str, Any] = dict(model=EMBEDDED, top1=round(validate(model, images).top1, 2))
+        for runtime, suffix in SUFFIXES.items():
+            done = export(model, f'{folder}/net{suffix}', precision='int8', images=f'{folder}/digits/train')
+            found[runtime] = round(done.mean_difference, 4)
+            found[f'{runtime}_top1'] = round(validate(load_exported(done.file), images).top1, 2)
+    return found
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measures the models that the file lacks, and prints all of it."""
+    parser = argparse.ArgumentParser(description='Measures the loss of 8 bits.')
+    parser.add_argument('file', type=Path, help='JSON to write to')
+    parser.add_argument('--models', nargs='+', choices=MODELS, default=MODELS, metavar='NAME', help='default: all')
+    args = parser.parse_args(argv)
+    results = json.loads(args.file.read_text())['results'] if args.file.exists() else []
+    for name in (*args.models, EMBEDDED):
+        if name not in [each['model'] for each in results]:
+            results.append(cost_for_digits() if name == EMBEDDED else cost(name))
+            document = dict(environment=environment(), results=results)
+            atomic_write_text(args.file, json.dumps(document, indent=1) + '\n')
+    for each in results:
+        accuracy = f', {each["top1"]} %: {each["openvino_top1"]} %, {each["onnx_top1"]} %' if 'top1' in each else ''
+        print(f'{each["model"]}: OpenVINO {each["openvino"]:.1%}, ONNX {each["onnx"]:.1%}{accuracy}')
+
+
+if __name__ == '__main__':
+    main()

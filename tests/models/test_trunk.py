@@ -1,0 +1,110 @@
+"""Every trunk behaves like timm's models where programs rely on it, and its docstrings show calls that work."""
+
+import doctest
+from typing import Any
+
+import pytest
+import timm
+import torch
+from support import TRUNKS, small
+from timm.layers import DropPath, FrozenBatchNormAct2d
+from timm.optim import create_optimizer_v2
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+
+import timm_res2net
+from timm_res2net import res2net
+from timm_res2net.deploy.fuse import fuse
+from timm_res2net.models.biglittle import Res2NetBigLittle
+from timm_res2net.models.block import Bottle2neck, spec_of
+from timm_res2net.models.checks import require_eval_mode
+from timm_res2net.models.cifar import Res2NetCifar
+from timm_res2net.models.dla import Res2NetDla
+from timm_res2net.models.resnet import Res2Net
+from timm_res2net.models.spec import NetworkSpec
+
+DOCUMENTED = (
+    *(Bottle2neck, Res2Net, Res2NetDla, Res2NetBigLittle, Res2NetCifar),
+    *(NetworkSpec, spec_of, fuse, getattr(res2net, 'res2net50d')),  # noqa: B009 - made in a loop
+)
+
+
+@pytest.mark.parametrize('thing', DOCUMENTED, ids=lambda thing: thing.__name__)
+def test_docstring_example_gives_the_documented_output(thing: Any) -> None:
+    names = dict(timm=timm, timm_res2net=timm_res2net, torch=torch, **{each.__name__: each for each in DOCUMENTED})
+    (example,) = doctest.DocTestFinder(recurse=False).find(thing, thing.__name__, globs=names)
+    assert example.examples
+    assert doctest.DocTestRunner().run(example).failed == 0
+
+
+@pytest.mark.parametrize('name', TRUNKS)
+def test_children_without_classifier_run_in_sequence(name: str, images: Tensor, build: Any) -> None:
+    model, images = build(name), images[..., :32, :32]
+    features = model.forward_features(images)
+    pooled, mapped = (nn.Sequential(*list(model.children())[:-count])(images) for count in (1, 2))
+    torch.testing.assert_close(mapped, features, rtol=0, atol=0)
+    torch.testing.assert_close(pooled, model.forward_head(features, pre_logits=True), rtol=0, atol=0)
+    torch.testing.assert_close(nn.Sequential(*model.children())(images), model(images), rtol=0, atol=0)
+    assert model(images).shape == (2, model.num_classes)
+
+
+def test_dla_without_pooling_classifies_every_position(images: Tensor) -> None:
+    options = dict(num_classes=7, dtype=torch.float64, **small('dla60_res2net'))
+    dense, pooled = (timm.create_model('dla60_res2net', global_pool=pool, **options).eval() for pool in ('', 'avg'))
+    pooled.load_state_dict(dense.state_dict())
+    torch.testing.assert_close(dense(images.double()).mean((2, 3)), pooled(images.double()))
+
+
+@pytest.mark.parametrize('name', TRUNKS)
+def test_model_is_made_and_runs_on_fake_tensors(name: str) -> None:
+    with FakeTensorMode():
+        model = timm.create_model(name, drop_path_rate=0.1, num_classes=7, **small(name))
+        assert model(torch.empty(2, 3, 64, 64)).shape == (2, 7)
+
+
+@pytest.mark.parametrize('name', ['res2net50d', 'res2next50', 'dla60_res2net', 'dla60_res2next'])
+def test_layer_decay_gives_every_parameter_the_learning_rate_of_timm(name: str) -> None:
+    scales, matchers = [], []
+    for make in (getattr(res2net, name), res2net.timm_entrypoint(name)):
+        model = make(device='meta')  # type: ignore[misc]
+        matchers.append(model.group_matcher(coarse=True))
+        groups = create_optimizer_v2(model, opt='adamw', lr=1e-3, weight_decay=0.1, layer_decay=0.75).param_groups
+        names = {id(parameter): each for each, parameter in model.named_parameters()}
+        scales.append({names[id(p)]: (g['lr_scale'], g['weight_decay']) for g in groups for p in g['params']})
+    assert scales[0] == scales[1]
+    assert matchers[0] == matchers[1]
+
+
+@pytest.mark.parametrize('part', [nn.BatchNorm2d(4), nn.Dropout(), DropPath(0.1)], ids=str)
+def test_eval_mode_is_required_of_layers_that_differ_in_training(part: nn.Module) -> None:
+    model = nn.Sequential(part, nn.Linear(2, 2), FrozenBatchNormAct2d(4)).eval()
+    model[1:].train()
+    require_eval_mode(model)
+    part.train()
+    with pytest.raises(ValueError, match=r'Sequential is in training mode: .*Call its \.eval\(\) first'):
+        require_eval_mode(model)
+
+
+@pytest.mark.parametrize(
+    ('trunk', 'arguments'),
+    [
+        (Res2Net, dict(output_stride=4)),
+        (Res2Net, dict(layers=(3, 4, 6))),
+        (Res2Net, dict(layers=(3, 4, 0, 3))),
+        *((Res2Net, dict([given])) for given in (('scale', 0), ('cardinality', 0), ('base_width', 0.5))),
+        (Res2NetDla, dict(output_stride=4)),
+        (Res2NetDla, dict(levels=(1, 1, 1))),
+        (Res2NetDla, dict(levels=(1, 1, 1, 0, 1, 1))),
+        (Res2NetDla, dict(channels=(8, 8))),
+        (Res2NetBigLittle, dict(output_stride=8)),
+        (Res2NetBigLittle, dict(layers=(3, 4, 6))),
+        (Res2NetBigLittle, dict(layers=(1, 4, 6, 3))),
+        (Res2NetCifar, dict(output_stride=8)),
+        (Res2NetCifar, dict(layers=(3, 3))),
+        (Res2NetCifar, dict(layers=(3, 0, 3))),
+        (Res2NetCifar, dict(channels=(8, 8))),
+    ],
+)
+def test_unsupported_argument_raises_value_error_with_its_name(trunk: Any, arguments: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        trunk(**arguments)

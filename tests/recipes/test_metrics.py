@@ -1,0 +1,122 @@
+"""Metrics are exact on cases worked out by hand."""
+
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from test_coco import BIG, SQUARES, square, write_set
+from torch import Tensor, nn
+
+from timm_res2net.recipes.coco import IGNORED
+from timm_res2net.recipes.metrics import (
+    average_precision,
+    average_scores,
+    compute_iou,
+    count_pixels,
+    pack_detections,
+    score_binary,
+    unpack_detections,
+)
+
+
+def found(*boxes: tuple[list[int], int, float]) -> dict[str, Tensor]:
+    corners = [[left, top, left + width, top + height] for (left, top, width, height), _, _ in boxes]
+    return dict(
+        boxes=torch.tensor(corners, dtype=torch.float32).reshape(-1, 4),
+        labels=torch.tensor([label for _, label, _ in boxes]),
+        scores=torch.tensor([score for _, _, score in boxes]),
+    )
+
+
+def test_average_precision_of_a_worked_case(tmp_path: Path) -> None:
+    dataset = write_set(tmp_path, [square(BIG, 3), square(SQUARES['apart'], 3)])
+    # One of two is found, before a false one: precision is 1 up to a recall of 0.5, the first 51 of 101 points.
+    boxes = found((BIG, 1, 0.9), ([30, 50, 9, 9], 1, 0.8))
+    scores = average_precision(dataset, [(10, boxes), (11, found())], areas=(20, 30))
+    half = pytest.approx(100 * 51 / 101, abs=1e-3)
+    assert scores == {'AP': half, 'AP50': half, 'AP75': half, 'APs': 0.0, 'APm': -1.0, 'APl': 100.0}
+
+
+def test_average_precision_counts_overlaps_above_each_threshold(tmp_path: Path) -> None:
+    dataset = write_set(tmp_path, [square(BIG, 3)])
+    scores = average_precision(dataset, [(10, found(([0, 0, 40, 26], 1, 0.5)))])  # 0.65 of it
+    assert (scores['AP'], scores['AP50'], scores['AP75']) == (40.0, 100.0, 0.0)  # at 0.5, 0.55, 0.6 and 0.65
+    wrong_class = average_precision(dataset, [(10, found((BIG, 2, 0.5)))])
+    nothing = average_precision(dataset, [(10, found()), (11, found())])
+    assert wrong_class['AP'] == nothing['AP'] == 0.0
+
+
+@pytest.mark.parametrize('ids', [(0, 1, 2), (5, 5, 5), ('a', 'b', 'c')], ids=['zero', 'repeated', 'texts'])
+def test_average_precision_of_all_objects_is_100_whatever_their_ids(tmp_path: Path, ids: tuple[Any, ...]) -> None:
+    boxes = SQUARES.values()
+    dataset = write_set(tmp_path, [square(box, 3, id=number) for box, number in zip(boxes, ids)])
+    assert average_precision(dataset, [(10, found(*((box, 1, 0.9) for box in boxes)))])['AP'] == 100
+    missed = average_precision(dataset, [(10, found((BIG, 1, 0.9)))])
+    assert missed['AP'] == pytest.approx(100 * 34 / 101, abs=1e-3)
+
+
+def test_average_precision_needs_neither_area_nor_crowd_and_leaves_out_empty_boxes(tmp_path: Path) -> None:
+    empty = [square([5, 5, 0, 9], 3), square([5, 5, 9, -1], 3)]
+    dataset = write_set(tmp_path, [dict(category_id=3, bbox=BIG), *empty])
+    assert average_precision(dataset, [(10, found((BIG, 1, 0.9)))])['APm'] == 100
+
+
+def test_detections_are_unpacked_as_packed_without_background_and_low_scores() -> None:
+    class Detector(nn.Module):
+        detections_per_img = 5
+
+        def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+            return [found((BIG, 1, 0.9), (BIG, 0, 0.8), (BIG, 2, 0.1)), found()]
+
+    rows = pack_detections(Detector(), dict(image=[torch.zeros(3, 8, 8)] * 2))
+    assert rows.shape == (2, 5, 6)
+    assert unpack_detections(rows[0])['labels'].tolist() == [1, 2]
+    assert unpack_detections(rows[0], score=0.5)['boxes'].tolist() == [[0, 0, 40, 40]]
+    assert unpack_detections(rows[1])['labels'].tolist() == []
+
+
+class Recalling(nn.Module):
+    """Returns the logits that it was made with, by the first pixel of an image."""
+
+    def __init__(self, *logits: Tensor) -> None:
+        super().__init__()
+        self.logits = logits
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.logits[int(x[0, 0, 0, 0])][None]
+
+
+def as_batch(*masks: Tensor) -> dict[str, Any]:
+    return dict(image=[torch.full((3, *mask.shape), float(i)) for i, mask in enumerate(masks)], mask=masks)
+
+
+def as_evaluation(values: Tensor) -> Any:
+    return SimpleNamespace(predictions=values.numpy())
+
+
+def test_mean_intersection_over_union_of_a_worked_case() -> None:
+    labels = [torch.tensor([[0, 1, 1, 1], [0, 0, 0, 0]]), torch.tensor([[0, 1], [1, 0]])]
+    model = Recalling(*(nn.functional.one_hot(each, 3).permute(2, 0, 1).float() for each in labels))
+    batch = as_batch(torch.tensor([[0, 0, 1, 1], [0, 0, 1, IGNORED]]), torch.tensor([[0, 1], [1, 1]]))
+    scores = compute_iou(as_evaluation(count_pixels(model, batch)))
+    # Of 0: 3 + 1 hits, and 1 + 2 others. Of 1: 2 + 2 hits, and 2 + 1 others. 2 is nowhere.
+    assert scores == {'mIoU': pytest.approx(100 * 4 / 7, abs=1e-3), 'pixels': pytest.approx(100 * 8 / 11, abs=1e-3)}
+
+
+def test_evaluation_without_a_pixel_that_counts_is_an_error() -> None:
+    with pytest.raises(ValueError, match='cannot evaluate: all pixels of all images have label 255'):
+        compute_iou(SimpleNamespace(predictions=np.zeros((2, 3, 3), np.int64)))
+
+
+def test_binary_scores_are_means_over_images_of_a_worked_case() -> None:
+    ninety = math.log(9)  # a probability of 0.9
+    first = torch.stack([torch.zeros(2, 2), torch.tensor([[ninety, ninety], [-ninety, -ninety]])])
+    empty = torch.stack([torch.zeros(1, 2), torch.full((1, 2), -ninety)])
+    batch = as_batch(torch.tensor([[1, 0], [1, 0]]), torch.tensor([[0, 0]]))
+    scores = average_scores(as_evaluation(score_binary(Recalling(first, empty), batch)))
+    # One of two pixels is found, beside a false one; then nothing where nothing is.
+    assert scores == pytest.approx({'mDice': (0.5 + 1) / 2, 'mIoU': (1 / 3 + 1) / 2, 'MAE': (0.5 + 0.1) / 2}, abs=1e-4)

@@ -1,0 +1,38 @@
+"""Registers the family once timm is imported; runs at the startup of Python after `timm-res2net autoload --on`.
+
+It imports nothing before that, so that Python starts as fast as without it.
+"""
+
+# Annotations would import typing.
+# mypy: ignore-errors
+
+import sys
+
+
+class RegisterAfterTimm:
+    """Finds timm in place of the other finders, and imports timm_res2net right after it."""
+
+    def find_spec(self, name, path=None, target=None):
+        """Returns the spec of timm, with a loader that also registers the family, and None for any other module."""
+        if name != 'timm':
+            return None
+        others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, 'find_spec'))
+        spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
+        if spec is None or not hasattr(spec.loader, 'exec_module'):
+            return spec
+        execute = spec.loader.exec_module
+
+        def execute_and_register(module):
+            execute(module)
+            try:
+                import timm_res2net  # noqa: F401
+            except Exception as error:
+                print(f'timm_res2net is not registered: {error}', file=sys.stderr)
+
+        spec.loader.exec_module = execute_and_register
+        return spec
+
+
+# Python reads the .pth files of a virtual environment twice, and two finders would call each other without end.
+if not any(type(finder).__name__ == 'RegisterAfterTimm' for finder in sys.meta_path):
+    sys.meta_path.insert(0, RegisterAfterTimm())

@@ -1,0 +1,50 @@
+"""Errors of this package, and how a message quotes untrusted text."""
+
+import difflib
+import re
+from collections.abc import Iterable
+
+MAX_MESSAGE = 2000  # characters
+
+
+class Res2NetError(Exception):
+    """Base class of the errors that this package defines."""
+
+
+class CheckpointError(Res2NetError, ValueError):
+    """A weights file cannot be read, or does not fit the model."""
+
+    def __init__(self, message: str = '') -> None:
+        super().__init__(sanitize(message, MAX_MESSAGE))  # it may quote names from the file
+
+
+class UnknownModelError(Res2NetError, ValueError):
+    """No model or set of weights has this name."""
+
+    @classmethod
+    def among(cls, name: str, known: Iterable[str], where: str = '', kind: str = 'model') -> 'UnknownModelError':
+        """Builds the error with the closest known names; `where` completes "no KIND NAME"."""
+        close = difflib.get_close_matches(name, list(known))
+        if v1b := re.fullmatch(r'(res2net\d+)_v1b_26w_4s', name):  # the authors' name; Paddle's are the closest to it
+            close = [f'{v1b[1]}d']
+        hint = f'Did you mean {" or ".join(close)}?' if close else 'Run `timm-res2net list` to see all names.'
+        return cls(f'no {kind} {name!r}{where}. {hint}')
+
+
+def sanitize(text: object, limit: int = 200) -> str:
+    """Makes untrusted text safe to print: escapes control and bidirectional characters, shortens the middle."""
+    shown = str(text)
+    if len(shown) > limit:
+        shown = f'{shown[: limit * 2 // 3]} ... {shown[-limit // 4 :]}'
+    escaped = (
+        each if each.isprintable() else each.encode('unicode_escape', 'surrogatepass').decode() for each in shown
+    )
+    return ''.join(escaped)
+
+
+def first_line(error: BaseException) -> str:
+    """Quotes an error in another message: its first line without the full stop, or its type if it has no text."""
+    line, *more = str(error).strip().split('\n')
+    if more and line.endswith(':'):
+        line = f'{line} {more[0].strip()}'
+    return sanitize(line.rstrip('.'), 500) or type(error).__name__

@@ -1,0 +1,205 @@
+"""Finds and reads image files, prepares images for a model, and holds the bundled digits."""
+
+import glob
+import os
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from timm.data import create_transform
+from torch import Tensor, nn
+from torchvision.transforms import Compose, Grayscale
+
+from ._errors import sanitize
+from ._files import PathLike, open_regular
+from .models.preprocessing import image_config
+from .models.variants import ASSETS
+
+MAX_PIXELS = 50_000_000  # of one image; reading takes at most 16 bytes a pixel
+# Pillow hands PostScript to Ghostscript, which runs it as a program, and recognises the others without a decoder.
+REFUSED_FORMATS = {'EPS', 'BUFR', 'GRIB', 'HDF5', 'MPEG'}
+# Images are resized to input_size / crop_pct; without limits a small file could ask for an image that fills all memory.
+LARGEST_SIZE, SMALLEST_CROP, LARGEST_CROP = 4096, 0.5, 2
+INTERPOLATIONS = 'nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos'  # those that timm knows
+CROP_MODES = 'center', 'squash', 'border'  # timm silently takes any other value for 'center'
+LARGEST_NUMBER = torch.finfo(torch.float32).max
+IMAGE_SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    'input_size': (
+        lambda sizes: len(sizes) == 3 and all(type(size) is int and 1 <= size <= LARGEST_SIZE for size in sizes),
+        f'three integers from 1 to {LARGEST_SIZE}',
+    ),
+    'interpolation': (INTERPOLATIONS.__contains__, f'one of {", ".join(INTERPOLATIONS)}'),
+    'mean': (
+        lambda means: 1 <= len(means) <= LARGEST_SIZE and all(0 <= each <= LARGEST_NUMBER for each in means),
+        'finite numbers, none negative',
+    ),
+    'std': (
+        lambda stds: 1 <= len(stds) <= LARGEST_SIZE and all(0 < each <= LARGEST_NUMBER for each in stds),
+        'finite positive numbers',
+    ),
+    'crop_pct': (lambda crop: SMALLEST_CROP <= crop <= LARGEST_CROP, f'between {SMALLEST_CROP} and {LARGEST_CROP}'),
+    'crop_mode': (CROP_MODES.__contains__, f'one of {", ".join(CROP_MODES)}'),
+}
+DIGIT_SIZE = 8  # pixels; digits.png has a row of held-out digits for each of the ten labels
+
+
+@dataclass
+class Found:
+    """The image files that `find_images` found, and the paths that it could not use."""
+
+    files: list[Path] = field(default_factory=list)
+    failed: list[tuple[str, str]] = field(default_factory=list)  # (path or pattern without an image, reason)
+    skipped: list[tuple[str, str]] = field(default_factory=list)  # (other file in a folder, reason)
+
+
+def find_images(patterns: Iterable[str]) -> Found:
+    """Finds image files by their names, by folders (searched recursively, links included) and by globs."""
+    found = Found()
+    for pattern in patterns:
+        if os.path.isdir(pattern):
+            before = len(found.files)
+            search_folder(pattern, found)
+            if len(found.files) == before:
+                found.failed.append((pattern, 'no images in this folder'))
+        elif not os.path.lexists(pattern) and glob.has_magic(pattern):
+            names = sorted(name for name in glob.glob(pattern, recursive=True) if os.path.isfile(name))
+            found.files += map(Path, names)
+            found.failed += [] if names else [(pattern, 'no file matches this pattern')]
+        elif pattern:
+            found.files.append(Path(pattern))
+        else:
+            found.failed.append(("''", 'empty file name'))
+    return found
+
+
+def search_folder(folder: str, found: Found) -> None:
+    """Adds all images below a folder to `found`, in sorted order."""
+
+    def fail(error: OSError) -> None:
+        found.failed.append((str(error.filename), f'cannot read this folder: {error.strerror}'))
+
+    suffixes = readable_suffixes()
+    seen: set[str] = set()  # a link may lead back to a parent folder
+    for here, folders, names in os.walk(folder, followlinks=True, onerror=fail):
+        folders.sort()
+        if os.path.realpath(here) in seen:
+            folders.clear()
+            continue
+        seen.add(os.path.realpath(here))
+        for name in sorted(names):
+            file = Path(here, name)
+            if not os.path.isfile(file):
+                found.skipped.append((str(file), 'broken link' if file.is_symlink() else 'not a regular file'))
+            elif file.suffix.lower() not in suffixes:
+                found.skipped.append((str(file), 'not an image format that Pillow reads'))
+            else:
+                found.files.append(file)
+
+
+def readable_formats() -> list[str]:
+    """Returns the names of the image formats that Pillow can decode safely."""
+    Image.init()
+    return [name for name in Image.ID if name not in REFUSED_FORMATS]
+
+
+def readable_suffixes() -> set[str]:
+    """Returns the file suffixes of the readable formats; Pillow knows more, such as .pdf, which it only writes."""
+    formats = readable_formats()
+    return {suffix for suffix, name in Image.EXTENSION.items() if name in formats}
+
+
+def read_image(path: PathLike, rotate: bool = True, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Reads an image of any mode as 8-bit RGB.
+
+    16-bit greys are scaled to 8 bits, and transparent pixels become white.
+
+    Args:
+        path: File to read; ValueError if that fails.
+        rotate: Apply the EXIF orientation. Pass False where boxes or masks refer to the pixels as stored.
+        max_pixels: Largest width times height to decode. `PIL.Image.MAX_IMAGE_PIXELS` also applies.
+    """
+    try:
+        with open_regular(path) as file, Image.open(file, formats=readable_formats()) as opened:
+            require_reasonable_size(*opened.size, max_pixels)
+            opened.load()
+            if rotate:
+                ImageOps.exif_transpose(opened, in_place=True)
+            image: Image.Image = opened
+    except FileNotFoundError:
+        raise ValueError('no such file') from None
+    except Image.UnidentifiedImageError:
+        raise ValueError('not an image in a format that Pillow reads') from None
+    except Exception as error:  # decoders of damaged data raise almost anything
+        reason = getattr(error, 'strerror', None) or ' '.join(str(error).split()) or type(error).__name__
+        raise ValueError(f'cannot read this image: {reason}') from error
+
+    if image.mode == 'F':
+        raise ValueError('pixels are floating-point numbers of unknown range. Save the image with 8 bits')
+    if image.mode.startswith('I'):  # Pillow would clip these instead of scaling them
+        image = Image.fromarray(to_8_bits(np.asarray(image)))
+    if image.has_transparency_data:
+        image = image.convert('RGBA')
+        image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
+    return image.convert('RGB')
+
+
+def require_reasonable_size(width: int, height: int, max_pixels: int) -> None:
+    """Raises a ValueError for an image that would fill the memory, or that has no square to crop."""
+    if width * height > max_pixels:
+        raise ValueError(f'{width} x {height} pixels exceed max_pixels={max_pixels}. Shrink it, or raise --max-pixels')
+    if max(width, height) > 100 * min(width, height):
+        raise ValueError(f'{width} x {height} pixels are too narrow to crop a square from')
+
+
+def to_8_bits(greys: NDArray[Any]) -> NDArray[np.uint8]:
+    """Scales integer greys from 16 to 8 bits, without a larger copy of the image."""
+    if greys.min() < 0 or greys.max() > 65535:
+        raise ValueError('greys exceed 16 bits. Save the image with 8 bits')
+    return np.floor_divide(greys, 257, out=np.empty(greys.shape, np.uint8), casting='unsafe')
+
+
+def check_image_settings(cfg: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns those of timm's settings for images that a configuration has, with lists as tuples.
+
+    It may come from an untrusted file: a ValueError names the key of a value that is not possible.
+    """
+    settings: dict[str, Any] = {}
+    for key, (is_possible, kind) in IMAGE_SETTINGS.items():
+        value = tuple(cfg[key]) if isinstance(cfg.get(key), list) else cfg.get(key)
+        if value is None:
+            continue
+        try:
+            possible = is_possible(value)
+        except Exception:  # comparisons between values of any types
+            possible = False
+        if not possible:
+            raise ValueError(f'{key} must be {kind}, got {sanitize(repr(value), 80)}')
+        settings[key] = value
+    return settings
+
+
+def image_transform(config: Mapping[str, Any]) -> Callable[[Image.Image], Tensor]:
+    """Makes the transform from an RGB image to a model's input (C, H, W); `config` comes from `image_config`."""
+    transform: Callable[[Image.Image], Tensor] = create_transform(**config)
+    return Compose([Grayscale(), transform]) if config['input_size'][0] == 1 else transform
+
+
+def preprocess(model: nn.Module, image: Image.Image) -> tuple[Tensor, Tensor]:
+    """Returns a model's input (C, H, W) for an RGB image, and the same for display, (3, H, W) in 0..1."""
+    config = image_config(model)
+    x = image_transform(config)(image)
+    mean, std = (torch.tensor(config[key])[:, None, None] for key in ('mean', 'std'))
+    return x, (x * std + mean).clamp(0, 1).expand(3, -1, -1)
+
+
+def bundled_digits() -> list[tuple[Image.Image, str]]:
+    """Returns the bundled handwritten digits with their labels; the embedded model was not trained on them."""
+    size = DIGIT_SIZE
+    with Image.open(ASSETS / 'digits.png') as image:
+        boxes = [(x, y, x + size, y + size) for y in range(0, image.height, size) for x in range(0, image.width, size)]
+        return [(image.crop(box).convert('RGB'), str(box[1] // size)) for box in boxes]

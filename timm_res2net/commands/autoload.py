@@ -1,0 +1,34 @@
+"""Registers the family wherever timm is imported in this Python environment.
+
+Installs or removes a .pth file in site-packages that registers the family as soon as a Python process imports timm.
+Tools that take timm model names then know the family without importing timm_res2net. Off unless you turn it on; turn it
+off before you uninstall the package.
+"""
+
+import argparse
+import sysconfig
+from pathlib import Path
+
+from .._files import atomic_write_text
+from .output import print
+
+HOOK = Path(__file__).parents[1] / '_autoload.py'
+# Python executes this line at startup. Once the package is uninstalled it does nothing.
+LINE = 'import os; os.path.isfile({hook!r}) and exec(open({hook!r}, encoding="utf-8").read(), {{}})\n'
+
+
+def add_arguments(command: argparse.ArgumentParser) -> None:
+    choice = command.add_mutually_exclusive_group(required=True)
+    for name, help in (('on', 'install the file'), ('off', 'remove the file'), ('status', 'print on or off')):
+        choice.add_argument(f'--{name}', dest='action', action='store_const', const=name, help=help)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Installs or removes the .pth file, or prints whether it is installed."""
+    file = Path(sysconfig.get_path('purelib'), 'timm_res2net_autoload.pth')
+    if args.action == 'on':
+        atomic_write_text(file, LINE.format(hook=str(HOOK)))
+    elif args.action == 'off':
+        file.unlink(missing_ok=True)
+    print(f'autoload is {"on" if file.exists() else "off"}: {file}')
+    return 0

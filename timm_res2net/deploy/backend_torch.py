@@ -1,0 +1,66 @@
+"""Writes, quantizes and loads programs of torch.export."""
+
+import io
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .inference import Run
+from .program import METADATA, Program
+
+
+def write_torch(program: Program, file: Path, compile: bool = False) -> None:
+    """Writes a program of torch.export, or with `compile` a package of machine code that AOTInductor makes of it."""
+    exported = torch.export.export(program.module, (program.example,), dynamic_shapes=program.dynamic_shapes)
+    if compile:
+        configs = {'aot_inductor.metadata': {METADATA: program.record}}
+        torch._inductor.aoti_compile_and_package(exported, package_path=str(file), inductor_configs=configs)
+    else:
+        content = io.BytesIO()  # on a full disk, torch's own writer ends the process
+        torch.export.save(exported, content, extra_files={METADATA: program.record})
+        file.write_bytes(content.getbuffer())
+
+
+def load_torch(file: Path) -> tuple[str, Callable[[str], Run]]:
+    """Loads a file, which can run any code in it; returns our record, and a function that starts the program."""
+    call: Callable[[Tensor], Any]
+    with zipfile.ZipFile(file) as archive:
+        is_machine_code = any(name.endswith('.so') for name in archive.namelist())
+    if is_machine_code:
+        package = torch._inductor.aoti_load_package(str(file))
+        call, record = package, package.get_metadata().get(METADATA, '')
+    else:
+        extra_files = {METADATA: ''}
+        call = torch.export.load(file, extra_files=extra_files).module()
+        record = extra_files[METADATA]
+
+    @torch.no_grad()
+    def run(images: Tensor) -> list[Tensor]:
+        outputs = call(images)
+        return [outputs] if isinstance(outputs, Tensor) else list(outputs)
+
+    return record, lambda precision: run
+
+
+@torch.no_grad()
+def quantize_torch(model: nn.Module, images: Tensor) -> nn.Module:
+    """Quantizes a fused model with torchao for x86; it is slow until torch.compile compiles it."""
+    from torch._inductor import config
+
+    with config.patch(pre_grad_custom_pass=config.pre_grad_custom_pass):  # the import sets it, for all models
+        from torchao.quantization.pt2e import allow_exported_model_train_eval
+        from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
+        from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
+
+    example = images[:1].repeat(2, 1, 1, 1)  # torch.export specializes on a batch of one
+    program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim('batch', min=1)},)).module()
+    quantizer = x86.X86InductorQuantizer().set_global(x86.get_default_x86_inductor_quantization_config())
+    prepared = prepare_pt2e(program, quantizer)
+    for batch in images.split(8):
+        prepared(batch)
+    quantized: nn.Module = allow_exported_model_train_eval(convert_pt2e(prepared))
+    return quantized

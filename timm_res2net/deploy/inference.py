@@ -1,0 +1,79 @@
+"""What models that can only be run have in common: optimized ones and exported files."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+Run = Callable[[Tensor], list[Tensor]]  # float32 images (N, C, H, W) on the CPU -> outputs
+Outputs = Tensor | list[Tensor] | dict[str, Tensor]
+T = TypeVar('T', bound=Outputs)
+
+
+class ForInference(nn.Module):
+    """A model that can only be run: it has no gradient, and stays in evaluation mode.
+
+    Attributes:
+        path: The steps that made it, such as 'fused, channels last, bfloat16, compiled'.
+    """
+
+    path: str
+
+    def train(self, mode: bool = True) -> 'ForInference':
+        """Stays in evaluation mode, also as a part of a model that is trained."""
+        return super().train(False)
+
+    def extra_repr(self) -> str:
+        return self.path
+
+
+def run_batch(run: Run, images: Tensor, shape: Sequence[int | None]) -> list[Tensor]:
+    """Runs images (N, C, H, W) in another runtime; ValueError unless they are of a shape, in which None is any size."""
+    if images.dim() != 4 or any(size not in (None, have) for size, have in zip(shape, images.shape)):
+        expected = ', '.join(name if size is None else str(size) for size, name in zip(shape, 'NCHW'))
+        raise ValueError(f'images must be ({expected}), got {tuple(images.shape)}')
+    require_floating_point(images)
+    given = images if len(images) else images.new_zeros(1, *images.shape[1:])  # OpenVINO cannot run an empty batch
+    outputs = run(given.detach().cpu().float().contiguous())
+    return [output[: len(images)] for output in outputs]
+
+
+def require_floating_point(images: Tensor) -> None:
+    """Raises a ValueError for integer images: outputs are cast to the dtype of the images, and would wrap around."""
+    if not images.is_floating_point():
+        raise ValueError(f'images must be floating-point, got {images.dtype}. Preprocess them with the timm transform.')
+
+
+def finish(outputs: T, images: Tensor) -> T:
+    """Casts outputs to the dtype of the images, and makes those of images with NaN or infinity NaN.
+
+    Compilers and OpenVINO compute max(NaN, 0) = 0, so a damaged image would otherwise get plausible scores.
+    """
+    finite = find_finite(images)
+    all_finite = finite.is_cpu and bool(finite.all())  # on a GPU, asking would wait for all pending work
+
+    def finish_one(output: Tensor) -> Tensor:
+        output = output.to(images.dtype)
+        return output if all_finite else output.where(finite.reshape(-1, *[1] * (output.dim() - 1)), torch.nan)
+
+    result: Any
+    if isinstance(outputs, dict):
+        result = {name: finish_one(output) for name, output in outputs.items()}
+    elif isinstance(outputs, list):
+        result = [finish_one(output) for output in outputs]
+    else:
+        result = finish_one(outputs)
+    return result
+
+
+def find_finite(images: Tensor) -> Tensor:
+    """Returns for each image whether all of its values are finite, (N,).
+
+    Uses numpy where possible: torch's threads, once woken, spin for 4 ms while they wait for more work, and keep a core
+    busy for a quarter of the time that OpenVINO needs for an image in 8 bits.
+    """
+    if images.is_cpu and images.dtype != torch.bfloat16:  # numpy has no bfloat16
+        return torch.from_numpy(np.isfinite(images.detach().numpy()).all(axis=(1, 2, 3)))
+    return images.isfinite().flatten(1).all(dim=1)

@@ -1,0 +1,190 @@
+"""Finds the registered model and the arguments that a checkpoint's weights fit, by what is recorded or by shapes."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from .._errors import CheckpointError, first_line
+from ..models.resnet import Res2Net
+from ..models.spec import ARGUMENTS, NetworkSpec
+from ..models.variants import ARCHS
+from .checkpoints import Checkpoint
+from .config import beyond_row, check_model_args
+from .dialects import DIALECTS
+
+# Arguments of a ResNet-hosted network that shapes show, and their defaults.
+DEFAULTS: dict[str, Any] = {
+    key: Res2Net.arguments()[key]
+    for key in (
+        *('layers', 'base_width', 'scale', 'cardinality', 'stem_type', 'stem_width', 'avg_down', 'attn_layer'),
+        *('channels', 'replace_stem_pool'),
+    )
+}
+# Constructors raise these for impossible arguments.
+BUILD_ERRORS = ValueError, TypeError, RuntimeError, ArithmeticError, AssertionError, AttributeError, LookupError
+MAX_BLOCKS = 128  # of a network that is made for a file; Res2Net-200 has 66
+SIZES = 'num_classes', 'in_chans'  # which tensors show
+
+
+def find_model(checkpoint: Checkpoint, name: str | None = None) -> tuple[str, dict[str, Any]]:
+    """Finds the registered model (or checks the named one) that a checkpoint fits, and its arguments beyond its row."""
+    return find_outline(checkpoint, name)[:2]
+
+
+def find_outline(checkpoint: Checkpoint, name: str | None = None) -> tuple[str, dict[str, Any], nn.Module]:
+    """Finds what `find_model` does, and returns the model too, without memory for its tensors."""
+    problem = ''
+    for each, args in candidates(checkpoint, name):
+        try:
+            outline = build_outline(checkpoint, each, args)
+        except BUILD_ERRORS as error:
+            problem = problem or f': {first_line(error)}'
+            continue
+        if not describe_mismatch(outline.state_dict(), checkpoint.state):
+            return each, args, outline
+    raise CheckpointError(f'cannot use {checkpoint.file}: {explain_misfit(checkpoint, name)}{problem}')
+
+
+def candidates(checkpoint: Checkpoint, name: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yields models that a checkpoint may fit, with arguments: the recorded one, then those that shapes show."""
+    state = checkpoint.state
+    if checkpoint.name is not None and name in (None, checkpoint.name):
+        yield checkpoint.name, arguments_for(checkpoint, checkpoint.name)
+    on_resnet = {'layer1.0.conv1.weight', 'layer4.0.conv1.weight'} <= state.keys()
+    try:
+        found = DEFAULTS | resnet_arguments(state) if on_resnet else {}
+    except (LookupError, ValueError, ZeroDivisionError):  # tensors are missing, or have impossible shapes
+        return
+    options = []
+    for each, arch in ARCHS.items():
+        has_stem = on_resnet or f'{arch.cfg.get("first_conv", "conv1")}.weight' in state
+        if name in (None, each) and (arch.trunk is Res2Net) == on_resnet and has_stem:
+            shown = {key: value for key, value in found.items() if value != arch.args.get(key, DEFAULTS[key])}
+            options.append((each, arguments_for(checkpoint, each, shown)))
+    options.sort(key=lambda option: len(option[1]))
+    yield from options[:1] if on_resnet else options  # with its arguments, any ResNet-hosted row is the same network
+
+
+def arguments_for(
+    checkpoint: Checkpoint, name: str, shown: Mapping[str, Any] | None = None, known_only: bool = False
+) -> dict[str, Any]:
+    """Returns the arguments beyond its row that make a model compute what a checkpoint's network computes.
+
+    Args:
+        checkpoint: The checkpoint.
+        name: The model.
+        shown: Arguments that shapes show, instead of the recorded ones.
+        known_only: Leave out fields of the spec that are only assumed.
+    """
+    channels = checkpoint.state[first_convolution(checkpoint)].shape[1]
+    in_chans = {} if channels == 3 else {'in_chans': channels}
+    if name not in ARCHS:
+        return in_chans
+    arch, recorded, spec = ARCHS[name], checkpoint.model_args, checkpoint.spec or NetworkSpec()
+    if shown is None and name == checkpoint.name:
+        args = beyond_row(name, {key: value for key, value in recorded.items() if key not in SIZES})
+    else:
+        uses = [key for key in ARGUMENTS['use'] if recorded.get(key) and key in arch.trunk.arguments()]
+        args = {**(shown or {}), **{key: recorded[key] for key in uses}}
+    differing = spec.differing_fields(NetworkSpec.from_arguments({**arch.args, **args}))
+    known = [field for field in differing if not (known_only and field in checkpoint.assumed)]
+    return {**args, **{field: getattr(spec, field) for field in known}, **in_chans}
+
+
+def build_outline(checkpoint: Checkpoint, name: str, args: Mapping[str, Any]) -> nn.Module:
+    """Makes a model without memory for its tensors; raises one of `BUILD_ERRORS` for impossible arguments."""
+    check_model_args(ARCHS[name], args)
+    require_buildable(checkpoint, {**ARCHS[name].args, **args})
+    return timm.create_model(name, device='meta', **{**args, 'num_classes': checkpoint.num_classes})
+
+
+def require_buildable(checkpoint: Checkpoint, args: Mapping[str, Any]) -> None:
+    """Raises ValueError for an impossible spec, or for more blocks than the tensors fill, which would take hours."""
+    NetworkSpec.from_arguments(args)
+    blocks = sum(args.get('layers', ())) + sum(2**depth for depth in args.get('levels', ()))
+    if blocks > MAX_BLOCKS or blocks * max(1, args.get('scale', 4) - 1) > len(checkpoint.state):
+        raise ValueError(f'a network of {blocks} blocks has more tensors than the file')
+
+
+def explain_misfit(checkpoint: Checkpoint, name: str | None) -> str:
+    """Explains why no model fits."""
+    stages = [stage for stage in (1, 2, 3, 4) if any(each.startswith(f'layer{stage}.') for each in checkpoint.state)]
+    is_resnet = 'layer1.0.downsample.1.weight' in checkpoint.state
+    if checkpoint.name is None and name is None and stages == [1, 2, 3] and is_resnet:
+        return 'stage 4 (layer4) is missing. Load it into a model with features_only=True and out_indices=(0, 1, 2, 3)'
+    return 'its tensors are not those of any model in this package' + ('' if name is None else f', or not of {name}')
+
+
+def first_convolution(checkpoint: Checkpoint) -> str:
+    """Returns the name of the weight of a network's first convolution; CheckpointError if it is missing."""
+    for stem, _ in DIALECTS['official'].stems:
+        if stem in checkpoint.state:
+            return stem
+    raise CheckpointError(f'cannot use {checkpoint.file}: the first convolution of its network is missing')
+
+
+def describe_mismatch(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
+    """Describes how names and shapes of tensors differ; '' if they match. Superfluous batch counters do not count."""
+    missing = [name for name in wanted if name not in given]
+    unexpected = [name for name in given if name not in wanted and not name.endswith('num_batches_tracked')]
+    shapes = [name for name in wanted if name in given and given[name].shape != wanted[name].shape]
+    problems = []
+    if missing:
+        problems.append(f"{len(missing)} of the model's tensors are missing (first: {missing[0]})")
+    if unexpected:
+        problems.append(f'{len(unexpected)} tensors are unknown to the model (first: {unexpected[0]})')
+    if shapes:
+        name = shapes[0]
+        sizes = f'{tuple(given[name].shape)}, not {tuple(wanted[name].shape)}'
+        problems.append(f'{len(shapes)} have another shape (first: {name}, {sizes})')
+    return ', '.join(problems)
+
+
+def format_create_model(name: str, args: Mapping[str, object]) -> str:
+    """Formats a call of `timm.create_model` as Python code."""
+    return f'timm.create_model({", ".join([repr(name), *(f"{key}={value!r}" for key, value in args.items())])})'
+
+
+def resnet_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Finds a ResNet-hosted network's arguments from shapes; LookupError if tensors are missing."""
+    layers: tuple[int, ...] = ()
+    while f'layer{len(layers) + 1}.0.conv1.weight' in state:
+        stage = f'layer{len(layers) + 1}'
+        layers += (sum(name.startswith(f'{stage}.') and name.endswith('.conv1.weight') for name in state),)
+    if len(layers) != 4:
+        raise LookupError(f'there are {len(layers)} complete stages, not 4')
+    planes = tuple(len(state[f'layer{stage + 1}.0.conv3.weight']) // 4 for stage in range(len(layers)))
+    block = f'layer{len(layers)}.0'
+    width, width_of_group = state[f'{block}.convs.0.weight'].shape[:2]
+    found: dict[str, Any] = dict(
+        layers=layers, base_width=base_width(state, planes), scale=len(state[f'{block}.conv1.weight']) // width
+    )
+    if sum(layers) > MAX_BLOCKS or sum(layers) * (found['scale'] - 1) > len(state):  # before such a network is made
+        raise LookupError('there are fewer convolutions than shapes imply')
+    if width != width_of_group:
+        found['cardinality'] = width // width_of_group
+    if 'conv1.0.weight' in state:
+        found.update(stem_type='deep', stem_width=len(state['conv1.0.weight']))
+    if 'maxpool.0.weight' in state:  # a convolution
+        found['replace_stem_pool'] = True
+    if state.get('layer2.0.downsample.1.weight', torch.empty(0)).ndim == 4:
+        found['avg_down'] = True
+    if planes != DEFAULTS['channels']:
+        found['channels'] = planes
+    if f'{block}.se.fc1.weight' in state:
+        found['attn_layer'] = 'se'
+    elif f'{block}.se.conv.weight' in state:
+        found['attn_layer'] = 'eca'
+    return found
+
+
+def base_width(state: Mapping[str, Tensor], planes: tuple[int, ...]) -> float:
+    """Finds the least base width, if possible an integer, with floor(planes * base_width / 64) channels in a split."""
+    groups = [state[f'layer{stage + 1}.0.convs.0.weight'].shape[1] for stage in range(len(planes))]
+    width: float = max(-(-64 * group // plane) for group, plane in zip(groups, planes))
+    if any(plane * width // 64 != group for group, plane in zip(groups, planes)):
+        width = max(64 * group / plane for group, plane in zip(groups, planes))
+    return width

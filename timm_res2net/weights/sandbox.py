@@ -1,0 +1,545 @@
+"""Parses weights files of every format but safetensors in a process of its own, with Python's standard library alone.
+
+    python -I -S sandbox.py < FILE > ANSWER
+
+No name in a pickle is ever imported: each one stands for an inert class below. Whatever else a hostile file can do -
+exhaust memory or time, crash the interpreter - it does to this process, within limits that the operating system
+enforces (POSIX; elsewhere only the parent's clock does). `readers.py` starts this script and checks its answer.
+
+The answer is one line of JSON, followed by the bytes of all storages that have no place in the file:
+
+    {"tensors":     {name: [dtype, index of the storage, shape, strides, offset]},
+     "unsupported": {name: why the tensor under this name cannot be read},
+     "storages":    [[start in the file, or null if the bytes follow this line, size]],
+     "values":      {name: plain values next to the tensors}}
+
+or {"refused": why the file cannot be read}. Sizes and starts are in bytes, strides and offsets in elements.
+"""
+
+import io
+import json
+import math
+import os
+import pickle
+import re
+import struct
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any, BinaryIO
+
+VALUES = 'arch', 'args', 'hyper_parameters', 'model_args', 'timm_res2net'  # of timm's scripts, Lightning, and ours
+MAX_TEXT, MAX_ITEMS, MAX_DEPTH = 10_000, 1000, 6  # of these values
+MAX_NAME = 500  # characters of a tensor's name
+MAX_TENSORS = 30_000
+
+WIDTHS = dict(float16=2, float32=4, float64=8, bfloat16=2, int8=1, int16=2, int32=4, int64=8, uint8=1, bool=1)
+ALIASES = {  # what numpy, torch's storages, MindSpore, Paddle and OneFlow call these types
+    'float16': 'f2 Half Float16 4 kFloat16',
+    'float32': 'f4 Float Float32 5 kFloat',
+    'float64': 'f8 Double Float64 6 kDouble',
+    'bfloat16': 'BFloat16 22 kBFloat16',
+    'int8': 'i1 Char Int8 kInt8',
+    'int16': 'i2 Short Int16 kInt16',
+    'int32': 'i4 Int Int32 2 kInt32',
+    'int64': 'i8 Long Int64 3 kInt64',
+    'uint8': 'u1 Byte UInt8 Untyped Typed kUInt8',
+    'bool': 'b1 Bool kBool',
+}
+DTYPES = {alias: name for name, aliases in ALIASES.items() for alias in (name, *aliases.split())}
+
+DAMAGED = 'The file is truncated or damaged: download it again.'
+
+
+class Refused(Exception):
+    """Why a file cannot be read."""
+
+
+# What a pickle may build
+
+
+class Inert(dict[Any, Any]):
+    """Stands for any class or function that a pickle names: accepts everything, does nothing."""
+
+    qualified_name = ''
+    state: Any = None
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__()
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+    def ignore(self, *args: Any) -> None: ...
+
+    append = extend = add = ignore
+    __hash__ = object.__hash__  # type: ignore[assignment]
+    __eq__ = object.__eq__
+
+
+class Mapping(Inert):
+    """Stands for an OrderedDict, to which Python 2 passed its items."""
+
+    def __init__(self, items: Any = ()) -> None:
+        super().__init__()
+        self.update(items)
+
+
+class Storage:
+    """Bytes that tensors share: at a place in the file, or in memory."""
+
+    def __init__(self, dtype: Any, count: Any) -> None:
+        self.dtype, self.count = dtype, count
+        self.start: int | None = None
+        self.size = -1  # until it is found
+        self.data: Any = b''
+
+
+class Tensor:
+    """A view of a storage. Nothing about it has been checked."""
+
+    def __init__(self, dtype: Any, storage: Any, shape: Any, strides: Any = None, offset: Any = 0) -> None:
+        self.dtype, self.storage, self.shape = dtype, storage, shape
+        self.strides, self.offset = strides, offset
+
+    def __setstate__(self, state: Any) -> None: ...
+
+
+class View(Storage):
+    """A storage that begins within another one, in files of torch before 1.6."""
+
+    def __init__(self, base: Storage, offset: Any) -> None:
+        super().__init__(base.dtype, base.count)
+        self.base, self.offset = base, offset
+
+
+class DType:
+    """Stands for `numpy.dtype`."""
+
+    order = '|'
+
+    def __init__(self, code: Any, *flags: Any) -> None:
+        self.code = code
+
+    def __setstate__(self, state: Any) -> None:
+        self.order = state[1]
+
+
+class Array:
+    """Stands for a numpy array."""
+
+    tensor: Tensor | None = None
+
+    def __setstate__(self, state: Any) -> None:
+        _, shape, dtype, fortran, raw = state
+        known = isinstance(dtype, DType) and dtype.order in ('<', '|', '=') and isinstance(raw, bytes | str)
+        data = (raw.encode('latin1') if isinstance(raw, str) else raw) if known else b''
+        strides = [math.prod(shape[:i]) for i in range(len(shape))] if fortran else None
+        self.tensor = in_memory(dtype.code if known else None, shape, data, strides)
+
+
+class Variable(Inert):
+    """Stands for a tensor of OneFlow, which holds an array or the name of a folder."""
+
+
+def in_memory(dtype: Any, shape: Any, data: Any, strides: Any = None) -> Tensor:
+    """Makes a tensor of its own bytes."""
+    storage = Storage(DTYPES.get(dtype) if isinstance(dtype, str) else None, None)
+    storage.data, storage.size = data, len(data)
+    return Tensor(storage.dtype, storage, shape, strides)
+
+
+def array_from_buffer(raw: Any, dtype: Any, shape: Any, order: Any) -> Array:
+    array = Array()
+    array.__setstate__((1, shape, dtype, order == 'F', bytes(raw)))
+    return array
+
+
+def rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *more: Any) -> Tensor:
+    if not isinstance(storage, Storage):  # of a tensor that was pickled without `torch.save`
+        return unsupported_tensor()
+    dtype = more[2] if len(more) > 2 else None  # of `_rebuild_tensor_v3`
+    if isinstance(dtype, type):  # one that is not among ours, such as float8
+        dtype = getattr(dtype, 'qualified_name', '')
+    dtype = dtype if isinstance(dtype, str) else storage.dtype
+    if isinstance(storage, View):
+        return Tensor(dtype, storage.base, shape, strides, int(offset) + int(storage.offset))
+    return Tensor(dtype, storage, shape, strides, offset)
+
+
+def unsupported_tensor(*args: Any) -> Tensor:
+    return Tensor(None, None, ())
+
+
+BUILDERS: dict[str, Any] = {
+    'numpy.multiarray._reconstruct': lambda *args: Array(),
+    'numpy.numeric._frombuffer': array_from_buffer,
+    'numpy.dtype': DType,
+    'oneflow.Tensor': Variable,
+    'oneflow.nn.Parameter': Variable,
+    'collections.OrderedDict': Mapping,
+    'builtins.tuple': tuple,
+    'torch.Size': tuple,
+    '_codecs.encode': lambda text, *encoding: text.encode('latin1'),
+    'torch._utils._rebuild_tensor': rebuild_tensor,
+    'torch._utils._rebuild_tensor_v2': rebuild_tensor,
+    'torch._utils._rebuild_tensor_v3': rebuild_tensor,
+    'torch._utils._rebuild_parameter': lambda tensor, *more: tensor,
+    'torch._utils._rebuild_parameter_with_state': lambda tensor, *more: tensor,
+    'torch._utils._rebuild_device_tensor_from_cpu_tensor': lambda tensor, *more: tensor,
+    'torch._tensor._rebuild_from_type_v2': lambda make, kind, args, state: make(*args),
+}
+
+
+class Unpickler(pickle.Unpickler):
+    """Builds tensors and plain containers; everything else is inert."""
+
+    def __init__(self, file: Any, storages: dict[str, Storage]) -> None:
+        super().__init__(file, encoding='latin1')
+        self.storages = storages
+
+    def find_class(self, module: str, name: str) -> Any:
+        full = re.sub(r'^numpy\._?core\.', 'numpy.', f'{module}.{name}'.replace('__builtin__.', 'builtins.'))
+        if module in ('torch', 'torch.storage') and name.endswith('Storage'):
+            return DTYPES.get(name[:-7], name[:-7])
+        if module == 'torch' and name in DTYPES:
+            return name
+        if full in BUILDERS:
+            return BUILDERS[full]
+        if full.startswith('torch._utils._rebuild_'):  # sparse, quantized, nested, meta
+            return unsupported_tensor
+        return type('Inert', (Inert,), {'qualified_name': full})
+
+    def persistent_load(self, saved: Any) -> Any:
+        if saved[0] != 'storage':  # a class with its source code, in files of torch before 1.6
+            return saved[1]
+        _, dtype, key, _, count, *views = saved
+        if not isinstance(key, str) or type(count) is not int or not isinstance(dtype, str):
+            raise Refused(f'a storage has no type, key or size. {DAMAGED}')
+        storage = self.storages.setdefault(key, Storage(dtype, count))
+        return View(storage, views[0][1]) if views and views[0] else storage
+
+
+# Formats: each reader returns what the file holds
+
+
+def read_zip(file: BinaryIO) -> Any:
+    """Reads an archive of `torch.save`, or a zipped folder of OneFlow."""
+    import zipfile
+
+    with zipfile.ZipFile(file) as archive:
+        names = archive.namelist()
+        for name in names:
+            for end, kind in OTHER_ARCHIVES.items():
+                if name.endswith(end):
+                    raise Refused(f'it is {kind}')
+        for name in names:
+            folder, slash, last = name.rpartition('/')
+            if last in ('pickled_data', 'snapshot_done'):
+                return read_oneflow(file, archive, folder + slash)
+        folder = names[0].partition('/')[0]
+        if f'{folder}/data.pkl' not in names:
+            raise Refused('it is a zip archive, but of neither torch nor OneFlow. Give the weights file itself')
+        if f'{folder}/byteorder' in names and archive.read(f'{folder}/byteorder') != b'little':
+            raise Refused('its numbers are big-endian. Save it again on a little-endian machine')
+        storages: dict[str, Storage] = {}
+        found = Unpickler(io.BytesIO(archive.read(f'{folder}/data.pkl')), storages).load()
+        for key, storage in storages.items():
+            locate_member(file, archive, f'{folder}/data/{key}', storage)
+        return found
+
+
+EXPORTED = 'a program of torch.export. Its weights are torch.export.load(FILE).state_dict, if you trust the file'
+OTHER_ARCHIVES = {  # that begin as those of torch do, by how the name of one member ends
+    '/constants.pkl': 'a TorchScript program. Its weights are torch.jit.load(FILE).state_dict(), if you trust the file',
+    '/models/model.json': EXPORTED,
+    'serialized_exported_program.json': EXPORTED,  # of torch 2.6
+    '.npy': 'an archive of numpy arrays. Save a dict of tensors with torch.save',
+}
+
+
+def locate_member(file: BinaryIO, archive: Any, name: str, storage: Storage) -> None:
+    """Finds the bytes of an archive's member: at their place in the file if they are not compressed."""
+    info = archive.getinfo(name)
+    expected = storage.count * WIDTHS.get(storage.dtype, 0)
+    if storage.dtype in WIDTHS and storage.count is not None and info.file_size != expected:
+        raise Refused(f'a storage of {expected:,} bytes has {info.file_size:,}. {DAMAGED}')
+    storage.size = info.file_size
+    if info.compress_type == 0:
+        file.seek(info.header_offset + 26)
+        lengths = struct.unpack('<HH', file.read(4))  # of name and padding
+        storage.start = info.header_offset + 30 + sum(lengths)
+    else:
+        with archive.open(info) as member:
+            storage.data = member.read(info.file_size)
+        storage.size = len(storage.data)
+
+
+def read_legacy(file: BinaryIO) -> Any:
+    """Reads a file of `torch.save` before 1.6: five pickles, the last one of the keys of the storages that follow."""
+    storages: dict[str, Storage] = {}
+    _magic, _version, system, found, keys = (Unpickler(file, storages).load() for _ in range(5))
+    if system['little_endian'] is False:
+        raise Refused('its numbers are big-endian. Save it again on a little-endian machine')
+    for key in keys:
+        storage = storages[key]
+        (count,) = struct.unpack('<q', file.read(8))
+        if count != storage.count or count < 0:
+            raise Refused(f'a storage of {storage.count:,} numbers has {count:,}. {DAMAGED}')
+        storage.start, storage.size = file.tell(), count * WIDTHS.get(storage.dtype, 1)
+        file.seek(storage.size, 1)
+    return found
+
+
+def read_pickle(file: BinaryIO) -> Any:
+    """Reads a pickle of numpy arrays: PaddlePaddle's .pdparams, detectron2's and Jittor's .pkl, OneFlow's files."""
+    found = Unpickler(file, {}).load()
+    return found['data'] if isinstance(found, dict) and '__oneflow__' in found else found
+
+
+def read_fields(data: Any) -> Iterator[tuple[int, Any]]:
+    """Reads a protocol buffer message: the number of each field, and an integer or the field's bytes."""
+    at = 0
+
+    def read_varint() -> int:
+        nonlocal at
+        value = shift = 0
+        while True:
+            byte = data[at]
+            value, at, shift = value | (byte & 127) << shift, at + 1, shift + 7
+            if byte < 128:
+                return value
+
+    while at < len(data):
+        key = read_varint()
+        kind = key & 7
+        if kind == 0:
+            yield key >> 3, read_varint()
+            continue
+        size = {1: 8, 5: 4}[kind] if kind != 2 else read_varint()
+        if at + size > len(data):
+            raise Refused(f'a field ends beyond the end of the file. {DAMAGED}')
+        yield key >> 3, data[at : at + size]
+        at += size
+
+
+def read_mindspore(file: BinaryIO) -> Any:
+    """Reads MindSpore's checkpoint: Checkpoint {1: Value {1: name, 2: Tensor {1: sizes, 2: type, 3: bytes}}}."""
+    data = memoryview(file.read())
+    if bytes(data[-17:-10]) == b'crc_num':  # a checksum that some versions append
+        data = data[:-17]
+    found: dict[str, Tensor] = {}
+    for _, value in read_fields(data):
+        if value[:1] == b'\x08':
+            raise Refused("it is PaddlePaddle's inference program (.pdmodel). Give the .pdparams file of the training")
+        parts = dict(read_fields(value))
+        name, fields = str(parts[1], 'utf-8'), [*read_fields(parts[2])]
+        by_number = dict(fields)
+        if not name or name in found:
+            raise Refused(f'the name {name[:100]!r} is empty or occurs twice. {DAMAGED}')
+        dtype = str(by_number[2], 'utf-8')
+        if dtype != 'str':  # text that a training script appended
+            found[name] = in_memory(dtype, [size for number, size in fields if number == 1], by_number.get(3, b''))
+    return found
+
+
+def read_tape(file: BinaryIO) -> Any:
+    """Reads a tape archive with a file for each variable, as PaddlePaddle saved before version 2."""
+    import tarfile
+
+    found: dict[str, Tensor] = {}
+    with tarfile.open(fileobj=file, mode='r:') as archive:
+        for member in archive:
+            if member.isdir():
+                continue
+            opened = archive.extractfile(member) if member.isfile() else None
+            if opened is None:
+                raise Refused(f'{member.name[:100]!r} in it is not a plain file. Give the archive that Paddle saved')
+            name = os.path.basename(member.name)
+            if name in found:
+                raise Refused(f'{member.name[:100]!r} in it occurs twice. {DAMAGED}')
+            found[name] = read_paddle_variable(memoryview(opened.read()))
+    return found
+
+
+def read_paddle_variable(data: memoryview) -> Tensor:
+    """Reads version, positions of sequences (which weights do not have), size of the description, and that."""
+    at = 12
+    for _ in range(struct.unpack_from('<Q', data, 4)[0]):
+        at += 8 + struct.unpack_from('<Q', data, at)[0]
+    _, size = struct.unpack_from('<Ii', data, at)
+    fields = [*read_fields(data[at + 8 : at + 8 + size])]
+    shape = [value for number, value in fields if number == 2]
+    return in_memory(str(dict(fields)[1]), shape, data[at + 8 + size :])
+
+
+def read_oneflow(file: BinaryIO, archive: Any, folder: str) -> Any:
+    """Reads a zipped folder of OneFlow before 1.0: a folder for each tensor, since 0.6 with a pickle of names."""
+    names = archive.namelist()
+
+    def read_variable(path: str) -> Tensor:
+        meta = re.fullmatch(
+            r'shape \{\s*((?:dim: \d{1,18}\s+)*)\}\s*data_type: (\w+)\s*', archive.read(f'{folder}{path}/meta').decode()
+        )
+        if meta is None:
+            raise Refused(f'{path[:100]}/meta is not the type and shape of a tensor. {DAMAGED}')
+        shape, dtype = [int(each) for each in re.findall(r'\d+', meta[1])], DTYPES.get(meta[2])
+        storage = Storage(dtype, math.prod(shape))
+        locate_member(file, archive, f'{folder}{path}/out', storage)
+        return Tensor(dtype, storage, shape)
+
+    if f'{folder}pickled_data' not in names:
+        paths = [name[len(folder) : -5] for name in names if name.startswith(folder) and name.endswith('/meta')]
+        return {path: read_variable(path) for path in paths}
+    found = Unpickler(io.BytesIO(archive.read(f'{folder}pickled_data')), {}).load()['data']
+    return {name: read_variable(value.state['path']) for name, value in found.items() if isinstance(value, Variable)}
+
+
+FORMATS: tuple[tuple[int, bytes, Any], ...] = (  # where in a file which bytes are, and its reader or what it is
+    (0, b'PK\x03\x04', read_zip),
+    (0, b'\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19', read_legacy),
+    (0, b'\x80', read_pickle),
+    (257, b'ustar', read_tape),
+    (0, b'\x0a', read_mindspore),
+    (0, b'\x89HDF', "an HDF5 file of Keras. The Res2Nets for Keras are timm's: use those"),
+    (0, b'\x08', 'an ONNX model, or another protocol buffer. Give the weights it was made from'),
+    (4, b'TFL3', 'a TFLite model. Give the weights it was made from'),
+    (0, b'ptrt', 'a TensorRT engine. Give the weights it was made from'),
+    (0, b'ftrt', 'a TensorRT engine. Give the weights it was made from'),
+    (0, bytes(8), "PaddlePaddle's inference parameters (.pdiparams), without names. Give the .pdparams file instead"),
+)
+
+
+def read_file(file: BinaryIO) -> Any:
+    """Reads a file in the format that its first bytes belong to."""
+    head = file.read(512)
+    file.seek(0)
+    for at, magic, reader in FORMATS:
+        if head[at : at + len(magic)] == magic:
+            if isinstance(reader, str):
+                raise Refused(f'it is {reader}')
+            return reader(file)
+    raise Refused(
+        f'it is not a weights file of a known format: it begins with {head[:8]!r}. Give safetensors, .pth, .pdparams, '
+        '.pkl, .ckpt of MindSpore, .tar of PaddlePaddle, or .zip of OneFlow'
+    )
+
+
+# From what a file holds to the answer
+
+
+def find_tensors(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Tensor]]:
+    """Finds the tensors in nested dicts and pickled modules, with names joined by dots."""
+    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], Array):  # PaddlePaddle's name and array
+        value = value[1]
+    if isinstance(value, Variable) and isinstance(value.state, dict):
+        value = value.state.get('data')
+    if isinstance(value, Array):
+        value = value.tensor
+    if isinstance(value, Tensor):
+        yield '.'.join(path), value
+        return
+    if not isinstance(value, dict):
+        return
+    state = value.state if isinstance(value, Inert) and isinstance(value.state, dict) else {}
+    for items in (value, state):
+        for key, item in items.items():
+            if isinstance(key, str | int):
+                inside = path if key in ('_parameters', '_buffers', '_modules') else (*path, str(key))
+                yield from find_tensors(item, inside)
+
+
+def to_plain(value: Any, depth: int = 0) -> Any:
+    """Reduces a value to what JSON holds: objects become their attributes or, like classes, type names."""
+    if depth == MAX_DEPTH:
+        return None
+    if isinstance(value, type) and issubclass(value, Inert):
+        return f'<class {value.qualified_name}>'
+    if isinstance(value, Inert):
+        content = {**value, **(value.state if isinstance(value.state, dict) else {})}
+        value = content if content or isinstance(value, Mapping) else f'<{value.qualified_name}>'
+    if isinstance(value, dict):
+        items = [(key, each) for key, each in value.items() if isinstance(key, str) and len(key) <= MAX_NAME]
+        return {key: to_plain(each, depth + 1) for key, each in items[:MAX_ITEMS] if not isinstance(each, Tensor)}
+    if isinstance(value, list | tuple):
+        return [to_plain(each, depth + 1) for each in value[:MAX_ITEMS]]
+    if isinstance(value, str):
+        return value[:MAX_TEXT]
+    is_number = type(value) in (bool, float) or (type(value) is int and abs(value) < 1 << 63)
+    return value if is_number else None
+
+
+def answer(found: Any, file_size: int, out: BinaryIO) -> None:
+    """Writes what a file holds."""
+    if not isinstance(found, dict):
+        raise Refused(f'it holds a {type(found).__name__}, not tensors by name. Save a dict of tensors')
+    tensors: dict[str, Any] = {}
+    unsupported: dict[str, str] = {}
+    places: dict[int, int] = {}
+    storages: list[Storage] = []
+    for name, tensor in find_tensors(found):
+        if len(name) > MAX_NAME or len(tensors) + len(unsupported) >= MAX_TENSORS:
+            raise Refused(
+                f'it holds a name of over {MAX_NAME} characters ({name[:100]}), or over {MAX_TENSORS:,} tensors'
+            )
+        storage = tensor.storage
+        if storage is None:
+            unsupported[name] = 'it is sparse, quantized, nested, without values or pickled without torch.save'
+            continue
+        if tensor.dtype not in WIDTHS:
+            unsupported[name] = f'its type is {tensor.dtype[:40] if isinstance(tensor.dtype, str) else "unknown"}'
+            continue
+        if storage.size < 0:
+            raise Refused(f'the bytes of {name} are missing. {DAMAGED}')
+        if id(storage) not in places:
+            places[id(storage)] = len(storages)
+            storages.append(storage)
+        shape, strides = [*tensor.shape], tensor.strides
+        if strides is None:
+            strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
+        count = math.prod(shape)
+        if storage.count is None and count * WIDTHS[tensor.dtype] != storage.size:
+            raise Refused(f'{name} of shape {str(shape)[:100]} has {storage.size:,} bytes. {DAMAGED}')
+        tensors[name] = [tensor.dtype, places[id(storage)], shape, [*strides], tensor.offset]
+    values = {key: to_plain(found[key]) for key in VALUES if key in found and not isinstance(found[key], Tensor)}
+    located = [[storage.start, storage.size] for storage in storages]
+    header = dict(tensors=tensors, unsupported=unsupported, storages=located, values=values)
+    out.write(json.dumps(header).encode() + b'\n')
+    for storage in storages:
+        if storage.start is None:
+            out.write(storage.data)
+
+
+def limit_resources(size: int) -> None:
+    """Limits this process to 100 MB and 4 times the file's size, and to a second of CPU and one for each 100 MB."""
+    try:
+        import resource
+    except ImportError:  # on Windows
+        return
+    limits = ((resource.RLIMIT_AS, 100_000_000 + 4 * size), (resource.RLIMIT_CPU, 1 + size // 100_000_000))
+    for kind, limit in (*limits, (resource.RLIMIT_CORE, 0)):
+        with suppress(ValueError, OSError):  # macOS does not limit address space
+            resource.setrlimit(kind, (limit, limit))
+
+
+def main() -> None:
+    """Reads standard input; writes the answer to standard output."""
+    size = os.fstat(0).st_size
+    limit_resources(size)
+    out = sys.stdout.buffer
+    try:
+        answer(read_file(open(0, 'rb')), size, out)  # noqa: SIM115 - ends with the process
+        return
+    except Refused as error:
+        reason = str(error)
+    except (MemoryError, RecursionError):
+        reason = f'its {size:,} bytes unpack to more, or nest deeper, than those of any weights file'
+    except Exception as error:  # damaged data can raise nearly anything
+        reason = f'{type(error).__name__}: {str(error)[:200]}. {DAMAGED}'
+    out.write(json.dumps({'refused': reason[:1000]}).encode() + b'\n')
+    out.flush()
+    sys.exit(1)
+
+
+if __name__ == '__main__':
+    main()
