@@ -63,6 +63,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from make_openmmlab import mmdet_backbone
 from reference import bare, pack, random_value, save_reference, stub
 from torch import nn
 from torchvision.ops import deform_conv2d
@@ -115,14 +116,7 @@ def openmmlab_networks(folder: Path) -> tuple[type[nn.Module], type[nn.Module]]:
 
     deform_conv.deform_conv2d, modulated_deform_conv.modulated_deform_conv2d = deform_conv_v1, deform_conv_v2
 
-    for name in ('mmdet', 'mmdet.models', 'mmdet.models.backbones'):
-        bare(name)
-    layers = bare('mmdet.models.layers')
-    from mmdet.models.layers.res_layer import ResLayer
-
-    layers.ResLayer = ResLayer
-    from mmdet.models.backbones.res2net import Res2Net
-
+    mmdet = mmdet_backbone()
     # UniverseNet is an mmdet too, an older one
     for name in [name for name in sys.modules if name.split('.')[0] == 'mmdet']:
         del sys.modules[name]
@@ -140,7 +134,7 @@ def openmmlab_networks(folder: Path) -> tuple[type[nn.Module], type[nn.Module]]:
     utils.ResLayer = OlderResLayer
     from mmdet.models.backbones.res2net import Res2Net as UniverseNet
 
-    return Res2Net, UniverseNet
+    return mmdet, UniverseNet
 
 
 def common_name(name: str) -> str:

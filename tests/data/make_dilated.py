@@ -66,7 +66,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from reference import bare, pack, random_value, save_reference, stub
+from make_openmmlab import mmdet_backbone, mmpretrain_backbone
+from reference import bare, images, pack, random_value, save_reference, stage_maps, stub
 from torch import nn
 
 
@@ -93,28 +94,13 @@ def urn_backbone(folder: Path) -> type[nn.Module]:
     return Res2Net
 
 
-def openmmlab_backbones() -> tuple[type[nn.Module], type[nn.Module]]:
-    """Imports mmdet's and mmpretrain's backbone."""
-    for package in ('mmdet', 'mmpretrain'):
-        for name in (package, f'{package}.models', f'{package}.models.backbones'):
-            bare(name)
-    layers = bare('mmdet.models.layers')
-    from mmdet.models.layers.res_layer import ResLayer
-
-    layers.ResLayer = ResLayer
-    from mmdet.models.backbones.res2net import Res2Net as DetectorRes2Net
-    from mmpretrain.models.backbones.res2net import Res2Net
-
-    return DetectorRes2Net, Res2Net
-
-
 def networks(folder: Path) -> dict[str, tuple[str, str, nn.Module]]:
     """The networks, each with its file and with what precedes its names in a checkpoint of its project."""
     uacanet = file_module(folder / 'UACANet/lib/backbones/Res2Net_v1b.py')
     inspyrenet = file_module(folder / 'InSPyReNet/lib/backbones/Res2Net_v1b.py')
     poolnet = file_module(folder / 'Res2Net-PoolNet/networks/deeplab_res2net.py')
     urn = urn_backbone(folder)
-    mmdet, mmpretrain = openmmlab_backbones()
+    mmdet, mmpretrain = mmdet_backbone(), mmpretrain_backbone()
     layers = [3, 4, 6, 3]
     thin = dict(baseWidth=2, scale=4)
     openmmlab = dict(depth=50, base_width=2, scales=4, out_indices=(0, 1, 2, 3))
@@ -162,17 +148,6 @@ def randomise(model: nn.Module, drawn: dict[tuple[str, torch.Size], np.ndarray],
             tensor.copy_(torch.from_numpy(drawn[key]))
 
 
-def stage_maps(model: nn.Module, images: np.ndarray) -> list[np.ndarray]:
-    """Runs a network as it is and takes what its four stages return."""
-    maps: list[np.ndarray] = []
-    stages = (model.layer1, model.layer2, model.layer3, model.layer4)
-    hooks = [stage.register_forward_hook(lambda *call: maps.append(call[-1].numpy().copy())) for stage in stages]
-    model(torch.from_numpy(images))
-    for hook in hooks:
-        hook.remove()
-    return maps
-
-
 def unpack(path: Path) -> None:
     """Stores arrays as they are, so that the archive holds once what several networks compute, and one image of two."""
     with np.load(path) as file:
@@ -192,7 +167,7 @@ def save_state(state: dict[str, torch.Tensor], path: Path) -> None:
 def main(folder: Path) -> None:
     rng = np.random.default_rng(0)
     drawn: dict[tuple[str, torch.Size], np.ndarray] = {}
-    wide = {'images': (rng.integers(0, 256, (1, 3, 8, 552)) / 128 - 1).astype('float32')}
+    wide = {'images': images((1, 3, 8, 552), rng)}
     with tempfile.TemporaryDirectory() as temporary, torch.no_grad():
         for name, (file, prefix, model) in networks(folder).items():
             model.eval()  # mmdet's returns nothing
@@ -200,8 +175,8 @@ def main(folder: Path) -> None:
             state = {prefix + key: tensor for key, tensor in model.state_dict().items()}
             save_state(state, Path(temporary, f'{file}.pth'))
 
-            def run(images: np.ndarray, model: nn.Module = model) -> list[np.ndarray]:
-                return stage_maps(model, images)
+            def run(x: np.ndarray, model: nn.Module = model) -> list[np.ndarray]:
+                return stage_maps((model.layer1, model.layer2, model.layer3, model.layer4), model, x)
 
             save_reference(run, Path(temporary, name), np.random.default_rng(0))
             unpack(Path(temporary, f'{name}.npz'))

@@ -22,7 +22,6 @@ What the networks compute:
   it is, as mmdet's do. The last stage has stride 1 and dilations 2, 4, 8.
 """
 
-import contextlib
 import sys
 import tempfile
 from collections.abc import Callable
@@ -33,7 +32,7 @@ import numpy as np
 import torch
 from make_dilated import randomise
 from make_vecroad import repeat_vectors
-from reference import pack
+from reference import images, pack, stage_maps
 from torch import nn
 
 Network = tuple[nn.Module, dict[str, nn.Module], Callable[[torch.Tensor], Any]]
@@ -74,23 +73,6 @@ def fcanet(folder: Path) -> Network:
     return net, {**parts, **dict(last.named_children())}, lambda x: last(first(x))
 
 
-def stage_maps(parts: dict[str, nn.Module], run: Callable[[torch.Tensor], Any], images: np.ndarray) -> list[np.ndarray]:
-    """Runs a network and takes what its four stages return.
-
-    MEGANet fails after them for images whose sides are no multiples of 32, where it concatenates their maps.
-    """
-    maps: list[np.ndarray] = []
-    stages = [parts[f'layer{i}'] for i in (1, 2, 3, 4)]
-    hooks = [stage.register_forward_hook(lambda *call: maps.append(call[-1].numpy().copy())) for stage in stages]
-    fails = any(side % 32 for side in images.shape[2:])
-    with contextlib.suppress(RuntimeError) if fails else contextlib.nullcontext():
-        run(torch.from_numpy(images))
-    for hook in hooks:
-        hook.remove()
-    assert len(maps) == 4
-    return maps
-
-
 NETWORKS = {  # how it is built, channels of its images, and a tensor of another part
     'meganet': (meganet, 3, 'net.up5.0.conv.0.weight'),
     'fcanet': (fcanet, 5, 'my_aspp.aspp1.bn.weight'),
@@ -111,15 +93,16 @@ def main(folder: Path) -> None:
             state = net.state_dict()
             kept = {key: tensor for key, tensor in state.items() if tensor.data_ptr() in own or key == other}
             torch.save({**kept, other: torch.ones(1)}, Path(temporary, f'{name}.pth'))
+            stages = [parts[f'layer{i}'] for i in (1, 2, 3, 4)]
             arrays = {}
             for size in (64, 65):
-                x = (rng.integers(0, 256, (1, channels, size, size)) / 128 - 1).astype('float32')
-                arrays[f'images{size}'] = x
-                maps = stage_maps(parts, run, x)
+                arrays[f'images{size}'] = images((1, channels, size, size), rng)
+                maps = stage_maps(stages, run, arrays[f'images{size}'], divisor=32)
                 arrays.update({f'map{size}_{i}': feature[:, ::8] for i, feature in enumerate(maps)})
             np.savez(Path(temporary, f'{name}.npz'), **arrays)
-        wide = (rng.integers(0, 256, (1, channels, 8, 264)) / 128 - 1).astype('float32')
-        np.savez(Path(temporary, 'wide.npz'), images=wide, fcanet=stage_maps(parts, run, wide)[3][:, ::8])
+        wide = images((1, channels, 8, 264), rng)
+        last = stage_maps(stages, run, wide, divisor=32)[3][:, ::8]
+        np.savez(Path(temporary, 'wide.npz'), images=wide, fcanet=last)
         pack(temporary, 'encoders.tar.xz')
 
 

@@ -44,20 +44,26 @@ class Detector(nn.Module):
         return self.backbone(x)
 
 
-def backbones() -> tuple[type[nn.Module], type[nn.Module]]:
-    """Imports mmpretrain's and mmdet's backbone."""
+def mmpretrain_backbone() -> type[nn.Module]:
+    """Imports mmpretrain's backbone."""
     for name in ('mmpretrain', 'mmpretrain.models', 'mmpretrain.models.backbones'):
         bare(name)
+    from mmpretrain.models.backbones.res2net import Res2Net
+
+    return Res2Net
+
+
+def mmdet_backbone() -> type[nn.Module]:
+    """Imports mmdet's backbone."""
     for name in ('mmdet', 'mmdet.models', 'mmdet.models.backbones'):
         bare(name)
     layers = bare('mmdet.models.layers')
     from mmdet.models.layers.res_layer import ResLayer
 
     layers.ResLayer = ResLayer
-    from mmdet.models.backbones.res2net import Res2Net as DetectorRes2Net
-    from mmpretrain.models.backbones.res2net import Res2Net
+    from mmdet.models.backbones.res2net import Res2Net
 
-    return Res2Net, DetectorRes2Net
+    return Res2Net
 
 
 def arrays(computed: torch.Tensor | tuple[torch.Tensor, ...]) -> Any:
@@ -65,7 +71,7 @@ def arrays(computed: torch.Tensor | tuple[torch.Tensor, ...]) -> Any:
 
 
 def main() -> None:
-    mmpretrain, mmdet = backbones()
+    mmpretrain, mmdet = mmpretrain_backbone(), mmdet_backbone()
     args = dict(depth=50, scales=4, base_width=2)
     made = {
         'mmpretrain': Classifier(mmpretrain(deep_stem=False, avg_down=False, **args)),

@@ -29,7 +29,6 @@ map of the odd and the wide image is off by more than 0.1 with another first blo
 - All norms add 1e-5 to the variance.
 """
 
-import contextlib
 import sys
 import tempfile
 from pathlib import Path
@@ -38,7 +37,7 @@ from typing import Any
 import numpy as np
 import torch
 from make_dilated import randomise, unpack
-from reference import pack, save_reference
+from reference import images, pack, save_reference, stage_maps
 from torch import nn
 
 
@@ -54,24 +53,6 @@ def rpnet(folder: Path) -> Any:
     return model.RPNet()
 
 
-def stage_maps(net: Any, images: np.ndarray) -> list[np.ndarray]:
-    """Runs the network as it is and takes what its four stages return.
-
-    Only images whose sides are multiples of 8 get through all of it; with others it fails after the stages, where it
-    concatenates their maps.
-    """
-    maps: list[np.ndarray] = []
-    stages = (net.stage_2, net.stage_3, net.stage_4, net.stage_5)
-    hooks = [stage.register_forward_hook(lambda *call: maps.append(call[-1].numpy().copy())) for stage in stages]
-    fails = any(side % 8 for side in images.shape[2:])
-    with contextlib.suppress(RuntimeError) if fails else contextlib.nullcontext():
-        net(torch.from_numpy(images), None, test=True)
-    for hook in hooks:
-        hook.remove()
-    assert len(maps) == 4
-    return maps
-
-
 def repeat_vectors(model: nn.Module) -> None:
     """Repeats the values of norms after 100 channels, to save room; filters do after 64, so no channels are equal."""
     for tensor in model.state_dict().values():
@@ -82,7 +63,7 @@ def repeat_vectors(model: nn.Module) -> None:
 def main(folder: Path) -> None:
     net = rpnet(folder).eval()
     rng = np.random.default_rng(10)  # other geometries show more in its maps than in those of most seeds
-    wide = (rng.integers(0, 256, (1, 3, 8, 264)) / 128 - 1).astype('float32')
+    wide = images((1, 3, 8, 264), rng)
     # The stages by the names that a Res2Net has elsewhere, which tell what tensors can have the same values.
     stages = {f'layer{i}': net.get_submodule(f'stage_{i + 1}') for i in (1, 2, 3, 4)}
     with tempfile.TemporaryDirectory() as temporary, torch.no_grad():
@@ -93,8 +74,8 @@ def main(folder: Path) -> None:
         state['module.next_step_final.weight'] = torch.ones_like(net.next_step_final.weight)
         torch.save({'outer_it': 29, 'path_it': 2047, 'state_dict': state}, Path(temporary, 'vecroad.pth'))
 
-        def run(images: np.ndarray) -> list[np.ndarray]:
-            return stage_maps(net, images)
+        def run(x: np.ndarray) -> list[np.ndarray]:
+            return stage_maps(stages.values(), lambda x: net(x, None, test=True), x, divisor=8)
 
         save_reference(run, Path(temporary, 'vecroad'), np.random.default_rng(0))
         unpack(Path(temporary, 'vecroad.npz'))

@@ -1,10 +1,11 @@
 """What the scripts of this folder have in common: random values that compress well, and the archive they end in."""
 
+import contextlib
 import lzma
 import sys
 import tarfile
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from importlib.machinery import PathFinder
 from pathlib import Path
 from typing import Any
@@ -59,7 +60,7 @@ def save_reference(run: Callable[[np.ndarray], Any], path: Path, rng: np.random.
     """
     arrays = {}
     for size in (64, 65):
-        arrays[f'images{size}'] = images(size, rng)
+        arrays[f'images{size}'] = images((2, 3, size, size), rng)
         computed = run(arrays[f'images{size}'])
         if isinstance(computed, np.ndarray):
             arrays[f'logits{size}'] = computed
@@ -68,9 +69,27 @@ def save_reference(run: Callable[[np.ndarray], Any], path: Path, rng: np.random.
     np.savez_compressed(f'{path}.npz', **arrays)
 
 
-def images(size: int, rng: np.random.Generator) -> np.ndarray:
-    """Two images, (2, 3, size, size) in -1..1, of 256 shades."""
-    return (rng.integers(0, 256, (2, 3, size, size)) / 128 - 1).astype('float32')
+def images(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+    """Images (N, C, H, W) in -1..1, of 256 shades."""
+    return (rng.integers(0, 256, shape) / 128 - 1).astype('float32')
+
+
+def stage_maps(stages: Iterable[Any], run: Callable[[Any], Any], x: np.ndarray, divisor: int = 1) -> list[np.ndarray]:
+    """Runs a torch network and takes the outputs of its four stages.
+
+    Some networks concatenate maps after the stages, and fail if the sides of an image are not multiples of `divisor`.
+    """
+    import torch
+
+    maps: list[np.ndarray] = []
+    hooks = [stage.register_forward_hook(lambda *call: maps.append(call[-1].numpy().copy())) for stage in stages]
+    fails = any(side % divisor for side in x.shape[2:])
+    with contextlib.suppress(RuntimeError) if fails else contextlib.nullcontext():
+        run(torch.from_numpy(x))
+    for hook in hooks:
+        hook.remove()
+    assert len(maps) == 4
+    return maps
 
 
 def pack(folder: str, name: str) -> None:
