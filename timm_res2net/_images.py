@@ -17,7 +17,7 @@ from torchvision.transforms import Compose, Grayscale
 
 from ._errors import sanitize
 from ._files import PathLike, open_regular
-from .models.preprocessing import image_config
+from .models.classifier import image_config
 from .models.variants import ASSETS
 
 MAX_PIXELS = 50_000_000  # of one image; reading takes at most 16 bytes a pixel

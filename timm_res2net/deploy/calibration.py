@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .._images import find_images, image_transform, read_image
-from ..models.preprocessing import image_config
+from ..models.classifier import image_config
 
 CALIBRATION_IMAGES = 300  # NNCF's own number; more of them change little
 

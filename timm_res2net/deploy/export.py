@@ -20,8 +20,7 @@ from .._errors import first_line
 from .._files import PathLike, sync, temporary_folder
 from ..models.block import spec_of
 from ..models.checks import require_finite_weights
-from ..models.classifier import class_names, model_name
-from ..models.preprocessing import with_channels
+from ..models.classifier import class_names, model_name, with_channels
 from ..version import __version__
 from .backends import BACKENDS, Backend, find_backend, requires_extra
 from .calibration import Images, calibration_images, repeat_to_whole_batches

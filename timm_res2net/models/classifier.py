@@ -1,14 +1,12 @@
-"""Classification models as timm makes them: their static type, name, and names of classes."""
+"""Classifiers as timm makes them: static type, name, classes, and the settings that prepare images for them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, cast
 
-from timm.data import ImageNetInfo, infer_imagenet_subset
+from timm.data import ImageNetInfo, infer_imagenet_subset, resolve_model_data_config
 from timm.layers import SelectAdaptivePool2d
 from timm.models import PretrainedCfg, get_pretrained_cfg
 from torch import Tensor, nn
-
-from .trunk import FeatureInfo
 
 
 class Classifier(nn.Module):
@@ -18,7 +16,7 @@ class Classifier(nn.Module):
     in_chans: int
     num_features: int
     pretrained_cfg: dict[str, Any]
-    feature_info: list[FeatureInfo]
+    feature_info: list[dict[str, Any]]
     global_pool: SelectAdaptivePool2d
     forward_features: Callable[[Tensor], Tensor]
     forward_head: Callable[[Tensor], Tensor]
@@ -61,3 +59,29 @@ def class_names(model: nn.Module) -> list[str]:
         return [f'class {index}' for index in range(num_classes)]
     info = ImageNetInfo(subset)
     return [info.index_to_description(index) for index in range(num_classes)]
+
+
+def with_channels(cfg: Mapping[str, Any], channels: int) -> dict[str, Any]:
+    """Fits image settings to a number of channels.
+
+    timm's settings have three means and deviations whatever `in_chans` is, and cannot normalize other images. If their
+    number differs from the channels, every channel gets their average.
+    """
+    fitted = {**cfg, 'input_size': (channels, *cfg['input_size'][1:])}
+    for key in ('mean', 'std'):
+        values = cfg.get(key) or ()
+        if len(values) not in (0, channels):
+            fitted[key] = (sum(values) / len(values),) * channels
+    return fitted
+
+
+def image_config(model: nn.Module, channels: int | None = None) -> dict[str, Any]:
+    """Returns the settings that prepare image files for a model with 1 or 3 channels, `in_chans` if None is given."""
+    config = resolve_model_data_config(model)
+    channels = channels or getattr(model, 'in_chans', config['input_size'][0])
+    if channels not in (1, 3):
+        raise ValueError(
+            f'{model_name(model)} takes images of {channels} channels, but image files have 3, or 1 in grayscale. '
+            'Call it with tensors.'
+        )
+    return with_channels(config, channels)

@@ -21,8 +21,7 @@ from ..deploy.exported import load_exported
 from ..deploy.optimize import optimize
 from ..hub.pull import fetch_file
 from ..models.checks import require_eval_mode
-from ..models.classifier import class_names, registered_cfg
-from ..models.preprocessing import image_config
+from ..models.classifier import class_names, image_config, registered_cfg
 from ..weights.checkpoints import Checkpoint
 from ..weights.config import CONFIG_FILE
 from ..weights.convert import require_as_many_labels

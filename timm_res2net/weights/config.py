@@ -21,8 +21,7 @@ from torch import Tensor
 from .._errors import CheckpointError, first_line, sanitize
 from .._files import PathLike, open_regular, read_text, sha256, sync, temporary_folder
 from .._images import check_image_settings
-from ..models.classifier import Classifier, registered_cfg
-from ..models.preprocessing import with_channels
+from ..models.classifier import Classifier, registered_cfg, with_channels
 from ..models.spec import ARGUMENTS, NetworkSpec
 from ..models.variants import ARCHS, Arch
 from ..version import __version__

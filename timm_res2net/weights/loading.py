@@ -14,8 +14,7 @@ from .._errors import CheckpointError, UnknownModelError, first_line, sanitize
 from .._files import PathLike
 from ..models.block import spec_of
 from ..models.checks import not_finite
-from ..models.classifier import model_name, registered_cfg
-from ..models.preprocessing import with_channels
+from ..models.classifier import model_name, registered_cfg, with_channels
 from ..models.spec import NetworkSpec
 from ..models.variants import ARCHS
 from .checkpoints import Checkpoint, identify, read_checkpoint, with_record
