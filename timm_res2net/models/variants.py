@@ -19,13 +19,13 @@ EMBEDDED = 'test_res2net.digits'  # whose weights this package contains
 
 @dataclass(frozen=True)
 class Arch:
-    """One architecture: its cost, its trunk with the arguments, and what timm records of it."""
+    """One architecture: its cost, trunk, arguments of the trunk, and timm configuration."""
 
     params: int  # with the classes of its default weights
     gmacs: float  # 10^9 multiply-adds of convolutions and classifier, for one image of 224 x 224, on CIFAR of 32 x 32
     trunk: type[Res2Net | Trunk]
     args: dict[str, Any]
-    out_indices: tuple[int, ...]  # of the features that features_only returns by default, up to the last one
+    out_indices: tuple[int, ...]  # default of features_only; ends with the last feature
     cfg: dict[str, Any]
 
 
@@ -59,9 +59,9 @@ def cifar(params: int, gmacs: float, cardinality: int, base_width: int, scale: i
 
 R50, R101, R152, R200 = (3, 4, 6, 3), (3, 4, 23, 3), (3, 8, 36, 3), (3, 12, 48, 3)
 DLA60 = (1, 1, 1, 2, 3, 1)
-BL50, BL101 = (3, 4, 6, 3), (4, 8, 18, 3)
+BL101 = (4, 8, 18, 3)
 D = dict(stem_type='deep', stem_width=32, avg_down=True)  # the authors' v1b, Paddle's vd
-GROUP = dict(first_block='group')  # the trunk's default, said here because files are read by these rows
+GROUP = dict(first_block='group')  # the trunk's default, repeated because files are compared with these rows
 TINY = dict(stem_type='deep', stem_width=8, avg_down=True, channels=(8, 16, 32, 64))
 
 # fmt: off
@@ -87,9 +87,9 @@ ARCHS = {
     'res2net200_vd_26w_4s':   resnet(   76_215_536, 15.706, R200,    26,  4, first_block='paddle', **D),
     'dla60_res2net':          dla(      20_848_072,  4.123, DLA60,   28,  4),
     'dla60_res2next':         dla(      17_032_984,  3.459, DLA60,    4,  4, cardinality=8),
-    'blres2net50_26w_4s':     biglittle(26_845_561,  2.994, BL50,    26,  4),
+    'blres2net50_26w_4s':     biglittle(26_845_561,  2.994, R50,     26,  4),
     'blres2net101_26w_4s':    biglittle(42_414_497,  4.059, BL101,   26,  4),
-    'blresnet50':             biglittle(26_694_568,  2.856, BL50,    64,  1),  # the baseline, which timm lacks
+    'blresnet50':             biglittle(26_694_568,  2.856, R50,     64,  1),  # the baseline, which timm lacks
     #                                         params   GMACs  groups width scale
     'res2next29_6c_24w_4s':   cifar(    24_360_932,  3.948, 6,       24,  4, **GROUP),
     'res2next29_8c_25w_4s':   cifar(    33_905_236,  5.505, 8,       25,  4, **GROUP),
@@ -105,7 +105,7 @@ ARCHS = {
 
 @dataclass(frozen=True)
 class Weights:
-    """One set of weights: accuracy in %, who measured it, how it was trained, and what timm records of it."""
+    """One set of weights: accuracy in %, who measured it, how it was trained, and timm configuration."""
 
     top1: float
     top5: float | None
@@ -128,13 +128,27 @@ def authors(top1: float, top5: float, recipe: str = '') -> Weights:
 V1B = 'On ImageNet-1k, with CutMix and a schedule that the authors have not published; it is their v1b'
 
 
-def embedded(top1: float, dataset: str, **cfg: Any) -> Weights:
+def digits(top1: float) -> Weights:
     """Weights in this package, trained by its own recipe; accuracy on the part of the data that was held out."""
-    description = f'trained by timm_res2net on {dataset}; top-1 {top1:.2f} % on the held-out third'
-    recipe = "By timm's train.py with the package's recipes/digits.yaml, two minutes on two CPU cores"
-    origin = dict(license='apache-2.0', origin_url='https://archive.ics.uci.edu/dataset/80')
     measured = 'on the third that was held out; the recipe was chosen by it among three, which flatters it a little'
-    return Weights(top1, None, measured, recipe, dict(description=description, **origin, **cfg))
+    recipe = "By timm's train.py with the package's recipes/digits.yaml, two minutes on two CPU cores"
+    cfg = dict(
+        file=str(ASSETS / f'{EMBEDDED}.safetensors'),
+        license='apache-2.0',
+        origin_url='https://archive.ics.uci.edu/dataset/80',
+        description=(
+            f"trained by timm_res2net on scikit-learn's handwritten digits; top-1 {top1:.2f} % on the held-out third"
+        ),
+        num_classes=10,
+        label_names=tuple('0123456789'),
+        input_size=(3, 32, 32),
+        pool_size=(1, 1),
+        crop_pct=1.0,
+        interpolation='bicubic',
+        mean=(0.5, 0.5, 0.5),
+        std=(0.5, 0.5, 0.5),
+    )
+    return Weights(top1, None, measured, recipe, cfg)
 
 
 def paddle(top1: float, top5: float, name: str) -> Weights:
@@ -171,18 +185,6 @@ def mindcv(top1: float, top5: float, file: str) -> Weights:
     return Weights(top1, top5, 'as MindCV publishes it', recipe, cfg)
 
 
-DIGITS = dict(
-    file=str(ASSETS / 'test_res2net.digits.safetensors'),
-    num_classes=10,
-    label_names=tuple('0123456789'),
-    input_size=(3, 32, 32),
-    pool_size=(1, 1),
-    crop_pct=1.0,
-    interpolation='bicubic',
-    mean=(0.5, 0.5, 0.5),
-    std=(0.5, 0.5, 0.5),
-)
-
 # fmt: off
 WEIGHTS = {  # an architecture's first row is its default
     #                                           top-1   top-5
@@ -209,26 +211,24 @@ WEIGHTS = {  # an architecture's first row is its default
     'res2net200_vd_26w_4s.paddle_in1k':  paddle(81.21, 95.71, 'Res2Net200_vd_26w_4s'),
     'dla60_res2net.in1k':               authors(78.480, 94.204),
     'dla60_res2next.in1k':              authors(78.488, 94.144),
-    'test_res2net.digits':             embedded(99.499, "scikit-learn's handwritten digits", **DIGITS),
+    'test_res2net.digits':               digits(99.499),
 }
 # fmt: on
 
 
 def default_cfg(name: str, **cfg: Any) -> dict[str, Any]:
     """Makes timm's configuration of an architecture or of its weights; `cfg` overrides."""
-    return dict(
-        dict(
-            num_classes=1000,
-            input_size=(3, 224, 224),
-            pool_size=(7, 7),
-            crop_pct=0.875,
-            interpolation='bilinear',
-            mean=IMAGENET_DEFAULT_MEAN,
-            std=IMAGENET_DEFAULT_STD,
-            first_conv='conv1',
-            classifier='fc',
-            paper_name='Res2Net: A New Multi-scale Backbone Architecture',
-            paper_ids='arXiv:1904.01169',
-        ),
-        **{**ARCHS[name].cfg, **cfg},
+    imagenet: dict[str, Any] = dict(
+        num_classes=1000,
+        input_size=(3, 224, 224),
+        pool_size=(7, 7),
+        crop_pct=0.875,
+        interpolation='bilinear',
+        mean=IMAGENET_DEFAULT_MEAN,
+        std=IMAGENET_DEFAULT_STD,
+        first_conv='conv1',
+        classifier='fc',
+        paper_name='Res2Net: A New Multi-scale Backbone Architecture',
+        paper_ids='arXiv:1904.01169',
     )
+    return {**imagenet, **ARCHS[name].cfg, **cfg}
