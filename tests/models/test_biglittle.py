@@ -109,13 +109,3 @@ def test_biglittle_features_have_each_stride_once_unless_layer2_is_tapped(
     assert features.feature_info.channels() == channels
     strides = features.feature_info.reduction()
     assert (len({*strides}) < len(strides)) == ('tap_layer2' in options)
-
-
-def test_biglittle_runs_modules_in_the_order_of_registration(images: Tensor) -> None:
-    model = Res2NetBigLittle(**SMALL).eval()
-    ran: list[str] = []
-    for name, module in model.named_modules():
-        if name.endswith(('.big', '.little')):
-            module.register_forward_hook(lambda *call, name=name: ran.append(name))
-    model(images)
-    assert ran == [name for name, _ in model.named_modules() if name in ran]

@@ -65,7 +65,7 @@ def test_block_and_its_fused_form_compute_the_published_equations(
     inplanes = 64 if position == 'later' else 32
     downsample = None if position == 'later' else projection(inplanes, 64, stride)
     torch.manual_seed(0)
-    options = dict(cardinality=cardinality, scale=scale, first_block=function, style=style)
+    options = dict(cardinality=cardinality, scale=scale, first=position != 'later', first_block=function, style=style)
     block = Bottle2neck(inplanes, 16, stride, downsample, **options)
     randomise(block.double()).eval()
     x = torch.randn(2, inplanes, 7, 8, dtype=torch.double)
@@ -75,13 +75,19 @@ def test_block_and_its_fused_form_compute_the_published_equations(
     torch.testing.assert_close(block.fuse()(x), expected)
 
 
-@pytest.mark.parametrize('count_include_pad', [True, False])
 @pytest.mark.parametrize('size', [(8, 8), (9, 7)])
-def test_dilated_avg_pool_equals_plain_pool_on_denser_grid(count_include_pad: bool, size: tuple[int, int]) -> None:
+def test_dilated_avg_pool_equals_plain_pool_on_denser_grid(size: tuple[int, int]) -> None:
     x = torch.rand(2, 3, *size)
-    torch.testing.assert_close(DilatedAvgPool2d(1, count_include_pad)(x), pooled(x, 1, count_include_pad))
-    sparse = pooled(x[..., ::2, ::2], 1, count_include_pad)
-    torch.testing.assert_close(DilatedAvgPool2d(2, count_include_pad)(x)[..., ::2, ::2], sparse)
+    for count_include_pad in (True, False):
+        for dilation in (1, 2):
+            dense = DilatedAvgPool2d(dilation, count_include_pad)(x)[..., ::dilation, ::dilation]
+            sparse = pooled(x[..., ::dilation, ::dilation], 1, count_include_pad)
+            torch.testing.assert_close(dense, sparse)
+    strided = nn.AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False)
+    for dilation in (1, 2):
+        dense = x.repeat_interleave(dilation, 2).repeat_interleave(dilation, 3)  # the grid that a dilated stage is on
+        dense = DilatedAvgPool2d(dilation, count_include_pad=False, kernel_size=2)(dense)
+        torch.testing.assert_close(dense[..., :: 2 * dilation, :: 2 * dilation], strided(x))
 
 
 def test_block_each_activation_runs_once_per_forward() -> None:
@@ -107,6 +113,7 @@ def test_grad_checkpointing_repeated_backward_keeps_norm_statistics() -> None:
 
 def test_block_drop_path_acts_on_the_branch_before_the_sum() -> None:
     torch.manual_seed(0)
-    block = Bottle2neck(64, 16, drop_path=DropPath(1.0))
+    block = Bottle2neck(64, 16)
+    block.drop_path = DropPath(1.0)
     x = torch.randn(2, 64, 8, 8)
     torch.testing.assert_close(block(x), F.relu(x), rtol=0, atol=0)

@@ -31,13 +31,6 @@ def test_deformable_conv_begins_as_the_plain_one_times_its_mask(version: str, fa
     torch.testing.assert_close(conv(x), factor * F.conv2d(x, conv.weight, stride=2, padding=1, groups=2))
 
 
-def test_res2net_deformable_version_1_begins_as_the_plain_network(images: Tensor) -> None:
-    plain, deformable = tiny().double(), tiny(deformable=('v1',) * 4).double()
-    missing = deformable.load_state_dict(plain.state_dict(), strict=False).missing_keys
-    assert all('conv_offset' in name for name in missing)
-    torch.testing.assert_close(deformable(images.double()), plain(images.double()))
-
-
 def test_res2net_deformable_initialization_zeroes_offsets() -> None:
     model: Any = with_offsets(tiny(**DEFORMABLE))
     model.init_weights()
@@ -67,9 +60,8 @@ def test_fuse_deformable_model_computes_the_same(first_block: str, images: Tenso
     torch.testing.assert_close(fuse(model)(images), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
-@pytest.mark.parametrize('arguments', [{}, DEFORMABLE], ids=['plain', 'deformable'])
-def test_res2net_scripts_traces_and_exports(arguments: dict[str, Any], images: Tensor) -> None:
-    model = with_offsets(tiny(**arguments))
+def test_res2net_deformable_scripts_traces_and_exports(images: Tensor) -> None:
+    model = with_offsets(tiny(**DEFORMABLE))
     expected = model(images)
     for converted in (
         torch.jit.script(model),

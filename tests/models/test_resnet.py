@@ -61,22 +61,6 @@ def test_resnet_stem_ceil_mode_rounds_maps_up(images: Tensor) -> None:
 
 
 @pytest.mark.parametrize(
-    ('arguments', 'message'),
-    [
-        (dict(strides=(1, 2, 2, 1), output_stride=16), 'do not pass output_stride, dilate_pool or'),
-        (dict(dilations=(1, 1, 1, 2), dilate_pool=True), 'do not pass output_stride, dilate_pool or'),
-        (dict(dilations=(1, 1, 1, 2), down_kernel_size=3), 'do not pass output_stride, dilate_pool or'),
-        (dict(dilations=(1, 1, 2, (4, 8))), r'dilations has 2 entries for a stage of \d blocks'),
-        (dict(stem_type='wide'), 'stem_type=.* is not known; choose from , deep, deep_tiered'),
-        (dict(stem_ceil_mode=True, replace_stem_pool=True), 'stem_ceil_mode=True has no effect on the convolution'),
-    ],
-)
-def test_resnet_contradicting_geometry_raises_value_error(arguments: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        Res2Net(**SHALLOW, **arguments)
-
-
-@pytest.mark.parametrize(
     'arguments',
     [
         dict(),

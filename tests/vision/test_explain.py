@@ -83,7 +83,7 @@ def test_receptive_field_of_split_i_in_cascade_spans_2i_plus_3_pixels(scale: int
 
 
 def test_receptive_field_without_cascade_spans_3_pixels_for_every_split() -> None:
-    model = SingleBlock(4, downsample=nn.Conv2d(64, 64, 1)).eval()
+    model = SingleBlock(4, first=True).eval()
     assert supports(receptive_field(model, 'block', torch.rand(1, 64, 33, 33), of_block=True)) == [3, 3, 3, 3]
 
 

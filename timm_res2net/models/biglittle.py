@@ -4,17 +4,17 @@ Papers: `Big-Little Net` - https://arxiv.org/abs/1807.03848, and Res2Net's own, 
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
-from timm.models.resnet import drop_blocks
 from torch import Tensor, nn
 
-from .block import Bottle2neck, Layer
+from .block import Bottle2neck
 from .recompute import Stage
 from .spec import require_one_of
-from .trunk import FeatureInfo, Trunk, TrunkOptions
+from .trunk import Trunk, TrunkOptions
 
 
 class BigLittleStem(nn.Module):
@@ -46,7 +46,6 @@ class BigLittleModule(nn.Module):
     def __init__(
         self,
         opts: TrunkOptions,
-        drop_block: Layer | None,
         in_chs: int,
         out_chs: int,
         depth: int,
@@ -55,28 +54,27 @@ class BigLittleModule(nn.Module):
         beta: int,
     ) -> None:
         super().__init__()
-        self.big = stage(opts, drop_block, in_chs, out_chs, depth - 1, stride=2, last_act=False)
-        self.little = stage(opts, drop_block, in_chs, out_chs // alpha, max(1, depth // beta - 1))
+        self.big = stage(opts, in_chs, out_chs, depth - 1, stride=2)
+        self.big[-1].act3 = nn.Identity()  # the activation follows the sum of both branches
+        self.little = stage(opts, in_chs, out_chs // alpha, max(1, depth // beta - 1))
         self.little_e = nn.Sequential(*opts.conv(out_chs // alpha, out_chs, 1))
         self.act = opts.act(inplace=True)
-        self.fusion = stage(opts, drop_block, out_chs, out_chs, 1, stride)
+        self.fusion = stage(opts, out_chs, out_chs, 1, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """Runs both branches and the fusion, (N, in_chs, H, W) to (N, out_chs, H / stride, W / stride)."""
-        big = self.big(x)  # (N, out_chs, H / 2, W / 2); first, as it is registered first, which FullGrad relies on
+        big = self.big(x)  # (N, out_chs, H / 2, W / 2); runs first as it is registered first: FullGrad relies on that
         little = self.little_e(self.little(x))  # (N, out_chs, H, W)
         return self.fusion(self.act(F.interpolate(big, size=little.shape[2:]) + little))  # nearest neighbors of big
 
 
 def stage(
     opts: TrunkOptions,
-    drop_block: Layer | None,
     inplanes: int,
     outplanes: int,
     depth: int,
     stride: int = 1,
     dilation: int = 1,
-    last_act: bool = True,
 ) -> Stage:
     """Makes a sequence of blocks; the dilation is 2 for a stage that is dilated instead of strided."""
     first = stride * dilation > 1
@@ -85,11 +83,9 @@ def stage(
     if inplanes != outplanes:
         layers += opts.conv(inplanes, outplanes, 1)
     shortcut = nn.Sequential(*layers) if layers else None
-    acts = [True] * (depth - 1) + [last_act]
-    block = opts.block(drop_block=drop_block)
-    grid = dict(first=first, dilation=dilation, first_dilation=1)
-    blocks = [block(inplanes, planes, stride, shortcut, last_act=acts[0], **grid)]
-    blocks += [block(outplanes, planes, dilation=dilation, last_act=act) for act in acts[1:]]
+    block = opts.block(dilation=dilation)
+    blocks = [block(inplanes, planes, stride, shortcut, first_dilation=1, first=first)]
+    blocks += [block(outplanes, planes) for _ in range(depth - 1)]
     return Stage(*blocks)
 
 
@@ -108,14 +104,14 @@ class Res2NetBigLittle(Trunk):
         output_stride: 16 or 32; for 16 the last stage is dilated. In the others big branches halve the resolution.
         tap_layer2: Also list the features of `layer2` (stride 16, 512 channels). Those of `layer3` have the same
             stride, and necks expect each stride once.
-        **options: See `TrunkOptions`.
+        **options: Arguments of every trunk, see `timm_res2net.models.trunk.TrunkOptions`.
 
     Raises:
         ValueError: If the network does not support a value.
         TypeError: If an argument is unknown.
 
     Example:
-        >>> model = Res2NetBigLittle(num_classes=10).eval()
+        >>> model = timm.create_model('blres2net50_26w_4s', num_classes=10).eval()
         >>> model(torch.randn(1, 3, 224, 224)).shape
         torch.Size([1, 10])
         >>> [tuple(x.shape[1:]) for x in model.forward_intermediates(torch.randn(1, 3, 64, 64), indices=3)[1]]
@@ -140,26 +136,22 @@ class Res2NetBigLittle(Trunk):
         require_one_of('output_stride', output_stride, (16, 32))
         if len(layers) != 4 or min(layers[:3]) < 2:
             raise ValueError(f'layers={layers} must have an entry for each of 4 stages, at least 2 in the first three')
-        drops = drop_blocks(opts.drop_block_rate)
-
-        def module(i: int, in_chs: int, out_chs: int, stride: int) -> BigLittleModule:
-            return BigLittleModule(opts, drops[i], in_chs, out_chs, layers[i], stride, alpha, beta)
-
         stride = output_stride // 16
+        module = partial(BigLittleModule, opts, alpha=alpha, beta=beta)
         self.conv1, self.bn1, self.act1 = opts.conv(opts.in_chans, 64, 7, stride=2, act=True)
         self.bl_init = BigLittleStem(opts, 64, alpha)
-        self.layer1 = module(0, 64, 256, stride=2)
-        self.layer2 = module(1, 256, 512, stride=2)
-        self.layer3 = module(2, 512, 1024, stride=1)
-        self.layer4 = stage(opts, drops[3], 1024, 2048, layers[3], stride, dilation=2 // stride)
+        self.layer1 = module(64, 256, layers[0], stride=2)
+        self.layer2 = module(256, 512, layers[1], stride=2)
+        self.layer3 = module(512, 1024, layers[2], stride=1)
+        self.layer4 = stage(opts, 1024, 2048, layers[3], stride, dilation=2 // stride)
         reductions = {'act1': 2, 'bl_init': 4, 'layer1': 8, 'layer2': 16, 'layer3': 16, 'layer4': output_stride}
         channels = (64, 64, 256, 512, 1024, 2048)
         self.feature_info = [
-            FeatureInfo(num_chs=chs, reduction=reduction, module=name)
+            dict(num_chs=chs, reduction=reduction, module=name)
             for chs, (name, reduction) in zip(channels, reductions.items())
             if tap_layer2 or name != 'layer2'
         ]
-        self.add_head(2048, opts)
+        self.finish(2048, opts)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

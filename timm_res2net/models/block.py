@@ -7,14 +7,12 @@ scales at once. Paper: `Res2Net: A New Multi-scale Backbone Architecture` - http
 """
 
 import copy
-import inspect
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import create_attn, get_norm_layer
+from timm.layers import create_attn
 from torch import Tensor, nn
 
 from .fold import Foldable, fold_norm, fold_norms, merge_convs
@@ -35,28 +33,22 @@ class Bottle2neck(Foldable):
         inplanes: Input channels.
         planes: Base of the block's widths: it has `planes * expansion` output channels.
         stride: Stride of the block, 1 or 2.
-        downsample: Projection for the shortcut, None for the identity. In timm's ResNet the first block of every stage
-            has one (unless it has stride 1, as stage 1 and dilated stages have, and keeps the channels) and no other
-            block does, which is how a block knows its position if `first` is None.
+        downsample: Projection for the shortcut, None for the identity.
         cardinality: Groups of each 3x3 convolution; above 1 this is Res2NeXt.
         base_width: Channels of one split for 64 planes; a split has `floor(planes * base_width / 64) * cardinality`.
         scale: Number of splits.
-        dilation: Dilation of the blocks that follow in the stage.
-        first_dilation: Dilation of this block's 3x3 convolutions, `dilation` if None.
-        first: Whether this block is the first one of its stage.
-        first_block: How a first block computes its splits, a key of `FIRST_BLOCKS`: 'official', 'paddle', 'mmdet' or
-            'group'.
+        dilation: Dilation of the stage's 3x3 convolutions.
+        first_dilation: Dilation of this block's own 3x3 convolutions, `dilation` if None.
+        first: Whether this is the first block of its stage. All others compute their splits as a cascade.
+        first_block: How a first block computes its splits: 'official', 'paddle', 'mmdet' or 'group' (`FIRST_BLOCKS`).
         style: Position of the stride: 'pytorch', in the 3x3 convolutions and the pool of the last split, or 'caffe', in
             the first 1x1 convolution. With 'caffe' the splits are those of a first block at stride 1.
         deformable: Version of deformable 3x3 convolutions, 'v1' or 'v2', None for plain ones.
-        last_act: Whether an activation follows the residual add.
         dilate_pool: Dilate the average pool of the last split like the convolutions. Only then does a dilated network
             compute the undilated one on a denser grid. timm leaves the pool undilated.
         act_layer: Activation class, one instance for each site (hooks and attribution methods tell sites apart).
         norm_layer: Norm class.
         attn_layer: Attention class or its name in timm, right before the residual add, where the paper (3.2.2) has SE.
-        drop_block: Makes the DropBlock layer that follows the concatenated splits.
-        drop_path: Stochastic depth layer of the residual branch.
         device: Device of the tensors.
         dtype: Data type of the tensors.
 
@@ -82,17 +74,14 @@ class Bottle2neck(Foldable):
         scale: int = 4,
         dilation: int = 1,
         first_dilation: int | None = None,
-        first: bool | None = None,
+        first: bool = False,
         first_block: str = 'official',
         style: str = 'pytorch',
         deformable: str | None = None,
-        last_act: bool = True,
         dilate_pool: bool = False,
         act_layer: Layer = nn.ReLU,
         norm_layer: Layer = nn.BatchNorm2d,
         attn_layer: str | Layer | None = None,
-        drop_block: Layer | None = None,
-        drop_path: nn.Module | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -107,9 +96,10 @@ class Bottle2neck(Foldable):
         first_dilation = first_dilation or dilation
         stride_1x1, stride_3x3 = (stride, 1) if style == 'caffe' else (1, stride)
         splits = Splits(cascade=True, last='kept')
-        if first or (first is None and downsample is not None):
+        if first:
+            kind = FIRST_BLOCKS[first_block]
             nominal_stride = 1 if style == 'caffe' else stride * dilation // first_dilation
-            splits = FIRST_BLOCKS[first_block].splits(nominal_stride)
+            splits = kind.stride_1 if nominal_stride == 1 else kind.stride_2
         num_convs = scale if splits.last == 'convolved' else max(1, scale - 1)
 
         dd: dict[str, Any] = dict(device=device, dtype=dtype)
@@ -129,15 +119,16 @@ class Bottle2neck(Foldable):
         self.acts = nn.ModuleList(act_layer(inplace=True) for _ in range(num_convs))
         self.pool: nn.Module = nn.Identity()
         if splits.last == 'pooled':
-            pool_dilation = first_dilation if dilate_pool else 1
-            self.pool = make_pool(stride_3x3, pool_dilation, FIRST_BLOCKS[first_block].count_include_pad)
-        self.drop_block = nn.Identity() if drop_block is None else drop_block()
+            self.pool = nn.AvgPool2d(3, stride_3x3, padding=1, count_include_pad=splits.count_include_pad)
+            if dilate_pool and first_dilation > 1:
+                self.pool = DilatedAvgPool2d(first_dilation, splits.count_include_pad)
+        self.drop_block: nn.Module = nn.Identity()  # this and drop_path are set by a trunk
         self.conv3 = conv1x1(width * scale, outplanes)
         self.bn3 = norm_layer(outplanes, **dd)
         self.se = make_attention(attn_layer, outplanes, **dd)
         self.downsample = downsample
-        self.drop_path = drop_path
-        self.act3 = act_layer(inplace=True) if last_act else nn.Identity()
+        self.drop_path: nn.Module = nn.Identity()
+        self.act3 = act_layer(inplace=True)
         self.spec = NetworkSpec(
             first_block=first_block if scale > 1 else NetworkSpec.first_block,  # all are equal without splits
             style=style,
@@ -198,57 +189,19 @@ class Bottle2neck(Foldable):
         y = self.drop_block(y)
 
         y = self.bn3(self.conv3(y))  # (N, planes * expansion, H / stride, W / stride)
-        if self.se is not None:
-            y = self.se(y)
-        if self.drop_path is not None:
-            y = self.drop_path(y)
+        y = self.drop_path(self.se(y))
         if shortcut is None:
             shortcut = x if self.downsample is None else self.downsample(x)
         y += shortcut
         return self.act3(y)
 
 
-def make_pool(stride: int, dilation: int, count_include_pad: bool) -> nn.Module:
-    """Makes the 3x3 average pool of the last split."""
-    if dilation == 1:
-        return nn.AvgPool2d(3, stride, padding=1, count_include_pad=count_include_pad)
-    if stride > 1:
-        raise ValueError('dilate_pool=True is not possible in a block with both a stride and a dilation')
-    return DilatedAvgPool2d(dilation, count_include_pad)
-
-
-def make_attention(attn_layer: str | Layer | None, channels: int, **dd: object) -> nn.Module | None:
-    """Makes timm's attention layer of that name or class, or returns None for None."""
+def make_attention(attn_layer: str | Layer | None, channels: int, **dd: object) -> nn.Module:
+    """Makes timm's attention layer of that name or class, or an identity for None."""
     try:
-        return create_attn(attn_layer, channels, **dd)
+        return create_attn(attn_layer, channels, **dd) or nn.Identity()
     except AssertionError as error:
-        raise ValueError(
-            f"attn_layer={attn_layer!r} is not an attention layer of timm, as 'se' and 'eca' are"
-        ) from error
-
-
-def norm_factory(norm_layer: str | Layer, eps: float | None = None) -> Layer:
-    """Returns a norm class, or timm's of that name, that takes a device and a dtype, which torchvision's does not."""
-    layer = get_norm_layer(norm_layer)
-    parameters = inspect.signature(layer).parameters
-    if eps is not None:
-        layer = partial(layer, eps=eps)
-    if 'device' in parameters or any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
-        return layer
-
-    def on_device(
-        num_features: int, device: torch.device | str | None = None, dtype: torch.dtype | None = None, **kwargs: object
-    ) -> nn.Module:
-        return layer(num_features, **kwargs).to(device=device, dtype=dtype)
-
-    return on_device
-
-
-def set_spec(model: nn.Module, **fields: Any) -> None:
-    """Sets fields of a network's spec that its blocks cannot know; blocks carry it, as features keep only those."""
-    for block in model.modules():
-        if isinstance(block, Bottle2neck):
-            block.spec = replace(block.spec, **fields)
+        raise ValueError(f"attn_layer={attn_layer!r} is not known. Choose 'se', 'eca' or another of timm's.") from error
 
 
 def spec_of(model: nn.Module) -> NetworkSpec | None:

@@ -4,18 +4,17 @@ from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from timm.models.resnet import drop_blocks
 from torch import Tensor, nn
 
 from .block import Bottle2neck
 from .spec import require_one_of
-from .trunk import FeatureInfo, Trunk, TrunkOptions, dense_grids, make_stage
+from .trunk import Trunk, TrunkOptions, dense_grids, make_stage
 
 
 class Res2NetCifar(Trunk):
     """ResNeXt-29 with Res2Net blocks, for images of 32 x 32 pixels: a 3x3 stem without pooling and three stages.
 
-    Maps images (N, in_chans, H, W) to logits (N, num_classes). The literature leaves two definitions. With
+    Maps images (N, in_chans, H, W) to logits (N, num_classes). The literature allows two definitions. With
     `first_block='group'`, convolutions and classifier have the sizes printed in the paper (table 4): 24.3 M for
     6c 24w 4s, 33.8 M for 8c 25w 4s, 36.7 M for 6c 24w 6s; exactly 24,302,116, 33,829,172 and 36,718,372 without norms.
     The authors describe their code for CIFAR so: each stage begins with a grouped convolution. The published block,
@@ -34,14 +33,14 @@ class Res2NetCifar(Trunk):
         first_block: How the first block of a stage computes its splits, a key of `FIRST_BLOCKS`.
         num_classes: Number of classes, 0 for features instead of logits.
         output_stride: 1, 2 or 4; stages beyond it are dilated.
-        **options: See `TrunkOptions`.
+        **options: Arguments of every trunk, see `timm_res2net.models.trunk.TrunkOptions`.
 
     Raises:
         ValueError: If the network does not support a value.
         TypeError: If an argument is unknown.
 
     Example:
-        >>> model = Res2NetCifar(cardinality=6, base_width=24, scale=4).eval()
+        >>> model = timm.create_model('res2next29_6c_24w_4s').eval()
         >>> model(torch.randn(1, 3, 32, 32)).shape
         torch.Size([1, 100])
     """
@@ -71,18 +70,17 @@ class Res2NetCifar(Trunk):
 
         inplanes = 64
         self.conv1, self.bn1, self.act1 = opts.conv(opts.in_chans, inplanes, 3, act=True)
-        self.feature_info = [FeatureInfo(num_chs=inplanes, reduction=1, module='act1')]
+        self.feature_info = [dict(num_chs=inplanes, reduction=1, module='act1')]
         stages = []
         grids = dense_grids(layers, (1, 2, 2), output_stride, reduction=1)
-        for i, (grid, planes, drop_block) in enumerate(zip(grids, channels, drop_blocks(opts.drop_block_rate)[1:])):
+        for i, (grid, planes) in enumerate(zip(grids, channels)):
             outplanes = planes * Bottle2neck.expansion
             shortcut = nn.Sequential(*opts.conv(inplanes, outplanes, 1, grid.stride))
-            block = opts.block(dilate_pool=True, drop_block=drop_block)
-            stages.append(make_stage(block, inplanes, planes, grid, shortcut))
+            stages.append(make_stage(opts.block(dilate_pool=True), inplanes, planes, grid, shortcut))
             inplanes = outplanes
-            self.feature_info.append(FeatureInfo(num_chs=inplanes, reduction=grid.reduction, module=f'layer{i + 1}'))
+            self.feature_info.append(dict(num_chs=inplanes, reduction=grid.reduction, module=f'layer{i + 1}'))
         self.layer1, self.layer2, self.layer3 = stages
-        self.add_head(inplanes, opts)
+        self.finish(inplanes, opts)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

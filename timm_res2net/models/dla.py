@@ -3,18 +3,17 @@
 Papers: `Deep Layer Aggregation` - https://arxiv.org/abs/1707.06484, and Res2Net's own, whose Res2Net-DLA-60 this is.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
 
 import torch
-from timm.models.resnet import drop_blocks
 from torch import Tensor, nn
 
-from .block import Bottle2neck, Layer, set_spec
+from .block import Bottle2neck
 from .recompute import recompute
 from .spec import require_one_of
-from .trunk import FeatureInfo, Trunk, TrunkOptions, dense_grids
+from .trunk import Grid, Trunk, TrunkOptions, dense_grids
 
 
 class DlaBottle2neck(Bottle2neck):
@@ -39,41 +38,43 @@ class DlaRoot(nn.Module):
         return self.act(x)
 
 
-class TreeLayers(NamedTuple):
-    """Functions that make the layers of trees."""
+class Level(NamedTuple):
+    """Arguments of all trees of a level."""
 
-    block: Layer  # (in_chs, planes, ...) -> DlaBottle2neck
-    project: Callable[..., list[nn.Module]]  # (in_chs, out_chs) -> 1x1 convolution and norm
-    root: Layer  # (in_chs, out_chs) -> DlaRoot
+    opts: TrunkOptions
+    grid: Grid
+    shortcut_root: bool
 
 
 class DlaLeaf(nn.Module):
     """The smallest tree: two blocks joined by a root.
 
-    The `step` of a tree that begins a level is the stride and dilation of its first block. With `level_root`, the root
-    also gets the input, at the output's resolution. From outside the tree it gets `root_chs` channels.
+    The first leaf of a level has the level's stride. With `level_root`, the root also gets the leaf's input, at the
+    resolution of its output. From outside the leaf, the root gets `root_chs` channels.
     """
 
     def __init__(
         self,
-        layers: TreeLayers,
+        level: Level,
         in_chs: int,
         out_chs: int,
-        dilation: int = 1,
-        step: tuple[int, int] | None = None,
+        first: bool = False,
         level_root: bool = False,
         root_chs: int = 0,
     ) -> None:
         super().__init__()
+        opts, grid = level.opts, level.grid
+        block = opts.block(DlaBottle2neck, dilation=grid.dilations[0], dilate_pool=True)
+        entry = dict(stride=grid.stride, first_dilation=grid.first_dilation, first=True) if first else {}
+        planes = out_chs // DlaBottle2neck.expansion
         self.level_root = level_root
         self.grad_checkpointing = False
-        planes = out_chs // DlaBottle2neck.expansion
-        first = {} if step is None else dict(stride=step[0], first_dilation=step[1], first=True)
-        self.downsample = shrink(step)
-        self.project = nn.Identity() if in_chs == out_chs else nn.Sequential(*layers.project(in_chs, out_chs))
-        self.tree1 = layers.block(in_chs, planes, dilation=dilation, **first)
-        self.tree2 = layers.block(out_chs, planes, dilation=dilation)
-        self.root = layers.root(2 * out_chs + root_chs + (in_chs if level_root else 0), out_chs)
+        self.downsample = make_pool(grid) if first else nn.Identity()
+        self.project = nn.Identity() if in_chs == out_chs else nn.Sequential(*opts.conv(in_chs, out_chs, 1))
+        self.tree1 = block(in_chs, planes, **entry)
+        self.tree2 = block(out_chs, planes)
+        root_chs += 2 * out_chs + (in_chs if level_root else 0)
+        self.root = DlaRoot(opts, root_chs, out_chs, level.shortcut_root)
 
     def forward(self, x: Tensor, children: list[Tensor] | None = None) -> Tensor:
         """Runs the tree, (N, in_chs, H, W) to (N, out_chs, H / stride, W / stride), sizes rounded up.
@@ -96,28 +97,24 @@ class DlaLeaf(nn.Module):
 
 
 class DlaTree(nn.Module):
-    """Two trees in sequence. The last root of the second tree also gets the output of the first.
-
-    Takes the depth, then the arguments of `DlaLeaf`. A tree of depth 2 has two leaves, one of depth 3 has four.
-    """
+    """Two trees in sequence, of depth 2 or more. The last root of the second also gets the output of the first."""
 
     def __init__(
         self,
         depth: int,
-        layers: TreeLayers,
+        level: Level,
         in_chs: int,
         out_chs: int,
-        dilation: int = 1,
-        step: tuple[int, int] | None = None,
+        first: bool = False,
         level_root: bool = False,
         root_chs: int = 0,
     ) -> None:
         super().__init__()
-        self.level_root = level_root
         root_chs += out_chs + (in_chs if level_root else 0)
-        self.downsample = shrink(step)
-        self.tree1 = tree(depth - 1, layers, in_chs, out_chs, dilation, step)
-        self.tree2 = tree(depth - 1, layers, out_chs, out_chs, dilation, root_chs=root_chs)
+        self.level_root = level_root
+        self.downsample = make_pool(level.grid) if level_root else nn.Identity()
+        self.tree1 = make_tree(depth - 1, level, in_chs, out_chs, first)
+        self.tree2 = make_tree(depth - 1, level, out_chs, out_chs, root_chs=root_chs)
 
     def forward(self, x: Tensor, children: list[Tensor] | None = None) -> Tensor:
         """Runs both trees; shapes as in `DlaLeaf`."""
@@ -128,22 +125,19 @@ class DlaTree(nn.Module):
         return self.tree2(x, children + [x])  # noqa: RUF005
 
 
-def tree(depth: int, *args: Any, **kwargs: Any) -> nn.Module:
+def make_tree(depth: int, *args: Any, **kwargs: Any) -> nn.Module:
     """Makes a tree of that depth from the arguments of `DlaLeaf`."""
     return DlaLeaf(*args, **kwargs) if depth == 1 else DlaTree(depth, *args, **kwargs)
 
 
-def shrink(step: tuple[int, int] | None) -> nn.Module:
-    """Makes the max-pool over 2x2 pixels that brings a tree's input to its output's resolution.
+def make_pool(grid: Grid) -> nn.Module:
+    """Makes the max-pool over 2x2 pixels that brings the input of a level to the resolution of its output.
 
     In a dilated level (stride 1), the pixels are as far apart as those that the strided pool would see.
     """
-    if step is None:
-        return nn.Identity()
-    stride, dilation = step
-    if stride == 1:
-        pad = nn.ConstantPad2d((0, dilation, 0, dilation), float('-inf'))
-        return nn.Sequential(pad, nn.MaxPool2d(2, stride=1, dilation=dilation))
+    if grid.stride == 1:
+        pad = nn.ConstantPad2d((0, grid.first_dilation, 0, grid.first_dilation), float('-inf'))
+        return nn.Sequential(pad, nn.MaxPool2d(2, stride=1, dilation=grid.first_dilation))
     return nn.MaxPool2d(2, stride=2, ceil_mode=True)  # rounds odd sizes up, as strided convolutions do
 
 
@@ -161,14 +155,14 @@ class Res2NetDla(Trunk):
         output_stride: 8, 16 or 32; levels beyond it are dilated.
         shortcut_root: Add a root's first input to its output. This changes the function but adds no tensor.
         zero_init_last: Start training with every block as the identity. timm's DLA does not.
-        **options: See `TrunkOptions`.
+        **options: Arguments of every trunk, see `timm_res2net.models.trunk.TrunkOptions`.
 
     Raises:
         ValueError: If the network does not support a value.
         TypeError: If an argument is unknown.
 
     Example:
-        >>> model = Res2NetDla(num_classes=10).eval()
+        >>> model = timm.create_model('dla60_res2net', num_classes=10).eval()
         >>> model(torch.randn(1, 3, 224, 224)).shape
         torch.Size([1, 10])
         >>> [tuple(x.shape[1:]) for x in model.forward_intermediates(torch.randn(1, 3, 64, 64), indices=3)[1]]
@@ -199,28 +193,22 @@ class Res2NetDla(Trunk):
         self.base_layer = nn.Sequential(*conv(opts.in_chans, channels[0], 7))
         self.level0 = nn.Sequential(*conv(channels[0], channels[0], 3))
         self.level1 = nn.Sequential(*conv(channels[0], channels[1], 3, stride=2))
-        for level, chs, depth in ((self.level0, channels[0], levels[0]), (self.level1, channels[1], levels[1])):
+        for part, chs, depth in ((self.level0, channels[0], levels[0]), (self.level1, channels[1], levels[1])):
             for _ in range(depth - 1):
-                level.extend(conv(chs, chs, 3))
+                part.extend(conv(chs, chs, 3))
         self.feature_info = [
-            FeatureInfo(num_chs=channels[0], reduction=1, module='level0'),
-            FeatureInfo(num_chs=channels[1], reduction=2, module='level1'),
+            dict(num_chs=channels[0], reduction=1, module='level0'),
+            dict(num_chs=channels[1], reduction=2, module='level1'),
         ]
 
-        root = partial(DlaRoot, opts, shortcut=shortcut_root)
         trees = []
         grids = dense_grids(levels[2:], (2, 2, 2, 2), output_stride, reduction=2)
-        for i, grid, drop_block in zip(range(2, 6), grids, drop_blocks(opts.drop_block_rate)):
-            step = grid.stride, grid.first_dilation
-            block = opts.block(DlaBottle2neck, dilate_pool=True, drop_block=drop_block)
-            layers = TreeLayers(block, partial(opts.conv, kernel_size=1), root)
-            trees.append(
-                tree(levels[i], layers, channels[i - 1], channels[i], grid.dilations[0], step, level_root=i > 2)
-            )
-            self.feature_info.append(FeatureInfo(num_chs=channels[i], reduction=grid.reduction, module=f'level{i}'))
+        for i, grid in enumerate(grids, 2):
+            level = Level(opts, grid, shortcut_root)
+            trees.append(make_tree(levels[i], level, channels[i - 1], channels[i], first=True, level_root=i > 2))
+            self.feature_info.append(dict(num_chs=channels[i], reduction=grid.reduction, module=f'level{i}'))
         self.level2, self.level3, self.level4, self.level5 = trees
-        self.add_head(channels[-1], opts)
-        set_spec(self, shortcut_root=shortcut_root)
+        self.finish(channels[-1], opts, shortcut_root=shortcut_root)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:

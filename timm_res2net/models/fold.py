@@ -18,7 +18,7 @@ FoldableT = TypeVar('FoldableT', bound='Foldable')
 
 
 class Foldable(nn.Module):
-    """Mixin of networks whose norms can be folded. With a folded norm, a network always stays in evaluation mode.
+    """Mixin for networks with norms that can be folded. With a folded norm, a network stays in evaluation mode.
 
     Many programs call `train()` on a model that holds a fused one, as a teacher for instance, or just to trace it, so
     that is not an error. Gradients are exact: they are those of a network with frozen norms.

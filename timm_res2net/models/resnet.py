@@ -5,13 +5,13 @@ from typing import Any, ClassVar
 
 import torch
 from timm.layers import AvgPool2dSame
-from timm.models.resnet import downsample_conv, drop_blocks
+from timm.models.resnet import downsample_conv
 from torch import Tensor, nn
 
-from .block import Bottle2neck, set_spec
+from .block import Bottle2neck
 from .layers import DilatedAvgPool2d
 from .spec import NetworkSpec, require_one_of
-from .trunk import FeatureInfo, Grid, Trunk, TrunkOptions, dense_grids, make_stage
+from .trunk import Grid, Trunk, TrunkOptions, dense_grids, make_stage
 
 
 def explicit_grids(layers: Sequence[int], spec: NetworkSpec) -> list[Grid]:
@@ -27,6 +27,35 @@ def explicit_grids(layers: Sequence[int], spec: NetworkSpec) -> list[Grid]:
     return grids
 
 
+def make_stem(opts: TrunkOptions, channels: int, stem_type: str, stem_width: int) -> nn.Module:
+    """Makes the stem's convolutions, with the norms and activations between them."""
+    if not stem_type:
+        return nn.Conv2d(opts.in_chans, channels, 7, 2, padding=3, bias=False, **opts.factory)
+    first = 3 * (stem_width // 4) if stem_type == 'deep_tiered' else stem_width
+    return nn.Sequential(
+        *opts.conv(opts.in_chans, first, 3, stride=2, act=True),
+        *opts.conv(first, stem_width, 3, act=True),
+        nn.Conv2d(stem_width, channels, 3, padding=1, bias=False, **opts.factory),
+    )
+
+
+def make_shortcut(
+    opts: TrunkOptions, inplanes: int, outplanes: int, grid: Grid, kernel_size: int, avg_down: bool, dilate_pool: bool
+) -> nn.Module:
+    """Makes the projection of a stage's shortcut."""
+    if not avg_down:
+        options = dict(first_dilation=grid.first_dilation, norm_layer=opts.norm, **opts.factory)
+        return downsample_conv(inplanes, outplanes, kernel_size, grid.stride, grid.dilations[0], **options)
+    pool: nn.Module = nn.Identity()
+    if grid.stride > 1:
+        pool = nn.AvgPool2d(grid.stride, grid.stride, ceil_mode=True, count_include_pad=False)
+    elif grid.trained_stride > 1 and dilate_pool:
+        pool = DilatedAvgPool2d(grid.first_dilation, count_include_pad=False, kernel_size=2)
+    elif grid.trained_stride > 1:
+        pool = AvgPool2dSame(2, 1, ceil_mode=True, count_include_pad=False)
+    return nn.Sequential(pool, *opts.conv(inplanes, outplanes, 1))
+
+
 class Res2Net(Trunk):
     """ResNet with Res2Net blocks: a stem and four stages, at strides 4, 8, 16 and 32.
 
@@ -38,33 +67,34 @@ class Res2Net(Trunk):
         channels: Planes of each stage; it has four times as many output channels.
         stem_type: '' for one 7x7 convolution, 'deep' for three of 3x3, 'deep_tiered' for these in growing widths.
         stem_width: Channels of the first convolution of a deep stem, which ends with twice as many; else it has 64.
-        replace_stem_pool: Put a strided convolution in the place of the stem's max-pool.
+        replace_stem_pool: Replace the stem's max-pool with a strided convolution.
         stem_ceil_mode: Round the size of the stem's max-pool up.
         down_kernel_size: Size of the shortcuts' convolutions where they have a stride or dilation.
-        avg_down: Put the stride of shortcuts into an average pool before the convolution.
+        avg_down: Move the stride of shortcuts into an average pool before their convolution.
         style: Position of a stage's stride: 'pytorch' (3x3 convolutions) or 'caffe' (first 1x1 convolution).
-        deformable: Version of the deformable 3x3 convolutions of each stage, 'v1' or 'v2', None for plain ones.
-        strides: Stride of each stage, for a network that was trained with others than 1, 2, 2, 2.
-        dilations: Dilation of each stage, or of each of its blocks (multi-grid), for a network trained dilated.
-        dilate_first: Whether the first block of a stage has the stage's dilation, as in most code, or that of the stage
-            before, as in timm and torchvision.
-        output_stride: 8, 16 or 32; stages beyond it are dilated. This makes a denser network of one that was trained
-            with the default strides, so first blocks keep their function; `strides` and `dilations` are for networks
-            that were trained with them. As in timm, a stage with as many channels as the one before it then has no
-            shortcut, and its first block is a later block: weights of the undilated network do not fit.
-        dilate_pool: Dilate the average pools, too, where stages are dilated. Weights then compute, on a denser grid,
-            the undilated network. The default leaves the pools undilated, for equality with timm: its features are a
-            few percent off with `output_stride=8`, and with 16 where the map at stride 16 has an odd side. Attention
-            that pools over the whole image differs on a denser grid in any case.
-        **options: See `TrunkOptions`: `scale`, `base_width`, `cardinality`, `first_block`, `attn_layer`, `num_classes`,
-            `in_chans`, `global_pool`, `act_layer`, `norm_layer`, `drop_path_rate` and others.
+        deformable: Version of each stage's deformable 3x3 convolutions, 'v1' or 'v2', None for plain ones.
+        strides: Stride of each stage, if the network was trained with others than 1, 2, 2, 2.
+        dilations: Dilation of each stage, or of each of its blocks (multi-grid), if the network was trained dilated.
+        dilate_first: Whether the first block has its stage's dilation, as in most code, or that of the previous stage,
+            as in timm and torchvision.
+        output_stride: 8, 16 or 32; stages beyond it are dilated instead of strided. This is for weights trained with
+            the default strides, and first blocks keep their function. `strides` and `dilations` are for weights that
+            were trained with them. As in timm, a dilated stage with as many channels as the one before it has no
+            projection, so weights of the undilated network do not fit.
+        dilate_pool: Dilate the average pools of dilated stages, too. The network then computes the undilated one on a
+            denser grid. The default leaves these pools undilated, as timm does: features are a few percent off with
+            `output_stride=8`, and with 16 where the map at stride 16 has an odd side. Attention that pools over the
+            whole image differs on a denser grid in any case.
+        **options: Arguments of every trunk, see `timm_res2net.models.trunk.TrunkOptions`: `scale`, `base_width`,
+            `cardinality`, `first_block`, `attn_layer`, `num_classes`, `in_chans`, `global_pool`, `act_layer`,
+            `norm_layer`, `drop_path_rate` and others.
 
     Raises:
         ValueError: If the network does not support a value.
         TypeError: If an argument is unknown.
 
     Example:
-        >>> model = Res2Net(layers=(3, 4, 6, 3), scale=4, base_width=26, num_classes=10).eval()
+        >>> model = timm.create_model('res2net50d', num_classes=10).eval()
         >>> model(torch.randn(1, 3, 224, 224)).shape
         torch.Size([1, 10])
         >>> [tuple(x.shape[1:]) for x in model.forward_intermediates(torch.randn(1, 3, 64, 64))[1]]
@@ -97,23 +127,24 @@ class Res2Net(Trunk):
         opts = TrunkOptions(**options)
         super().__init__(opts)
         geometry: dict[str, Any] = dict(
+            style=style,
             strides=strides,
             dilations=dilations,
             dilate_first=dilate_first,
             deformable=deformable,
             stem_ceil_mode=stem_ceil_mode,
         )
-        spec = NetworkSpec(style=style, **geometry)
+        spec = NetworkSpec(**geometry)
         if len(layers) != 4 or len(channels) != 4 or min(layers) < 1:
             raise ValueError(f'layers={layers} and channels={channels} must have a positive entry for each of 4 stages')
-        is_timms = spec.strides == NetworkSpec.strides and spec.dilations == NetworkSpec.dilations
-        if not is_timms and (output_stride != 32 or dilate_pool or down_kernel_size != 1):
+        is_default = spec.strides == NetworkSpec.strides and spec.dilations == NetworkSpec.dilations
+        if not is_default and (output_stride != 32 or dilate_pool or down_kernel_size != 1):
             raise ValueError(
                 'strides and dilations set the whole geometry: do not pass output_stride, dilate_pool or '
                 'down_kernel_size with them'
             )
         require_one_of('output_stride', output_stride, (8, 16, 32))
-        grids = dense_grids(layers, spec.strides, output_stride, 4) if is_timms else explicit_grids(layers, spec)
+        grids = dense_grids(layers, spec.strides, output_stride, 4) if is_default else explicit_grids(layers, spec)
         require_one_of('stem_type', stem_type, ('', 'deep', 'deep_tiered'))
         if stem_ceil_mode and replace_stem_pool:
             raise ValueError('stem_ceil_mode=True has no effect on the convolution of replace_stem_pool')
@@ -125,22 +156,20 @@ class Res2Net(Trunk):
         self.maxpool: nn.Module = nn.MaxPool2d(3, 2, padding=1, ceil_mode=stem_ceil_mode)
         if replace_stem_pool:
             self.maxpool = nn.Sequential(*opts.conv(inplanes, inplanes, 3, stride=2, act=True))
-        self.feature_info = [FeatureInfo(num_chs=inplanes, reduction=2, module='act1')]
+        self.feature_info = [dict(num_chs=inplanes, reduction=2, module='act1')]
 
         stages = []
-        for i, (grid, planes, drop_block) in enumerate(zip(grids, channels, drop_blocks(opts.drop_block_rate))):
+        for i, (grid, planes) in enumerate(zip(grids, channels)):
             outplanes = planes * Bottle2neck.expansion
             shortcut = None
-            if grid.stride > 1 or inplanes != outplanes or not is_timms:
+            if grid.stride > 1 or inplanes != outplanes or not is_default:
                 shortcut = make_shortcut(opts, inplanes, outplanes, grid, down_kernel_size, avg_down, dilate_pool)
-            version = spec.deformable[i]
-            block = opts.block(style=style, deformable=version, dilate_pool=dilate_pool, drop_block=drop_block)
+            block = opts.block(style=style, deformable=spec.deformable[i], dilate_pool=dilate_pool)
             stages.append(make_stage(block, inplanes, planes, grid, shortcut))
             inplanes = outplanes
-            self.feature_info.append(FeatureInfo(num_chs=outplanes, reduction=grid.reduction, module=f'layer{i + 1}'))
+            self.feature_info.append(dict(num_chs=outplanes, reduction=grid.reduction, module=f'layer{i + 1}'))
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
-        self.add_head(inplanes, opts)
-        set_spec(self, **geometry)
+        self.finish(inplanes, opts, **geometry)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
@@ -155,32 +184,3 @@ class Res2Net(Trunk):
         x = self.layer2(x)  # (N, 512, H / 8, W / 8)
         x = self.layer3(x)  # (N, 1024, H / 16, W / 16)
         return self.layer4(x)  # (N, 2048, H / 32, W / 32)
-
-
-def make_stem(opts: TrunkOptions, channels: int, stem_type: str, stem_width: int) -> nn.Module:
-    """Makes the stem's convolutions, with the norms and activations between them."""
-    if not stem_type:
-        return nn.Conv2d(opts.in_chans, channels, 7, 2, padding=3, bias=False, **opts.factory)
-    first = 3 * (stem_width // 4) if stem_type == 'deep_tiered' else stem_width
-    return nn.Sequential(
-        *opts.conv(opts.in_chans, first, 3, stride=2, act=True),
-        *opts.conv(first, stem_width, 3, act=True),
-        nn.Conv2d(stem_width, channels, 3, padding=1, bias=False, **opts.factory),
-    )
-
-
-def make_shortcut(
-    opts: TrunkOptions, inplanes: int, outplanes: int, grid: Grid, kernel_size: int, avg_down: bool, dilate_pool: bool
-) -> nn.Module:
-    """Makes the projection of a stage's shortcut."""
-    if not avg_down:
-        options = dict(first_dilation=grid.first_dilation, norm_layer=opts.norm, **opts.factory)
-        return downsample_conv(inplanes, outplanes, kernel_size, grid.stride, grid.dilations[0], **options)
-    pool: nn.Module = nn.Identity()
-    if grid.stride > 1:
-        pool = nn.AvgPool2d(grid.stride, grid.stride, ceil_mode=True, count_include_pad=False)
-    elif grid.trained_stride > 1 and dilate_pool:
-        pool = DilatedAvgPool2d(grid.first_dilation, count_include_pad=False, kernel_size=2)
-    elif grid.trained_stride > 1:
-        pool = AvgPool2dSame(2, 1, ceil_mode=True, count_include_pad=False)
-    return nn.Sequential(pool, *opts.conv(inplanes, outplanes, 1))

@@ -22,18 +22,14 @@ class Splits(NamedTuple):
 
     cascade: bool  # add each split to the output of the one before it
     last: Literal['kept', 'pooled', 'convolved']
+    count_include_pad: bool = True  # in the pool
 
 
-@dataclass(frozen=True)
-class FirstBlock:
+class FirstBlock(NamedTuple):
     """How the first block of a stage computes its splits, by the stage's nominal stride: its stride before dilation."""
 
     stride_1: Splits
     stride_2: Splits
-    count_include_pad: bool = True  # of the pool
-
-    def splits(self, nominal_stride: int) -> Splits:
-        return self.stride_1 if nominal_stride == 1 else self.stride_2
 
 
 # Three code bases that share all tensor names disagree on the first block of a stage: a file from one of them loads
@@ -44,7 +40,7 @@ class FirstBlock:
 # fmt: off
 FIRST_BLOCKS = {
     'official': FirstBlock(Splits(False, 'pooled'),    Splits(False, 'pooled')),
-    'paddle':   FirstBlock(Splits(True,  'kept'),      Splits(False, 'pooled'), count_include_pad=False),
+    'paddle':   FirstBlock(Splits(True,  'kept'),      Splits(False, 'pooled', count_include_pad=False)),
     'mmdet':    FirstBlock(Splits(False, 'kept'),      Splits(False, 'pooled')),
     'group':    FirstBlock(Splits(False, 'convolved'), Splits(False, 'convolved')),
 }
@@ -59,23 +55,23 @@ Dilation = int | tuple[int, ...]  # of all blocks of a stage, or of each (multi-
 class NetworkSpec:
     """Choices that change what a network computes, but not the names and shapes of its tensors.
 
-    Networks with equal specs and equal weights compute the same. A model has a spec (`spec_of`), and so has a file of
-    weights, as far as it is recorded or known. Weights are loaded only where both specs agree.
+    Networks with equal specs and equal weights compute the same. A model has a spec (`spec_of`), and so does a file of
+    weights, as far as it is recorded or known. Weights are loaded only if both specs agree.
 
-    Every field is also a keyword of `timm.create_model`. The geometry is the one of training: `output_stride`, which
-    makes a denser network of a trained one, is not part of it. `ARGUMENTS` lists the keywords that are not fields.
+    Every field is also a keyword of `timm.create_model`. The geometry is that of training: `output_stride`, which makes
+    a trained network denser, is not part of it. `ARGUMENTS` lists the keywords that are not fields.
 
     Attributes:
         first_block: How the first block of a stage computes its splits, a key of `FIRST_BLOCKS`.
         style: Position of a stage's stride, one of `STYLES`.
         strides: Stride of each of the four stages.
         dilations: Dilation of each of the four stages, or of each block of a stage.
-        dilate_first: Whether the first block of a stage has the stage's dilation, or that of the stage before.
+        dilate_first: Whether the first block has its stage's dilation, or that of the previous stage.
         deformable: Version of the deformable convolutions of each of the four stages, None for plain convolutions.
         stem_ceil_mode: Whether the stem's max-pool rounds sizes up.
         shortcut_root: Whether the roots of a DLA add their first input to their output.
         act_layer: timm's name of the activation.
-        norm_eps: Number that norms add to variances.
+        norm_eps: Epsilon that norms add to variances.
         attn_layer: 'ceca' for circular ECA, which has the tensors of ECA. None for any other attention, which its
             tensors show, and for none.
 
@@ -113,7 +109,9 @@ class NetworkSpec:
         require_one_of('attn_layer', self.attn_layer, (None, *HIDDEN_ATTENTION))
         for version in self.deformable:
             require_one_of('deformable', version, (None, *VERSIONS))
-        numbers = [*self.strides, *(each for dilation in self.dilations for each in as_sequence(dilation))]
+        numbers = [*self.strides]
+        for dilation in self.dilations:
+            numbers += dilation if isinstance(dilation, tuple) else [dilation]
         if not all(type(number) is int and number > 0 for number in numbers):
             raise ValueError(f'strides={self.strides} and dilations={self.dilations} must be positive integers')
         for name in ('dilate_first', 'stem_ceil_mode', 'shortcut_root'):
@@ -189,11 +187,6 @@ def simplify(value: Any) -> Any:
     if not isinstance(value, list | tuple):
         return value
     return value[0] if len(value) and value.count(value[0]) == len(value) else tuple(value)
-
-
-def as_sequence(value: Any) -> tuple[Any, ...]:
-    """Returns a tuple unchanged, and anything else as the only element of one."""
-    return value if isinstance(value, tuple) else (value,)
 
 
 def require_one_of(name: str, value: object, choices: Iterable[object]) -> None:

@@ -2,32 +2,32 @@
 
 import inspect
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, ClassVar, NamedTuple, TypedDict
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from timm.layers import DropPath, SelectAdaptivePool2d, create_classifier, get_act_layer, get_device_dtype
+from timm.layers import (
+    DropPath,
+    SelectAdaptivePool2d,
+    create_classifier,
+    get_act_layer,
+    get_device_dtype,
+    get_norm_layer,
+)
+from timm.models.resnet import drop_blocks
 from torch import Tensor, nn
 
-from .block import Bottle2neck, Layer, norm_factory
+from .block import Bottle2neck, Layer
 from .fold import Foldable
 from .layers import ConvClassifier, DeformableConv2d
 from .recompute import Stage, set_grad_checkpointing
 
 
-class FeatureInfo(TypedDict):
-    """timm's description of a feature."""
-
-    num_chs: int
-    reduction: int  # stride, in pixels of the image
-    module: str
-
-
 @dataclass(frozen=True)
 class TrunkOptions:
-    """Keyword arguments of every trunk. A trunk's own signature lists those whose default it changes.
+    """Keyword arguments that all trunks share. A trunk's own signature lists those whose default it changes.
 
     Args:
         scale: Splits of a block.
@@ -40,7 +40,7 @@ class TrunkOptions:
         global_pool: Kind of pooling: 'avg', 'max', 'avgmax', 'catavgmax', '' for none.
         act_layer: Activation class or its name in timm.
         norm_layer: Norm class or its name in timm.
-        norm_eps: Number that norms add to variances, the default of the norm class if None.
+        norm_eps: Epsilon that norms add to variances, the default of the norm class if None.
         drop_rate: Dropout probability before the classifier.
         drop_path_rate: Stochastic depth probability of the last block, growing linearly from 0 at the first.
         drop_block_rate: DropBlock probability in the last two stages.
@@ -77,10 +77,14 @@ class TrunkOptions:
         """The activation class."""
         return get_act_layer(self.act_layer)
 
-    @property
-    def norm(self) -> Layer:
-        """The norm class, or a function that makes norms."""
-        return norm_factory(self.norm_layer, self.norm_eps)
+    def norm(self, channels: int, **factory: Any) -> nn.Module:
+        """Makes a norm."""
+        layer = get_norm_layer(self.norm_layer)
+        eps = {} if self.norm_eps is None else {'eps': self.norm_eps}
+        try:
+            return layer(channels, **eps, **factory)
+        except TypeError:  # torchvision's FrozenBatchNorm2d takes no device and dtype
+            return layer(channels, **eps).to(**factory)
 
     def conv(self, in_chs: int, out_chs: int, kernel_size: int, stride: int = 1, act: bool = False) -> list[nn.Module]:
         """Makes a convolution, its norm, and an activation if `act`."""
@@ -120,7 +124,9 @@ def dense_grids(layers: Sequence[int], strides: Sequence[int], output_stride: in
     grids, dilation = [], 1
     for depth, trained_stride in zip(layers, strides):
         stride = trained_stride if reduction < output_stride else 1
-        first_dilation, reduction, dilation = dilation, reduction * stride, dilation * trained_stride // stride
+        first_dilation = dilation
+        dilation *= trained_stride // stride
+        reduction *= stride
         grids.append(Grid(trained_stride, stride, first_dilation, (dilation,) * depth, reduction))
     return grids
 
@@ -128,18 +134,18 @@ def dense_grids(layers: Sequence[int], strides: Sequence[int], output_stride: in
 def make_stage(
     block: Callable[..., Bottle2neck], inplanes: int, planes: int, grid: Grid, shortcut: nn.Module | None
 ) -> Stage:
-    """Makes the blocks of a stage."""
-    dilation, *later_dilations = grid.dilations
-    blocks = [block(inplanes, planes, grid.stride, shortcut, dilation=dilation, first_dilation=grid.first_dilation)]
-    blocks += [block(planes * Bottle2neck.expansion, planes, dilation=each) for each in later_dilations]
+    """Makes the blocks of a stage. As in timm, one without a projection begins with a block that is not a first one."""
+    first = dict(first=shortcut is not None, dilation=grid.dilations[0], first_dilation=grid.first_dilation)
+    blocks = [block(inplanes, planes, grid.stride, shortcut, **first)]
+    blocks += [block(planes * Bottle2neck.expansion, planes, dilation=each) for each in grid.dilations[1:]]
     return Stage(*blocks)
 
 
 class Trunk(Foldable):
     """A sequence of parts and a head, with the methods that timm expects of a model.
 
-    A subclass makes the parts, lists their features in `feature_info`, writes `forward_features` out, and calls
-    `add_head`. Its children run in order: `nn.Sequential(*list(model.children())[:-1])` gives pooled features
+    A subclass makes the parts, lists their features in `feature_info`, calls `finish`, and defines `forward_features`.
+    Its children run in order: `nn.Sequential(*list(model.children())[:-1])` gives pooled features
     (N, num_features), `[:-2]` the map (N, num_features, H, W).
     """
 
@@ -154,7 +160,7 @@ class Trunk(Foldable):
         self.num_classes = options.num_classes
         self.in_chans = options.in_chans
         self.drop_rate = options.drop_rate
-        self.feature_info: list[FeatureInfo] = []
+        self.feature_info: list[dict[str, Any]] = []  # timm's: channels, stride and module of each feature
 
     @classmethod
     def arguments(cls) -> dict[str, Any]:
@@ -162,20 +168,23 @@ class Trunk(Foldable):
         own = {name: each.default for name, each in inspect.signature(cls).parameters.items() if name != 'options'}
         return {**vars(TrunkOptions()), **own}
 
-    def add_head(self, num_features: int, options: TrunkOptions) -> None:
-        """Adds stochastic depth to the blocks and a head of `num_features` input channels, and initializes everything.
+    def finish(self, num_features: int, options: TrunkOptions, **spec: Any) -> None:
+        """Sets drop layers and the spec of all blocks, adds the head, and initializes everything.
 
-        Drop rates grow linearly. They are computed as Python floats: timm's helper makes a tensor, which fake tensor
-        mode cannot read.
+        Blocks carry the network's spec because a feature extractor of timm keeps nothing else of the trunk.
         """
         blocks = [module for module in self.modules() if isinstance(module, Bottle2neck)]
         for i, block in enumerate(blocks):
-            rate = options.drop_path_rate * i / max(1, len(blocks) - 1)
-            block.drop_path = DropPath(rate) if rate > 0 else None
+            rate = options.drop_path_rate * i / max(1, len(blocks) - 1)  # timm's helper fails on fake tensors
+            block.drop_path = DropPath(rate) if rate > 0 else nn.Identity()
+            block.spec = replace(block.spec, **spec)
+        for part, drop_block in zip(self.parts[-2:], drop_blocks(options.drop_block_rate)[2:]):
+            for block in self.get_submodule(part).modules():
+                if isinstance(block, Bottle2neck) and drop_block is not None:
+                    block.drop_block = drop_block()
         self.num_features = num_features
         self._make_classifier(options.global_pool, options.factory)
-        self.zero_init_last = options.zero_init_last
-        self.init_weights()
+        self.init_weights(options.zero_init_last)
 
     def _make_classifier(self, global_pool: str, factory: dict[str, Any]) -> None:
         if self.conv_head and global_pool:
@@ -189,12 +198,11 @@ class Trunk(Foldable):
         self.head_hidden_size = self.num_features * self.global_pool.feat_mult()
 
     @torch.jit.ignore
-    def init_weights(self, zero_init_last: bool | None = None) -> None:
+    def init_weights(self, zero_init_last: bool = True) -> None:
         """Initializes convolutions for ReLU by their fan-out, and offsets of deformable convolutions with zero.
 
-        Blocks become identities if `zero_init_last`; None stands for the argument of the constructor.
+        With `zero_init_last`, every block starts as the identity.
         """
-        zero_init_last = self.zero_init_last if zero_init_last is None else zero_init_last
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
@@ -228,9 +236,7 @@ class Trunk(Foldable):
         everything = range(len(names))
         wanted = range(-indices, 0) if isinstance(indices, int) else everything if indices is None else indices
         if not wanted or not all(-len(names) <= index < len(names) for index in wanted):
-            raise ValueError(
-                f'indices={indices} are not possible; this {type(self).__name__} has {len(names)} features'
-            )
+            raise ValueError(f'indices={indices} out of range: {type(self).__name__} has {len(names)} features')
         take = [everything[index] for index in wanted]
         return take, names, self.parts.index(names[max(take)]) + 1
 
