@@ -7,18 +7,18 @@
     done
     VENV/bin/python tests/data/make_deformable.py FOLDER
 
-The archive holds, for each network, NAME.pth or NAME.pkl with the names that its library gives, beside one tensor of
-another part, and NAME.npz with images and the four feature maps that its code computes for them. The networks have 50
-layers, are thin, and share their values where they share a name and a shape, so that the archive is small.
+For each network the archive has NAME.pth or NAME.pkl, with its library's tensor names and one tensor of another part,
+and NAME.npz, with images and the four feature maps that its code computes for them. The networks have 50 layers, are
+thin, and share their values where they share a name and a shape, so that the archive is small.
 
-What is theirs: every block, stem, stage, norm and convolution; the default and published configurations of the two
-detectron2, of which only depth, width, outputs and (for centernet2) the deformable stages are changed; mmcv's layers
-that make offsets. CenterNet2 runs on the layers of the authors' detectron2. What stands in: torchvision's deform_conv2d
-for the compiled operators of detectron2 and mmcv; for UniverseNet, mmengine's BaseModule, Sequential and Registry in
-place of those of mmcv 1. Packages are imported without their `__init__` where that would need more.
+All blocks, stems, stages, norms, convolutions and layers that make offsets are theirs, and so are the configurations of
+the two detectron2, except for depth, width, outputs and (centernet2) the deformable stages. CenterNet2 runs on the
+layers of the authors' detectron2. torchvision's deform_conv2d replaces the compiled operators of detectron2 and mmcv;
+for UniverseNet, mmengine's BaseModule, Sequential and Registry replace those of mmcv 1. Packages are imported without
+their `__init__` where that would need more.
 
-What the networks compute; plain equations of this, with bilinear sampling written out, reproduce every map to 1e-6.
-The last two points were seen by building and running such networks:
+The networks compute the following. Plain equations, with bilinear sampling written out, reproduce every map to 1e-6;
+the last two points were seen by building and running such networks:
 
 | name | whose | commit | stride of a first block is in | deformable stages | kind |
 | --- | --- | --- | --- | --- | --- |
@@ -38,7 +38,7 @@ The last two points were seen by building and running such networks:
 | universenet_plain | | kept in stage 1, else pooled | 7x7, strided 1x1 |
 
 - In a deformable stage all blocks are, the first one too, and in each all three 3x3, each with offsets of its own. They
-  are made from what the 3x3 itself gets, after the sum, by a 3x3 of the same stride and padding.
+  are made from the input of the 3x3, after the sum, by a 3x3 of the same stride and padding.
 - First blocks are not cascaded (in CenterNet2's words, where in_channels and out_channels differ); all others are.
 - Channels 2k and 2k + 1 of the offsets are y and x for tap k, row by row: v1 has just these; of v2's three thirds, the
   first two in a row are the offsets, and the sigmoid of the last is the mask. The 3x3 have no bias. A tap off the map
@@ -74,7 +74,7 @@ def detectron2_builders(folder: Path) -> tuple[Callable[..., nn.Module], Callabl
     sys.path[:0] = [str(folder / 'Res2Net-detectron2'), str(folder / 'CenterNet2')]
     for name in ('detectron2', 'detectron2.modeling', 'centernet', 'centernet.modeling', 'centernet.modeling.backbone'):
         bare(name)
-    sys.modules['detectron2']._C = None  # what is compiled
+    sys.modules['detectron2']._C = None  # the compiled operators
     from detectron2.layers import deform_conv
 
     def modulated_deform_conv(x, offset, mask, weight, bias, stride, padding, dilation, groups, deformable_groups):
@@ -147,7 +147,7 @@ def common_name(name: str) -> str:
 
 
 def randomise(model: nn.Module, drawn: dict[tuple[str, torch.Size], np.ndarray], rng: np.random.Generator) -> None:
-    """Fills a network; what an earlier one has too, it gets from there, which saves room."""
+    """Fills a network, to save room with the values of earlier ones where they have the same tensor."""
     for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor.is_floating_point():
             key = common_name(name), tensor.shape

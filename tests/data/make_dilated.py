@@ -7,20 +7,20 @@
     done
     VENV/bin/python tests/data/make_dilated.py FOLDER
 
-The archive holds, for each network, NAME.npz with an image of an even and of an odd size and the four feature maps that
-its code computes for them, and FILE.pth, a plain state_dict with the names that a checkpoint of its project has. Where
-two networks have the same names, they share a file. wide.npz holds an image of 8x552 and, for uacanet_s and inspyrenet,
-the last map: at stride 32 the smaller images don't show all dilations, and these two compute the same for them. The
-networks have 50 layers, are thin, have classifiers of 5 classes if any, and share most values, so that the archive is
-small. As arrays are stored uncompressed, the archive holds once what several networks compute.
+For each network the archive has NAME.npz, with an image of an even and of an odd size and the four feature maps that
+its code computes for them, and FILE.pth, a plain state_dict with the names of its project's checkpoints. Networks with
+the same names share a file. wide.npz has an image of 8x552 and, for uacanet_s and inspyrenet, the last map: at stride
+32 the smaller images don't show all dilations, and these two compute the same for them. The networks have 50 layers,
+are thin, have classifiers of 5 classes if any, and share most values, so that the archive is small. Arrays are stored
+uncompressed, so that maps which several networks share take room once.
 
-All that computes is theirs, built by their classes and run by their `forward`; maps are what `layer1` to `layer4`
-return. Stand-ins are only for what URN imports to register and load: mmengine's Registry, and names never called.
-Packages are imported without their `__init__` where that would need more.
+The networks are built by their own classes and run by their own `forward`; the maps are the outputs of `layer1` to
+`layer4`. Only the names that URN imports to register and load are replaced, by mmengine's Registry and by names that
+are never called. Packages are imported without their `__init__` where that would need more.
 
-What the networks compute; plain equations of this reproduce every map to 1e-6, and with a first block not dilated, the
-last split kept instead of pooled or pooled instead of kept, the other rounding of a max-pool, the stride in the other
-convolution, or with and without the multi-grid, a map is off by more than 0.01 or of another size:
+The networks compute the following. Plain equations reproduce every map to 1e-6. A map is off by more than 0.01, or of
+another size, with a first block not dilated, the last split kept instead of pooled or pooled instead of kept, the other
+rounding of a max-pool, the stride in the other convolution, or with and without the multi-grid:
 
 | name | whose | commit | file, prefix of names |
 | --- | --- | --- | --- |
@@ -42,7 +42,7 @@ convolution, or with and without the multi-grid, a map is off by more than 0.01 
 | mmdet_dilated | 1, 2, 2, 1 | 1, 1, 1, 2 | yes | kept | 1x1 | deep; floor |
 | mmpretrain_caffe | 1, 2, 2, 2, in the 1x1 `conv1` | 1, 1, 1, 1 | | pooled, in all stages | 1x1 | 7x7; floor |
 
-- A stage's dilation is that of all its 3x3, in the first block beside its stride, and the padding equals it. inspyrenet
+- A stage's dilation is that of all its 3x3, also of those with a stride, and the padding equals it. inspyrenet
   has a multi-grid: the dilations of its last stage are those of the three blocks in turn, 4 times 1, 2, 4. UACANet has
   the same list of factors and does not use it. URN also gives its 1x1 a dilation, which does nothing.
 - Pooled is the average over 3x3, not dilated, padded by 1, zeros of the padding counted, with the stride of the 3x3
@@ -95,7 +95,7 @@ def urn_backbone(folder: Path) -> type[nn.Module]:
 
 
 def networks(folder: Path) -> dict[str, tuple[str, str, nn.Module]]:
-    """The networks, each with its file and with what precedes its names in a checkpoint of its project."""
+    """The networks, each with its file and the prefix of its names in a checkpoint of its project."""
     uacanet = file_module(folder / 'UACANet/lib/backbones/Res2Net_v1b.py')
     inspyrenet = file_module(folder / 'InSPyReNet/lib/backbones/Res2Net_v1b.py')
     poolnet = file_module(folder / 'Res2Net-PoolNet/networks/deeplab_res2net.py')
@@ -136,7 +136,7 @@ def common_name(name: str, shape: torch.Size) -> str:
 
 
 def randomise(model: nn.Module, drawn: dict[tuple[str, torch.Size], np.ndarray], rng: np.random.Generator) -> None:
-    """Fills a network. To save room, what an earlier one has too is taken from there, and filters recur after 64."""
+    """Fills a network. To save room, it shares the tensors of earlier ones, and filters recur after 64."""
     for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor.is_floating_point():
             shape = tensor.shape
@@ -149,7 +149,7 @@ def randomise(model: nn.Module, drawn: dict[tuple[str, torch.Size], np.ndarray],
 
 
 def unpack(path: Path) -> None:
-    """Stores arrays as they are, so that the archive holds once what several networks compute, and one image of two."""
+    """Stores arrays uncompressed, so that equal ones take room in the archive once, and one image of two."""
     with np.load(path) as file:
         arrays = dict(file)
     np.savez(path, **{key: array[:1] for key, array in arrays.items()})

@@ -5,15 +5,15 @@
     git -C FOLDER clone https://github.com/frazerlin/fcanet
     VENV/bin/python tests/data/make_encoders.py FOLDER
 
-For each of the two the archive holds NAME.npz with an image of an even and of an odd size and the four feature maps
-that their code computes for them, and NAME.pth, a checkpoint as their code writes or reads it, with one tensor of
-another part. wide.npz holds an image of 8x264 and FCA-Net's last map, as the smaller images don't show all dilations.
+For each of the two the archive has NAME.npz, with an image of an even and of an odd size and the four feature maps that
+their code computes for them, and NAME.pth, a checkpoint as their code writes or reads it, with one tensor of another
+part. wide.npz has an image of 8x264 and FCA-Net's last map, as the smaller images don't show all dilations.
 The networks are thin, and repeat most of their values, so that the archive is small.
 
-All that computes is theirs, of commits 8ae378d and e7de0ed; only width and depth are changed. The weights that MEGANet
+The networks are theirs, of commits 8ae378d and e7de0ed; only width and depth are changed. The weights that MEGANet
 loads are left out.
 
-What the networks compute:
+The networks compute the following:
 
 - MEGANet: the authors' v1b. `encoder1_conv` and `encoder1_bn` are its `conv1` and `bn1`, `encoder2` to `encoder5` its
   stages.
@@ -39,10 +39,10 @@ Network = tuple[nn.Module, dict[str, nn.Module], Callable[[torch.Tensor], Any]]
 
 
 def meganet(folder: Path) -> Network:
-    """Builds MEGANet on a thin backbone, where its own code loads the weights of the usual one.
+    """Builds MEGANet on a thin backbone, where its own code loads a pretrained one.
 
     Returns:
-        The network, its backbone's modules under the authors' names, and what runs these.
+        The network, its backbone's modules under the authors' names, and a function that runs these.
     """
     sys.path.insert(0, str(folder / 'MEGANet' / 'MEGANet-Res2Net'))
     from lib import EGANet, res2net

@@ -9,12 +9,12 @@ computes for them, and maskrcnn.pth, a checkpoint as their Checkpointer writes i
 without optimizer and scheduler, and with one tensor of another part. The network has 50 layers, is thin, and repeats
 most of its values, so that the archive is small.
 
-All that computes is theirs, of commit dd50e0f7: built by `build_backbone` from their configuration
+The network is theirs, of commit dd50e0f7: built by `build_backbone` from their configuration
 pytorch_mask_rcnn_R2_50_s4_FPN_2x.yaml, of which only the widths are changed, and run by the `forward` of `body`. Only
 the compiled operators have a stand-in, which is never called: heads alone use them.
 
-What the network computes; a network of this package with `style='caffe'` and norms of eps 0 reproduces every map to
-1e-6, and with another first block, or the stride in the other convolution, the last maps are off by more than 0.1:
+The network computes the following. One of this package with `style='caffe'` and norms of eps 0 reproduces every map to
+1e-6. With another first block, or the stride in the other convolution, the last maps are off by more than 0.1:
 
 - The stride of a first block is in the 1x1 `conv1`: STRIDE_IN_1X1 is true by default, and no configuration sets it.
 - First blocks are not cascaded, and average the last split over 3x3 with stride 1, zeros of the padding counted, in all
@@ -45,7 +45,7 @@ def backbone(folder: Path) -> nn.Module:
     sys.path.insert(0, str(folder / 'Res2Net-maskrcnn'))
     import maskrcnn_benchmark
 
-    maskrcnn_benchmark._C = SimpleNamespace(nms=None)  # what is compiled
+    maskrcnn_benchmark._C = SimpleNamespace(nms=None)  # the compiled operators
     from maskrcnn_benchmark.config import cfg
     from maskrcnn_benchmark.modeling.backbone import build_backbone
 

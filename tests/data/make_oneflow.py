@@ -25,7 +25,7 @@ from reference import bare, pack, random_value, save_reference
 
 
 def zip_folder(folder: Path) -> None:
-    """Packs a folder beside it and removes it. Nothing is compressed: the weights here would shrink too much."""
+    """Replaces a folder with a zip file, uncompressed because the weights here would shrink too much."""
     with zipfile.ZipFile(f'{folder}.zip', 'w') as archive:
         for path in [folder, *sorted(folder.rglob('*'))]:
             archive.write(path, path.relative_to(folder.parent))

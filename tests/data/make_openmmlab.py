@@ -5,7 +5,7 @@
     VENV/bin/python tests/data/make_openmmlab.py
 
 The archive holds, for a classifier of mmpretrain with each of the two stems and for a detector of mmdet, NAME.pth, and
-NAME.npz with images and what these libraries compute for them: logits for the classifiers, four feature maps for the
+NAME.npz with images and the outputs of these libraries for them: logits for the classifiers, four feature maps for the
 detector. The networks are thin and their weights sparse and rounded, so that the archive is small; statistics of the
 norms are random.
 """

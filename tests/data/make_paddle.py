@@ -11,16 +11,16 @@ PaddleDetection's backbone of variant d, plain and deformable, NAME.pdparams and
 form is of a network of its own there, `detection_dcn_static`. The networks are thin and their weights sparse and
 rounded, so that the archive is small; statistics of the norms are random. All of PaddleDetection's share their values.
 
-What stands in: functions of Paddle 3 for those of the same names in paddle.fluid, which the code of release/0.5 calls.
+Functions of Paddle 3 replace those of the same names in paddle.fluid, which the code of release/0.5 calls.
 
-What PaddleDetection's deformable network (`dcn_v2_stages=[1, 2, 3]`, counted from 0) computes; plain equations of this,
-with torchvision's deform_conv2d, reproduce every map to 1e-6:
+PaddleDetection's deformable network (`dcn_v2_stages=[1, 2, 3]`, counted from 0) computes the following. Plain
+equations, with torchvision's deform_conv2d, reproduce every map to 1e-6:
 
 - In a deformable stage all blocks are, the first one too, and in each all three 3x3, each with offsets of its own. In
   all else the function is that of the plain network, also in the first blocks: the stride is in the 3x3 and in what
   makes its offsets, no cascade, the last split averaged without the padding; and the shortcuts are strided 1x1,
   without a pool, since the class does not hand its variant on to its stages.
-- `branch2b.k.conv_offset`, a 3x3 with bias, of the same stride and padding of 1, gets what the 3x3 itself gets, after
+- `branch2b.k.conv_offset`, a 3x3 with bias, of the same stride and padding of 1, gets the input of the 3x3, after
   the sum. Of its 27 channels 2t and 2t + 1 are y and x for tap t, row by row; the sigmoid of the last nine is the mask.
 - The 3x3 itself keeps its name, `branch2b.k.conv.weight`. It has padding and dilation of 1, and no bias.
 
@@ -114,7 +114,7 @@ def static_detector(folder: Path) -> Any:
 
 
 def static_name(name: str) -> str:
-    """What PaddleDetection called a variable before version 2."""
+    """The name of a variable in PaddleDetection before version 2."""
     layer, part, tensor = name.rsplit('.', 2)
     layer = re.sub(r'^res(\d)\.blocks\.(\d)\.', lambda match: f'res{match[1]}{"abcdef"[int(match[2])]}_', layer)
     layer = re.sub(r'\.(\d)$', lambda match: f'_{int(match[1]) + 1}', layer.removeprefix('res1.'))
@@ -128,7 +128,7 @@ def fill(
 ) -> dict[str, np.ndarray]:
     """Gives a network random values, saves it, and returns them by the names of variables.
 
-    What an earlier network has too, it gets from `drawn`, which saves room.
+    To save room, it shares the values in `drawn`, of earlier networks.
     """
     drawn = {} if drawn is None else drawn
     values = {}

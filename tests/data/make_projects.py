@@ -1,4 +1,4 @@
-r"""Makes projects.json.xz with names and shapes of the tensors beside the Res2Net, of networks built around one.
+r"""Makes projects.json.xz with names and shapes of the other tensors of networks that are built around a Res2Net.
 
     python -m venv VENV && VENV/bin/pip install torch torchvision timm scipy
     for name in AngeLouCN/CaraNet@052ed72 ChunmingHe/FEDER@fac6b2a DengPingFan/Inf-Net@d4dd1e8 \
@@ -14,11 +14,11 @@ r"""Makes projects.json.xz with names and shapes of the tensors beside the Res2N
         git -C FOLDER/${repository#*/} checkout ${name#*@}; done
     VENV/bin/python tests/data/make_projects.py FOLDER
 
-For each network the file holds what precedes the names of its Res2Net, of the first one if there are two, and the names
-and shapes of all tensors but those of Res2Nets, biases and statistics of norms. FEDER has a plain ResNet instead.
+For each network the file has the prefix of its Res2Net's names, of the first one if there are two, and the names and
+shapes of all tensors but those of Res2Nets, biases and statistics of norms. FEDER has a plain ResNet instead.
 
-The networks are built by their own code. `Nothing` stands in for what other packages and files that are not in the
-repositories give; no tensor is missing for it. Packages are imported without their `__init__`, which may need more.
+The networks are built by their own code. `Nothing` replaces names from other packages, and from files that are not in
+the repositories; no tensor is missing for it. Packages are imported without their `__init__`, which may need more.
 """
 
 import contextlib
@@ -90,7 +90,7 @@ FILES = ('lib.optim', 'utils', 'lib.backbones.PVT_V2', *(f'lib.modules.dcn.defor
 
 
 class Nothing(nn.Module):
-    """What a missing module gives: a function, a layer, or mmcv's registry."""
+    """Anything that is imported from a missing module: a function, a layer, or mmcv's registry."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()

@@ -10,10 +10,10 @@ of another part. (Their infer.py reads the same without `module.`.) wide.npz hol
 as the smaller images don't show all dilations. The network has 50 layers, is thin, and repeats most of its values, so
 that the archive is small.
 
-All that computes is theirs, of commit ffcb47e5: their Res2Net, of which only the width is changed, run by the `forward`
-of their `RPNet`. The weights that it downloads are left out.
+The network is theirs, of commit ffcb47e5: their Res2Net, of which only the width is changed, run by the `forward` of
+their `RPNet`. The weights that it downloads are left out.
 
-What the network computes; a network of this package with `first_block='mmdet'`, `strides=(1, 2, 1, 1)`,
+The network computes the following. One of this package with `first_block='mmdet'`, `strides=(1, 2, 1, 1)`,
 `dilations=(1, 1, 2, (4, 8, 16))` and a last norm of the stem that does nothing reproduces every map to 1e-6. Its last
 map of the odd and the wide image is off by more than 0.1 with another first block or other dilations:
 
@@ -42,7 +42,7 @@ from torch import nn
 
 
 def rpnet(folder: Path) -> Any:
-    """Builds VecRoad's network on a thin backbone, where its own code downloads the weights of the usual one."""
+    """Builds VecRoad's network on a thin backbone, where its own code downloads a pretrained one."""
     sys.path.insert(0, str(folder / 'VecRoad'))
     from model import model, res2net
 

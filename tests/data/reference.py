@@ -1,4 +1,4 @@
-"""What the scripts of this folder have in common: random values that compress well, and the archive they end in."""
+"""Shared by the scripts of this folder: random values that compress well, images, feature maps and archives."""
 
 import contextlib
 import lzma
@@ -54,9 +54,9 @@ def randomise_state(model: Any, rng: np.random.Generator) -> None:
 
 
 def save_reference(run: Callable[[np.ndarray], Any], path: Path, rng: np.random.Generator) -> None:
-    """Saves images of an even and of an odd size, and what a network computes for them.
+    """Saves images of an even and of an odd size, and a network's logits or feature maps for them.
 
-    That is logits, or feature maps; of these every eighth channel for the first image, to save room.
+    To save room, only every eighth channel of the first image's maps is kept.
     """
     arrays = {}
     for size in (64, 65):
@@ -93,7 +93,7 @@ def stage_maps(stages: Iterable[Any], run: Callable[[Any], Any], x: np.ndarray, 
 
 
 def pack(folder: str, name: str) -> None:
-    """Puts the files of a folder in an archive beside this script. Related ones are neighbours, which saves room."""
+    """Packs the files of a folder into an archive next to this script, sorted so that similar ones compress well."""
     filters = [{'id': lzma.FILTER_LZMA2, 'preset': 9 | lzma.PRESET_EXTREME, 'dict_size': 1 << 26}]
     with (
         lzma.open(Path(__file__).with_name(name), 'w', filters=filters) as file,
