@@ -268,16 +268,7 @@ def test_backward_gives_every_parameter_a_nonzero_gradient(name: str, build: Any
         assert parameter.grad.abs().sum() > 0, parameter_name
 
 
-@every_name
-def test_forward_equals_forward_features_then_forward_head(name: str, build: Any, images: Tensor) -> None:
-    model, images = build(name), fitting(name, images)
-    features = model.forward_features(images)
-    assert features.shape[1] == model.num_features
-    torch.testing.assert_close(model.forward_head(features), model(images), rtol=0, atol=0)
-    assert model.forward_head(features, pre_logits=True).shape == (2, model.head_hidden_size)
-
-
-@every_name
+@every_trunk
 def test_reset_classifier_changes_classes_and_pooling(name: str) -> None:
     model: Any = timm.create_model(name, **small(name)).eval()
     features = torch.empty(2, model.num_features, 2, 2)
@@ -295,12 +286,13 @@ def test_reset_classifier_changes_classes_and_pooling(name: str) -> None:
 
 
 @every_name
-def test_forward_intermediates_equal_features_only_and_have_announced_shapes(
-    name: str, build: Any, images: Tensor
-) -> None:
+def test_every_way_to_get_features_agrees_with_feature_info(name: str, build: Any, images: Tensor) -> None:
     model, images = build(name), fitting(name, images)
     final, intermediates = model.forward_intermediates(images)
     torch.testing.assert_close(final, model.forward_features(images), rtol=0, atol=0)
+    torch.testing.assert_close(model.forward_head(final), model(images), rtol=0, atol=0)
+    assert final.shape[1] == model.num_features
+    assert model.forward_head(final, pre_logits=True).shape == (2, model.head_hidden_size)
     assert len(intermediates) == len(model.feature_info)
     for info, feature in zip(model.feature_info, intermediates):
         assert feature.shape == (2, info['num_chs'], *(pixels // info['reduction'] for pixels in images.shape[2:]))
@@ -310,7 +302,7 @@ def test_forward_intermediates_equal_features_only_and_have_announced_shapes(
         torch.testing.assert_close(feature, intermediates[index], rtol=0, atol=0)
 
 
-@every_name
+@every_trunk
 def test_prune_intermediate_layers_keeps_requested_features(name: str, build: Any, images: Tensor) -> None:
     model, images = copy.deepcopy(build(name)), fitting(name, images)
     expected = model.forward_intermediates(images, indices=[1, 2], intermediates_only=True)
@@ -324,7 +316,7 @@ def test_prune_intermediate_layers_keeps_requested_features(name: str, build: An
 
 @pytest.mark.parametrize(
     ('name', 'output_stride'),
-    [(name, stride) for name in ARCHS for stride in (strides(name) if name in TRUNKS else strides(name)[-1:])],
+    [(name, stride) for name in TRUNKS for stride in strides(name)],
 )
 def test_features_only_shapes_equal_feature_info(name: str, output_stride: int) -> None:
     options = dict(features_only=True, output_stride=output_stride, **small(name))

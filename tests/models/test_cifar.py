@@ -62,9 +62,3 @@ def test_create_model_pretrained_without_published_weights_raises_one_line() -> 
         with pytest.raises(RuntimeError, match=f'No pretrained weights exist for {name}') as error:
             timm.create_model(name, pretrained=True, **small(name))
         assert '\n' not in str(error.value)
-
-
-def test_cifar_drop_block_is_in_the_last_two_stages() -> None:
-    model = Res2NetCifar(layers=(1, 1, 1), channels=(8, 8, 8), cardinality=1, drop_block_rate=0.1)
-    kinds = [type(stage[0].drop_block).__name__ for stage in (model.layer1, model.layer2, model.layer3)]
-    assert kinds == ['Identity', 'DropBlock2d', 'DropBlock2d']
