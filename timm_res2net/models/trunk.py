@@ -179,9 +179,9 @@ class Trunk(Foldable):
             block.drop_path = DropPath(rate) if rate > 0 else nn.Identity()
             block.spec = replace(block.spec, **spec)
         for part, drop_block in zip(self.parts[-2:], drop_blocks(options.drop_block_rate)[2:]):
-            for block in self.get_submodule(part).modules():
-                if isinstance(block, Bottle2neck) and drop_block is not None:
-                    block.drop_block = drop_block()
+            for module in self.get_submodule(part).modules():
+                if drop_block is not None and isinstance(module, Bottle2neck):
+                    module.drop_block = drop_block()
         self.num_features = num_features
         self._make_classifier(options.global_pool, options.factory)
         self.init_weights(options.zero_init_last)
