@@ -162,8 +162,11 @@ class Bottle2neck(Foldable):
         if not block.cascade and len(block.convs) > 1 and plain and folded:
             merged = merge_convs(block.convs, block.scale, block.pool, block.act1)
             if merged is not None:
-                block.convs, block.bns, block.acts = nn.ModuleList([merged]), block.bns[:1], block.acts[:1]
-                block.pool, block.scale = nn.Identity(), 1
+                block.scale = 1
+                block.convs = nn.ModuleList([merged])
+                block.bns = block.bns[:1]
+                block.acts = block.acts[:1]
+                block.pool = nn.Identity()
         return block.eval()  # new modules are in training mode
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:

@@ -135,19 +135,18 @@ class Res2Net(Trunk):
             stem_ceil_mode=stem_ceil_mode,
         )
         spec = NetworkSpec(**geometry)
+        is_default = spec.strides == NetworkSpec.strides and spec.dilations == NetworkSpec.dilations
+        require_one_of('output_stride', output_stride, (8, 16, 32))
+        require_one_of('stem_type', stem_type, ('', 'deep', 'deep_tiered'))
         if len(layers) != 4 or len(channels) != 4 or min(layers) < 1:
             raise ValueError(f'layers={layers} and channels={channels} must have a positive entry for each of 4 stages')
-        is_default = spec.strides == NetworkSpec.strides and spec.dilations == NetworkSpec.dilations
+        if stem_ceil_mode and replace_stem_pool:
+            raise ValueError('stem_ceil_mode=True has no effect on the convolution of replace_stem_pool')
         if not is_default and (output_stride != 32 or dilate_pool or down_kernel_size != 1):
             raise ValueError(
                 'strides and dilations set the whole geometry: do not pass output_stride, dilate_pool or '
                 'down_kernel_size with them'
             )
-        require_one_of('output_stride', output_stride, (8, 16, 32))
-        grids = dense_grids(layers, spec.strides, output_stride, 4) if is_default else explicit_grids(layers, spec)
-        require_one_of('stem_type', stem_type, ('', 'deep', 'deep_tiered'))
-        if stem_ceil_mode and replace_stem_pool:
-            raise ValueError('stem_ceil_mode=True has no effect on the convolution of replace_stem_pool')
 
         inplanes = stem_width * 2 if stem_type else 64
         self.conv1 = make_stem(opts, inplanes, stem_type, stem_width)
@@ -159,6 +158,7 @@ class Res2Net(Trunk):
         self.feature_info = [dict(num_chs=inplanes, reduction=2, module='act1')]
 
         stages = []
+        grids = dense_grids(layers, spec.strides, output_stride, 4) if is_default else explicit_grids(layers, spec)
         for i, (grid, planes) in enumerate(zip(grids, channels)):
             outplanes = planes * Bottle2neck.expansion
             shortcut = None
