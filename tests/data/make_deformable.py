@@ -17,8 +17,7 @@ layers of the authors' detectron2. torchvision's deform_conv2d replaces the comp
 for UniverseNet, mmengine's BaseModule, Sequential and Registry replace those of mmcv 1. Packages are imported without
 their `__init__` where that would need more.
 
-The networks compute the following. Plain equations, with bilinear sampling written out, reproduce every map to 1e-6;
-the last two points were seen by building and running such networks:
+tests/weights has the spec of each network, with which this package reproduces every map:
 
 | name | whose | commit | stride of a first block is in | deformable stages | kind |
 | --- | --- | --- | --- | --- | --- |
@@ -29,22 +28,8 @@ the last two points were seen by building and running such networks:
 | universenet_dcn | shinya7y/UniverseNet | 3652b18c | the 3x3 `convs` | 4 (`layer4`) | v1 |
 | universenet_plain | shinya7y/UniverseNet | 3652b18c | the 3x3 `convs` | none | |
 
-| name | offsets of `convs.k` are made by, and channels | last split of a first block | stem and shortcut |
-| --- | --- | --- | --- |
-| detectron2, centernet2 | | kept in all four stages | deep, averaged |
-| centernet2_dcn | `conv2_offsets.k.weight`, 27, no bias | kept in all four stages | deep, averaged |
-| mmdet_dcnv2 | `convs.k.conv_offset.weight` and `.bias`, 27 | kept in stage 1, else pooled | deep, averaged |
-| universenet_dcn | `convs.k.conv_offset.weight` and `.bias`, 18 | kept in stage 1, else pooled | deep, averaged |
-| universenet_plain | | kept in stage 1, else pooled | 7x7, strided 1x1 |
-
-- In a deformable stage all blocks are, the first one too, and in each all three 3x3, each with offsets of its own. They
-  are made from the input of the 3x3, after the sum, by a 3x3 of the same stride and padding.
-- First blocks are not cascaded (in CenterNet2's words, where in_channels and out_channels differ); all others are.
-- Channels 2k and 2k + 1 of the offsets are y and x for tap k, row by row: v1 has just these; of v2's three thirds, the
-  first two in a row are the offsets, and the sigmoid of the last is the mask. The 3x3 have no bias. A tap off the map
-  counts as zero, and one less than a pixel off it is interpolated with zero.
-- Where the stride is in the 3x3, the last split is averaged over 3x3 with stride 2, zeros of the padding counted.
-- The averaged shortcut is AvgPool2d(s, s, ceil_mode=True, count_include_pad=False), then a 1x1.
+- The offsets of `convs.k` are made by `convs.k.conv_offset` in mmdet and UniverseNet, and by `conv2_offsets.k`, which
+  has no bias, in CenterNet2; each from the input of its 3x3, after the sum.
 - All norms add 1e-5 to the variance, the frozen ones of detectron2 too (which have no num_batches_tracked). Leaving it
   out is off by 7e-5 to 2e-4.
 - detectron2 and centernet2 are one function, with the same names. With `STRIDE_IN_1X1: False` both raise, for want of a

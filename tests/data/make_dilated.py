@@ -18,9 +18,9 @@ The networks are built by their own classes and run by their own `forward`; the 
 `layer4`. Only the names that URN imports to register and load are replaced, by mmengine's Registry and by names that
 are never called. Packages are imported without their `__init__` where that would need more.
 
-The networks compute the following. Plain equations reproduce every map to 1e-6. A map is off by more than 0.01, or of
-another size, with a first block not dilated, the last split kept instead of pooled or pooled instead of kept, the other
-rounding of a max-pool, the stride in the other convolution, or with and without the multi-grid:
+tests/weights has the spec of each network, with which this package reproduces every map. A map is off by more than
+0.01, or of another size, with a first block not dilated, the last split kept instead of pooled or pooled instead of
+kept, the other rounding of a max-pool, the stride in the other convolution, or with and without the multi-grid.
 
 | name | whose | commit | file, prefix of names |
 | --- | --- | --- | --- |
@@ -32,28 +32,9 @@ rounding of a max-pool, the stride in the other convolution, or with and without
 | mmdet_dilated | mmdet 3.3.0 | | mmdet_dilated.pth, `backbone.` |
 | mmpretrain_caffe | mmpretrain 1.2.0, `style='caffe'` | | mmpretrain_caffe.pth, `backbone.` |
 
-| name | strides | dilations | first block dilated | last split at stride 1 | shortcut at stride 1 | stem; max-pool |
-| --- | --- | --- | --- | --- | --- | --- |
-| uacanet_s | 1, 2, 2, 2 | 1, 1, 2, 4 | yes | pooled | 1x1 | deep; floor |
-| uacanet_l | 1, 2, 2, 1 | 1, 1, 1, 2 | yes | pooled | 1x1 | deep; floor |
-| inspyrenet | 1, 2, 2, 2 | 1, 1, 2, (4, 8, 16) | yes | pooled | 1x1 | deep; floor |
-| urn | 1, 2, 1, 1 | 1, 1, 2, 4 | yes | pooled | 1x1 | deep; floor |
-| poolnet | 1, 2, 2, 1 | 1, 1, 1, 2 | yes | pooled | 1x1 | 7x7; ceil |
-| mmdet_dilated | 1, 2, 2, 1 | 1, 1, 1, 2 | yes | kept | 1x1 | deep; floor |
-| mmpretrain_caffe | 1, 2, 2, 2, in the 1x1 `conv1` | 1, 1, 1, 1 | | pooled, in all stages | 1x1 | 7x7; floor |
-
-- A stage's dilation is that of all its 3x3, also of those with a stride, and the padding equals it. inspyrenet
-  has a multi-grid: the dilations of its last stage are those of the three blocks in turn, 4 times 1, 2, 4. UACANet has
-  the same list of factors and does not use it. URN also gives its 1x1 a dilation, which does nothing.
-- Pooled is the average over 3x3, not dilated, padded by 1, zeros of the padding counted, with the stride of the 3x3
-  convolutions. 'At stride 1' concerns the first block of `layer1`, and of dilated stages of stride 1; where the 3x3
-  have stride 2, all pool. In mmpretrain_caffe the 3x3 have stride 1 in all stages.
-- The shortcut of the networks with a deep stem is AvgPool2d(s, s, ceil_mode=True, count_include_pad=False), which at
-  stride 1 does nothing, then a 1x1, whose names are `downsample.1` and `.2` at stride 1 too. The other two networks
-  have a 1x1 with the stride, `downsample.0` and `.1`.
+- UACANet has InSPyReNet's list of dilations for a multi-grid and does not use it. URN gives its 1x1 a dilation, too,
+  which does nothing. Its norms are SyncBatchNorm, with the same names.
 - With ceil_mode=True poolnet's maps of the even image are as large as those of the odd one: 17, 9, 5, 5.
-- First blocks are not cascaded; all others are. All norms add 1e-5 to the variance. URN's are SyncBatchNorm, with the
-  same names.
 - The checkpoints of UACANet and PoolNet have a classifier `fc` that is never used; those of InSPyReNet and URN don't.
 """
 

@@ -13,13 +13,11 @@ The network is theirs, of commit dd50e0f7: built by `build_backbone` from their 
 pytorch_mask_rcnn_R2_50_s4_FPN_2x.yaml, of which only the widths are changed, and run by the `forward` of `body`. Only
 the compiled operators have a stand-in, which is never called: heads alone use them.
 
-The network computes the following. One of this package with `style='caffe'` and norms of eps 0 reproduces every map to
-1e-6. With another first block, or the stride in the other convolution, the last maps are off by more than 0.1:
+A network of this package with `style='caffe'` and norms of eps 0 reproduces every map. With another first block, or the
+stride in the other convolution, the last maps are off by more than 0.1:
 
 - The stride of a first block is in the 1x1 `conv1`: STRIDE_IN_1X1 is true by default, and no configuration sets it.
-- First blocks are not cascaded, and average the last split over 3x3 with stride 1, zeros of the padding counted, in all
-  four stages. The authors' detectron2 keeps it instead.
-- The stem is a 7x7, and the shortcut a 1x1 with the stride, `downsample.0` and `.1`.
+- First blocks average the last split in all four stages. The authors' detectron2 keeps it instead.
 - The norms are frozen, have no num_batches_tracked, and add nothing to the variance. Here one channel of eight has a
   variance of 1/1024 and a weight that makes up for it: adding 1e-5 to the variances is off by 0.01 to 0.03 in each map.
 """

@@ -13,16 +13,9 @@ rounded, so that the archive is small; statistics of the norms are random. All o
 
 Functions of Paddle 3 replace those of the same names in paddle.fluid, which the code of release/0.5 calls.
 
-PaddleDetection's deformable network (`dcn_v2_stages=[1, 2, 3]`, counted from 0) computes the following. Plain
-equations, with torchvision's deform_conv2d, reproduce every map to 1e-6:
-
-- In a deformable stage all blocks are, the first one too, and in each all three 3x3, each with offsets of its own. In
-  all else the function is that of the plain network, also in the first blocks: the stride is in the 3x3 and in what
-  makes its offsets, no cascade, the last split averaged without the padding; and the shortcuts are strided 1x1,
-  without a pool, since the class does not hand its variant on to its stages.
-- `branch2b.k.conv_offset`, a 3x3 with bias, of the same stride and padding of 1, gets the input of the 3x3, after
-  the sum. Of its 27 channels 2t and 2t + 1 are y and x for tap t, row by row; the sigmoid of the last nine is the mask.
-- The 3x3 itself keeps its name, `branch2b.k.conv.weight`. It has padding and dilation of 1, and no bias.
+tests/weights has the spec of PaddleDetection's deformable network (`dcn_v2_stages=[1, 2, 3]`, counted from 0), with
+which this package reproduces every map. Its shortcuts are strided 1x1, without a pool, as the class does not pass its
+variant on to its stages. `branch2b.k.conv_offset` makes the offsets of `branch2b.k.conv.weight` from the same input.
 
 The code for static graphs, before version 2 (`dcn_v2_stages: [3, 4, 5]`, the stem is 1), computes the same but for
 the shortcuts: of a stride of 2, they are AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False), then a 1x1. By its

@@ -13,20 +13,13 @@ that the archive is small.
 The network is theirs, of commit ffcb47e5: their Res2Net, of which only the width is changed, run by the `forward` of
 their `RPNet`. The weights that it downloads are left out.
 
-The network computes the following. One of this package with `first_block='mmdet'`, `strides=(1, 2, 1, 1)`,
-`dilations=(1, 1, 2, (4, 8, 16))` and a last norm of the stem that does nothing reproduces every map to 1e-6. Its last
-map of the odd and the wide image is off by more than 0.1 with another first block or other dilations:
+A network of this package with `first_block='mmdet'`, `strides=(1, 2, 1, 1)`, `dilations=(1, 1, 2, (4, 8, 16))` and a
+last norm of the stem that does nothing reproduces every map. Its last map of the odd and the wide image is off by more
+than 0.1 with another first block or other dilations:
 
 - Names are not those of their Res2Net: `stage_1.0` is its `conv1`, `stage_2` to `stage_5` are `layer1` to `layer4`, and
   in the same module are the tensors of all other parts.
 - `bn1` is not there. A ReLU follows the last convolution of the stem, `stage_1.0.6`, at once.
-- A stage's dilation is that of all its 3x3, in the first block too, and the padding equals it. The last stage has a
-  multi-grid: the dilations of its three blocks are 4 times 1, 2, 4.
-- First blocks are not cascaded. They keep the last split at stride 1, that is in all stages but the second, where they
-  average it over 3x3 with stride 2, zeros of the padding counted.
-- The shortcut is AvgPool2d(s, s, ceil_mode=True, count_include_pad=False), which at stride 1 does nothing, then a 1x1:
-  `downsample.1` and `.2` in all stages.
-- All norms add 1e-5 to the variance.
 """
 
 import sys
