@@ -69,7 +69,8 @@ def test_resnet_stem_ceil_mode_rounds_maps_up(images: Tensor) -> None:
         dict(output_stride=8, down_kernel_size=3),
         dict(stem_type='deep', stem_width=8, replace_stem_pool=True),
         dict(stem_type='deep_tiered', stem_width=8, avg_down=True, channels=(8, 8, 8, 8), output_stride=8),
-        dict(drop_rate=0.2, drop_path_rate=0.3, global_pool='catavgmax', norm_layer='groupnorm1', zero_init_last=False),
+        dict(drop_rate=0.2, drop_path_rate=0.3, drop_block_rate=0.1, zero_init_last=False),
+        dict(global_pool='catavgmax', norm_layer='groupnorm1'),
     ],
     ids=str,
 )
