@@ -178,6 +178,7 @@ class Trunk(Foldable):
             rate = options.drop_path_rate * i / max(1, len(blocks) - 1)  # timm's helper fails on fake tensors
             block.drop_path = DropPath(rate) if rate > 0 else nn.Identity()
             block.spec = replace(block.spec, **spec)
+        # The first two of timm's four stages have no DropBlock.
         for part, drop_block in zip(self.parts[-2:], drop_blocks(options.drop_block_rate)[2:]):
             for module in self.get_submodule(part).modules():
                 if drop_block is not None and isinstance(module, Bottle2neck):
