@@ -59,7 +59,7 @@ def parse(content: bytes, complete: bool) -> str:
         out, file = io.BytesIO(), io.BytesIO(content)
         signal.setitimer(signal.ITIMER_VIRTUAL, 1)
         try:
-            sandbox.answer(sandbox.read_file(file), len(content), out)
+            sandbox.answer(sandbox.read_file(file), out)
         except Stopped:
             return 'stopped'
         except Exception as error:  # as in `sandbox.main`

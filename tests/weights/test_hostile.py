@@ -174,6 +174,7 @@ ATTACKS: dict[str, bytes] = {
         + b'u'
         + b's' * 12
     ),
+    'safetensors name of 6 MB': save({'model.' * 1_000_000 + 'layer1.0.convs.0.weight': torch.ones(1)}),
     # depth
     'tuples as key': as_key(NESTED),
     'tuples in a set': b'\x80\x04\x8f(' + NESTED + b'\x90.',

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -26,8 +27,8 @@ from .._files import PathLike, open_regular
 SANDBOX = str(Path(__file__).with_name('sandbox.py'))
 TIMEOUT, BYTES_PER_SECOND = 20, 5_000_000  # seconds of the clock, for a busy machine with a slow disk
 MAX_HEADER = 8_000_000  # bytes of the sandbox's line of JSON
-MAX_EXPANSION, ALLOWANCE = 4, 1_000_000  # tensors take at most so many times the file's bytes, and so many more
-MAX_DIMENSIONS = 8
+MAX_EXPANSION, ALLOWANCE = 4, 1_000_000  # times the file's bytes, and bytes more, that its tensors may take
+MAX_TENSORS, MAX_NAME, MAX_DIMENSIONS = 30_000, 500, 8  # MAX_NAME in characters
 DTYPES: dict[str, torch.dtype] = {
     str(dtype).removeprefix('torch.'): dtype
     for dtype in (
@@ -55,7 +56,9 @@ def read_file(path: PathLike, shown: str | None = None) -> RawFile:
             raw: io.FileIO = getattr(file, 'raw')  # noqa: B009 - unbuffered, as the sandbox moves the position
             head = raw.read(9)
             raw.seek(0)
-            return read_safetensors(file.read()) if head[8:] == b'{' else read_sandboxed(raw)
+            found = read_safetensors(file.read()) if head[8:] == b'{' else read_sandboxed(raw)
+        require_few_names([*found.tensors, *found.unsupported])
+        return found
     except CheckpointError as error:
         raise CheckpointError(f'cannot read {shown}: {error}') from error
     except OSError as error:
@@ -63,6 +66,13 @@ def read_file(path: PathLike, shown: str | None = None) -> RawFile:
     except Exception as error:  # damaged data can make a decoder raise nearly anything
         problem = f'{type(error).__name__}: {first_line(error)}'
         raise CheckpointError(f'cannot read {shown}: {problem}. It may be damaged: download it again.') from error
+
+
+def require_few_names(names: Sequence[str]) -> None:
+    """Raises CheckpointError for more, or longer, names of tensors than any weights file has."""
+    longest = max(names, key=len, default='')
+    if len(names) > MAX_TENSORS or len(longest) > MAX_NAME:
+        raise CheckpointError(f'it holds {len(names):,} tensors, with names of up to {len(longest):,} characters')
 
 
 def read_safetensors(content: bytes) -> RawFile:
@@ -75,7 +85,7 @@ def read_safetensors(content: bytes) -> RawFile:
 
 
 def read_sandboxed(file: io.FileIO) -> RawFile:
-    """Reads any other format, in a process of its own with limited memory and time."""
+    """Reads any other format, in a separate process with limited memory and time."""
     size = os.fstat(file.fileno()).st_size
     command = [sys.executable, '-I', '-S', SANDBOX]
     environment = {**os.environ, 'LC_ALL': 'C'}  # a locale's archive can be larger than the memory limit
