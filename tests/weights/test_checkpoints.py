@@ -25,7 +25,7 @@ from timm_res2net.models.variants import ARCHS
 from timm_res2net.weights.checkpoints import read_checkpoint
 from timm_res2net.weights.config import write_folder
 from timm_res2net.weights.convert import convert, describe_weights
-from timm_res2net.weights.loading import adapt_state_dict, load_model
+from timm_res2net.weights.loading import load_model
 from timm_res2net.weights.matching import find_model
 from timm_res2net.weights.readers import read_file
 from timm_res2net.weights.renaming import PARTS
@@ -100,7 +100,7 @@ def reference_file(references: References, name: str) -> Path:
 def test_load_model_computes_outputs_of_original_framework(file: str, references: References) -> None:
     path, (name, args, wrong_specs) = reference_file(references, file), REFERENCES[file]
     checkpoint = read_checkpoint(path)
-    assert find_model(checkpoint) == (name, args)
+    assert find_model(checkpoint)[:2] == (name, args)
     assert file.startswith(PARTS_OF_OTHERS) <= bool(checkpoint.dropped)  # the tensor of another part
     assert_computes(load_model(checkpoint).eval(), path.with_suffix('.npz'))
     for wrong, error in wrong_specs:
@@ -332,13 +332,10 @@ def test_load_checkpoint_tensor_that_cannot_be_a_weight_is_refused_and_changes_n
 def test_weights_too_large_for_the_models_type_are_refused(
     dtype: torch.dtype, value: float, message: str, tmp_path: Path
 ) -> None:
-    state = {**tiny().state_dict(), 'fc.bias': torch.full((4,), value)}
-    file = save_checkpoint(state, tmp_path)
+    file = save_checkpoint({**tiny().state_dict(), 'fc.bias': torch.full((4,), value)}, tmp_path)
     assert_refused_and_unchanged(tiny().to(dtype), file, message)
     with pytest.raises(CheckpointError, match=message):
         load_model(file, dtype=dtype)
-    with pytest.raises(CheckpointError, match=message):  # as timm calls it
-        adapt_state_dict(state, tiny().to(dtype))
     load_checkpoint(tiny(), file)
 
 
@@ -346,10 +343,10 @@ def test_sums_of_an_images_channels_that_are_infinite_are_refused(tmp_path: Path
     state = tiny().state_dict()
     state['conv1.0.weight'].fill_(3e38)
     file = save_checkpoint(state, tmp_path)
-    with pytest.raises(CheckpointError, match='does not fit 1 channels: sums of its weights overflow'):
+    with pytest.raises(CheckpointError, match=r'does not fit 1 channels: 1 tensors hold numbers too large'):
         load_model(file, in_chans=1)
     options: dict[str, Any] = dict(pretrained_cfg_overlay=dict(file=str(file)), num_classes=4, **TINY)
-    with pytest.raises(CheckpointError, match=r'1 tensors hold numbers too large for it \(first: conv1\.0\.weight\)'):
+    with pytest.raises(CheckpointError, match=r'numbers too large for torch\.float32 \(first: conv1\.0\.weight\)'):
         timm.create_model('test_res2net', pretrained=True, in_chans=1, **options)
 
 

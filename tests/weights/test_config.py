@@ -83,8 +83,6 @@ def test_load_folder_of_another_architecture_names_timm(name: object, tmp_path: 
         ('pretrained_cfg.std', [0.2, 0, 0.2], 'std .*positive'),
         ('pretrained_cfg.crop_pct', 1e-9, 'crop_pct'),
         ('pretrained_cfg.interpolation', 'evil', 'interpolation'),
-        ('pretrained_cfg.first_conv', 'layer1.0.conv1', "pretrained_cfg.first_conv must be 'conv1.0'"),
-        ('pretrained_cfg.classifier', ['fc', 'layer4'], "pretrained_cfg.classifier must be 'fc'"),
         ('model_args.layers', 3000, 'model_args.layers must be made of numbers from 0 to 200'),
         ('model_args.layers', [200, 200, 200, 200], 'more tensors than the file'),
         ('model_args.layers', [[[[1]]]], 'model_args.layers must be made of'),
@@ -100,9 +98,7 @@ def test_load_folder_of_another_architecture_names_timm(name: object, tmp_path: 
         ('model_args.features_only', True, 'features_only is not an argument'),
         ('model_args.checkpoint_path', '/etc/passwd', 'checkpoint_path is not an argument'),
         ('model_args.device', 'cuda', 'device is not an argument'),
-        ('num_classes', -4, 'num_classes must be a number of classes'),
-        ('num_classes', 10**12, 'num_classes must be a number of classes'),
-        ('num_classes', 5, 'model.safetensors of user/net: it has 4 classes, config.json 5'),
+        ('num_classes', 10**12, 'model.safetensors of user/net: it has 4 classes, config.json 1000000000000'),
         ('label_names', ['a', 'b'], 'label_names has 2 names for 4 classes'),
         ('label_names', 'abcd', 'label_names must be a list of str'),
         ('label_names', [1, 2, 3, 4], 'label_names must be a list of str'),
@@ -128,9 +124,8 @@ def test_impossible_config_is_a_checkpoint_error_with_key_and_source(
         (b'[' * 100_000, 'recursion'),
         (b'{"num_classes": ' + b'9' * 5000 + b'}', 'digits'),
         (b'["' + b'x' * 5_000_000 + b'"]', 'more than 5,000,000 bytes'),
-        (b'{"architecture": "test_res2net", "pretrained_cfg": {}, "num_classes": Infinity}', 'got inf'),
     ],
-    ids=['list', 'null', 'encoding', 'cut', 'deep', 'digits', 'large', 'infinity'],
+    ids=['list', 'null', 'encoding', 'cut', 'deep', 'digits', 'large'],
 )
 def test_unreadable_config_is_a_checkpoint_error(text: bytes, message: str, tmp_path: Path) -> None:
     for read in (lambda path: load_folder(path, 'user/net'), read_checkpoint, convert):
@@ -273,10 +268,11 @@ def test_train_script_of_an_unknown_model_records_only_its_images(tmp_path: Path
 def test_empty_image_arguments_mean_the_defaults_of_the_model(tmp_path: Path) -> None:
     empty = dict(img_size=None, input_size=None, mean=None, std=None, interpolation='', crop_pct=None)
     default = resolve_data_config({}, pretrained_cfg=timm.get_pretrained_cfg('test_res2net').to_dict())
-    assert read_checkpoint(saved(tmp_path, **empty)).images == default
+    assert read_checkpoint(saved(tmp_path, **empty)).images == {}
+    assert resolve_model_data_config(load_model(saved(tmp_path, **empty))) == default
 
 
-@pytest.mark.parametrize('wrong', [dict(img_size=-3), dict(mean=['a']), dict(crop_pct=100), dict(input_size=[1, 2])])
+@pytest.mark.parametrize('wrong', [dict(img_size=-3), dict(mean=['a']), dict(crop_pct=100), dict(in_chans=10**9)])
 def test_impossible_image_settings_are_ignored_with_one_warning(
     wrong: dict[str, Any], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

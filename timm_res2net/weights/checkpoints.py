@@ -28,6 +28,7 @@ from .projects import find_project
 from .readers import RawFile, read_file
 from .renaming import find_network, has_modules_around, rename_tensors, to_weight
 
+FIELDS = ARGUMENTS['spec']
 Provenance = Literal['recorded', 'proved', 'inferred', 'default']
 
 
@@ -90,14 +91,14 @@ class Checkpoint:
         return len(self.state.get('fc.weight', ()))
 
     @property
+    def in_chans(self) -> int:
+        """Number of image channels."""
+        return self.state[first_convolution(self.state)].shape[1]
+
+    @property
     def assumed(self) -> tuple[str, ...]:
         """Fields of `spec` that are inferred or default."""
         return tuple(name for name, known in self.provenance.items() if known in ('inferred', 'default'))
-
-    @property
-    def function(self) -> NetworkSpec | None:
-        """The former name of `spec`."""
-        return self.spec
 
     def with_spec(self, **fields: Any) -> 'Checkpoint':
         """Returns the checkpoint with fields of its spec set by the caller, which are then recorded.
@@ -106,8 +107,8 @@ class Checkpoint:
             ValueError: For an impossible value.
             TypeError: For a field that a spec does not have.
         """
-        if unknown := [name for name in fields if name not in ARGUMENTS['spec']]:
-            raise TypeError(f'unknown argument {unknown[0]!r}. A network spec has {", ".join(ARGUMENTS["spec"])}')
+        if unknown := [name for name in fields if name not in FIELDS]:
+            raise TypeError(f'unknown argument {unknown[0]!r}. A network spec has {", ".join(FIELDS)}')
         if not fields:
             return self
         recorded: dict[str, Provenance] = dict.fromkeys(fields, 'recorded')
@@ -180,11 +181,13 @@ def identify(
         key, prefix, rows, chosen = find_network(raw.tensors, dialect, prefix, weights_from)
         state, dropped = rename_tensors(raw.tensors, raw.unsupported, key, prefix, rows)
         require_unfused(state)
+        first_convolution(state)
         cast: Counter[str] = Counter()
         state = {name: to_weight(name, tensor, cast) for name, tensor in state.items()}
         filled = zeros_for(state)
         part = has_modules_around(prefix, dropped, raw.tensors, 'fc.weight' in state)
-        checkpoint = Checkpoint(
+        labels = recorded_labels(config, len(state.get('fc.weight', ())))
+        return Checkpoint(
             file,
             key,
             prefix,
@@ -195,14 +198,12 @@ def identify(
             dropped=dropped,
             filled=tuple(filled),
             cast=dict(cast),
+            images=recorded_images(raw, config, file),
+            labels=labels,
+            labels_from=CONFIG_FILE if labels else '',
         )
-        labels = recorded_labels(config, checkpoint.num_classes)
-        images = recorded_images(raw, config, checkpoint.name, file)
-    except RecursionError as error:  # of JSON in a file's metadata
-        raise CheckpointError(f'cannot use {file}: its metadata is nested too deeply') from error
-    except ValueError as error:
+    except Exception as error:  # a hostile file can record anything, and have tensors of any shape
         raise CheckpointError(f'cannot use {file}: {first_line(error)}') from error
-    return replace(checkpoint, images=images, labels=labels, labels_from=CONFIG_FILE if labels else '')
 
 
 def specify(
@@ -214,29 +215,35 @@ def specify(
         recorded = recorded_spec(raw, name, args)
     except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f'it records an impossible network: {first_line(error)}') from error
-    everything = ARGUMENTS['spec']
     if recorded is not None:
-        return dict(spec=recorded, provenance=dict.fromkeys(everything, 'recorded'), name=name, model_args=args)
+        return dict(spec=recorded, provenance=dict.fromkeys(FIELDS, 'recorded'), name=name, model_args=args)
 
     names = DIALECTS[dialect]
-    spec, ambiguous, project = names.spec, names.ambiguous, None
+    spec, ambiguous, unsupported, project = names.spec, {*names.ambiguous}, names.unsupported, None
     if names.detector_spec is not None and is_part:  # which has its code base's own first block
-        spec, ambiguous = names.detector_spec, tuple(each for each in ambiguous if each != 'first_block')
-    provenance: dict[str, Provenance] = {each: 'default' if each in ambiguous else 'proved' for each in everything}
+        spec = names.detector_spec
+        ambiguous -= {'first_block'}
     if dialect == 'official':
         project = find_project(prefix, {each: tuple(tensor.shape) for each, tensor in raw.tensors.items()})
     if project is not None:
-        spec = project.spec
-        provenance = {each: 'inferred' if each in ambiguous else 'proved' for each in everything}
-    for each in irrelevant_fields(state, spec or NetworkSpec()):
-        provenance[each] = 'proved'
+        spec, unsupported = project.spec, project.unsupported
+    ambiguous -= irrelevant_fields(state, spec or NetworkSpec())
     if convolves_all_splits(state):
-        spec, provenance = replace(spec or NetworkSpec(), first_block='group'), {**provenance, 'first_block': 'proved'}
+        spec = replace(spec or NetworkSpec(), first_block='group')
+        ambiguous -= {'first_block'}
     if spec is not None:
         spec = replace(spec, deformable=deformable_stages(state))
-    unsupported = project.unsupported if project is not None else names.unsupported
-    whose = None if project is None else project.name
-    return dict(spec=spec, provenance=provenance, project=whose, unsupported=unsupported)
+    assumed = 'default' if project is None else 'inferred'
+    provenance = {field: assumed if field in ambiguous else 'proved' for field in FIELDS}
+    return dict(spec=spec, provenance=provenance, project=project and project.name, unsupported=unsupported)
+
+
+def first_convolution(state: Mapping[str, Tensor]) -> str:
+    """Returns the name of the weight of a network's first convolution."""
+    for stem, _ in DIALECTS['official'].stems:
+        if stem in state and state[stem].ndim == 4:
+            return stem
+    raise CheckpointError('the first convolution of its network is missing')
 
 
 def require_unfused(state: Mapping[str, Tensor]) -> None:
@@ -258,14 +265,14 @@ def zeros_for(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor for name, tensor in zeros.items() if name not in state}
 
 
-def irrelevant_fields(state: Mapping[str, Tensor], spec: NetworkSpec) -> list[str]:
+def irrelevant_fields(state: Mapping[str, Tensor], spec: NetworkSpec) -> set[str]:
     """Returns the fields of a spec that do not matter for a network with these tensors."""
     matters = {
         'dilate_first': spec.dilations != NetworkSpec.dilations,
         'shortcut_root': any('.root.' in name for name in state),
         'attn_layer': any('.se.conv.' in name for name in state),
     }
-    return [name for name, does in matters.items() if not does]
+    return {name for name, does in matters.items() if not does}
 
 
 def convolves_all_splits(state: Mapping[str, Tensor]) -> bool:

@@ -4,24 +4,23 @@ A folder with `config.json` and `model.safetensors` is how timm, transformers an
 untrusted and checked before use: only arguments that the model's constructor has, with plain and bounded values.
 """
 
+import hashlib
 import json
 import logging
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from timm.data import get_img_extensions, resolve_data_config
+from safetensors.torch import save
+from timm.data import get_img_extensions
 from timm.utils import natural_key
 from torch import Tensor
 
 from .._errors import CheckpointError, first_line, sanitize
-from .._files import PathLike, open_regular, read_text, sha256, sync, temporary_folder
-from .._images import check_image_settings
-from ..models.classifier import Classifier, registered_cfg, with_channels
+from .._files import PathLike, open_regular, read_text, write_files
+from .._images import IMAGE_SETTINGS, check_image_settings
+from ..models.classifier import Classifier, with_channels
 from ..models.spec import ARGUMENTS, NetworkSpec
 from ..models.variants import ARCHS, Arch
 from ..version import __version__
@@ -32,18 +31,17 @@ _logger = logging.getLogger(__name__)
 WEIGHTS_FILE, CONFIG_FILE = 'model.safetensors', 'config.json'
 RECORD = 'timm_res2net'  # the key of our own record
 MAX_CONFIG = 5_000_000  # bytes
-IMAGES = 'input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode'
+IMAGES = tuple(IMAGE_SETTINGS)
 # Numbers in `model_args`: a small file could describe a network that takes hours to make.
 MAX_NUMBERS = {'layers': 200, 'levels': 8, 'scale': 64, 'num_classes': 1_000_000}
 MAX_NUMBER, MAX_TEXT, MAX_ITEMS, MAX_DEPTH = 4096, 100, 64, 3
-DATA_ARGUMENTS = 'img_size', *IMAGES  # of timm's train script
 
 
 # Reading what is recorded
 
 
 def read_config(folder: PathLike, source: str | None = None) -> dict[str, Any]:
-    """Reads and checks a folder's `config.json`, which keeps unknown keys; messages call it `source`."""
+    """Reads a folder's `config.json`; messages call the folder `source`."""
     where = f'{CONFIG_FILE} of {source or folder}'
     try:
         with open_regular(Path(folder, CONFIG_FILE)) as file:
@@ -53,14 +51,11 @@ def read_config(folder: PathLike, source: str | None = None) -> dict[str, Any]:
         config = json.loads(content.decode('utf-8-sig'))
         if not isinstance(config, dict):
             raise ValueError(f'it holds a {type(config).__name__}, not a mapping')
-        config = with_pretrained_cfg(config)
-        if isinstance(config.get('architecture'), str) and config['architecture'] in ARCHS:
-            check_config(config)
+        return with_pretrained_cfg(config)
     except OSError as error:
         raise CheckpointError(f'cannot read {where}: {error.strerror or error}') from error
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f'cannot use {where}: {first_line(error)}') from error
-    return config
 
 
 def with_pretrained_cfg(config: dict[str, Any]) -> dict[str, Any]:
@@ -73,30 +68,6 @@ def with_pretrained_cfg(config: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(value, dict):
             raise ValueError(f'{key} must be a mapping, got {sanitize(repr(value), 80)}')
     return {**config, 'pretrained_cfg': cfg}
-
-
-def check_config(config: Mapping[str, Any]) -> None:
-    """Raises ValueError for an impossible value; the message names its key."""
-    arch, cfg, classes = ARCHS[config['architecture']], config['pretrained_cfg'], recorded_classes(config)
-    check_model_args(arch, config['model_args'])
-    check_image_settings(cfg)
-    if classes is not None and not (type(classes) is int and 0 <= classes <= MAX_NUMBERS['num_classes']):
-        raise ValueError(f'num_classes must be a number of classes, got {sanitize(repr(classes), 80)}')
-    names = config.get('label_names') or cfg.get('label_names') or ()
-    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
-        raise ValueError('label_names must be a list of str')
-    if names and classes is not None and len(names) != classes:
-        raise ValueError(f'label_names has {len(names):,} names for {classes:,} classes')
-    for key in ('first_conv', 'classifier'):  # timm skips the weights of the layers that these name
-        own = getattr(registered_cfg(config['architecture']), key)
-        if cfg.get(key) not in (None, own):
-            raise ValueError(f'pretrained_cfg.{key} must be {own!r}, got {sanitize(repr(cfg[key]), 80)}')
-
-
-def recorded_classes(config: Mapping[str, Any]) -> Any:
-    """Returns the number of classes in a configuration, which has three places for it."""
-    places = config, config['model_args'], config['pretrained_cfg']
-    return next((place['num_classes'] for place in places if place.get('num_classes') is not None), None)
 
 
 def check_model_args(arch: Arch, args: Mapping[str, Any]) -> None:
@@ -168,29 +139,29 @@ def recorded_spec(raw: RawFile, name: str | None, args: Mapping[str, Any]) -> Ne
     return None if name is None else NetworkSpec.from_arguments({**ARCHS[name].args, **args})
 
 
-def recorded_images(raw: RawFile, config: Mapping[str, Any], name: str | None, source: str) -> dict[str, Any]:
-    """Returns recorded settings of image preprocessing; for a training script, what timm made of its arguments."""
+def recorded_images(raw: RawFile, config: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """Returns recorded settings of image preprocessing; impossible ones of a training script are ignored."""
     args = raw.values.get('args')
     if not isinstance(args, dict):
         return check_image_settings(config.get('pretrained_cfg') or {})
+    given = {key: args[key] for key in IMAGES if args.get(key)}
+    if size := args.get('img_size'):
+        given.setdefault('input_size', [args.get('in_chans') or 3, size, size])
     try:
-        given = {key: args[key] for key in DATA_ARGUMENTS if args.get(key)}
-        sizes = [args.get('in_chans') or 3, *2 * [given['img_size']]] if 'img_size' in given else None
-        checked = check_image_settings({**given, 'input_size': given.get('input_size') or sizes})
-        if name is None and not checked:
-            return {}
-        cfg = registered_cfg(name).to_dict() if name is not None else {}
-        resolved = check_image_settings(resolve_data_config({'in_chans': args.get('in_chans'), **checked}, cfg))
-    except (ValueError, TypeError) as error:
+        return check_image_settings(given)
+    except ValueError as error:
         _logger.warning('ignored image settings in %s: %s', sanitize(source), first_line(error))
         return {}
-    return resolved if name is not None else {key: resolved[key] for key in checked}
 
 
 def recorded_labels(config: Mapping[str, Any], num_classes: int) -> tuple[str, ...]:
-    """Returns the names of the classes in a configuration."""
-    names = config.get('label_names') or (config.get('pretrained_cfg') or {}).get('label_names') or ()
-    return tuple(names) if len(names) == num_classes else ()
+    """Returns the names of the classes in a configuration; ValueError if they are not names or not as many."""
+    names = config.get('label_names') or (config.get('pretrained_cfg') or {}).get('label_names') or []
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError('label_names must be a list of str')
+    if len(names) not in (0, num_classes):
+        raise ValueError(f'label_names has {len(names):,} names for {num_classes:,} classes')
+    return tuple(names)
 
 
 def read_labels(path: str) -> list[str]:
@@ -215,23 +186,10 @@ def read_labels(path: str) -> list[str]:
 
 
 def require_no_model(folder: Path) -> None:
-    """Raises ValueError if a folder already holds a model or one of its files, or is not a folder.
-
-    A `config.json` of ours without weights is what remains of a write that was killed, and may be replaced.
-    """
-    if os.path.lexists(folder) and not folder.is_dir():
-        raise ValueError(f'cannot write {folder}: it is not a folder. Choose another name')
-    present = [name for name in (WEIGHTS_FILE, CONFIG_FILE) if os.path.lexists(folder / name)]
-    if present and not (present == [CONFIG_FILE] and is_unfinished(folder / CONFIG_FILE)):
-        raise ValueError(f'cannot write {folder}: it already has a {present[0]}. Choose another folder')
-
-
-def is_unfinished(file: Path) -> bool:
-    """Whether this package wrote a `config.json` and was killed before it wrote the weights."""
-    try:
-        return bool(json.loads(file.read_bytes())[RECORD]['sha256'])
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
-        return False
+    """Raises ValueError if a folder already holds a model or one of its files."""
+    for name in (WEIGHTS_FILE, CONFIG_FILE):
+        if os.path.lexists(folder / name):
+            raise ValueError(f'cannot write {folder}: it already has a {name}. Choose another folder')
 
 
 def make_config(
@@ -261,45 +219,16 @@ def write_folder(folder: Path, state: dict[str, Tensor], config: dict[str, Any],
     args = json.dumps(config['model_args'], sort_keys=True)
     metadata = {'format': 'pt', 'architecture': config['architecture'], 'model_args': args}
     metadata |= spec.as_text() if spec is not None else {}
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with temporary_folder(folder.parent) as temporary:
-            complete = temporary / 'complete'
-            complete.mkdir()
-            save_weights(state, complete / WEIGHTS_FILE, metadata)
-            config[RECORD]['sha256'] = sha256(complete / WEIGHTS_FILE)
-            (complete / CONFIG_FILE).write_text(json.dumps(config, indent=2) + '\n')
-            shutil.copymode(complete / CONFIG_FILE, complete / WEIGHTS_FILE)  # safetensors lets only the owner read
-            for path in (complete / WEIGHTS_FILE, complete / CONFIG_FILE, complete):
-                sync(path)
-            move_into_place(complete, folder)
-            sync(folder.parent)
-    except (OSError, SafetensorError) as error:
-        raise OSError(f'cannot write {folder}: {first_line(error)}') from error
+    weights = serialize(state, metadata)
+    config[RECORD]['sha256'] = hashlib.sha256(weights).hexdigest()
+    write_files(folder, {CONFIG_FILE: (json.dumps(config, indent=2) + '\n').encode(), WEIGHTS_FILE: weights})
 
 
-def move_into_place(complete: Path, folder: Path) -> None:
-    """Renames a folder, or moves its two files into one that exists; ValueError if another process was faster."""
-    if not folder.exists():
-        try:
-            os.rename(complete, folder)
-        except OSError:
-            require_no_model(folder)
-            raise
-    else:
-        require_no_model(folder)
-        for name in (CONFIG_FILE, WEIGHTS_FILE):  # a configuration alone shows an unfinished write
-            os.replace(complete / name, folder / name)
-
-
-def save_weights(state: dict[str, Tensor], path: Path, metadata: dict[str, str]) -> None:
-    """Saves safetensors, with the same bytes for the same weights: the library writes metadata in random order."""
-    save_file(state, path, metadata)
-    with open(path, 'r+b') as file:
-        size = int.from_bytes(file.read(8), 'little')
-        header = json.loads(file.read(size))
-        header['__metadata__'] = dict(sorted(header['__metadata__'].items()))
-        text = json.dumps(header, separators=(',', ':'), ensure_ascii=False).encode().ljust(size)
-        assert len(text) == size
-        file.seek(8)
-        file.write(text)
+def serialize(state: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
+    """Returns safetensors, the same bytes for the same weights: the library writes metadata in random order."""
+    content = save(state, metadata)
+    end = 8 + int.from_bytes(content[:8], 'little')
+    header = json.loads(content[8:end])
+    header['__metadata__'] = dict(sorted(header['__metadata__'].items()))
+    text = json.dumps(header, separators=(',', ':'), ensure_ascii=False).encode().ljust(end - 8)
+    return len(text).to_bytes(8, 'little') + text + content[end:]

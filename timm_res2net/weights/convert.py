@@ -2,7 +2,6 @@
 
 import io
 import pickle
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,7 +22,7 @@ from .checkpoints import Checkpoint, read_checkpoint
 from .config import IMAGES, RECORD, make_config, require_no_model, write_folder
 from .dialects import DIALECTS
 from .loading import require_same_spec
-from .matching import find_outline, resnet_arguments
+from .matching import find_model, resnet_arguments
 from .renaming import rename_for
 
 
@@ -61,7 +60,7 @@ def convert(
     folder = Path(out) if out is not None else folder_for(file)
     if not dry_run:
         require_no_model(folder)
-    name, args, outline = find_outline(checkpoint, model)
+    name, args, outline = find_model(checkpoint, model)
     network = as_classifier(outline)
     require_same_spec(network, checkpoint)
     if labels is not None:
@@ -119,8 +118,6 @@ def export_checkpoint(model: nn.Module, file: PathLike, dialect: str) -> None:
     """
     if any(isinstance(module, FoldedNorm) for module in model.modules()):
         raise ValueError('cannot export a fused model: it has no norms left. Export the model it was made from')
-    if branches := [name for name in model.state_dict() if re.match(r'layer\d\.(?!\d+\.)', name)]:
-        raise ValueError(f'cannot export to {dialect}: its stages have one branch, no {branches[0]}')
     require_finite_weights(model)
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     renamed = rename_for(dialect, state)
@@ -157,8 +154,7 @@ def describe_difference(model: nn.Module, dialect: str) -> str:
     if names := spec.differing_fields(ours):
         return f'It has {spec.as_keywords(names)}, the model {ours.as_keywords(names)}'
     classes = getattr(model, 'num_classes', 0)
-    available = {*Res2Net.arguments()} - {'attn_layer'}
-    fields = {field: value for field, value in vars(spec).items() if field in available}
+    fields = {field: value for field, value in vars(spec).items() if field != 'shortcut_root'}  # of a DLA
     args = {**resnet_arguments(model.state_dict()), **fields}
     channels = next(iter(model.parameters())).shape[1]
     outline = Res2Net(**args, num_classes=classes, in_chans=channels, device='meta')

@@ -128,9 +128,7 @@ HOLOCRON_DEEP_STEM = (
 
 OFFICIAL = NetworkSpec()
 GEOMETRY = ('strides', 'dilations', 'dilate_first')
-AMBIGUOUS = (  # under the authors' names
-    *('first_block', 'style', *GEOMETRY, 'stem_ceil_mode', 'shortcut_root', 'act_layer', 'norm_eps', 'attn_layer'),
-)
+AMBIGUOUS = tuple(name for name in vars(OFFICIAL) if name != 'deformable')  # under the authors' names
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Loads checkpoints into models, and only into models that compute what the weights were trained for."""
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -17,17 +17,9 @@ from ..models.checks import not_finite
 from ..models.classifier import model_name, registered_cfg, with_channels
 from ..models.spec import NetworkSpec
 from ..models.variants import ARCHS
-from .checkpoints import Checkpoint, identify, read_checkpoint, with_record
+from .checkpoints import Checkpoint, first_convolution, identify, read_checkpoint, with_record
 from .config import WEIGHTS_FILE, read_config
-from .matching import (
-    BUILD_ERRORS,
-    arguments_for,
-    describe_mismatch,
-    find_model,
-    first_convolution,
-    format_create_model,
-    require_buildable,
-)
+from .matching import arguments_for, build_outline, describe_mismatch, find_model, format_create_model
 from .readers import RawFile, read_file
 from .renaming import find_network
 
@@ -92,7 +84,7 @@ def fitting_state(model: nn.Module, checkpoint: Checkpoint) -> tuple[str, dict[s
     _, wrapper, _, _ = find_network(wanted, 'official')
     parts = {name.removeprefix(wrapper).partition('.')[0] for name in wanted}
     state = {wrapper + name: tensor for name, tensor in checkpoint.state.items() if name.partition('.')[0] in parts}
-    problem = describe_mismatch(wanted, state) or describe_overflow(wanted, state)
+    problem = describe_mismatch(wanted, state) or describe_overflow(narrow(wanted, state))
     if problem:
         raise CheckpointError(
             f'{checkpoint.file} does not fit {model_name(model)}: {problem}. {suggest_model(checkpoint)}'
@@ -153,7 +145,7 @@ def load_model(
     checkpoint = read_once(file, dialect=dialect, prefix=prefix, weights_from=weights_from)
     checkpoint = checkpoint.with_spec(**{key: value for key, value in vars(given).items() if key in kwargs})
     if name is None:
-        name, found = find_model(checkpoint)
+        name, found, _ = find_model(checkpoint)
     else:
         found = arguments_for(checkpoint, name.partition('.')[0], known_only=True)
         require_fit_without_memory(checkpoint, name, found, kwargs)
@@ -175,31 +167,26 @@ def require_fit_without_memory(
     checkpoint: Checkpoint, name: str, found: Mapping[str, Any], kwargs: Mapping[str, Any]
 ) -> None:
     """Raises CheckpointError if a named model does not fit: a small file could ask for one that fills all memory."""
-    in_chans = checkpoint.state[first_convolution(checkpoint)].shape[1]
-    options = {'num_classes': checkpoint.num_classes, **found, **kwargs, 'in_chans': in_chans, 'pretrained': False}
-    arch = ARCHS.get(name.partition('.')[0])
     try:
-        if arch is not None:
-            require_buildable(checkpoint, {**arch.args, **options})
-        outline = timm.create_model(name, **{**options, 'device': 'meta'})
-    except BUILD_ERRORS as error:
+        outline = build_outline(checkpoint, name, {**found, **kwargs})
+    except Exception as error:
         if not found:  # the caller's arguments are impossible, not those of the file
             raise
         raise CheckpointError(f'cannot make {name} for {checkpoint.file}: {first_line(error)}') from error
-    if options['num_classes'] == checkpoint.num_classes and spec_of(outline) is not None:
+    if spec_of(outline) is not None:
         fitting_state(outline, checkpoint)
 
 
 def adapt_weights(checkpoint: Checkpoint, model: nn.Module, in_chans: int, same_classes: bool) -> Checkpoint:
     """Returns a checkpoint for other image channels and classes, as timm adapts weights."""
-    state, first_conv = dict(checkpoint.state), first_convolution(checkpoint)
+    state, first_conv = dict(checkpoint.state), first_convolution(checkpoint.state)
     if not same_classes:
         state = {key: tensor for key, tensor in state.items() if not key.startswith('fc.')}
         state |= {key: tensor for key, tensor in model.state_dict().items() if key.startswith('fc.')}
-    if in_chans != (channels := state[first_conv].shape[1]):
-        state[first_conv] = adapt_input_conv(in_chans, state[first_conv], base_chans=channels)
-        if not state[first_conv].isfinite().all():
-            raise CheckpointError(f'{checkpoint.file} does not fit {in_chans} channels: sums of its weights overflow')
+    if in_chans != checkpoint.in_chans:
+        state[first_conv] = adapt_input_conv(in_chans, state[first_conv], base_chans=checkpoint.in_chans)
+        if problem := describe_overflow({first_conv: state[first_conv]}):
+            raise CheckpointError(f'{checkpoint.file} does not fit {in_chans} channels: {problem}')
     return replace(checkpoint, state=state)
 
 
@@ -257,8 +244,6 @@ def adapt_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> dict[st
     if checkpoint.dialect == 'official' and not checkpoint.prefix:  # timm's names: the caller knows what they compute
         checkpoint = checkpoint.with_spec(**vars(spec_of(model) or NetworkSpec()))
     require_same_spec(model, checkpoint)
-    if problem := describe_overflow(model.state_dict(), checkpoint.state):
-        raise CheckpointError(f'the file does not fit {model_name(model)}: {problem}')
     return checkpoint.state
 
 
@@ -280,13 +265,13 @@ def require_same_spec(model: nn.Module, checkpoint: Checkpoint) -> None:
         if assumptions := describe_assumptions(checkpoint):
             _logger.warning('%s: %s', sanitize(file), assumptions)
         return
-    known = [f'{name} is {checkpoint.provenance[name]}' for name in fields if name not in checkpoint.assumed]
-    assumed = [f'{name} is assumed' for name in fields if name in checkpoint.assumed]
+    known = {name: 'assumed' if name in checkpoint.assumed else checkpoint.provenance[name] for name in fields}
+    how = ', '.join(f'{name} is {each}' for name, each in known.items())
     advice = f'Make the model with {theirs.as_keywords(fields)}'
     if 'deformable' not in fields:  # which tensors prove
         advice += f'; or, if the file really is from such a network, pass {ours.as_keywords(fields)}'
     raise CheckpointError(
-        f'{file} does not fit: its network has {theirs.as_keywords(fields)} ({", ".join(known + assumed)}), the model '
+        f'{file} does not fit: its network has {theirs.as_keywords(fields)} ({how}), the model '
         f'{ours.as_keywords(fields)}. The weights would load and compute something else. {advice}. '
         f'{suggest_model(checkpoint)}'
     )
@@ -301,28 +286,28 @@ def describe_assumptions(checkpoint: Checkpoint) -> str:
     return f'assumed {spec.as_keywords(checkpoint.assumed)} ({why}). Pass these keywords to change it.'
 
 
-def describe_overflow(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
-    """Describes which numbers would become infinite in a model of narrower types; '' if none would."""
-    narrow = [name for name, tensor in wanted.items() if tensor.element_size() < 4 and tensor.is_floating_point()]
-    too_large = [name for name in narrow if name in given and not given[name].to(wanted[name].dtype).isfinite().all()]
-    return overflow_message(too_large, str(wanted[too_large[0]].dtype)) if too_large else ''
+def narrow(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Casts tensors to the types of a model, where these are narrower than float32."""
+    types = {name: tensor.dtype for name, tensor in wanted.items() if tensor.element_size() < 4}
+    return {name: given[name].to(dtype) for name, dtype in types.items()}
 
 
-def overflow_message(names: Iterable[str], dtype: str) -> str:
-    first, *more = names
-    return f'{1 + len(more)} tensors hold numbers too large for {dtype} (first: {first})'
+def describe_overflow(state: Mapping[str, Tensor]) -> str:
+    """Describes which tensors are infinite; '' if none is."""
+    bad = not_finite(state)
+    return f'{len(bad)} tensors hold numbers too large for {state[bad[0]].dtype} (first: {bad[0]})' if bad else ''
 
 
 def require_no_overflow(model: nn.Module, source: str) -> None:
     """Raises CheckpointError if weights became infinite in a model, by summed channels or in half precision."""
-    if bad := not_finite(model.state_dict()):
-        raise CheckpointError(f'{source} does not fit {model_name(model)}: {overflow_message(bad, "it")}')
+    if problem := describe_overflow(model.state_dict()):
+        raise CheckpointError(f'{source} does not fit {model_name(model)}: {problem}')
 
 
 def suggest_model(checkpoint: Checkpoint) -> str:
     """Names the model that a checkpoint fits."""
     try:
-        name, args = find_model(checkpoint)
+        name, args, _ = find_model(checkpoint)
     except CheckpointError:
         return 'No model of this package fits it'
     args = {**args, **({} if checkpoint.num_classes == 1000 else {'num_classes': checkpoint.num_classes})}

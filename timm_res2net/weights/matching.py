@@ -12,35 +12,24 @@ from ..models.resnet import Res2Net
 from ..models.spec import ARGUMENTS, NetworkSpec
 from ..models.variants import ARCHS
 from .checkpoints import Checkpoint
-from .config import beyond_row, check_model_args
-from .dialects import DIALECTS
+from .config import beyond_row
 
-# Arguments of a ResNet-hosted network that shapes show, and their defaults.
-DEFAULTS: dict[str, Any] = {
-    key: Res2Net.arguments()[key]
-    for key in (
-        *('layers', 'base_width', 'scale', 'cardinality', 'stem_type', 'stem_width', 'avg_down', 'attn_layer'),
-        *('channels', 'replace_stem_pool'),
-    )
-}
-# Constructors raise these for impossible arguments.
-BUILD_ERRORS = ValueError, TypeError, RuntimeError, ArithmeticError, AssertionError, AttributeError, LookupError
+SHOWN = *ARGUMENTS['tensors'], 'attn_layer'  # arguments that shapes show
+DEFAULTS = {key: default for key, default in Res2Net.arguments().items() if key in SHOWN}
 MAX_BLOCKS = 128  # of a network that is made for a file; Res2Net-200 has 66
 SIZES = 'num_classes', 'in_chans'  # which tensors show
 
 
-def find_model(checkpoint: Checkpoint, name: str | None = None) -> tuple[str, dict[str, Any]]:
-    """Finds the registered model (or checks the named one) that a checkpoint fits, and its arguments beyond its row."""
-    return find_outline(checkpoint, name)[:2]
+def find_model(checkpoint: Checkpoint, name: str | None = None) -> tuple[str, dict[str, Any], nn.Module]:
+    """Finds the registered model (or checks the named one) that a checkpoint fits.
 
-
-def find_outline(checkpoint: Checkpoint, name: str | None = None) -> tuple[str, dict[str, Any], nn.Module]:
-    """Finds what `find_model` does, and returns the model too, without memory for its tensors."""
+    Returns its name, its arguments beyond its row in `ARCHS`, and the model without memory for its tensors.
+    """
     problem = ''
     for each, args in candidates(checkpoint, name):
         try:
             outline = build_outline(checkpoint, each, args)
-        except BUILD_ERRORS as error:
+        except Exception as error:  # constructors raise nearly anything for impossible arguments
             problem = problem or f': {first_line(error)}'
             continue
         if not describe_mismatch(outline.state_dict(), checkpoint.state):
@@ -56,7 +45,7 @@ def candidates(checkpoint: Checkpoint, name: str | None) -> Iterator[tuple[str, 
     on_resnet = {'layer1.0.conv1.weight', 'layer4.0.conv1.weight'} <= state.keys()
     try:
         found = DEFAULTS | resnet_arguments(state) if on_resnet else {}
-    except (LookupError, ValueError, ZeroDivisionError):  # tensors are missing, or have impossible shapes
+    except Exception:  # tensors are missing, or have impossible shapes
         return
     options = []
     for each, arch in ARCHS.items():
@@ -73,14 +62,10 @@ def arguments_for(
 ) -> dict[str, Any]:
     """Returns the arguments beyond its row that make a model compute what a checkpoint's network computes.
 
-    Args:
-        checkpoint: The checkpoint.
-        name: The model.
-        shown: Arguments that shapes show, instead of the recorded ones.
-        known_only: Leave out fields of the spec that are only assumed.
+    Uses the arguments that shapes show, if given, or the recorded ones; `known_only` leaves assumed fields of the spec
+    to the model.
     """
-    channels = checkpoint.state[first_convolution(checkpoint)].shape[1]
-    in_chans = {} if channels == 3 else {'in_chans': channels}
+    in_chans = {} if checkpoint.in_chans == 3 else {'in_chans': checkpoint.in_chans}
     if name not in ARCHS:
         return in_chans
     arch, recorded, spec = ARCHS[name], checkpoint.model_args, checkpoint.spec or NetworkSpec()
@@ -95,10 +80,11 @@ def arguments_for(
 
 
 def build_outline(checkpoint: Checkpoint, name: str, args: Mapping[str, Any]) -> nn.Module:
-    """Makes a model without memory for its tensors; raises one of `BUILD_ERRORS` for impossible arguments."""
-    check_model_args(ARCHS[name], args)
-    require_buildable(checkpoint, {**ARCHS[name].args, **args})
-    return timm.create_model(name, device='meta', **{**args, 'num_classes': checkpoint.num_classes})
+    """Makes a model of a checkpoint's sizes, without memory for its tensors."""
+    if arch := ARCHS.get(name.partition('.')[0]):
+        require_buildable(checkpoint, {**arch.args, **args})
+    sizes = dict(num_classes=checkpoint.num_classes, in_chans=checkpoint.in_chans)
+    return timm.create_model(name, **{**args, **sizes, 'pretrained': False, 'device': 'meta'})
 
 
 def require_buildable(checkpoint: Checkpoint, args: Mapping[str, Any]) -> None:
@@ -116,14 +102,6 @@ def explain_misfit(checkpoint: Checkpoint, name: str | None) -> str:
     if checkpoint.name is None and name is None and stages == [1, 2, 3] and is_resnet:
         return 'stage 4 (layer4) is missing. Load it into a model with features_only=True and out_indices=(0, 1, 2, 3)'
     return 'its tensors are not those of any model in this package' + ('' if name is None else f', or not of {name}')
-
-
-def first_convolution(checkpoint: Checkpoint) -> str:
-    """Returns the name of the weight of a network's first convolution; CheckpointError if it is missing."""
-    for stem, _ in DIALECTS['official'].stems:
-        if stem in checkpoint.state:
-            return stem
-    raise CheckpointError(f'cannot use {checkpoint.file}: the first convolution of its network is missing')
 
 
 def describe_mismatch(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
@@ -162,8 +140,6 @@ def resnet_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
     found: dict[str, Any] = dict(
         layers=layers, base_width=base_width(state, planes), scale=len(state[f'{block}.conv1.weight']) // width
     )
-    if sum(layers) > MAX_BLOCKS or sum(layers) * (found['scale'] - 1) > len(state):  # before such a network is made
-        raise LookupError('there are fewer convolutions than shapes imply')
     if width != width_of_group:
         found['cardinality'] = width // width_of_group
     if 'conv1.0.weight' in state:

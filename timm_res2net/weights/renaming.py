@@ -40,8 +40,6 @@ UNUSED = 'part of a module that the network never runs'
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int64, torch.int32)
-DIMENSIONS = {'bias': (1,), 'running_mean': (1,), 'running_var': (1,), 'num_batches_tracked': (0, 1)}
-CONVOLUTIONS = re.compile(r'conv1|conv1\.[036]|base_layer\.0|.*\.(?:conv[13]|convs\.\d+|conv_offset)')
 
 
 # Rows of a rename table
@@ -116,7 +114,7 @@ def find_network(
 
 
 def describe_absence(names: Collection[str], dialect: str | None, prefix: str | None) -> str:
-    """Explains that there is no Res2Net."""
+    """Explains why no Res2Net was found."""
     wanted = (f' in the dialect {dialect!r}' if dialect else '') + ('' if prefix is None else f' under {prefix!r}')
     first = ', '.join(list(names)[:3]) or 'none'
     hints = [hint for end, hint in FOREIGN.items() if any(name.endswith(end) for name in names)]
@@ -167,20 +165,16 @@ def choose_weights(
     prefixes: Collection[str], tensors: Mapping[str, Tensor], weights_from: str | None
 ) -> tuple[list[str], str | None]:
     """Leaves out copies of one network: averaged or latest weights (returns which), other names of the same tensors."""
-    groups: dict[str, list[str]] = {}
-    for prefix in sorted(prefixes, key=len):
-        groups.setdefault(path_in_model(prefix), []).append(prefix)
-    kept, chosen = [], None
-    for group in groups.values():
-        averaged = [prefix for prefix in group if is_averaged(prefix, tensors, group)]
-        latest = [prefix for prefix in group if prefix not in averaged]
-        if averaged and latest:
-            chosen = weights_from or 'ema'
-        elif weights_from == ('model' if averaged else 'ema'):
-            raise CheckpointError(f'it has no {"averaged" if latest else "latest"} weights. Leave out weights_from')
-        kept += (latest if chosen == 'model' else averaged) or latest
+    averaged = [prefix for prefix in prefixes if is_averaged(prefix, tensors, prefixes)]
+    latest = [prefix for prefix in prefixes if prefix not in averaged]
+    chosen = None
+    if averaged and latest:
+        chosen = weights_from or 'ema'
+    elif weights_from == ('model' if averaged else 'ema'):
+        raise CheckpointError(f'it has no {"averaged" if latest else "latest"} weights. Leave out weights_from')
+    kept = (latest if chosen == 'model' else averaged) or latest
     unique: list[str] = []
-    for prefix in kept:
+    for prefix in sorted(kept, key=len):
         if not any(is_same_network(tensors, prefix, other) for other in unique):
             unique.append(prefix)
     return unique, chosen
@@ -287,19 +281,14 @@ def is_unused(name: str, names: Container[str], dialect: Dialect, prefix: str) -
 def to_weight(name: str, value: Tensor, cast: Counter[str]) -> Tensor:
     """Checks that a tensor can be the weight of that name and casts it to float32, counting the original types."""
     value = torch.detach(value)
-    module, _, last = name.rpartition('.')
-    integer = last == 'num_batches_tracked' and value.dtype in INTEGERS
-    if value.dtype not in FLOATS and not integer:
-        raise CheckpointError(f'{name} cannot be a weight: its type is {value.dtype}. Save floating-point tensors')
-    dimensions = (4,) if CONVOLUTIONS.fullmatch(module) and last == 'weight' else DIMENSIONS.get(last, (1, 2, 3, 4))
-    if value.numel() == 0 or value.ndim not in dimensions:
-        raise CheckpointError(f'{name} cannot be a weight: its shape is {tuple(value.shape)}')
-    if integer:
+    if name.endswith('num_batches_tracked') and value.dtype in INTEGERS:
         return value
+    if value.dtype not in FLOATS:
+        raise CheckpointError(f'{name} cannot be a weight: its type is {value.dtype}. Save floating-point tensors')
     weight = value.float()
     if not torch.isfinite(weight).all():
         raise CheckpointError(f'{name} has NaN or infinite values: this training diverged. Use an earlier file')
-    if last == 'running_var' and (weight < 0).any():
+    if name.endswith('running_var') and (weight < 0).any():
         raise CheckpointError(f'{name} has a negative variance: the file is damaged or not of this network')
     if value.dtype != torch.float32:
         cast[str(value.dtype).removeprefix('torch.')] += 1
@@ -314,7 +303,7 @@ def rename_for(dialect: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if dialect not in EXPORTS:
         raise ValueError(f'cannot export to {dialect!r}. Choose from {", ".join(EXPORTS)}')
     convolution = state.get('layer4.0.convs.0.weight')
-    if convolution is None or any('.se.' in name for name in state):
+    if convolution is None or any('.se.' in name or '.big.' in name for name in state):
         raise ValueError(f'cannot export to {dialect}: it only has ResNet-hosted Res2Nets without attention')
     if convolution.shape[0] != convolution.shape[1] and dialect != 'official':
         raise ValueError(f'cannot export to {dialect}: it has no Res2NeXt (grouped 3x3 convolutions)')
