@@ -1,6 +1,6 @@
 """Finds the registered model and the arguments that a checkpoint's weights fit, by what is recorded or by shapes."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import timm
@@ -127,40 +127,35 @@ def format_create_model(name: str, args: Mapping[str, object]) -> str:
 
 
 def resnet_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Finds a ResNet-hosted network's arguments from shapes; LookupError if tensors are missing."""
-    layers: tuple[int, ...] = ()
-    while f'layer{len(layers) + 1}.0.conv1.weight' in state:
-        stage = f'layer{len(layers) + 1}'
-        layers += (sum(name.startswith(f'{stage}.') and name.endswith('.conv1.weight') for name in state),)
-    if len(layers) != 4:
-        raise LookupError(f'there are {len(layers)} complete stages, not 4')
-    planes = tuple(len(state[f'layer{stage + 1}.0.conv3.weight']) // 4 for stage in range(len(layers)))
-    block = f'layer{len(layers)}.0'
-    width, width_of_group = state[f'{block}.convs.0.weight'].shape[:2]
+    """Finds a ResNet-hosted network's arguments from shapes; KeyError if tensors are missing."""
+    stages = 'layer1', 'layer2', 'layer3', 'layer4'
+    firsts = [name for name in state if name.endswith('.conv1.weight')]  # of each block
+    planes = tuple(len(state[f'{stage}.0.conv3.weight']) // 4 for stage in stages)
+    widths = [state[f'{stage}.0.convs.0.weight'].shape[1] for stage in stages]
+    width, width_of_group = state['layer4.0.convs.0.weight'].shape[:2]
     found: dict[str, Any] = dict(
-        layers=layers, base_width=base_width(state, planes), scale=len(state[f'{block}.conv1.weight']) // width
+        layers=tuple(sum(name.startswith(f'{stage}.') for name in firsts) for stage in stages),
+        channels=planes,
+        base_width=base_width(widths, planes),
+        scale=len(state['layer4.0.conv1.weight']) // width,
+        cardinality=width // width_of_group,
     )
-    if width != width_of_group:
-        found['cardinality'] = width // width_of_group
     if 'conv1.0.weight' in state:
         found.update(stem_type='deep', stem_width=len(state['conv1.0.weight']))
     if 'maxpool.0.weight' in state:  # a convolution
         found['replace_stem_pool'] = True
     if state.get('layer2.0.downsample.1.weight', torch.empty(0)).ndim == 4:
         found['avg_down'] = True
-    if planes != DEFAULTS['channels']:
-        found['channels'] = planes
-    if f'{block}.se.fc1.weight' in state:
+    if 'layer4.0.se.fc1.weight' in state:
         found['attn_layer'] = 'se'
-    elif f'{block}.se.conv.weight' in state:
+    elif 'layer4.0.se.conv.weight' in state:
         found['attn_layer'] = 'eca'
     return found
 
 
-def base_width(state: Mapping[str, Tensor], planes: tuple[int, ...]) -> float:
+def base_width(widths: Sequence[int], planes: Sequence[int]) -> float:
     """Finds the least base width, if possible an integer, with floor(planes * base_width / 64) channels in a split."""
-    groups = [state[f'layer{stage + 1}.0.convs.0.weight'].shape[1] for stage in range(len(planes))]
-    width: float = max(-(-64 * group // plane) for group, plane in zip(groups, planes))
-    if any(plane * width // 64 != group for group, plane in zip(groups, planes)):
-        width = max(64 * group / plane for group, plane in zip(groups, planes))
-    return width
+    least: float = max(-(-64 * width // plane) for width, plane in zip(widths, planes))
+    if any(plane * least // 64 != width for width, plane in zip(widths, planes)):
+        least = max(64 * width / plane for width, plane in zip(widths, planes))
+    return least
