@@ -79,15 +79,10 @@ REFERENCES: dict[str, tuple[str, dict[str, Any], list[tuple[dict[str, Any], floa
 }
 PARTS_OF_OTHERS = 'deformable/', 'maskrcnn/', 'vecroad/', 'encoders/'
 FAST = {  # one file of each dialect
-    *(
-        'paddle/res2net50_vd.pdparams',
-        'paddle/res2net50.tar',
-        'paddle/detection_dcn.pdparams',
-        'mindspore/res2net.ckpt',
-    ),
-    *('openmmlab/mmpretrain.pth', 'openmmlab/mmdet.pth', 'oneflow/folder.zip', 'holocron/plain.pth'),
-    *('deformable/centernet2_dcn.pth', 'maskrcnn/maskrcnn.pth', 'vecroad/vecroad.pth', 'encoders/meganet.pth'),
-    *('mindspore/res2net.ckpt', 'encoders/fcanet.pth'),
+    *('paddle/res2net50_vd.pdparams', 'paddle/res2net50.tar', 'paddle/detection_dcn.pdparams'),
+    *('mindspore/res2net.ckpt', 'openmmlab/mmpretrain.pth', 'openmmlab/mmdet.pth', 'oneflow/folder.zip'),
+    *('holocron/plain.pth', 'deformable/centernet2_dcn.pth', 'maskrcnn/maskrcnn.pth', 'vecroad/vecroad.pth'),
+    *('encoders/meganet.pth', 'encoders/fcanet.pth'),
 }
 
 

@@ -259,6 +259,10 @@ def test_arguments_of_the_caller_override_recorded_ones(tmp_path: Path) -> None:
     assert model.feature_info[-1]['reduction'] == 32
 
 
+def test_recorded_number_of_channels_takes_no_memory(tmp_path: Path) -> None:
+    assert read_checkpoint(saved(tmp_path, mean=[0.5], in_chans=10**9)).images == dict(mean=(0.5,))
+
+
 def test_train_script_of_an_unknown_model_records_only_its_images(tmp_path: Path) -> None:
     checkpoint = read_checkpoint(saved(tmp_path, arch='hf-hub:somebody/net', img_size=48, crop_pct=0.9))
     assert checkpoint.images == dict(input_size=(3, 48, 48), crop_pct=0.9)

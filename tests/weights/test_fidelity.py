@@ -1,6 +1,5 @@
 """A loaded network computes what the file's own code computes, or there is an error, or one warning; never silence."""
 
-import inspect
 import itertools
 import logging
 import os
@@ -16,12 +15,11 @@ import torch
 from formats import save_checkpoint, under
 from support import TINY, TRUNKS, randomise, slow_but, small, tiny
 from timm.models import save_for_hf
-from timm.models.resnet import ResNet
 from torch import Tensor, nn
 
 from timm_res2net import CheckpointError, export_checkpoint, load_checkpoint, load_model, push
 from timm_res2net.models.block import spec_of
-from timm_res2net.models.trunk import TrunkOptions
+from timm_res2net.models.spec import ARGUMENTS
 from timm_res2net.models.variants import ARCHS
 from timm_res2net.weights.checkpoints import read_checkpoint
 from timm_res2net.weights.convert import convert
@@ -270,8 +268,6 @@ KEYWORDS: dict[str, dict[str, tuple[Any, ...]]] = {
         replace_stem_pool=(True,),
         down_kernel_size=(3,),
         avg_down=(True, False),
-        aa_layer=('avg',),
-        block_reduce_first=(1, 2),
         layers=((1, 1, 1, 1), (2, 1, 1, 2)),
         channels=((8, 8, 8, 8), (8, 16, 16, 32)),
     ),
@@ -293,21 +289,19 @@ KEYWORDS: dict[str, dict[str, tuple[Any, ...]]] = {
         tap_layer2=(True,),
     ),
     'Res2NetCifar': dict(
-        base_width=(8, 24), cardinality=(1, 2, 6), layers=((1, 1, 1), (1, 2, 1)), output_stride=(1, 2)
+        base_width=(8, 24),
+        cardinality=(1, 2, 6),
+        layers=((1, 1, 1), (1, 2, 1)),
+        channels=((16, 24, 64), (8, 16, 32)),
+        output_stride=(1, 2),
     ),
-}
-KEYWORDS['Res2NetCifar']['channels'] = ((16, 24, 64), (8, 16, 32))
-WITHOUT_EFFECT = {  # on what a trained network computes
-    *('block', 'block_args', 'device', 'dtype', 'drop_rate', 'drop_path_rate', 'drop_block_rate', 'zero_init_last'),
-    *('kwargs', 'options'),
 }
 
 
 def test_every_argument_of_every_trunk_is_among_the_keywords() -> None:
     for trunk in {arch.trunk for arch in ARCHS.values()}:
-        arguments = {*inspect.signature(trunk).parameters, *TrunkOptions.__dataclass_fields__}
-        arguments |= {*inspect.signature(ResNet).parameters} if trunk.__name__ == 'Res2Net' else set()
-        assert arguments == {*COMMON, *KEYWORDS[trunk.__name__], *WITHOUT_EFFECT} & arguments
+        tested = {*COMMON, *KEYWORDS[trunk.__name__], *ARGUMENTS['training'], *ARGUMENTS['placement']}
+        assert {*trunk.arguments()} <= tested
 
 
 def written_and_read(model: nn.Module, name: str, args: dict[str, Any], folder: Path) -> Iterator[Callable[[], Any]]:

@@ -148,8 +148,6 @@ ATTACKS: dict[str, bytes] = {
     # memory
     'byte array of 2 GB': b'\x80\x05\x96' + struct.pack('<Q', 1 << 31) + b'.',
     'MindSpore: number for a name': field(1, field(1, 1_500_000_000)),
-    'MindSpore: number for a tensor': field(1, field(2, 1_500_000_000)),
-    'MindSpore: number for everything': field(1, 1_500_000_000),
     'byte array made by name': torch_zip(in_dict(b'c__builtin__\nbytearray\nJ\x00\x94\x35\x77\x85R')),
     'one storage 60 times': torch_file(
         {str(i): torch.ones(1000, dtype=torch.float16).expand(400, 1000) for i in range(60)}
@@ -182,12 +180,10 @@ ATTACKS: dict[str, bytes] = {
     'tuples as type of an array': in_dict(
         b'cnumpy.core.multiarray\n_reconstruct\n)R(K\x01)cnumpy\ndtype\n' + NESTED + b'\x85R\x89C\x00tb', 4
     ),
-    'tuples as key, torch': torch_zip(as_key(NESTED)),
     'dicts': b'\x80\x04' + (b'}' + text('a')) * 100_000 + b'N' + b's' * 100_000 + b'.',
     'JSON': struct.pack('<Q', 200_012) + b'{"a":' + b'[' * 100_000 + b']' * 100_000 + b'}      ',
     # time
     'doubling tuples as key': as_key(DOUBLING),
-    'doubling tuples as key, torch': torch_zip(as_key(DOUBLING)),
     'doubling tuples as architecture': torch_zip(b'\x80\x02}' + text('arch') + DOUBLING + b's.'),
     'sizes of 200 kB digits': torch_zip(
         with_sizes(b'(' + HUGE + b'q\x00' + b'h\x00' * 4000 + b'tq\x01h\x01'), **{'0': bytes(4)}
@@ -201,7 +197,6 @@ ATTACKS: dict[str, bytes] = {
     'a number of 5,000 digits': b'\x80\x02}' + text('a') + b'I' + b'9' * 5000 + b'\ns.',
     'keys with one hash': b'\x80\x02}(' + b''.join(key + b'N' for key in KEYS) + b'u.',
     'PAX header of digits': pax_of_digits(),
-    'PAX header behind the magic of torch': WRITTEN['torch before 1.6'][:14].ljust(512, b'\0') + pax_of_digits(),
     '400 blocks': torch_file(with_blocks(400)),
     # what is not there
     'storage without bytes': without_keys(WRITTEN['torch before 1.6']),
@@ -323,7 +318,7 @@ SECONDS, MEMORY = 4, 200e6  # of parent and sandbox together; the promise is 2 s
 SLOW = {  # those that use up the limit of CPU time as another one does
     *(name for name in ATTACKS if name.startswith(('doubling tuples as key', 'tuples as', 'tuples in'))),
     *('the same as arguments', 'frozenset with one hash', 'keys with one hash', 'many large sizes'),
-    *('set with one hash', 'torch before 1.6, doubling keys', 'PAX header behind the magic of torch'),
+    *('set with one hash', 'torch before 1.6, doubling keys'),
     *('40 levels of shared dicts', 'dicts of references', 'sizes of 200 kB digits', 'Counter with one hash'),
 }
 
@@ -355,25 +350,11 @@ def test_archive_of_many_entries_is_refused(number: int, child: Child, tmp_path:
     assert memory < MEMORY + 4 * len(directory)
 
 
-def with_zip64_locator(content: bytes) -> bytes:
-    """Hides most files of an archive from readers that ignore the zip64 directory."""
-    size, offset = struct.unpack('<II', content[-10:-2])
-    directory = content[offset : offset + size]
-    wide = struct.pack('<IQHHIIQQQQ', 0x06064B50, 44, 45, 45, 0, 0, 2, 2, size, offset)
-    locator = struct.pack('<IIQI', 0x07064B50, 0, len(content) - 22, 1)
-    narrow = directory[: 46 + sum(struct.unpack('<HHH', directory[28:34]))]
-    tail = struct.pack('<IHHHHIIH', 0x06054B50, 0, 0, 1, 1, len(narrow), len(content) - 22 + len(wide), 0)
-    return content[:-22] + wide + narrow + locator + tail
-
-
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads memory in /proc')
-@pytest.mark.parametrize('hide', [bytes, lambda content: content + bytes(66_500), with_zip64_locator])
-def test_zip_bomb_is_refused_or_never_unpacked(hide: Callable[[bytes], bytes], child: Child, tmp_path: Path) -> None:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, 'w', zipfile.ZIP_DEFLATED) as archive:
+def test_zip_bomb_is_never_unpacked(child: Child, tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / 'bomb', 'w', zipfile.ZIP_DEFLATED) as archive:
         archive.writestr('archive/data.pkl', pickle.dumps({}, 2))
         archive.writestr('archive/data/0', bytes(50_000_000))
-    (tmp_path / 'bomb').write_bytes(hide(buffer.getvalue()))
     memory, _, outcome = child.load(tmp_path / 'bomb')
     assert outcome.startswith('refused')
     assert memory < 60e6

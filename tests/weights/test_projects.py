@@ -102,6 +102,6 @@ def test_known_network_that_no_model_computes_is_refused(tmp_path: Path) -> None
     state = under('rgb_stream.backbone.', tiny(num_classes=0).state_dict())
     torch.save({**state, **marks(BY_NAME['BiANet'], 'rgb_stream.')}, tmp_path / 'bianet.pth')
     for load in (load_model, lambda file: load_checkpoint(tiny(num_classes=0), file)):
-        with pytest.raises(CheckpointError, match='it is BiANet, whose first convolution has no stride'):
+        with pytest.raises(CheckpointError, match='it is BiANet: its first convolution has no stride'):
             load(tmp_path / 'bianet.pth')
     assert read_checkpoint(tmp_path / 'bianet.pth', first_block='official').spec == NetworkSpec()

@@ -66,7 +66,7 @@ PROJECTS = (
     Project('a detector of mmdet',  'backbone', MMDET,      'roi_head.'),
     Project('a detector of mmdet',  'backbone', MMDET,      'rpn_head.'),
     Project('BiANet',               'backbone', None,       'toplayer.1.weight',
-            unsupported='it is BiANet, whose first convolution has no stride, as in no model here'),
+            unsupported='it is BiANet: its first convolution has no stride, unlike those of all models here'),
     Project('PraNet',               'resnet',   DEFAULT,      PRANET, also='agg1.conv_upsample1.conv.weight',
                                                             absent='final_1.weight'),
     Project('Inf-Net',              'resnet',   DEFAULT,      PRANET, also='ParDec.conv_upsample1.conv.weight',
