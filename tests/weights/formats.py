@@ -1,4 +1,7 @@
-"""Writers of every weights format, most of which no library here can write, and a small network in each."""
+"""Writers of every weights format, and a small network in each. No library here can write most of them.
+
+Tensors keep timm's names, except in `.pdparams`; `tests/data` has files with other names.
+"""
 
 import io
 import pickle
@@ -43,22 +46,9 @@ def mindspore_value(name: str, value: Tensor | str) -> bytes:
     return field(1, field(1, name.encode()) + field(2, content))
 
 
-def mindspore(state: dict[str, Tensor], own_names: bool = True) -> bytes:
-    """A MindSpore checkpoint with MindCV's names, or with the authors' module names."""
-    names = {'weight': 'weight', 'bias': 'beta', 'running_mean': 'moving_mean', 'running_var': 'moving_variance'}
-    data = b''
-    for name, tensor in state.items():
-        module, _, part = name.rpartition('.')
-        norm = f'{module}.running_mean' in state
-        if part == 'num_batches_tracked':
-            continue
-        part = 'gamma' if norm and part == 'weight' else names[part] if norm else part
-        if own_names:
-            module = module.replace('layer1.0.downsample.1', 'layer1.0.down_sample.0')
-            module = module.replace('layer1.0.downsample.2', 'layer1.0.down_sample.1')
-            module = module.replace('downsample', 'down_sample').replace('fc', 'classifier')
-        data += mindspore_value(f'{module}.{part}', tensor)
-    return data
+def mindspore(state: dict[str, Tensor]) -> bytes:
+    """A MindSpore checkpoint."""
+    return b''.join(mindspore_value(name, tensor) for name, tensor in state.items() if tensor.is_floating_point())
 
 
 def paddle_variable(tensor: Tensor) -> bytes:
@@ -67,35 +57,15 @@ def paddle_variable(tensor: Tensor) -> bytes:
 
 
 def paddle_archive(state: dict[str, Tensor]) -> bytes:
-    """A tape archive in the dialect `paddle-archive`, for a deep stem and at most two blocks per stage."""
-    parts = {'running_mean': 'mean', 'running_var': 'variance', 'bias': 'offset', 'weight': 'scale'}
-    stem = {'conv1.0': 'conv1_1', 'conv1.1': 'bnv1_1', 'conv1.3': 'conv1_2', 'conv1.4': 'bnv1_2', 'conv1.6': 'conv1_3'}
-    stem |= {'bn1': 'bnv1_3', 'fc': 'fc'}
+    """A tape archive of PaddlePaddle before version 2."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode='w') as archive:
         for name, tensor in state.items():
-            module, _, part = name.rpartition('.')
-            if part == 'num_batches_tracked':
-                continue
-            if module in stem:
-                module = stem[module]
-            else:
-                layer, block, inner = module.split('.', 2)
-                inner = inner.replace('downsample.1', 'conv_branch1').replace('downsample.2', 'bn_branch1')
-                inner = inner.replace('conv1', 'conv_branch2a').replace('bn1', 'bn_branch2a')
-                inner = inner.replace('conv3', 'conv_branch2c').replace('bn3', 'bn_branch2c')
-                for k in range(3):
-                    inner = inner.replace(f'convs.{k}', f'conv_branch2b_{k + 1}')
-                    inner = inner.replace(f'bns.{k}', f'bn_branch2b_{k + 1}')
-                kind, inner = inner.split('_', 1)
-                module = f'{"res" if kind == "conv" else "bn"}{int(layer[5:]) + 1}{"ab"[int(block)]}_{inner}'
-            convolution = 'conv' in module or module.startswith('res') or module == 'fc'
-            tensor = tensor.t().contiguous() if name == 'fc.weight' else tensor
-            part = 'weights' if convolution and part == 'weight' else parts[part]
-            data = paddle_variable(tensor)
-            member = tarfile.TarInfo(f'folder/{module}_{part}')
-            member.size = len(data)
-            archive.addfile(member, io.BytesIO(data))
+            if tensor.is_floating_point():
+                data = paddle_variable(tensor)
+                member = tarfile.TarInfo(f'folder/{name}')
+                member.size = len(data)
+                archive.addfile(member, io.BytesIO(data))
     return buffer.getvalue()
 
 
