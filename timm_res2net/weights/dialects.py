@@ -205,7 +205,7 @@ DIALECTS = {
         suffixes=MINDSPORE_TENSORS,
         spec=None,
         unsupported="its tensor names are those of MindSpore ports such as CFANet's, which pad strided convolutions at "
-        'the end only, as no model here does',
+        'the end only. No model here does that',
     ),
     'mmpretrain': Dialect(
         'mmpretrain (mmcls), .pth',
