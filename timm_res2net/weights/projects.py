@@ -1,7 +1,7 @@
 """Known networks around a Res2Net with the authors' tensor names, recognized by the names of their other tensors.
 
 The authors' names do not show strides and dilations. Those of these networks were read off their own code, which was
-run for comparison; that the marks of each one are its alone was checked against the tensor names of all of them.
+run for comparison. Each mark was checked to be unique among the tensor names of all of them.
 """
 
 from collections.abc import Mapping

@@ -27,8 +27,8 @@ COUNTERS = 'total_ops', 'total_params', 'n_averaged'  # of thop, and of torch's 
 MAX_NETWORKS = 16  # in one file
 FOREIGN = {  # how names of tensors end that only resemble ours
     'layer1.0.conv2.weight': '. Its names are those of a plain ResNet, without splits',
-    'layer1.0.conv2.0.weight': ". Its names are those of ports of the paper's equation (1), which keep the first split. "
-    'No model here does that',
+    'layer1.0.conv2.0.weight': ". Its names are those of ports of the paper's equation (1), which keep the first "
+    'split. No model here does that',
 }
 
 # Reasons why a tensor of a file is not one of the network's.
