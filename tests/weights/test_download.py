@@ -219,36 +219,28 @@ def test_create_model_pretrained_file_without_res2net_raises_and_is_deleted(serv
     assert list(tmp_path.iterdir()) == []
 
 
-def test_create_model_pretrained_with_another_first_block_raises_value_error(server: Server, tmp_path: Path) -> None:
-    for name, function in (('res2net50_vd_26w_4s', 'official'), ('res2net50d', 'mmdet')):
-        with pytest.raises(ValueError, match=f"would compute something else with first_block='{function}'"):
-            timm.create_model(name, pretrained=True, first_block=function)
-    with pytest.raises(ValueError, match='would compute something else'):
-        timm.create_model('res2net50d', pretrained=True, block_args=dict(first_block='paddle'))
-
-
-def test_create_model_pretrained_with_a_norm_of_another_eps_is_refused(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+@pytest.mark.parametrize(
+    ('name', 'given', 'message'),
+    [
+        ('res2net50_vd_26w_4s', dict(first_block='official'), "something else with first_block='official'"),
+        ('res2net50d', dict(block_args=dict(first_block='mmdet')), "something else with first_block='mmdet'"),
+        ('res2net50_26w_4s', dict(norm_layer=partial(nn.BatchNorm2d, eps=1e-2)), 'need norm_eps=1e-05 .*norm_eps=0.01'),
+    ],
+)
+def test_create_model_pretrained_with_another_spec_raises_without_a_download(
+    name: str, given: dict[str, Any], message: str
 ) -> None:
-    arguments = dict(layers=(1, 1, 1, 1), channels=(8, 8, 8, 8))
-    state = timm.create_model('res2net50_26w_4s', **arguments).state_dict()
-    save_file(state, tmp_path / 'net.safetensors')
-    asked = []
+    with pytest.raises(ValueError, match=message):
+        timm.create_model(name, pretrained=True, **given)
 
-    def fetch_file(*of: Any) -> Path:
-        asked.append(of)
-        return tmp_path / 'net.safetensors'
 
-    monkeypatch.setattr('timm_res2net.res2net.fetch_file', fetch_file)
-    options = dict(pretrained=True, **arguments)
-    with pytest.raises(ValueError, match=r'weights in1k of .* need norm_eps=1e-05 and .* else with norm_eps=0\.01'):
-        timm.create_model('res2net50_26w_4s', norm_layer=partial(nn.BatchNorm2d, eps=1e-2), **options)
-    assert not asked  # for the file
+def test_create_model_pretrained_with_a_norm_that_hides_its_eps_is_refused(tmp_path: Path) -> None:
+    save_file(tiny().state_dict(), tmp_path / 'net.safetensors')
+    overlay = dict(file=str(tmp_path / 'net.safetensors'), num_classes=4)
+    options = dict(pretrained=True, pretrained_cfg_overlay=overlay, **TINY)
+    timm.create_model('test_res2net', norm_layer=nn.BatchNorm2d, **options)
     with pytest.raises(ValueError, match=r'its network has norm_eps=1e-05 .*, the model norm_eps=0\.01'):
-        timm.create_model(
-            'res2net50_26w_4s', norm_layer=lambda channels, **dd: nn.BatchNorm2d(channels, 1e-2, **dd), **options
-        )
-    timm.create_model('res2net50_26w_4s', norm_layer=nn.BatchNorm2d, **options)
+        timm.create_model('test_res2net', norm_layer=lambda size, **dd: nn.BatchNorm2d(size, 1e-2, **dd), **options)
 
 
 def test_create_model_pretrained_file_of_another_spec_is_refused(tmp_path: Path) -> None:
