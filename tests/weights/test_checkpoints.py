@@ -32,8 +32,8 @@ from timm_res2net.weights.renaming import PARTS
 
 References = Callable[[str], Path]
 
-# Files written by the frameworks themselves: the model and arguments (beyond num_classes) that each one fits, and specs
-# that it must not get, with the least relative error of such a network.
+# Files written by the frameworks themselves: the model and arguments (beyond num_classes) that each one fits, and wrong
+# specs with the relative error that a network with them has at least.
 R50, V1B, VD = 'res2net50_26w_4s', 'res2net50d', 'res2net50_vd_26w_4s'
 THIN: dict[str, Any] = dict(layers=(1, 2, 1, 1), channels=(16, 32, 64, 128))
 SHORT: dict[str, Any] = dict(layers=(1, 2, 1, 1), base_width=2)
@@ -217,7 +217,7 @@ def test_convert_finds_model_of_full_size_weights(name: str, tmp_path: Path, bui
         ('res2net50d', dict(attn_layer='eca')),
         ('res2net50d', dict(replace_stem_pool=True)),
         ('res2net50_vd_26w_4s', {}),
-        ('res2net50_26w_4s', dict(channels=(16, 24, 32, 40))),  # of which each leaves other values of base_width open
+        ('res2net50_26w_4s', dict(channels=(16, 24, 32, 40))),  # each stage leaves other values of base_width open
         ('res2net50_26w_4s', dict(first_block='mmdet')),
         ('res2net50_48w_2s', dict(first_block='group')),
     ],

@@ -36,7 +36,7 @@ def decoder(*names: str) -> dict[str, Tensor]:
 
 
 def detector_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Puts the stem in a module of its own, as maskrcnn-benchmark does."""
+    """Puts the stem in a separate module, as maskrcnn-benchmark does."""
     return {('stem.' if name.startswith(('conv1', 'bn1')) else '') + name: each for name, each in state.items()}
 
 

@@ -204,7 +204,7 @@ ATTACKS: dict[str, bytes] = {
         b'K\x01\x85', b'(' + b'K\x01' * 65 + b't'
     ),
     # one by one
-    '1,500 keys of seven texts each': torch_zip(
+    '1,500 keys of seven strings each': torch_zip(
         b'\x80\x02'
         + text('a' * 100_000)
         + b'q\x000}('
@@ -316,9 +316,9 @@ def child() -> Any:
 
 SECONDS, MEMORY = 4, 200e6  # of parent and sandbox together; the promise is 2 s on an idle machine
 SLOW = {  # those that use up the limit of CPU time as another one does
-    *(name for name in ATTACKS if name.startswith(('doubling tuples as key', 'tuples as', 'tuples in'))),
+    *(name for name in ATTACKS if name.startswith(('tuples as', 'tuples in'))),
     *('the same as arguments', 'frozenset with one hash', 'keys with one hash', 'many large sizes'),
-    *('set with one hash', 'torch before 1.6, doubling keys'),
+    *('set with one hash', 'torch before 1.6, doubling keys', 'doubling tuples as key', 'sets'),
     *('40 levels of shared dicts', 'dicts of references', 'sizes of 200 kB digits', 'Counter with one hash'),
 }
 
@@ -336,12 +336,11 @@ def test_attack_is_refused_in_seconds_and_within_200_mb(attack: str, child: Chil
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads memory in /proc')
-@pytest.mark.parametrize('number', [100_000, 1_000_000])
-def test_archive_of_many_entries_is_refused(number: int, child: Child, tmp_path: Path) -> None:
+def test_archive_of_many_entries_is_refused(child: Child, tmp_path: Path) -> None:
     content = torch_zip(pickle.dumps({}, 2))
     (offset,) = struct.unpack('<I', content[-6:-2])
     first = 46 + len('archive/data.pkl')
-    directory = content[offset : offset + first] * number
+    directory = content[offset : offset + first] * 300_000
     tail = content[-22:-10] + struct.pack('<II', len(directory), offset) + bytes(2)
     (tmp_path / 'file').write_bytes(content[:offset] + directory + tail)
     memory, seconds, outcome = child.load(tmp_path / 'file')

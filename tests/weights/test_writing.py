@@ -89,7 +89,7 @@ def test_content_is_on_the_disk_before_it_gets_its_name(file: Path, monkeypatch:
 
 
 def run(work: Callable[..., object], *args: Any) -> int | None:
-    """Runs a function in a process of its own; returns its exit status."""
+    """Runs a function in another process; returns its exit status."""
     process = multiprocessing.get_context('fork').Process(target=work, args=args)
     process.start()
     process.join(60)

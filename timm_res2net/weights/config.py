@@ -127,8 +127,7 @@ def train_script_model(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
     args: dict[str, Any] = recorded if isinstance(recorded, dict) else {}
     given = next((each for each in (args.get('model_kwargs'), values.get('model_args')) if isinstance(each, dict)), {})
     pool = {'global_pool': args['gp']} if args.get('gp') else {}
-    name = values.get('arch') or args.get('model')
-    return (name if isinstance(name, str) else None), {**pool, **given}
+    return values.get('arch') or args.get('model'), {**pool, **given}
 
 
 def recorded_spec(raw: RawFile, name: str | None, args: Mapping[str, Any]) -> NetworkSpec | None:
