@@ -83,7 +83,8 @@ def paddle_pickle(state: dict[str, Tensor], pairs: bool = False, protocol: int =
 
 
 def pickled(text: str) -> bytes:
-    return b'X' + struct.pack('<I', len(text)) + text.encode()
+    encoded = text.encode()
+    return b'X' + struct.pack('<I', len(encoded)) + encoded
 
 
 def oneflow(state: dict[str, Tensor], legacy: bool = False) -> bytes:

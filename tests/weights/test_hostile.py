@@ -13,7 +13,7 @@ import threading
 import time
 import zipfile
 from argparse import Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ import numpy as np
 import pytest
 import torch
 from formats import FORMATS, SMALL, WRITTEN, field, torch_file
+from formats import pickled as text
 from safetensors.torch import save
 from support import slow_but
 from torch import Tensor
@@ -43,11 +44,6 @@ def torch_zip(data: bytes, **storages: bytes) -> bytes:
         for key, content in storages.items():
             archive.writestr(f'archive/data/{key}', content)
     return buffer.getvalue()
-
-
-def text(value: str) -> bytes:
-    encoded = value.encode()
-    return b'X' + struct.pack('<I', len(encoded)) + encoded
 
 
 def in_dict(value: bytes, protocol: int = 2) -> bytes:
@@ -118,6 +114,14 @@ def lying_zip(name: str, packed: int, **others: bytes) -> bytes:
     return bytes(altered)
 
 
+def zip_with_entries(number: int) -> bytes:
+    """An archive whose directory lists one file many times."""
+    content = torch_zip(pickle.dumps({}, 2))
+    (offset,) = struct.unpack('<I', content[-6:-2])
+    directory = content[offset : offset + 46 + len('archive/data.pkl')] * number
+    return content[:offset] + directory + content[-22:-10] + struct.pack('<II', len(directory), offset) + bytes(2)
+
+
 def legacy(keys: bytes) -> bytes:
     """A file of torch before 1.6 with other opcodes for its list of storage keys."""
     content = without_keys(WRITTEN['torch before 1.6'])
@@ -164,6 +168,7 @@ ATTACKS: dict[str, bytes] = {
     'archive with a false size': lying_zip('archive/data.pkl', zipfile.ZIP_DEFLATED),
     'the same in bzip2': lying_zip('archive/data.pkl', zipfile.ZIP_BZIP2),
     'the same in OneFlow': lying_zip('a/out', zipfile.ZIP_BZIP2, snapshot_done=b'', **{'a/meta': ONE_NUMBER}),
+    'archive of 300,000 entries': zip_with_entries(300_000),
     '30,000 long names': in_dict(
         b'cnumpy.core.multiarray\n_reconstruct\n)Rq\x010'
         + (b'}' + text('\N{GRINNING FACE}' * 495)) * 12
@@ -261,7 +266,7 @@ def cpu_seconds() -> float:
     return sum(each.ru_utime + each.ru_stime for each in used)
 
 
-def load_and_measure(connection: Any, load: Callable[[str], object]) -> None:
+def load_and_measure(connection: Any) -> None:
     """Loads the files that come through a pipe, and answers with bytes, seconds and outcome, of both processes."""
     peaks = sandbox_peaks()
     while True:
@@ -271,7 +276,7 @@ def load_and_measure(connection: Any, load: Callable[[str], object]) -> None:
             file.write('5')  # resets the peak
         before, start = memory_of('self', 'VmRSS'), cpu_seconds()
         try:
-            load(path)
+            load_model(path)
             outcome = 'loaded'
         except CheckpointError as error:
             outcome = f'refused {error}' if str(error).isprintable() else f'not printable: {error}'
@@ -281,37 +286,27 @@ def load_and_measure(connection: Any, load: Callable[[str], object]) -> None:
         connection.send((memory_of('self', 'VmHWM') - before + max(peaks, default=0), seconds, outcome))
 
 
-class Child:
-    """A process that loads one file after the other."""
-
-    def __init__(self, load: Callable[[str], object] = load_model) -> None:
-        context = multiprocessing.get_context('fork')
-        self.connection, theirs = context.Pipe()
-        self.process = context.Process(target=load_and_measure, args=(theirs, load), daemon=True)
-        self.process.start()
-        theirs.close()
-
-    def load(self, file: Path, seconds: float = 60) -> tuple[int, float, str]:
-        """Returns bytes and seconds that loading took, and its outcome."""
-        self.connection.send(str(file))
-        assert self.connection.poll(seconds), f'{file} takes longer than {seconds} s'
-        try:
-            answer: tuple[int, float, str] = self.connection.recv()
-        except EOFError:
-            self.process.join()
-            raise AssertionError(f'{file} ended the process: {self.process.exitcode}') from None
-        return answer
-
-    def end(self) -> None:
-        self.process.kill()
-        self.process.join()
+Load = Callable[[Path], tuple[int, float, str]]
 
 
 @pytest.fixture(scope='module')
-def child() -> Any:
-    child = Child()
-    yield child
-    child.end()
+def load() -> Iterator[Load]:
+    """Loads files in another process; returns bytes and seconds that this took, and the outcome."""
+    context = multiprocessing.get_context('fork')
+    connection, theirs = context.Pipe()
+    process = context.Process(target=load_and_measure, args=(theirs,), daemon=True)
+    process.start()
+    theirs.close()
+
+    def load_there(file: Path) -> tuple[int, float, str]:
+        connection.send(str(file))
+        assert connection.poll(60), f'{file} takes longer than 60 s'
+        answer: tuple[int, float, str] = connection.recv()  # EOFError if the file ended the process
+        return answer
+
+    yield load_there
+    process.kill()
+    process.join()
 
 
 SECONDS, MEMORY = 4, 200e6  # of parent and sandbox together; the promise is 2 s on an idle machine
@@ -325,10 +320,10 @@ SLOW = {  # those that use up the limit of CPU time as another one does
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads memory in /proc')
 @pytest.mark.parametrize('attack', slow_but([name for name in ATTACKS if name not in SLOW], ATTACKS))
-def test_attack_is_refused_in_seconds_and_within_200_mb(attack: str, child: Child, tmp_path: Path) -> None:
+def test_attack_is_refused_in_seconds_and_within_200_mb(attack: str, load: Load, tmp_path: Path) -> None:
     file = tmp_path / 'file'
     file.write_bytes(ATTACKS[attack])
-    memory, seconds, outcome = child.load(file)
+    memory, seconds, outcome = load(file)
     assert outcome.startswith('refused')
     assert len(outcome) < 2200
     assert seconds < SECONDS
@@ -336,25 +331,11 @@ def test_attack_is_refused_in_seconds_and_within_200_mb(attack: str, child: Chil
 
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads memory in /proc')
-def test_archive_of_many_entries_is_refused(child: Child, tmp_path: Path) -> None:
-    content = torch_zip(pickle.dumps({}, 2))
-    (offset,) = struct.unpack('<I', content[-6:-2])
-    first = 46 + len('archive/data.pkl')
-    directory = content[offset : offset + first] * 300_000
-    tail = content[-22:-10] + struct.pack('<II', len(directory), offset) + bytes(2)
-    (tmp_path / 'file').write_bytes(content[:offset] + directory + tail)
-    memory, seconds, outcome = child.load(tmp_path / 'file')
-    assert outcome.startswith('refused')
-    assert seconds < SECONDS
-    assert memory < MEMORY + 4 * len(directory)
-
-
-@pytest.mark.skipif(sys.platform != 'linux', reason='reads memory in /proc')
-def test_zip_bomb_is_never_unpacked(child: Child, tmp_path: Path) -> None:
+def test_zip_bomb_is_never_unpacked(load: Load, tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / 'bomb', 'w', zipfile.ZIP_DEFLATED) as archive:
         archive.writestr('archive/data.pkl', pickle.dumps({}, 2))
         archive.writestr('archive/data/0', bytes(50_000_000))
-    memory, _, outcome = child.load(tmp_path / 'bomb')
+    memory, _, outcome = load(tmp_path / 'bomb')
     assert outcome.startswith('refused')
     assert memory < 60e6
 
