@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 import torch
 from formats import FORMATS, SMALL, WRITTEN, field, mindspore, mindspore_value, save_checkpoint, torch_file
-from safetensors.torch import save, save_file
+from safetensors.torch import save
 from support import ROOT, tiny
 from torch import Tensor, nn
 
@@ -74,11 +74,6 @@ def test_views_of_one_storage_and_every_dtype_are_read(tmp_path: Path) -> None:
     for zipped in (True, False):
         content = torch_file({**views, **dtypes}, _use_new_zipfile_serialization=zipped)
         assert_same(read_file(write(tmp_path, content)).tensors, {**views, **dtypes})
-
-
-def test_safetensors_metadata_is_returned(tmp_path: Path) -> None:
-    save_file({'a': torch.ones(2)}, tmp_path / 'file', {'first_block': 'paddle'})
-    assert read_file(tmp_path / 'file').metadata == {'first_block': 'paddle'}
 
 
 def test_mindspore_checksum_is_skipped(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from support import tiny
 
 from timm_res2net import CheckpointError, export_checkpoint, push
 from timm_res2net._errors import first_line
-from timm_res2net._files import atomic_write, atomic_write_text, make_folder, require_writable, sha256, write_files
+from timm_res2net._files import atomic_write, atomic_write_text, make_folder, require_writable, write_files
 from timm_res2net.weights.config import CONFIG_FILE, WEIGHTS_FILE
 from timm_res2net.weights.convert import convert
 
@@ -239,11 +239,6 @@ def test_make_folder_onto_file_raises_with_its_name(tmp_path: Path) -> None:
     (tmp_path / 'file').touch()
     with pytest.raises(OSError, match=r'cannot create folder .*file: File exists'):
         make_folder(tmp_path / 'file')
-
-
-def test_sha256_of_abc_equals_digest_of_standard(tmp_path: Path) -> None:
-    (tmp_path / 'file').write_bytes(b'abc')
-    assert sha256(tmp_path / 'file') == 'ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad'
 
 
 def test_first_line_of_error_is_one_line() -> None:

@@ -165,8 +165,12 @@ def read_exactly(file: Any, length: int, start: int | None = None) -> Tensor:
 def make_tensor(entry: Any, storages: list[Tensor]) -> Tensor:
     """Makes the tensor that the sandbox describes, as a view of its storage."""
     dtype_name, index, shape, strides, offset = entry
+    if len(shape) > MAX_DIMENSIONS:
+        raise ValueError(f'a tensor has {len(shape):,} dimensions')
+    if strides is None:
+        strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
     dtype, numbers = DTYPES[dtype_name], [*shape, *strides, offset]
-    if not (all(map(is_size, numbers)) and is_size(index) and len(shape) == len(strides) <= MAX_DIMENSIONS):
+    if not (all(map(is_size, numbers)) and is_size(index) and len(shape) == len(strides)):
         raise ValueError(f'a tensor has the impossible shape {str(shape)[:80]} or strides {str(strides)[:80]}')
     flat = storages[index]
     flat = flat[: len(flat) // dtype.itemsize * dtype.itemsize].view(dtype)

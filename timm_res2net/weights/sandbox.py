@@ -8,7 +8,7 @@ enforces (POSIX; elsewhere only the parent's clock does). `readers.py` starts th
 
 The answer is one line of JSON, followed by the bytes of all storages that have no place in the file:
 
-    {"tensors":     {name: [dtype, index of the storage, shape, strides, offset]},
+    {"tensors":     {name: [dtype, index of the storage, shape, strides, or null if contiguous, offset]},
      "unsupported": {name: why the tensor under this name cannot be read},
      "storages":    [[start in the file, or null if the bytes follow this line, size]],
      "values":      {name: plain values next to the tensors}}
@@ -450,10 +450,8 @@ def answer(found: Any, out: BinaryIO) -> None:
         if id(storage) not in places:
             places[id(storage)] = len(storages)
             storages.append(storage)
-        shape, strides = [*tensor.shape], tensor.strides
-        if strides is None:
-            strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-        tensors[name] = [tensor.dtype, places[id(storage)], shape, [*strides], tensor.offset]
+        strides = None if tensor.strides is None else [*tensor.strides]
+        tensors[name] = [tensor.dtype, places[id(storage)], [*tensor.shape], strides, tensor.offset]
     values = {key: to_plain(found[key]) for key in VALUES if key in found and not isinstance(found[key], Tensor)}
     located = [[storage.start, storage.size] for storage in storages]
     header = dict(tensors=tensors, unsupported=unsupported, storages=located, values=values)
