@@ -64,8 +64,9 @@ def read_file(path: PathLike, shown: str | None = None) -> RawFile:
     except OSError as error:
         raise CheckpointError(f'cannot read {shown}: {error.strerror or error}') from error
     except Exception as error:  # damaged data can make a decoder raise nearly anything
-        problem = f'{type(error).__name__}: {first_line(error)}'
-        raise CheckpointError(f'cannot read {shown}: {problem}. It may be damaged: download it again.') from error
+        kind = '' if isinstance(error, ValueError) else f'{type(error).__name__}: '
+        problem = f'{kind}{first_line(error)}. It may be damaged: download it again'
+        raise CheckpointError(f'cannot read {shown}: {problem}') from error
 
 
 def require_few_names(names: Sequence[str]) -> None:
