@@ -4,6 +4,7 @@ import argparse
 import os
 import sys
 from importlib import import_module
+from typing import Any
 
 import torch
 from huggingface_hub.errors import HfHubHTTPError
@@ -12,53 +13,45 @@ from ._errors import UnknownModelError
 from .commands.output import print
 from .version import __version__
 
-COMMANDS = {  # one line of help, and arguments to show as an example, of each module in commands/
-    'predict': ('classify images', 'photo.jpg --model res2net50d'),
-    'validate': ('measure accuracy on a folder of images', 'photos/val --weights model_best.pth.tar'),
-    'list': ('list models and weights', "'*50*' --pretrained --sort top1"),
-    'features': ('show feature maps', 'photo.jpg --model res2net50d --out features.png'),
-    'explain': ('draw where a network looks', 'photo.jpg --model res2net50d --out explain.png'),
-    'convert': (
-        'convert weights files of other code bases for timm, or back',
-        'res2net50_v1b_26w_4s.pth --out res2net50d',
-    ),
-    'export': ('write a file that runs without this package', 'res2net50d.in1k net.onnx --images photos/val'),
-    'push': ('upload a model to the Hub', 'model_best.pth.tar user/net --dataset user/photos --license apache-2.0'),
-    'pull': ('download a model from the Hub', 'user/net --out net'),
-    'bench': ("measure models side by side with timm's own", '--models res2net50_26w_4s --batch 1 8'),
-    'recipe': ("show configurations for timm's train script", 'imagenet --out imagenet.yaml'),
-    'card': ('print a model card', 'res2net50d.in1k'),
-    'autoload': ('register the family wherever timm is imported', '--on'),
+COMMANDS = {  # a module in commands/ each, with an example
+    'predict': 'photo.jpg --model res2net50d',
+    'validate': 'photos/val --weights model_best.pth.tar',
+    'list': "'*50*' --pretrained --sort top1",
+    'features': 'photo.jpg --model res2net50d --out features.png',
+    'explain': 'photo.jpg --model res2net50d --out explain.png',
+    'convert': 'res2net50_v1b_26w_4s.pth --out res2net50d',
+    'export': 'res2net50d.in1k net.onnx --images photos/val',
+    'push': 'model_best.pth.tar user/net --dataset user/photos --license apache-2.0',
+    'pull': 'user/net --out net',
+    'bench': '--models res2net50_26w_4s --batch 1 8',
+    'recipe': 'imagenet --out imagenet.yaml',
+    'card': 'res2net50d.in1k',
+    'autoload': '--on',
 }
 
 
-def parser(only: str | None = None) -> argparse.ArgumentParser:
-    """Makes the parser; with `only`, it imports the module of that command alone and knows no arguments of others."""
+def parser() -> argparse.ArgumentParser:
+    """Makes the parser of all commands."""
     main = argparse.ArgumentParser(prog='timm-res2net', description='The Res2Net family for timm.')
     main.add_argument('--version', action='version', version=f'timm_res2net {__version__}')
     commands = main.add_subparsers(dest='command', metavar='COMMAND')
-    for name, (help, example) in COMMANDS.items():
-        command = commands.add_parser(name, help=help, epilog=f'example: timm-res2net {name} {example}')
-        if only in (None, name):
-            module = import_module(f'.commands.{name}', __package__)
-            command.description = module.__doc__
-            module.add_arguments(command)
-            command.set_defaults(run=module.run, error=command.error)  # run calls error for impossible combinations
+    for name, example in COMMANDS.items():
+        module: Any = import_module(f'.commands.{name}', __package__)
+        summary = module.__doc__.partition('\n')[0]
+        epilog = f'example: timm-res2net {name} {example}'
+        command = commands.add_parser(name, help=summary, description=module.__doc__, epilog=epilog)
+        module.add_arguments(command)
+        command.set_defaults(run=module.run, error=command.error)  # run calls error for impossible combinations
     return main
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs a command; returns 0, or 1 if something failed, or 2 for wrong arguments."""
-    if sys.stderr is None:
-        sys.stderr = open(os.devnull, 'w')  # noqa: SIM115 - tqdm writes to it until the end
-    if sys.stdout is None:
-        print('timm-res2net: standard output is closed', file=sys.stderr)
-        return 1
     argv = sys.argv[1:] if argv is None else argv
     try:
         try:
-            args = parser(only=argv[0] if argv else '').parse_args(argv or ['--help'])
-            return args.run(args)
+            args = parser().parse_args(argv or ['--help'])
+            return args.run(args) or 0
         finally:
             sys.stdout.flush()  # here, where a closed pipe is handled, not at the end of the interpreter
     except BrokenPipeError:  # the reader has stopped reading, as in `timm-res2net list | head -3`

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import os
+import shutil
 import stat
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
@@ -55,27 +56,13 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
 
 def sync(path: PathLike) -> None:
     """Flushes a file, or the entries of a folder, to disk, so that a later rename cannot outlive its content."""
-    try:
-        handle = os.open(path, os.O_RDONLY)
-    except OSError:
-        if os.path.isdir(path):  # Windows cannot open folders
-            return
-        raise
+    if os.name == 'nt' and os.path.isdir(path):  # Windows cannot open folders
+        return
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
-
-
-@contextmanager
-def temporary_sibling(path: Path) -> Iterator[str]:
-    """Yields an empty temporary file on the same file system, with the name and permissions of `path`."""
-    with temporary_folder(path.parent) as folder:
-        temporary = folder / path.name
-        temporary.touch()
-        with suppress(FileNotFoundError):
-            temporary.chmod(stat.S_IMODE(path.stat().st_mode))
-        yield str(temporary)
 
 
 def output_path(out: PathLike) -> Path:
@@ -90,42 +77,60 @@ def output_path(out: PathLike) -> Path:
 
 def require_writable(out: PathLike) -> None:
     """Raises OSError if `atomic_write` could not write to `out`; call it before long work."""
-    with temporary_sibling(output_path(out)):
+    with temporary_folder(output_path(out).parent):
         pass
 
 
+@contextmanager
+def replacing(*paths: Path) -> Iterator[list[str]]:
+    """Yields an empty temporary file for each path, and renames all of them afterwards, or none after an error.
+
+    A file that is replaced keeps its permissions. Everything is on the disk before it gets its name.
+    """
+    with ExitStack() as stack:
+        folders = [stack.enter_context(temporary_folder(path.parent)) for path in paths]
+        temporary = [folder / path.name for folder, path in zip(folders, paths)]
+        for path, new in zip(paths, temporary):
+            new.touch()
+            with suppress(FileNotFoundError):
+                shutil.copymode(path, new)
+        yield [str(new) for new in temporary]
+        for new in temporary:
+            sync(new)
+        for new, path in zip(temporary, paths):
+            os.replace(new, path)
+        for parent in {path.parent for path in paths}:
+            sync(parent)
+
+
 def atomic_write(out: PathLike, write: Callable[[str], object]) -> None:
-    """Calls `write` with a temporary path, flushes it to disk and renames it to `out`; links are followed.
+    """Calls `write` with a temporary path and renames that file to `out`; links are followed.
 
     The old file survives any failure, which is an OSError, or the ValueError that `write` raises.
     """
     path = output_path(out)
     try:
-        with temporary_sibling(path) as temporary:
+        with replacing(path) as (temporary,):
             write(temporary)
-            sync(temporary)
-            os.replace(temporary, path)
-            sync(path.parent)
     except OSError as error:
         raise OSError(f'cannot write {out}: {error.strerror or first_line(error)}') from error
     except ValueError as error:
         raise ValueError(f'cannot write {out}: {first_line(error)}') from error
 
 
+def atomic_write_text(out: PathLike, text: str) -> None:
+    """Writes a UTF-8 text file as `atomic_write` does."""
+    atomic_write(out, lambda path: Path(path).write_text(text, encoding='utf-8'))
+
+
 def write_files(folder: PathLike, files: Mapping[str, bytes]) -> None:
     """Writes several files to a folder, creating it if needed: all of them, or none and an OSError."""
     is_new, place = not os.path.isdir(folder), make_folder(folder)
-    paths = {name: output_path(place / name) for name in files}
+    paths = [output_path(place / name) for name in files]
     try:
-        with ExitStack() as stack:
-            temporary = {name: stack.enter_context(temporary_sibling(path)) for name, path in paths.items()}
-            for name, content in files.items():
-                Path(temporary[name]).write_bytes(content)
-                sync(temporary[name])
-            for name, path in paths.items():
-                os.replace(temporary[name], path)
-            for parent in {path.parent for path in paths.values()}:
-                sync(parent)
+        with replacing(*paths) as temporary:
+            for path, content in zip(temporary, files.values()):
+                Path(path).write_bytes(content)
     except OSError as error:
         with suppress(OSError):  # it is not empty after all
             if is_new:
@@ -140,8 +145,3 @@ def make_folder(out: PathLike) -> Path:
     except OSError as error:
         raise OSError(f'cannot create folder {out}: {error.strerror}') from error
     return Path(out)
-
-
-def atomic_write_text(out: PathLike, text: str) -> None:
-    """Writes a UTF-8 text file as `atomic_write` does."""
-    atomic_write(out, lambda path: Path(path).write_text(text, encoding='utf-8'))

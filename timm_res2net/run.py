@@ -9,7 +9,6 @@ Python processes that the program starts do not inherit this. Start each of them
 the family in the whole environment with `timm-res2net autoload --on`.
 """
 
-import importlib.util
 import os
 import runpy
 import shutil
@@ -28,39 +27,13 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(__doc__)
     if argv[0] == '-m':
         sys.argv, sys.path[0] = argv[1:], os.getcwd()
-        if not can_run(argv[1]):
-            sys.exit(f'timm_res2net.run: no module {argv[1]!r}. Install it, or change to its folder')
         runpy.run_module(argv[1], run_name='__main__', alter_sys=True)
         return
-    script = find_script(argv[0])
+    script = argv[0] if os.path.exists(argv[0]) else shutil.which(argv[0])
     if script is None:
-        sys.exit(f'timm_res2net.run: no Python script {argv[0]!r}. Name a file, a command on PATH, or a module with -m')
-    sys.argv = [script, *argv[1:]]
-    sys.path[0] = os.path.dirname(os.path.abspath(script))
+        sys.exit(f'timm_res2net.run: no script {argv[0]!r}. Name a file, a command on PATH, or a module with -m.')
+    sys.argv, sys.path[0] = [script, *argv[1:]], os.path.dirname(os.path.abspath(script))
     runpy.run_path(script, run_name='__main__')
-
-
-def find_script(name: str) -> str | None:
-    """Returns the path of a script, of a folder with a `__main__.py`, or of a Python script on PATH."""
-    if os.path.isfile(name) or os.path.isfile(os.path.join(name, '__main__.py')):
-        return name
-    command = shutil.which(name)
-    if command is None:
-        return None
-    with open(command, 'rb') as file:
-        start = file.read(300)
-    return command if start.startswith(b'#!') and b'python' in start else None
-
-
-def can_run(module: str) -> bool:
-    """Returns whether a module of this name exists, or a package with a `__main__`."""
-    try:
-        found = importlib.util.find_spec(module)
-        if found is not None and found.submodule_search_locations is not None:
-            found = importlib.util.find_spec(f'{module}.__main__')
-    except (ImportError, ValueError):  # no parent package, or the names '' and '.'
-        return False
-    return found is not None
 
 
 if __name__ == '__main__':

@@ -23,12 +23,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
         choice.add_argument(f'--{name}', dest='action', action='store_const', const=name, help=help)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Installs or removes the .pth file, or prints whether it is installed."""
+def run(args: argparse.Namespace) -> None:
     file = Path(sysconfig.get_path('purelib'), 'timm_res2net_autoload.pth')
     if args.action == 'on':
         atomic_write_text(file, LINE.format(hook=str(HOOK)))
     elif args.action == 'off':
         file.unlink(missing_ok=True)
     print(f'autoload is {"on" if file.exists() else "off"}: {file}')
-    return 0

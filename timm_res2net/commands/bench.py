@@ -33,8 +33,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument('--json', metavar='FILE', help='write the results to this file')
 
 
-def run(args: argparse.Namespace) -> int:
-    """Prints the environment and a table of results, and writes them."""
+def run(args: argparse.Namespace) -> None:
     if args.json is not None:
         require_writable(args.json)
     results = bench(
@@ -55,7 +54,6 @@ def run(args: argparse.Namespace) -> int:
         document = {'environment': about, part: [vars(each) for each in results]}
         atomic_write_text(args.json, json.dumps(document, indent=1) + '\n')
         print(f'\nwrote {args.json}')
-    return 0
 
 
 def show_results(results: Sequence[Result]) -> None:

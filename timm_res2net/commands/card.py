@@ -10,7 +10,5 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument('name', metavar='NAME', help='published weights, such as res2net50d.in1k')
 
 
-def run(args: argparse.Namespace) -> int:
-    """Prints a card."""
+def run(args: argparse.Namespace) -> None:
     print(card(args.name), end='')
-    return 0

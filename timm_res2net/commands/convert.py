@@ -16,7 +16,7 @@ from ..weights.loading import load_model
 from ..weights.matching import format_create_model
 from .options import add_options
 from .output import describe_training, load_call, print, summarize_names
-from .sources import read_label_names, selected_weights
+from .sources import read_label_names
 
 BACKBONES_ONLY = ('mmdet',)  # targets that have no classifier
 
@@ -51,20 +51,18 @@ def dilation(text: str) -> int | tuple[int, ...]:
     return each if len(each) > 1 else each[0]
 
 
-def run(args: argparse.Namespace) -> int:
-    """Converts a weights file to a folder for timm, or to a file for another code base."""
+def run(args: argparse.Namespace) -> None:
     options = dict(model=args.model, dialect=args.dialect, prefix=args.prefix, labels=read_label_names(args))
     spec = {name: value for name in vars(NetworkSpec()) if (value := getattr(args, name, None)) is not None}
     dry_run = args.dry_run or args.to is not None
-    done = convert(args.file, args.out, dry_run=dry_run, **options, **spec, **selected_weights(args))
-    show_conversion(done)
+    done = convert(args.file, args.out, dry_run=dry_run, **options, weights_from=args.weights_from, **spec)
+    show_conversion(done, args.labels is not None)
     if args.dry_run:
         print('\nnothing was written')
     elif args.to is None:
         print(f'\nwrote {done.folder}; load it with\n  {load_call(done.folder)}')
     else:
         write_for(args.to, done, args.out)
-    return 0
 
 
 def write_for(target: str, done: Conversion, out: str | None) -> None:
@@ -81,7 +79,7 @@ def write_for(target: str, done: Conversion, out: str | None) -> None:
     print(f'\nwrote {path}\n  sha256 {sha256(path)}')
 
 
-def show_conversion(done: Conversion) -> None:
+def show_conversion(done: Conversion, labels_given: bool) -> None:
     """Prints what a file was recognised as, how certain that is, and what happened to its tensors."""
     checkpoint, record = done.checkpoint, done.config['timm_res2net']
     spec = checkpoint.spec or NetworkSpec()
@@ -94,7 +92,7 @@ def show_conversion(done: Conversion) -> None:
     print(f'computes     {spec.as_keywords(shown)}')
     print(f'model        {format_create_model(done.name, done.args)}: certain, all tensors fit')
     cfg = {**done.config, **done.config['pretrained_cfg']}
-    print('\n'.join(describe_training(checkpoint, cfg, checkpoint.num_classes)))
+    print('\n'.join(describe_training(cfg, checkpoint.num_classes, checkpoint, labels_given)))
     for reason in sorted(set(checkpoint.dropped.values())):
         names = [name for name, why in checkpoint.dropped.items() if why == reason]
         print(f'dropped      {reason}: {summarize_names(names)}')

@@ -24,8 +24,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument('--out', default='explain.png', metavar='PNG', help='file to draw (default: explain.png)')
 
 
-def run(args: argparse.Namespace) -> int:
-    """Draws and prints an explanation."""
+def run(args: argparse.Namespace) -> None:
     require_drawable(args.out)
     image = read_image_argument(args) if args.image else bundled_digits()[EXAMPLE][0]
     name = args.model or (None if args.weights else PHOTO if args.image else EMBEDDED)
@@ -41,4 +40,3 @@ def run(args: argparse.Namespace) -> int:
     print_predictions(explanation.predictions)
     radii = ', '.join(f'{radius:.1f}' for radius in explanation.radii)
     print(f'{explanation.block}: radius of each split in pixels of the image: {radii}\n\nwrote {args.out}')
-    return 0

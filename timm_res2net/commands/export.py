@@ -29,9 +29,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument('--compile', action='store_true', help='compile .pt2 to machine code for this machine')
 
 
-def run(args: argparse.Namespace) -> int:
-    """Exports a model, and prints how the file compares with it."""
-    model, converted = make_source(args, **(dict(features_only=True) if args.features else {}))
+def run(args: argparse.Namespace) -> None:
+    model, checkpoint = make_source(args, **(dict(features_only=True) if args.features else {}))
     done = export(
         model,
         args.out,
@@ -51,7 +50,6 @@ def run(args: argparse.Namespace) -> int:
     print(f'  mean difference    {done.mean_difference:.2e} (root mean square, relative)')
     if done.agreement is not None:
         print(f'  predicted class    the same for {done.agreement:.2%}')
-    if converted is not None:
-        lines = describe_training(converted, model.pretrained_cfg, converted.num_classes)
+    if checkpoint is not None:
+        lines = describe_training(model.pretrained_cfg, checkpoint.num_classes, checkpoint, labels_given=False)
         print('\n'.join(lines[:1] if args.features else lines))
-    return 0

@@ -17,8 +17,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     add_options(command, '--max-pixels')
 
 
-def run(args: argparse.Namespace) -> int:
-    """Prints the shapes of an image's feature maps and draws them."""
+def run(args: argparse.Namespace) -> None:
     if args.out is not None:
         require_drawable(args.out)
     image = read_image_argument(args)
@@ -35,4 +34,3 @@ def run(args: argparse.Namespace) -> int:
     if args.out is not None:
         plot_pyramid(shown, features, info.reduction(), args.out)
         print(f'\nwrote {args.out}')
-    return 0

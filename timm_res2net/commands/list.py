@@ -3,7 +3,6 @@
 import argparse
 import json
 import sys
-from collections.abc import Callable
 from fnmatch import fnmatch
 from typing import Any
 
@@ -12,7 +11,7 @@ from ..models.variants import ARCHS, WEIGHTS
 from ..vision.figures import plot_catalogue, require_drawable
 from .output import print, print_table
 
-SORT_KEYS: dict[str, Callable[[dict[str, Any]], Any]] = {
+SORT_KEYS: dict[str, Any] = {
     'params': lambda entry: entry['params'],
     'gmacs': lambda entry: entry['gmacs'],
     'top1': lambda entry: (entry['top1_on'] != 'imagenet-1k', -(entry['top1'] or 0)),  # digits are another task
@@ -22,21 +21,13 @@ SORT_KEYS: dict[str, Callable[[dict[str, Any]], Any]] = {
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument('pattern', nargs='?', default='*', metavar='PATTERN', help="such as '*50*'")
     command.add_argument('--pretrained', action='store_true', help='only models with weights')
-    command.add_argument('--max-params', type=positive_number, metavar='M', help='at most M million parameters')
+    command.add_argument('--max-params', type=float, metavar='M', help='at most M million parameters')
     command.add_argument('--sort', choices=SORT_KEYS, help='smallest first, or most accurate first')
     command.add_argument('--json', action='store_true', help='machine-readable output')
     command.add_argument('--plot', metavar='PNG', help='draw accuracy on ImageNet over cost to this file')
 
 
-def positive_number(text: str) -> float:
-    """Parses a number above zero."""
-    if not float(text) > 0:
-        raise argparse.ArgumentTypeError(f'{text} is not above zero')
-    return float(text)
-
-
-def run(args: argparse.Namespace) -> int:
-    """Prints a line for each matching architecture or set of weights."""
+def run(args: argparse.Namespace) -> None:
     if args.plot:
         require_drawable(args.plot)
     found = [
@@ -56,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         print(f'wrote {args.plot}\n', file=sys.stderr if args.json else sys.stdout)
     if args.json:
         print(json.dumps(found, indent=2))
-        return 0
+        return
     rows = [('name', 'params', 'GMACs', 'top-1', 'licence', 'weights')]
     for entry in found:
         top1 = '-' if entry['top1'] is None else f'{entry["top1"]:.2f} %'
@@ -65,7 +56,6 @@ def run(args: argparse.Namespace) -> int:
     print_table(rows, left=(0, 4, 5))
     print('\nGMACs at 224 x 224; of the 29-layer CIFAR networks at 32 x 32.')
     print('Top-1 on ImageNet-1k at 224 x 224; of the digits on their held-out third.')
-    return 0
 
 
 def list_family() -> list[dict[str, Any]]:

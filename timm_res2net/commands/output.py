@@ -61,27 +61,32 @@ def summarize_names(names: Sequence[str]) -> str:
     return f'{len(names)}' + (f': {", ".join(names[:3])}{more}' if names else '')
 
 
-def describe_training(recorded: Any, cfg: Mapping[str, Any], num_classes: int) -> list[str]:
-    """Describes the preprocessing and the names of classes in `cfg`, and whether a checkpoint or record has them."""
+def describe_training(
+    cfg: Mapping[str, Any], num_classes: int, checkpoint: Checkpoint | None, labels_given: bool
+) -> list[str]:
+    """Describes image settings and classes, and how each is known. An exported model, without a checkpoint, has all."""
     size = ' x '.join(map(str, cfg['input_size'][1:]))
     mean, std = (', '.join(f'{value:g}' for value in cfg[key]) for key in ('mean', 'std'))
     shown = f'{size}, {cfg["interpolation"]}, crop {cfg["crop_pct"]:g}, mean {mean}, std {std}'
-    defaults = [key for key in IMAGES if key not in recorded.images]
+    defaults = [] if checkpoint is None else [key for key in IMAGES if key not in checkpoint.images]
     how = 'recorded in the file' + (f', except {", ".join(defaults)} (defaults)' if defaults else '')
-    if not recorded.images:
+    if len(defaults) == len(IMAGES):
         how = 'defaults, not recorded in the file'
     names = tuple(cfg.get('label_names') or ())
     named = ', without names'
     if names:
-        source = f'named in {recorded.labels_from}' if recorded.labels == names else 'named by --labels'
-        named = f', {source}: {", ".join(names[:3])}{", ..." if len(names) > 3 else ""}'
+        recorded = 'in the file' if checkpoint is None else f'in {checkpoint.labels_from}'
+        named = f', named {"by --labels" if labels_given else recorded}: '
+        named += f'{", ".join(names[:3])}{", ..." if len(names) > 3 else ""}'
     elif infer_imagenet_subset({'num_classes': num_classes}):
         named = f", named as ImageNet's: assumed, as there are {num_classes}"
     lines = [f'images       {shown}: {how}', f'classes      {num_classes}{named}']
-    if chosen := getattr(recorded, 'weights_from', None):
+    if checkpoint is None:
+        return lines
+    if chosen := checkpoint.weights_from:
         other = 'model' if chosen == 'ema' else 'ema'
         lines.append(f'taken from   {chosen}: the file has averaged (ema) and latest weights (--weights-from {other})')
-    if isinstance(recorded, Checkpoint) and (assumptions := describe_assumptions(recorded)):
+    if assumptions := describe_assumptions(checkpoint):
         lines.append(f'assumed      {assumptions.removeprefix("assumed ")}')
     return lines
 

@@ -17,8 +17,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument('--out', metavar='DIR', help='also copy the files to this folder (default: only to the cache)')
 
 
-def run(args: argparse.Namespace) -> int:
-    """Downloads a model and prints its files, checksums and the call that loads it."""
+def run(args: argparse.Namespace) -> None:
     if args.out and os.path.lexists(args.out) and not os.path.isdir(args.out):
         raise ValueError(f'cannot write to --out {args.out!r}: it is not a folder')
     folder = fetch_model(args.repo, args.revision)
@@ -29,4 +28,3 @@ def run(args: argparse.Namespace) -> int:
     for name, content in files.items():
         print(f'{hashlib.sha256(content).hexdigest()}  {name}')
     print(f'\nverified {args.repo} at {folder.name}; load it with\n  {load_call(args.out or folder)}')
-    return 0

@@ -29,9 +29,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument('--dry-run', metavar='DIR', help='write the files to a folder and send nothing')
 
 
-def run(args: argparse.Namespace) -> int:
-    """Uploads a model, or writes the files to a folder."""
-    model, converted = make_source(args)
+def run(args: argparse.Namespace) -> None:
+    model, checkpoint = make_source(args)
     labels = read_labels(args.labels) if args.labels is not None else None
     pushed = push(
         model,
@@ -53,10 +52,9 @@ def run(args: argparse.Namespace) -> int:
     for name, digest in pushed.hashes.items():
         print(f'{digest}  {name}')
     print(f'\nwrote {pushed.folder}; nothing was sent' if pushed.folder else f'\n{pushed.url}')
-    if converted is not None:
+    if checkpoint is not None:
         cfg = {**model.pretrained_cfg, **({'label_names': labels} if labels else {})}
-        print('\n'.join(describe_training(converted, cfg, model.num_classes)))
-    return 0
+        print('\n'.join(describe_training(cfg, model.num_classes, checkpoint, labels is not None)))
 
 
 def result(text: str) -> tuple[str, float]:

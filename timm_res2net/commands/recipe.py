@@ -18,14 +18,13 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument('--out', metavar='FILE', help='write it to this file')
 
 
-def run(args: argparse.Namespace) -> int:
-    """Lists the recipes, or prints or writes one."""
+def run(args: argparse.Namespace) -> None:
     recipes = {path.stem: path.read_text() for path in sorted(RECIPES.glob('*.yaml'))}
     if args.name is None:
         refuse(args, 'name the recipe to write', '--out')
         titles = {name: text.partition('\n')[0].removeprefix('# ').rstrip(':') for name, text in recipes.items()}
         print_table([*titles.items()], left=(0, 1))
-        return 0
+        return
     text = recipes.get(args.name.removesuffix('.yaml'))
     if text is None:
         args.error(f'no recipe {args.name!r}. Choose from {", ".join(recipes)}')
@@ -34,4 +33,3 @@ def run(args: argparse.Namespace) -> int:
     else:
         atomic_write_text(args.out, text)
         print(f'wrote {args.out}')
-    return 0

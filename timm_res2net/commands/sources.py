@@ -5,7 +5,6 @@ import os
 import sys
 from collections.abc import Callable
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,13 +14,13 @@ from torch import nn
 from .._errors import UnknownModelError
 from .._files import PathLike
 from .._images import read_image
-from ..models.variants import WEIGHTS
+from ..models.variants import ARCHS, WEIGHTS
 from ..vision.predict import is_exported, name_classes, pretrained_model
 from ..vision.validate import sort_classes
 from ..weights.checkpoints import Checkpoint, read_checkpoint
 from ..weights.config import read_labels
-from ..weights.convert import convert
 from ..weights.loading import load_folder, load_model
+from ..weights.matching import find_model
 from .options import refuse
 from .output import describe_training, print
 
@@ -31,16 +30,11 @@ PHOTO = 'res2net50d.in1k'  # the default model for photos
 def read_weights(args: argparse.Namespace, path: str | None, parameters: bool = False) -> Checkpoint | str | None:
     """Reads a value of --weights; the path of an exported model stays a path, or `parameters` refuses it."""
     if path is not None and not is_exported(path):
-        return read_checkpoint(path, **selected_weights(args))
+        return read_checkpoint(path, weights_from=args.weights_from)
     if path is not None and parameters:
-        raise ValueError(f'{path} is an exported model, which hides its layers. Pass the weights it was made from')
+        raise ValueError(f'{path} is an exported model, which hides its layers. Pass the weights it was made from.')
     refuse(args, 'only a checkpoint can have averaged weights', '--weights-from')
     return path
-
-
-def selected_weights(args: argparse.Namespace) -> dict[str, str]:
-    """Returns --weights-from as a keyword argument, if it is given."""
-    return {'weights_from': args.weights_from} if args.weights_from else {}
 
 
 def make_classifier(
@@ -49,18 +43,15 @@ def make_classifier(
     """Makes the model of a command from a name or from `read_weights`, and prints what the weights record."""
     names = read_label_names(args)
     model: Any = pretrained_model(name, weights, device, getattr(args, 'trust', False))
-    file = weights.file if isinstance(weights, Checkpoint) else weights
+    checkpoint = weights if isinstance(weights, Checkpoint) else None
+    file = weights if checkpoint is None else checkpoint.file
     if not model.num_classes:
-        raise ValueError(f'{file or name} has no classifier. Pass weights that have one')
-    recorded: Any = weights
-    if not isinstance(weights, Checkpoint):  # an exported model records all that it uses
-        labels = tuple(model.pretrained_cfg.get('label_names') or ())
-        recorded = SimpleNamespace(images=model.pretrained_cfg, labels=labels, labels_from=file)
+        raise ValueError(f'{file or name} has no classifier. Pass weights that have one.')
     if names is not None:
         name_classes(model, names)
     if file is not None:
-        lines = [f'weights      {file}', *describe_training(recorded, model.pretrained_cfg, model.num_classes)]
-        print('\n'.join(lines), file=sys.stderr)
+        lines = describe_training(model.pretrained_cfg, model.num_classes, checkpoint, names is not None)
+        print('\n'.join([f'weights      {file}', *lines]), file=sys.stderr)
     return model
 
 
@@ -68,13 +59,15 @@ def make_source(args: argparse.Namespace, **options: Any) -> tuple[Any, Checkpoi
     """Makes the model of SOURCE, a file, a folder or published weights; and the checkpoint of a file."""
     source = args.source
     if os.path.lexists(source) and not os.path.isdir(source):
-        done = convert(source, dry_run=True, model=args.model, **selected_weights(args))
-        return load_model(done.checkpoint, done.name, **done.args, **options).eval(), done.checkpoint
-    is_published = ':' in source or any(source in (name, name.partition('.')[0]) for name in WEIGHTS)
-    if not is_published and not os.path.isdir(source):
-        raise UnknownModelError.among(source, WEIGHTS, kind='file, folder or published weights')
+        checkpoint = read_checkpoint(source, weights_from=args.weights_from)
+        name, found = find_model(checkpoint, args.model)
+        return load_model(checkpoint, name, **found, **options).eval(), checkpoint
     refuse(args, f'{source} already determines the model', '--model', '--weights-from')
-    return load_folder(source, **options) if os.path.isdir(source) else pretrained_model(source, **options), None
+    if os.path.isdir(source):
+        return load_folder(source, **options), None
+    if ':' not in source and source.partition('.')[0] not in ARCHS:
+        raise UnknownModelError.among(source, WEIGHTS, kind='file, folder or published weights')
+    return pretrained_model(source, **options), None
 
 
 def read_label_names(args: argparse.Namespace) -> list[str] | None:

@@ -8,17 +8,17 @@ from typing import Any
 import timm
 import torch
 from huggingface_hub import EvalResult, ModelCardData
-from timm.models import get_model_args
+from huggingface_hub.repocard import REGEX_YAML_BLOCK as METADATA
+from timm.models import PretrainedCfg, get_model_args
 from torch import Tensor, nn
 
 from .._errors import UnknownModelError, first_line
 from ..models.classifier import Classifier, as_classifier, registered_cfg
-from ..models.variants import ARCHS, WEIGHTS
+from ..models.variants import ARCHS, WEIGHTS, Weights
 from .client import require_repo_id
 from .facts import REPOSITORY, ModelFacts
 
 TEMPLATE = Path(__file__).with_name('card.md.jinja')
-METADATA = re.compile(r'\s*---[ \t]*\n(.*?)\n?---[ \t]*(?:\n|$)', re.DOTALL)
 PAPERS = {
     'Res2NetDla': 'in a DLA trunk ([paper](https://arxiv.org/abs/1707.06484))',
     'Res2NetBigLittle': 'in a Big-Little trunk ([paper](https://arxiv.org/abs/1807.03848))',
@@ -61,27 +61,12 @@ def card(model: str | nn.Module, *, repo_id: str | None = None, **facts: Any) ->
     if name not in ARCHS:
         raise ValueError(f'cannot make a card of {name!r}: it is not a model of this package')
     args = {key: value for key, value in get_model_args(model).items() if key != 'global_pool'}
-    base, license = known.base_model, known.license
-    history = [f'trained on {escape(known.dataset)}'] if known.dataset else []
-    history += [f'fine-tuned from [{base}](https://huggingface.co/{base})'] if base else []
-    if license is None:
-        terms = 'The owner of the repository has not named a license: ask before you use it.'
-    elif isinstance(license, str):
-        terms = f'License: `{license}`, named by the owner of the repository.'
-    else:
-        terms = f'License: [{escape(license[0])}]({license[1]}), named by the owner of the repository.'
     return render(
         timm.create_model(name, device='meta', **args),
-        ModelFacts(**{**facts, 'recipe': escape(known.recipe or 'Not described').rstrip('.') + '.'}),
-        title=repo_id or name,
-        source=f'hf-hub:{repo_id}' if repo_id else name,
+        known,
+        f'hf-hub:{repo_id}' if repo_id else name,
+        as_classifier(model).pretrained_cfg['input_size'][-1],
         repo_id=repo_id,
-        summary=describe_architecture(name) + (f' The weights were {" and ".join(history)}.' if history else ''),
-        size=as_classifier(model).pretrained_cfg['input_size'][-1],
-        measured='Accuracy as measured by the owner of the repository.' if known.results else '',
-        provenance=f'Pushed by timm_res2net{f" as `{name}.{known.tag}`" if known.tag else ""}.',
-        terms=terms,
-        limits='The model knows only the classes and the kind of images that it was trained on.',
     )
 
 
@@ -92,44 +77,16 @@ def render_published(name: str) -> str:
         hint = f'Published are {", ".join(tags)}' if tags else '`timm-res2net list --pretrained` shows all names'
         raise UnknownModelError(f'no published weights {name!r}. {hint}')
     weights, cfg = WEIGHTS[name], registered_cfg(name)
-    is_imagenet = weights.top5 is not None
-    top5 = {'top-5 accuracy': weights.top5} if weights.top5 is not None else {}
-    if cfg.license == 'cc-by-nc-sa-4.0':
-        terms = (
-            "The weights are under the [license of the authors' repository]"
-            '(https://creativecommons.org/licenses/by-nc-sa/4.0/), CC BY-NC-SA 4.0: credit the authors, share '
-            'derivatives under the same license, and ask the authors before any commercial use. timm lists the '
-            'license as unknown.'
-        )
-    else:
-        terms = (
-            'The weights are under [Apache-2.0](https://www.apache.org/licenses/LICENSE-2.0), the license of the '
-            'repository that publishes them: commercial use is allowed if you keep its notices.'
-        )
-    limits = (
-        'The model knows the thousand classes of ImageNet-1k, photographs mostly from the web, with their biases.'
-        if is_imagenet
-        else 'The model knows gray digits of 8 x 8 pixels, white on black, and is meant for trying things out.'
-    )
-    where = cfg.url or f'https://huggingface.co/{cfg.hf_hub_id}'
-    origin = 'are included in the package' if cfg.file else f'come from <{where}>'
+    results, dataset = {'top-1 accuracy': weights.top1}, "scikit-learn's handwritten digits"
+    if weights.top5 is not None:
+        results, dataset = {**results, 'top-5 accuracy': weights.top5}, 'imagenet-1k'
     return render(
         timm.create_model(name, device='meta'),
-        ModelFacts(
-            results={'top-1 accuracy': weights.top1, **top5},
-            dataset='imagenet-1k' if is_imagenet else "scikit-learn's handwritten digits",
-            license=cfg.license,
-            recipe=f'{weights.recipe}.',
-        ),
-        title=name,
-        source=name,
-        repo_id=None,
-        summary=f'{describe_architecture(name.split(".")[0])} The weights were {cfg.description}.',
-        size=cfg.input_size[-1],
-        measured=f'Accuracy at {cfg.input_size[-1]} pixels, {weights.measured}.',
-        provenance=f'The weights {origin}; see also <{cfg.origin_url}>.',
-        terms=terms,
-        limits=limits + ''.join(f' {note}.' for note in cfg.notes or ()),
+        ModelFacts(results=results, dataset=dataset, license=cfg.license),
+        name,
+        cfg.input_size[-1],
+        weights=weights,
+        cfg=cfg,
     )
 
 
@@ -147,26 +104,31 @@ def describe_architecture(name: str) -> str:
     )
 
 
-def render(model: nn.Module, facts: ModelFacts, **variables: Any) -> str:
-    """Fills in the template with these variables and the sizes, cost and shapes of a model on the meta device."""
+def render(
+    model: nn.Module,
+    facts: ModelFacts,
+    source: str,
+    size: int,
+    repo_id: str | None = None,
+    weights: Weights | None = None,
+    cfg: PretrainedCfg | None = None,
+) -> str:
+    """Fills in the template for a model on the meta device; `weights` and `cfg` are those of published weights."""
     import jinja2
 
     network = as_classifier(model.eval())
-    size = variables['size']
     out_indices = ARCHS[network.pretrained_cfg['architecture']].out_indices
     x = torch.empty(1, network.in_chans, size, size, device='meta')
     features = network.forward_intermediates(x, intermediates_only=True)
     neck = out_indices[-4:] if len(out_indices) > 4 else out_indices[1:]  # the levels of a feature pyramid
     gmacs, activations = measure(network, size)
-
-    def create_model(arguments: str = '') -> str:
-        return f"timm.create_model('{variables['source']}', pretrained=True{', ' if arguments else ''}{arguments})"
+    title = source.removeprefix('hf-hub:')
 
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     body = environment.from_string(TEMPLATE.read_text(encoding='utf-8')).render(
         facts=facts,
+        architecture=describe_architecture(network.pretrained_cfg['architecture']),
         escape=escape,
-        create=create_model,
         model=network,
         params=sum(parameter.numel() for parameter in network.parameters()),
         gmacs=gmacs,
@@ -174,9 +136,14 @@ def render(model: nn.Module, facts: ModelFacts, **variables: Any) -> str:
         shapes=[tuple(features[index].shape) for index in out_indices],
         neck=neck,
         neck_shapes=[(1, 256, *features[index].shape[2:]) for index in neck],
-        **variables,
+        title=title,
+        source=source,
+        size=size,
+        repo_id=repo_id,
+        weights=weights,
+        cfg=cfg,
     )
-    text = f'---\n{make_metadata(facts, variables["title"]).to_yaml()}\n---\n\n{body}'
+    text = f'---\n{make_metadata(facts, title).to_yaml()}\n---\n\n{body}'
     return f'{text}\n{sign(text)}\n'
 
 
@@ -243,15 +210,16 @@ def merge_cards(written: bytes, generated: str) -> str:
     """Puts new metadata on a card that somebody wrote; ValueError if that is not UTF-8 or its metadata is invalid."""
     import yaml
 
-    new: dict[str, Any] = yaml.safe_load(METADATA.match(generated)[1])  # type: ignore[index]
+    new: dict[str, Any] = yaml.safe_load(METADATA.match(generated)[2])
     try:
         text = written.decode('utf-8-sig').replace('\r\n', '\n')
         if not text.strip() or is_generated(text):
             return generated
         block = METADATA.match(text)
-        old = yaml.safe_load(block[1]) or {} if block else {}
-        tags = [old.get('tags') or []] if isinstance(old.get('tags'), str) else list(old.get('tags') or [])
-        merged = {**old, **new, 'tags': [*tags, *(tag for tag in new['tags'] if tag not in tags)]}
+        old = yaml.safe_load(block[2]) or {} if block else {}
+        tags = old.get('tags') or []
+        tags = [tags] if isinstance(tags, str) else tags
+        merged = {**old, **new, 'tags': [*dict.fromkeys([*tags, *new['tags']])]}
         metadata = yaml.safe_dump(merged, sort_keys=False, allow_unicode=True, width=10_000)
     except (yaml.YAMLError, AttributeError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(

@@ -1,6 +1,5 @@
 """Calls huggingface_hub: a few retries, and every failure as one line without the token."""
 
-import logging
 import re
 import time
 from collections.abc import Callable
@@ -11,13 +10,10 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError
     HfHubHTTPError,
     HFValidationError,
     HTTPError,  # of httpx or httpx2, whichever huggingface_hub uses
-    OfflineModeIsEnabled,
 )
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from .._errors import CheckpointError, Res2NetError, first_line, sanitize
-
-_logger = logging.getLogger(__name__)
 
 T = TypeVar('T')
 
@@ -25,10 +21,6 @@ PAUSES = 1, 2  # seconds between attempts
 TRANSIENT = {408, 416, 422, 429, 500, 502, 503, 504}  # HTTP status codes; 422 is an upload with damaged bytes
 TOKEN = re.compile(r'[A-Za-z0-9._~+/-]+=*')  # https://www.rfc-editor.org/rfc/rfc6750
 REVISION = re.compile(r'(?!.*\.\.)[\w][^\s~^:?*\[\\\x00-\x20\x7f]*')  # a valid Git name
-
-
-class DamagedFileError(CheckpointError):
-    """A downloaded or cached file does not have the checksum that the Hub lists."""
 
 
 def hub_api(token: str | bool | None) -> HfApi:
@@ -66,22 +58,18 @@ def call_hub(action: str, function: Callable[[], T], retries: int = len(PAUSES))
     Raises:
         ConnectionError: If the Hub cannot be reached or sends an unexpected response.
         HfHubHTTPError: If the Hub refuses.
-        CheckpointError: If `function` raises one, or a file is damaged after every attempt.
+        CheckpointError: If `function` finds a file damaged at every attempt.
         OSError: If a local file cannot be written.
     """
-    for pause in PAUSES[:retries]:
+    pauses = iter(PAUSES[:retries])
+    while True:
         try:
             return function()
         except Exception as error:
-            problem = explain(action, error)
-            if not is_transient(error):
-                raise problem from error
-            _logger.info('%s; trying again in %d s', problem, pause)
+            pause = next(pauses, None)
+            if pause is None or is_offline_mode() or not is_transient(error):
+                raise explain(action, error) from error
             time.sleep(pause)
-    try:
-        return function()
-    except Exception as error:
-        raise explain(action, error) from error
 
 
 def causes_of(error: BaseException) -> list[BaseException]:
@@ -93,33 +81,25 @@ def causes_of(error: BaseException) -> list[BaseException]:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether another attempt may succeed."""
-    if isinstance(error, DamagedFileError):
-        return not is_offline_mode()
-    statuses = [each.response.status_code for each in causes_of(error) if isinstance(each, HfHubHTTPError)]
-    if statuses:
-        return statuses[-1] in TRANSIENT
-    is_broken = any(isinstance(each, HTTPError | ConnectionError | TimeoutError) for each in causes_of(error))
-    return (is_broken and not is_offline_mode()) or 'Consistency check failed' in str(error)
+    """Whether another attempt may succeed: after a broken connection, a busy server or a damaged download."""
+    chain = causes_of(error)
+    if refusals := [each for each in chain if isinstance(each, HfHubHTTPError)]:
+        return refusals[-1].response.status_code in TRANSIENT
+    return any(isinstance(each, CheckpointError | HTTPError | ConnectionError | TimeoutError) for each in chain)
 
 
 def explain(action: str, error: BaseException) -> BaseException:
     """Returns the documented error for anything that huggingface_hub raises: one line, without the token."""
     if isinstance(error, Res2NetError):
         return error
-    root = causes_of(error)[-1]
-    refusals = [each for each in causes_of(error) if isinstance(each, HfHubHTTPError)]
-    message = f'cannot {action}: {one_line(refusals[-1] if refusals else root)}'
-    if refusals:
-        refusals[-1].args = (message,)
+    chain = causes_of(error)
+    if refusals := [each for each in chain if isinstance(each, HfHubHTTPError)]:
+        refusals[-1].args = (f'cannot {action}: {one_line(refusals[-1])}',)
         return refusals[-1]
-    if is_offline_mode() and isinstance(error, OfflineModeIsEnabled | FileNotFoundError):
-        return ConnectionError(f'cannot {action}: HF_HUB_OFFLINE is set and the cache cannot answer')
     if isinstance(error, OSError) and error.errno is not None and not is_transient(error):
         return OSError(error.errno, f'cannot {action}: {error.strerror}', error.filename)
-    if is_transient(error):
-        return ConnectionError(f'{message}. Check the network and https://status.huggingface.co')
-    return ConnectionError(f'cannot {action}: unexpected response: {type(root).__name__}: {one_line(root)}')
+    advice = '' if is_offline_mode() else '. Check the network and https://status.huggingface.co'
+    return ConnectionError(f'cannot {action}: {type(chain[-1]).__name__}: {one_line(chain[-1])}{advice}')
 
 
 def one_line(error: BaseException) -> str:

@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
@@ -52,21 +52,16 @@ class ModelFacts:
         if self.license is not None:
             object.__setattr__(self, 'license', normalize_license(self.license))
 
-    @classmethod
-    def from_record(cls, record: Mapping[str, Any]) -> 'ModelFacts':
-        """Reads the facts that a `config.json` records; ValueError, TypeError or AttributeError if they are invalid."""
-        known: dict[str, Any] = {each.name: record.get(each.name) for each in fields(cls)}
-        if isinstance(known['license'], list):
-            known['license'] = tuple(known['license'])
-        return cls(**known)
-
     def as_dict(self) -> dict[str, Any]:
         """Returns the facts that are known."""
         return {key: value for key, value in vars(self).items() if value is not None}
 
-    def completed_by(self, other: 'ModelFacts') -> 'ModelFacts':
-        """Returns these facts, with the missing ones from `other`."""
-        return replace(other, **self.as_dict())
+    def completed_by(self, record: Mapping[str, Any]) -> 'ModelFacts':
+        """Adds missing facts that a `config.json` records; ValueError, TypeError or AttributeError for invalid ones."""
+        recorded = {key: record.get(key) for key in vars(self)}
+        if isinstance(recorded['license'], list):
+            recorded['license'] = tuple(recorded['license'])
+        return ModelFacts(**{**recorded, **self.as_dict()})
 
 
 def percentages(results: Mapping[str, float]) -> dict[str, float]:

@@ -14,11 +14,9 @@ from .._errors import CheckpointError
 from .._files import PathLike
 from ..weights.config import CONFIG_FILE, WEIGHTS_FILE
 from ..weights.loading import load_folder
-from .client import DamagedFileError, call_hub, hub_api, require_repo_id
+from .client import call_hub, hub_api, require_repo_id
 
 _logger = logging.getLogger(__name__)
-
-PICKLES = '.bin', '.pth', '.pt', '.pkl', '.ckpt'
 
 
 def pull(
@@ -67,11 +65,8 @@ def fetch_model(
     folder = fetch(repo_id, (CONFIG_FILE, WEIGHTS_FILE), revision, token, cache_dir)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
-            list_files = partial(hub_api(token).list_repo_files, repo_id, revision=folder.name)
-            names = call_hub(f'list the files of {repo_id}', list_files)
-            pickles = [each for each in names if each.endswith(PICKLES)]
-            hint = f'. Download {pickles[0]} and run `timm-res2net convert` on it' if pickles else ''
-            raise CheckpointError(f'cannot pull {repo_id}: it has no {name}{hint}')
+            hint = 'If it has weights in another format, download them and run `timm-res2net convert`'
+            raise CheckpointError(f'cannot pull {repo_id}: it has no {name}. {hint}')
     return folder
 
 
@@ -95,32 +90,26 @@ def fetch(
     """
     require_repo_id(repo_id, revision)
     api = hub_api(token)
-    download = partial(
-        api.snapshot_download,
-        repo_id,
-        revision=revision,
-        cache_dir=None if cache_dir is None else Path(cache_dir),
-        allow_patterns=list(names),
-    )
-    is_damaged = False
+    where: dict[str, Any] = dict(repo_id=repo_id, cache_dir=None if cache_dir is None else Path(cache_dir))
+    download = partial(api.snapshot_download, **where, revision=revision, allow_patterns=list(names))
 
     def attempt() -> Path:
-        nonlocal is_damaged
-        folder = Path(download(force_download=is_damaged))
+        folder = Path(download())
         if is_offline_mode() or not any((folder / name).is_file() for name in names):
             return folder
-        found = api.verify_repo_checksums(repo_id, revision=folder.name, cache_dir=download.keywords['cache_dir'])
-        for name in (each['path'] for each in found.mismatches if each['path'] in names):
-            is_damaged = True
-            (folder / name).unlink(missing_ok=True)  # or a call without the Hub would use it
-            raise DamagedFileError(f'cannot use {name} of {repo_id}: its checksum differs from the Hub. Try again')
+        differing = {each['path'] for each in api.verify_repo_checksums(**where, revision=folder.name).mismatches}
+        damaged = [name for name in names if name in differing]
+        for name in damaged:
+            (folder / name).resolve().unlink(missing_ok=True)  # or the next call would use it
+        if damaged:
+            raise CheckpointError(f'cannot use {damaged[0]} of {repo_id}: its checksum differs from the Hub. Try again')
         return folder
 
     cached = find_in_cache(download, names)
     try:
-        return call_hub(f'download {" and ".join(names)} of {repo_id}', attempt, retries=1 if cached else 2)
+        return call_hub(f'download {" and ".join(names)} of {repo_id}', attempt)
     except (ConnectionError, HfHubHTTPError) as error:
-        if cached is None or is_damaged:
+        if cached is None or find_in_cache(download, names) is None:  # it was damaged
             raise
         _logger.warning('%s. Using the copy in the cache', error)
         return cached

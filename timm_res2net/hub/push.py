@@ -2,6 +2,7 @@
 
 import copy
 import logging
+import shutil
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -16,12 +17,13 @@ from timm.utils import unwrap_model
 from torch import nn
 
 from .._errors import CheckpointError, first_line
-from .._files import PathLike, sha256, temporary_folder, write_files
+from .._files import PathLike, sha256, write_files
 from ..models.block import spec_of
 from ..models.checks import require_finite_weights
 from ..models.classifier import Classifier, as_classifier, model_name
 from ..models.variants import ARCHS
 from ..weights.config import CONFIG_FILE, WEIGHTS_FILE, make_config, require_no_model, write_folder
+from ..weights.convert import require_as_many_labels
 from ..weights.loading import load_folder
 from .cards import card, merge_cards
 from .client import call_hub, hub_api, one_line, require_repo_id
@@ -112,32 +114,39 @@ def push(
         require_no_model(Path(dry_run))
     network = as_classifier(unwrap_model(model))
     require_finite_weights(network)
-    with temporary_folder(Path(tempfile.gettempdir())) as temporary:
-        folder = temporary / 'model'
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary, 'model')
         write_model(network, folder, labels, known)
         record = getattr(network, 'record', {})
         if record.get('sha256') == sha256(folder / WEIGHTS_FILE):  # the weights are unchanged
             known = complete_facts(known, {'tag': network.pretrained_cfg.get('tag'), **record})
-            folder = temporary / 'completed'
+            folder = Path(temporary, 'completed')
             write_model(network, folder, labels, known)
         require_round_trip(network, folder)
         generated = card(network, repo_id=repo_id, **known.as_dict())
-        if dry_run is not None:
-            return write_dry_run(folder, Path(dry_run), generated, overwrite_card)
-        require_valid_card(generated)
         branch = revision or 'main'
-        head = call_hub(f'push to {repo_id}', lambda: prepare_branch(api, repo_id, branch, private))
-        written = None if overwrite_card else fetch_card(api, repo_id, head, token)
-        write_files(folder, {CARD_FILE: add_card(written, generated)})
+        if dry_run is not None:
+            existing = Path(dry_run, CARD_FILE)
+            written = existing.read_bytes() if existing.is_file() and not overwrite_card else None
+        else:
+            require_valid_card(generated)
+            head = call_hub(f'push to {repo_id}', lambda: prepare_branch(api, repo_id, branch, private))
+            written = None if overwrite_card else fetch_card(repo_id, head, token)
+        text = generated if written is None else merge_cards(written, generated)
+        (folder / CARD_FILE).write_text(text, encoding='utf-8')
+        hashes = {name: sha256(folder / name) for name in FILES}
+        if dry_run is not None:
+            write_files(dry_run, {name: (folder / name).read_bytes() for name in reversed(FILES)})  # weights last
+            return Push(None, None, hashes, Path(dry_run))
         done = commit(api, repo_id, folder, branch, head, create_pr, commit_message or f'Push {model_name(network)}')
         verify(api, repo_id, folder, done)
-        return Push(done.pr_url or done.commit_url, done.oid, {name: sha256(folder / name) for name in FILES})
+        return Push(done.pr_url or done.commit_url, done.oid, hashes)
 
 
 def complete_facts(facts: ModelFacts, record: dict[str, Any]) -> ModelFacts:
     """Adds the facts that were recorded with the weights, unless they cannot appear on a card."""
     try:
-        return facts.completed_by(ModelFacts.from_record(record))
+        return facts.completed_by(record)
     except (ValueError, TypeError, AttributeError) as error:
         _logger.warning('ignoring the facts recorded with the weights: %s', first_line(error))
         return facts
@@ -150,8 +159,8 @@ def write_model(model: Classifier, folder: Path, labels: Sequence[str] | None, f
         raise ValueError(f'cannot push a {type(model).__name__}: it is not a model of this package')
     if labels is not None and not all(isinstance(label, str) and label.strip() for label in labels):
         raise ValueError('invalid labels: pass a non-empty str for each class')
-    if labels is not None and len(labels) != model.num_classes:
-        raise ValueError(f'labels has {len(labels)} names for {model.num_classes} classes')
+    if labels is not None:
+        require_as_many_labels(labels, model.num_classes)
     defaults = {'in_chans': 3, 'global_pool': 'avg', 'num_classes': model.num_classes}
     args = {key: value for key, value in get_model_args(model).items() if defaults.get(key) != value}
     known = model.pretrained_cfg.get('label_names') or ()
@@ -169,7 +178,7 @@ def write_model(model: Classifier, folder: Path, labels: Sequence[str] | None, f
         raise ValueError(
             f'cannot push {name}: config.json cannot hold one of its arguments: {first_line(error)}'
         ) from error
-    write_files(folder, {CODE_FILE: Path(__file__).with_name(CODE_FILE).read_bytes()})
+    shutil.copyfile(Path(__file__).with_name(CODE_FILE), folder / CODE_FILE)
 
 
 def inherited_cfg(model: Classifier, facts: ModelFacts) -> dict[str, Any]:
@@ -201,20 +210,6 @@ def require_round_trip(model: Classifier, folder: Path) -> None:
         )
 
 
-def add_card(written: bytes | None, generated: str) -> bytes:
-    """Returns the generated card, merged with an existing one."""
-    return (generated if written is None else merge_cards(written, generated)).encode()
-
-
-def write_dry_run(folder: Path, out: Path, generated: str, overwrite_card: bool) -> Push:
-    """Writes the files of a push to a folder, all or none."""
-    existing = out / CARD_FILE
-    written = existing.read_bytes() if existing.is_file() and not overwrite_card else None
-    files = {name: (folder / name).read_bytes() for name in (CODE_FILE, CONFIG_FILE, WEIGHTS_FILE)}
-    write_files(out, {CARD_FILE: add_card(written, generated), **files})
-    return Push(None, None, {name: sha256(out / name) for name in FILES}, out)
-
-
 # The Hub
 
 
@@ -243,12 +238,11 @@ def prepare_branch(api: HfApi, repo_id: str, branch: str, private: bool | None) 
     return str(api.model_info(repo_id, revision=branch).sha)
 
 
-def fetch_card(api: HfApi, repo_id: str, head: str, token: str | None) -> bytes | None:
+def fetch_card(repo_id: str, head: str, token: str | None) -> bytes | None:
     """Downloads the card of a commit, None if it has none. Any failure is an error: the card would be lost."""
-    if not call_hub(f'read the card of {repo_id}', lambda: api.file_exists(repo_id, CARD_FILE, revision=head)):
-        return None
-    with temporary_folder(Path(tempfile.gettempdir())) as cache:
-        return (fetch(repo_id, (CARD_FILE,), head, token, cache) / CARD_FILE).read_bytes()
+    with tempfile.TemporaryDirectory() as cache:
+        file = fetch(repo_id, (CARD_FILE,), head, token, cache) / CARD_FILE
+        return file.read_bytes() if file.is_file() else None
 
 
 def commit(api: HfApi, repo_id: str, folder: Path, branch: str, head: str, create_pr: bool, message: str) -> CommitInfo:

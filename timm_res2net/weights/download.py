@@ -1,6 +1,5 @@
 """Downloads weights from their owners' addresses, with huggingface_hub's own download (retries, resume, progress)."""
 
-import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +9,7 @@ from urllib.parse import urlparse
 from huggingface_hub.file_download import http_get
 
 from .._errors import first_line
-from .._files import PathLike, make_folder, sha256, temporary_sibling
+from .._files import PathLike, make_folder, replacing, sha256
 
 HASH_IN_NAME = re.compile(r'-([0-9a-f]{8,64})\.')  # the file's SHA-256 or its beginning: torch.hub's and MindCV's names
 T = TypeVar('T')
@@ -27,7 +26,7 @@ def download(url: str, folder: PathLike, read: Callable[[str], T]) -> T:
     if target.exists():
         return read(str(target))
     make_folder(target.parent)
-    with temporary_sibling(target) as temporary:
+    with replacing(target) as (temporary,):
         try:
             with open(temporary, 'wb') as file:
                 http_get(url, file, displayed_filename=target.name, _nb_retries=1)  # more take 5 s without a network
@@ -42,5 +41,4 @@ def download(url: str, folder: PathLike, read: Callable[[str], T]) -> T:
             raise ConnectionError(
                 f'cannot download {url}: {problem}. Without a network, put the file into {target.parent}'
             ) from error
-        os.replace(temporary, target)
     return contents
