@@ -5,6 +5,7 @@ import importlib.util
 import inspect
 import json
 import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import torch
 import torchvision
 from safetensors.torch import save_file
 from support import ROOT, build_meta, strides, tiny
+from torch import Tensor
 
 import timm_res2net
 from timm_res2net.__main__ import parser
@@ -70,11 +72,6 @@ def test_readme_top_level_links_every_other_readme() -> None:
     assert set(READMES.values()) - targets == {ROOT / 'README.md'}
 
 
-def test_wheel_configuration_excludes_readmes() -> None:
-    (wheel,) = re.findall(r'\[tool\.hatch\.build\.targets\.wheel\]\n(.*?)\n\n', PYPROJECT, re.DOTALL)
-    assert '"README.md"' in wheel.partition('exclude = ')[2]
-
-
 @pytest.mark.parametrize('readme', READMES)
 def test_readme_relative_links_point_to_existing_files(readme: str) -> None:
     targets = re.findall(r'\]\(([^)\s]*)\)', TEXTS[readme])
@@ -112,24 +109,70 @@ def test_readme_top_level_lists_every_command() -> None:
     assert set(commands.choices) == set(re.findall(r'^timm-res2net (\w+)', TEXTS['top'], re.MULTILINE))
 
 
-def test_readme_has_as_many_examples_as_are_tested() -> None:
-    tested = {
-        'top': 2,
-        'hub_cards': 0,
-        'deploy': 3,
-        'hub': 2,
-        'models': 6,
-        'recipes': 1,
-        'timm_res2net': 0,
-        'weights': 4,
-    }
-    assert {name: len(examples) for name, examples in EXAMPLES.items()} == tested
+# Examples
 
 
-def test_readme_first_example_features_have_stated_strides() -> None:
-    made = run('top', 'features = backbone')
-    assert [64 // feature.shape[-1] for feature in made['features']] == [2, 4, 8, 16, 16]
-    assert 'of stride 2, 4, 8, 16 and 16' in TEXTS['top']
+@pytest.fixture
+def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Changes to a folder with the files that examples read, of small networks."""
+    monkeypatch.chdir(tmp_path)
+    create, small = timm.create_model, {'res2net50d', 'res2net101d', 'res2net50_26w_4s'}
+    monkeypatch.setattr(
+        timm, 'create_model', lambda name, **kwargs: create('test_res2net' if name in small else name, **kwargs)
+    )
+    state = create('test_res2net', num_classes=0).state_dict()
+    torch.save({f'resnet.{name}': tensor for name, tensor in state.items()}, 'deeplab.pth')
+    detector = {re.sub('^conv1', 'stem', re.sub('^bn1', 'stem.7', name)): tensor for name, tensor in state.items()}
+    torch.save({'state_dict': {f'backbone.{name}': x for name, x in detector.items()}}, 'faster_rcnn_r2_101_fpn.pth')
+    torch.save({'state_dict': create('test_res2net', num_classes=3).state_dict()}, 'last.pth.tar')
+    settings = dict(backbone='test_res2net', model_kwargs={}, channels=64, detector_kwargs={}, names=['a', 'b'])
+    Path('runs/detect').mkdir(parents=True)
+    Path('runs/detect/run.json').write_text(json.dumps(settings))
+    save_file(create_detector(create_backbone('test_res2net'), 2, 64).state_dict(), 'runs/detect/model.safetensors')
+
+
+def widths(features: Iterable[Tensor]) -> list[int]:
+    return [feature.shape[-1] for feature in features]
+
+
+def are_equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    return all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+EXAMPLE_CHECKS: list[tuple[str, str, Callable[[dict[str, Any]], bool]]] = [
+    ('top', 'features = backbone', lambda made: widths(made['features']) == [32, 16, 8, 4, 4]),
+    ('models', 'ops import FeaturePyramidNetwork', lambda made: widths(made['levels'].values()) == [16, 8, 4, 2]),
+    ('models', 'FasterRCNN', lambda made: made['found'][0].keys() == {'boxes', 'labels', 'scores'}),
+    ('models', "style='caffe'", lambda made: made['dilated'].layer4[0].convs[0].dilation == (2, 2)),
+    (
+        *('weights', 'load_checkpoint(model'),
+        lambda made: are_equal(made['backbone'].state_dict(), made['model'].state_dict()),
+    ),
+    (
+        *('weights', 'deeplab'),
+        lambda made: [info['reduction'] for info in made['backbone'].feature_info] == [2, 4, 8, 16, 16],
+    ),
+    ('weights', 'num_classes=7', lambda made: made['model'].fc.weight.shape[0] == 7),
+    (
+        *('weights', 'export_checkpoint'),
+        lambda made: are_equal(timm_res2net.load_model('digits.pth').state_dict(), made['model'].state_dict()),
+    ),
+    ('deploy', 'load_exported', lambda made: made['done'].agreement == 1 and Path('digits.pt2').exists()),
+    ('recipes', 'load_detector', lambda made: made['found'].keys() == {'boxes', 'scores', 'labels'}),
+]
+
+
+@pytest.mark.parametrize(('readme', 'part', 'is_right'), EXAMPLE_CHECKS)
+def test_readme_example_makes_what_it_says(
+    readme: str, part: str, is_right: Callable[[dict[str, Any]], bool], workplace: None
+) -> None:
+    assert is_right(run(readme, part))
+
+
+def test_every_example_of_a_readme_is_tested() -> None:
+    others = '85.13 %', 'smp.Unet', 'DetrConfig', 'register_model', 'fast.path', 'torch.int8', '.pull(', 'push_all'
+    parts = (*others, *(part for _, part, _ in EXAMPLE_CHECKS))
+    assert [code for codes in EXAMPLES.values() for code in codes if not any(part in code for part in parts)] == []
 
 
 def test_readme_model_examples_build_stated_models(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,27 +192,12 @@ def test_readme_model_examples_build_stated_models(monkeypatch: pytest.MonkeyPat
     assert made['dla60_res2net'].feature_info.reduction()[-1] == 8
 
 
-def test_readme_of_recipes_example_finds_objects(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    settings = dict(backbone='test_res2net', model_kwargs={}, channels=64, detector_kwargs={}, names=['a', 'b'])
-    Path('runs/detect').mkdir(parents=True)
-    Path('runs/detect/run.json').write_text(json.dumps(settings))
-    model = create_detector(create_backbone('test_res2net'), 2, channels=64)
-    save_file(model.state_dict(), 'runs/detect/model.safetensors')
-    assert {'boxes', 'scores', 'labels'} == run('recipes', 'load_detector')['found'].keys()
-
-
 def test_readme_example_accuracies_equal_weights_table() -> None:
     found = re.findall(r"'([\w.]+)', pretrained=True\)  # ([\d.]+) % top-1", TEXTS['top'])
     assert len(found) == 3
     for name, top1 in found:
         default = next(weights for full, weights in WEIGHTS.items() if f'{full}.'.startswith(f'{name}.'))
         assert f'{default.top1:.2f}' == top1
-
-
-def test_readme_fpn_example_gives_four_levels() -> None:
-    made = run('models', 'ops import FeaturePyramidNetwork')
-    assert [level.shape[-1] for level in made['levels'].values()] == [16, 8, 4, 2]
 
 
 def test_readme_ultralytics_example_gives_the_documented_layers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,57 +220,6 @@ def test_readme_transformers_example_loads_all_of_the_backbone() -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize(('name', 'first'), [('res2net50_26w_4s', 'layer1'), ('dla60_res2net', 'level2')])
-def test_readme_faster_rcnn_example_detects(name: str, first: str) -> None:
-    made = run('models', 'FasterRCNN', **{'num_classes=91': 'num_classes=91, min_size=64', 'res2net50_26w_4s': name})
-    assert made['found'][0].keys() == {'boxes', 'labels', 'scores'}
-    assert next(iter(made['layers'])) == first
-
-
-def test_readme_example_of_geometries_builds_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    create = timm.create_model
-    monkeypatch.setattr(timm, 'create_model', lambda name, **kwargs: create('test_res2net', **kwargs))
-    models = run('models', "style='caffe'")
-    assert models['caffe'].layer2[0].conv1.stride == (2, 2)
-    assert models['dilated'].layer4[0].convs[0].dilation == (2, 2)
-    assert type(models['deformable'].layer4[0].convs[0]).__name__ == 'DeformableConv2d'
-
-
-def test_readme_load_checkpoint_example_loads_detector_backbone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    state = timm.create_model('test_res2net', num_classes=0).state_dict()
-    state = {re.sub('^bn1', 'stem.7', name): tensor for name, tensor in state.items()}
-    detector = {f'backbone.{re.sub("^conv1", "stem", name)}': tensor for name, tensor in state.items()}
-    torch.save({'state_dict': detector}, 'faster_rcnn_r2_101_fpn.pth')
-    made = run('weights', 'load_checkpoint(model', res2net101d='test_res2net')
-    torch.testing.assert_close(made['backbone'].conv1.state_dict(), made['model'].conv1.state_dict(), rtol=0, atol=0)
-    torch.testing.assert_close(list(made['model'].state_dict().values()), list(state.values()), rtol=0, atol=0)
-
-
-def test_readme_dilated_example_loads_backbone_at_stated_strides(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    state = timm.create_model('test_res2net', num_classes=0).state_dict()
-    torch.save({f'resnet.{name}': tensor for name, tensor in state.items()}, 'deeplab.pth')
-    backbone = run('weights', 'deeplab')['backbone']
-    assert [info['reduction'] for info in backbone.feature_info] == [2, 4, 8, 16, 16]
-    assert backbone.layer4[0].convs[0].dilation == (2, 2)
-    torch.testing.assert_close(dict(backbone.state_dict()), dict(state), rtol=0, atol=0)
-
-
-def test_readme_example_for_other_classes_has_a_new_classifier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    state = timm.create_model('test_res2net', num_classes=3).state_dict()
-    torch.save({'state_dict': state}, 'last.pth.tar')
-    made = run('weights', 'num_classes=7')['model'].state_dict()
-    assert made['fc.weight'].shape[0] == 7
-    rest = [name for name in state if not name.startswith('fc.')]
-    torch.testing.assert_close([made[name] for name in rest], [state[name] for name in rest], rtol=0, atol=0)
-
-
 CHECKED = re.findall(r'^\|.*\| (default|`.*=.*`) \| `(.*/.*)` \|$', TEXTS['weights'], re.MULTILINE)
 
 
@@ -260,16 +237,6 @@ def test_readme_of_weights_lists_all_known_networks() -> None:
     for project in (project for project in PROJECTS if project.spec is not None):
         arguments = project.spec.as_keywords(project.spec.differing_fields(NetworkSpec()))
         assert project.name in rows[f'`{arguments}`' if arguments else 'default'].split('; ')
-
-
-def test_readme_export_checkpoint_example_loads_back_to_same_tensors(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    exported = run('weights', 'export_checkpoint')['model'].state_dict()
-    model = timm.create_model('test_res2net', num_classes=10)
-    timm_res2net.load_checkpoint(model, 'digits.pth')
-    torch.testing.assert_close(dict(model.state_dict()), dict(exported), rtol=0, atol=0)
 
 
 def test_readme_hub_example_pushes_and_pulls(hub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -306,14 +273,6 @@ def test_readme_optimize_example_prints_stated_path(
     made = run('deploy', 'print(fast.path)')
     assert f'print(fast.path)  # {capsys.readouterr().out}' in TEXTS['deploy']
     assert (made['logits'].shape, made['logits'].dtype) == ((8, 1000), torch.float32)
-
-
-def test_readme_export_example_computes_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    made = run('deploy', 'load_exported')
-    x = torch.randn(3, 3, 32, 32)
-    torch.testing.assert_close(made['exported'](x), made['model'](x).detach(), rtol=0, atol=1e-4)
-    assert (made['done'].agreement, (tmp_path / 'digits.pt2').exists()) == (1, True)
 
 
 @pytest.mark.slow

@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     commands = main.add_subparsers(dest='command', metavar='COMMAND')
     for name, example in COMMANDS.items():
         module: Any = import_module(f'.commands.{name}', __package__)
-        summary = module.__doc__.partition('\n')[0]
+        summary = module.__doc__.partition('. ')[0].rstrip('.')
         epilog = f'example: timm-res2net {name} {example}'
         command = commands.add_parser(name, help=summary, description=module.__doc__, epilog=epilog)
         module.add_arguments(command)

@@ -169,16 +169,11 @@ def entrypoint(name: str, arch: Arch) -> Callable[..., nn.Module]:
     def fn(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         return create(name, pretrained, **kwargs)
 
-    fn.__name__ = fn.__qualname__ = name
-    fn.__doc__ = describe(name, arch)
-    return fn
-
-
-def describe(name: str, arch: Arch) -> str:
-    """Returns the docstring of a model's entry point."""
     args = ', '.join(f'{key}={value!r}' for key, value in arch.args.items())
     size = 32 if arch.trunk is Res2NetCifar else 224
-    return f"""Makes {name}: {arch.params / 1e6:.1f} M parameters, {arch.gmacs:.1f} G multiply-adds at {size} pixels.
+    cost = f'{arch.params / 1e6:.1f} M parameters, {arch.gmacs:.1f} G multiply-adds'
+    fn.__name__ = fn.__qualname__ = name
+    fn.__doc__ = f"""Makes {name}: {cost} at {size} pixels.
 
     The network is `{arch.trunk.__name__}({args})`.
 
@@ -192,6 +187,7 @@ def describe(name: str, arch: Arch) -> str:
         >>> model(torch.randn(1, 3, {size}, {size})).shape
         torch.Size([1, 10])
     """
+    return fn
 
 
 for name, arch in ARCHS.items():

@@ -46,7 +46,7 @@ TABLE = """
 push check          HH  .H  .H   .C       .C   -       -    -
 push head           HH  .H  .H   .C       CC   -       -    -
 push create         HH  .H  .H   .C       CC   -       -    -
-push card           HH  .H  .H   .C       .C  .C      .D    -
+push card           HH  .H  .H   .C       CC  .C      .D    -
 push preupload      HH  .H  .H   .C       CC   -       -    -
 push upload         HH  .H  .H   .C        -   -      .H    -
 push verify         HH  .H  .H   .C       CC   -       -    -

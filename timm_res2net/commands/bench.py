@@ -1,8 +1,4 @@
-"""Measures models side by side with timm's own, interleaved in one run.
-
-In inference as they are, fused, optimized and by other runtimes, or in training. All must compute the same before any
-is measured.
-"""
+"""Measures models side by side with timm's own, after checking that all compute the same."""
 
 import argparse
 import json

@@ -1,7 +1,4 @@
-"""Converts a weights file of any known code base to a folder for timm, or back.
-
-Prints which code base the file comes from, which model it fits, how certain that is, and every change.
-"""
+"""Converts weights of other code bases for timm, or back. Prints what was recognized and what was changed."""
 
 import argparse
 import os
@@ -26,16 +23,11 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument('--model', metavar='NAME', help='the model that it fits (default: detected)')
     command.add_argument('--out', metavar='DIR', help='folder to write, or file with --to (default: named after FILE)')
     command.add_argument('--dialect', choices=DIALECTS, help='code base of its tensor names (default: detected)')
-    add_spec(command)
-    add_options(command, '--labels', '--class-order', '--weights-from')
     command.add_argument('--prefix', help='prefix of the tensor names, for a file with several networks')
+    add_options(command, '--labels', '--class-order', '--weights-from')
     command.add_argument('--to', choices=EXPORTS, help='write a file for this code base instead of a folder for timm')
     command.add_argument('--dry-run', action='store_true', help='write nothing')
     command.add_argument('--list-dialects', action=ListDialects, nargs=0, help='list the known code bases')
-
-
-def add_spec(command: argparse.ArgumentParser) -> None:
-    """Adds the options that specify what the network of a file computes."""
     command.add_argument('--first-block', choices=FIRST_BLOCKS, help='kind of its first blocks (default: detected)')
     command.add_argument('--style', choices=STYLES, help='position of its strides (default: detected)')
     command.add_argument('--strides', type=int, nargs=4, metavar='N', help='stride of each stage (default: detected)')
@@ -52,10 +44,17 @@ def dilation(text: str) -> int | tuple[int, ...]:
 
 
 def run(args: argparse.Namespace) -> None:
-    options = dict(model=args.model, dialect=args.dialect, prefix=args.prefix, labels=read_label_names(args))
-    spec = {name: value for name in vars(NetworkSpec()) if (value := getattr(args, name, None)) is not None}
-    dry_run = args.dry_run or args.to is not None
-    done = convert(args.file, args.out, dry_run=dry_run, **options, weights_from=args.weights_from, **spec)
+    done = convert(
+        args.file,
+        args.out,
+        model=args.model,
+        dialect=args.dialect,
+        prefix=args.prefix,
+        weights_from=args.weights_from,
+        labels=read_label_names(args),
+        dry_run=args.dry_run or args.to is not None,
+        **{name: value for name in vars(NetworkSpec()) if (value := getattr(args, name, None)) is not None},
+    )
     show_conversion(done, args.labels is not None)
     if args.dry_run:
         print('\nnothing was written')

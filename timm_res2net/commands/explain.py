@@ -1,4 +1,4 @@
-"""Draws an image, its class activation map, and the effective receptive fields of a block."""
+"""Draws where a network looks: a class activation map, and the effective receptive fields of a block."""
 
 import argparse
 

@@ -1,7 +1,4 @@
-"""Exports a model to ONNX (.onnx), OpenVINO (.xml and .bin) or torch (.pt2).
-
-Loads the file with its own runtime, and compares it with the model before it appears.
-"""
+"""Exports to ONNX (.onnx), OpenVINO (.xml, .bin) or torch (.pt2). Compares the file with the model first."""
 
 import argparse
 

@@ -1,4 +1,4 @@
-"""Prints the sizes of an image's feature maps, and draws them."""
+"""Prints the sizes of the feature maps of an image, and draws them."""
 
 import argparse
 from typing import Any

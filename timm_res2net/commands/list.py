@@ -1,4 +1,4 @@
-"""Lists the models of the family and their weights."""
+"""Lists models and weights."""
 
 import argparse
 import json

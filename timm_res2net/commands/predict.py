@@ -2,17 +2,17 @@
 
 import argparse
 import json
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
 from typing import Any
 
+from PIL import Image
 from tqdm import tqdm
 
 from .._images import bundled_digits, find_images
 from ..models.classifier import model_name
 from ..models.variants import EMBEDDED
 from ..recipes.arguments import positive
-from ..vision.predict import is_exported, predict
+from ..vision.predict import Prediction, is_exported, predict
 from .options import CLASSIFYING, add_options, add_weights, probability, refuse
 from .output import left_out, print, print_predictions, report_left_out
 from .sources import PHOTO, image_reader, make_classifier, read_weights
@@ -31,60 +31,51 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Classifies images; returns 1 if any of them fails."""
+    """Prints the classes of each image as they are found, or all together; returns 1 if any image fails."""
     if args.weights and is_exported(args.weights):
         refuse(args, 'an exported model runs unchanged', '--compile')
     default = None if args.weights else PHOTO if args.images else EMBEDDED
     model = make_classifier(args, args.model or default, read_weights(args, args.weights), args.device)
     name = args.model or default or model_name(model)
-    classify = partial(
-        predict,
+    images = find_images(args.images)
+    names = [str(file) for file in images.files]
+    sources: Sequence[Any] = images.files
+    read: Callable[[Any], Image.Image] = image_reader(args)
+    if not args.images:
+        digits, names = zip(*bundled_digits())
+        sources, read = digits, lambda digit: digit
+    found = predict(
         model,
+        sources,
+        read,
         topk=args.topk or (None if args.multi_label else 5),
         threshold=(0.5 if args.multi_label else 0) if args.threshold is None else args.threshold,
         batch_size=args.batch_size,
         compile=args.compile,
         multi_label=args.multi_label,
     )
-    return predict_files(args, name, classify) if args.images else predict_digits(args, name, classify)
-
-
-def predict_files(args: argparse.Namespace, name: str, classify: Callable[..., Any]) -> int:
-    """Prints the classes of image files as they are found, or all together as JSON."""
-    images = find_images(args.images)
-    results = []
-    predictions = tqdm(
-        classify(images.files, image_reader(args)), total=len(images.files), unit='image', disable=None, leave=False
-    )
-    for file, found in zip(images.files, predictions):
-        if isinstance(found, ValueError):
-            images.failed.append((str(file), str(found)))
+    results: list[tuple[str, list[Prediction]]] = []
+    for file, predictions in zip(names, tqdm(found, total=len(names), unit='image', disable=None, leave=False)):
+        if isinstance(predictions, ValueError):
+            images.failed.append((file, str(predictions)))
             continue
-        results.append(dict(file=str(file), predictions=[vars(each) for each in found]))
-        if not args.json:
+        results.append((file, predictions))
+        if args.images and not args.json:
             print(file)
-            print_predictions(found)
+            print_predictions(predictions)
     if args.json:
-        print(json.dumps(dict(model=name, results=results, **left_out(images.failed, images.skipped)), indent=2))
+        items = [dict(file=file, predictions=[vars(each) for each in predictions]) for file, predictions in results]
+        print(json.dumps(dict(model=name, results=items, **left_out(images.failed, images.skipped)), indent=2))
+    elif not args.images:
+        show_digits(name, results)
     return report_left_out(images.failed, images.skipped)
 
 
-def predict_digits(args: argparse.Namespace, name: str, classify: Callable[..., Any]) -> int:
+def show_digits(name: str, results: Sequence[tuple[str, list[Prediction]]]) -> None:
     """Prints the classes of the bundled digits next to the truth."""
-    images, truths = zip(*bundled_digits())
-    results = [
-        (truth, found)
-        for truth, found in zip(truths, classify(images, read=lambda image: image))
-        if not isinstance(found, ValueError)
-    ]
-    if args.json:
-        items = [dict(truth=truth, predictions=[vars(each) for each in found]) for truth, found in results]
-        print(json.dumps(dict(model=name, results=items, failed=[], skipped=[]), indent=2))
-        return 0
     print(f'{name} on handwritten digits that it was not trained on\n\ntruth   predicted')
-    for digit in sorted({*truths}):
-        best = [found[0] for truth, found in results if truth == digit and found]
+    for digit in sorted({truth for truth, _ in results}):
+        best = [predictions[0] for truth, predictions in results if truth == digit and predictions]
         print(f'  {digit}     {"   ".join(f"{each.label} ({each.probability:4.0%})" for each in best)}')
-    right = sum(each.label in (truth, f'class {truth}') for truth, found in results for each in found[:1])
+    right = sum(each.label in (truth, f'class {truth}') for truth, predictions in results for each in predictions[:1])
     print(f'\n{right} of {len(results)} are right. Try a photo: timm-res2net predict PHOTO.jpg --model {PHOTO}')
-    return 0

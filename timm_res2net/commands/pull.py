@@ -1,4 +1,4 @@
-"""Downloads a model from the Hugging Face Hub and verifies every byte of it."""
+"""Downloads a model from the Hugging Face Hub. Verifies every byte."""
 
 import argparse
 import hashlib

@@ -1,4 +1,4 @@
-"""Uploads a model to the Hugging Face Hub: safetensors, configuration and card, all verified."""
+"""Uploads a model to the Hugging Face Hub. Verifies every byte."""
 
 import argparse
 

@@ -1,7 +1,4 @@
-"""Lists configurations for timm's train script, or prints or writes one.
-
-Use one by: train.py --device-modules timm_res2net --config FILE --data-dir DIR
-"""
+"""Shows configurations for timm's train script. Use: train.py --device-modules timm_res2net --config FILE ..."""
 
 import argparse
 from pathlib import Path

@@ -1,7 +1,4 @@
-"""Measures top-1 and top-5 accuracy on images that are sorted into class folders or listed in a file.
-
-Compares several weights files, or a model and its 8-bit export.
-"""
+"""Measures top-1 and top-5 accuracy. Compares several weights files, or a model and its 8-bit export."""
 
 import argparse
 import json

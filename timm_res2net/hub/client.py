@@ -85,7 +85,8 @@ def is_transient(error: BaseException) -> bool:
     chain = causes_of(error)
     if refusals := [each for each in chain if isinstance(each, HfHubHTTPError)]:
         return refusals[-1].response.status_code in TRANSIENT
-    return any(isinstance(each, CheckpointError | HTTPError | ConnectionError | TimeoutError) for each in chain)
+    is_broken = any(isinstance(each, CheckpointError | HTTPError | ConnectionError | TimeoutError) for each in chain)
+    return is_broken or 'Consistency check failed' in str(error)  # huggingface_hub's OSError for another size
 
 
 def explain(action: str, error: BaseException) -> BaseException:

@@ -34,7 +34,7 @@ _logger = logging.getLogger(__name__)
 
 CARD_FILE, CODE_FILE = 'README.md', 'register.py'
 FILES = WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, CODE_FILE
-
+OF_WEIGHTS = 'description', 'notes', 'license', 'origin_url', 'tag', 'label_names', 'label_descriptions'
 AUTO_MAP = {  # transformers' classes and those of `CODE_FILE`
     'AutoConfig': 'register.Res2NetConfig',
     'AutoModel': 'register.Res2NetModel',
@@ -157,10 +157,10 @@ def write_model(model: Classifier, folder: Path, labels: Sequence[str] | None, f
     name = model_name(model)
     if name not in ARCHS:
         raise ValueError(f'cannot push a {type(model).__name__}: it is not a model of this package')
-    if labels is not None and not all(isinstance(label, str) and label.strip() for label in labels):
-        raise ValueError('invalid labels: pass a non-empty str for each class')
     if labels is not None:
         require_as_many_labels(labels, model.num_classes)
+        if not all(isinstance(label, str) and label.strip() for label in labels):
+            raise ValueError('invalid labels: pass a non-empty str for each class')
     defaults = {'in_chans': 3, 'global_pool': 'avg', 'num_classes': model.num_classes}
     args = {key: value for key, value in get_model_args(model).items() if defaults.get(key) != value}
     known = model.pretrained_cfg.get('label_names') or ()
@@ -183,14 +183,10 @@ def write_model(model: Classifier, folder: Path, labels: Sequence[str] | None, f
 
 def inherited_cfg(model: Classifier, facts: ModelFacts) -> dict[str, Any]:
     """Returns timm's configuration of a model, without the parts about the weights it was created with."""
-    cfg = {key: model.pretrained_cfg[key] for key in PretrainedCfg.__dataclass_fields__ if key in model.pretrained_cfg}
-    for key in ('description', 'notes', 'license', 'origin_url', 'tag', 'label_names', 'label_descriptions'):
-        cfg.pop(key, None)
+    known = {*PretrainedCfg.__dataclass_fields__} - {*OF_WEIGHTS}
+    cfg = {key: value for key, value in model.pretrained_cfg.items() if key in known}
     license = facts.license if isinstance(facts.license, str) else None
-    inherited: dict[str, Any] = PretrainedCfg(**{**cfg, 'tag': facts.tag, 'license': license}).to_dict(
-        remove_source=True
-    )
-    return inherited
+    return PretrainedCfg(**cfg, tag=facts.tag, license=license).to_dict(remove_source=True)
 
 
 @torch.inference_mode()
