@@ -66,14 +66,12 @@ def find_images(patterns: Iterable[str]) -> Found:
             search_folder(pattern, found)
             if len(found.files) == before:
                 found.failed.append((pattern, 'no images in this folder'))
-        elif not os.path.lexists(pattern) and glob.has_magic(pattern):
+        elif os.path.lexists(pattern) or not glob.has_magic(pattern):
+            found.files.append(Path(pattern))
+        else:
             names = sorted(name for name in glob.glob(pattern, recursive=True) if os.path.isfile(name))
             found.files += map(Path, names)
             found.failed += [] if names else [(pattern, 'no file matches this pattern')]
-        elif pattern:
-            found.files.append(Path(pattern))
-        else:
-            found.failed.append(("''", 'empty file name'))
     return found
 
 

@@ -55,16 +55,15 @@ def test_refusal_is_an_error_of_huggingface_hub_and_leaves_no_weights(hub: Hub, 
     [
         (
             {'pytorch_model.bin': b'pickle'},
-            r'no model\.safetensors\. Download pytorch_model\.bin and run `timm-res2net',
+            r'^cannot pull user/net: it has no model\.safetensors\. .*run `timm-res2net convert`$',
         ),
-        ({}, r'^cannot pull user/net: it has no model\.safetensors$'),
         (
             {'model.safetensors': b'', 'config.json': b'{"architecture": "tiny_vit_5m_224", "pretrained_cfg": {}}'},
             r"not a model of this package.*timm\.create_model\('hf-hub:user/net', pretrained=True\)",
         ),
         ({'model.safetensors': b'\x80\x04N.'}, 'model.safetensors of user/net'),
     ],
-    ids=['pickle', 'no weights', 'another family', 'no safetensors'],
+    ids=['pickle', 'another family', 'no safetensors'],
 )
 def test_repository_that_cannot_be_pulled_is_a_checkpoint_error(
     content: dict[str, bytes], message: str, hub: Hub, tmp_path: Path
@@ -110,7 +109,7 @@ def test_offline_pull_takes_the_cache_and_names_a_model_that_is_not_in_it(
     net.log.clear()
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
     assert_tiny(pull('user/net', cache_dir=tmp_path))
-    with pytest.raises(ConnectionError, match=r'of user/other: HF_HUB_OFFLINE is set'):
+    with pytest.raises(ConnectionError, match=r'^cannot download .* of user/other: .*HF_HUB_OFFLINE'):
         pull('user/other', cache_dir=tmp_path)
     with pytest.raises(ConnectionError, match='HF_HUB_OFFLINE'):
         push(tiny(), 'user/net', token='hf_write')

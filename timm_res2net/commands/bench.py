@@ -8,7 +8,7 @@ from .._files import atomic_write_text, require_writable
 from ..deploy.bench import MODELS, OPPONENTS, Result, bench, environment
 from ..deploy.optimize import DTYPES, name_of
 from ..recipes.arguments import positive
-from .options import device
+from .options import add_options
 from .output import print, print_table
 
 DTYPE_NAMES = {name_of(dtype): dtype for dtype in DTYPES}
@@ -20,12 +20,10 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument('--size', nargs='+', type=positive, default=[224], metavar='PX', help='default: 224')
     dtypes = ['float32', 'bfloat16']
     command.add_argument('--dtype', nargs='+', choices=DTYPE_NAMES, default=dtypes, help=f'default: {" ".join(dtypes)}')
-    command.add_argument(
-        '--against', type=opponents, default=['timm'], metavar='A,B', help=f'of {",".join(OPPONENTS)} (default: timm)'
-    )
+    command.add_argument('--against', default='timm', metavar='A,B', help=f'{",".join(OPPONENTS)} (default: timm)')
     command.add_argument('--train', action='store_true', help='measure training steps')
     command.add_argument('--rounds', type=positive, default=20, metavar='N', help='measurements of each (default: 20)')
-    command.add_argument('--device', type=device, default='cpu', metavar='D', help='such as cuda (default: cpu)')
+    add_options(command, '--device')
     command.add_argument('--json', metavar='FILE', help='write the results to this file')
 
 
@@ -37,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
         batches=args.batch,
         sizes=args.size,
         dtypes=[DTYPE_NAMES[name] for name in args.dtype],
-        against=args.against,
+        against=args.against.split(','),
         train=args.train,
         device=args.device,
         rounds=args.rounds,
@@ -61,11 +59,3 @@ def show_results(results: Sequence[Result]) -> None:
         numbers = f'{each.milliseconds:.1f}', f'{each.spread:.1f}', f'{each.images_per_second:.1f}'
         rows.append((each.model, str(each.batch), str(each.size), each.way, each.dtype, *numbers, ratio, memory))
     print_table(rows, left=(0, 3, 4))
-
-
-def opponents(text: str) -> list[str]:
-    """Parses names of opponents."""
-    names = text.split(',')
-    if unknown := set(names) - set(OPPONENTS):
-        raise argparse.ArgumentTypeError(f'unknown {", ".join(sorted(unknown))}. Choose from {", ".join(OPPONENTS)}.')
-    return names
