@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> None:
         return
     script = argv[0] if os.path.exists(argv[0]) else shutil.which(argv[0])
     if script is None:
-        sys.exit(f'timm_res2net.run: no script {argv[0]!r}. Name a file, a command on PATH, or a module with -m.')
+        sys.exit(f'timm_res2net.run: no script {argv[0]!r}. Name a file, a command on PATH, or a module with -m')
     sys.argv, sys.path[0] = [script, *argv[1:]], os.path.dirname(os.path.abspath(script))
     runpy.run_path(script, run_name='__main__')
 

@@ -288,7 +288,6 @@ def with_nan() -> nn.Module:
         (tiny, dict(labels=['a', 'b', 'c', '']), 'invalid labels: pass a non-empty str for each class'),
         (tiny, dict(results={'accuracy': 9950}), 'invalid results: accuracy is 9950'),
         (tiny, dict(timeout=5), "unexpected keyword argument 'timeout'"),
-        (tiny, dict(repo_id='brandnew'), "invalid repo_id 'brandnew': .*Pass USER/NAME"),
     ],
 )
 def test_invalid_arguments_are_refused_with_and_without_dry_run(

@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
     model = make_classifier(args, args.model or default, read_weights(args, args.weights), args.device)
     name = args.model or default or model_name(model)
     images = find_images(args.images)
-    names = [str(file) for file in images.files]
+    names: Sequence[str] = [str(file) for file in images.files]
     sources: Sequence[Any] = images.files
     read: Callable[[Any], Image.Image] = image_reader(args)
     if not args.images:

@@ -32,7 +32,7 @@ def read_weights(args: argparse.Namespace, path: str | None, parameters: bool = 
     if path is not None and not is_exported(path):
         return read_checkpoint(path, weights_from=args.weights_from)
     if path is not None and parameters:
-        raise ValueError(f'{path} is an exported model, which hides its layers. Pass the weights it was made from.')
+        raise ValueError(f'{path} is an exported model, which hides its layers. Pass the weights it was made from')
     refuse(args, 'only a checkpoint can have averaged weights', '--weights-from')
     return path
 
@@ -46,7 +46,7 @@ def make_classifier(
     checkpoint = weights if isinstance(weights, Checkpoint) else None
     file = weights if checkpoint is None else checkpoint.file
     if not model.num_classes:
-        raise ValueError(f'{file or name} has no classifier. Pass weights that have one.')
+        raise ValueError(f'{file or name} has no classifier. Pass weights that have one')
     if names is not None:
         name_classes(model, names)
     if file is not None:

@@ -210,7 +210,7 @@ def merge_cards(written: bytes, generated: str) -> str:
     """Puts new metadata on a card that somebody wrote; ValueError if that is not UTF-8 or its metadata is invalid."""
     import yaml
 
-    new: dict[str, Any] = yaml.safe_load(METADATA.match(generated)[2])
+    new: dict[str, Any] = yaml.safe_load(generated.split('---\n')[1])
     try:
         text = written.decode('utf-8-sig').replace('\r\n', '\n')
         if not text.strip() or is_generated(text):
