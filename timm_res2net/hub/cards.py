@@ -19,16 +19,6 @@ from .client import require_repo_id
 from .facts import REPOSITORY, ModelFacts
 
 TEMPLATE = Path(__file__).with_name('card.md.jinja')
-PAPERS = {
-    'Res2NetDla': 'in a DLA trunk ([paper](https://arxiv.org/abs/1707.06484))',
-    'Res2NetBigLittle': 'in a Big-Little trunk ([paper](https://arxiv.org/abs/1807.03848))',
-}
-CODE_BASES = {
-    'official': "the authors' code",
-    'paddle': 'PaddleClas',
-    'mmdet': 'mmdet',
-    'group': "the authors' code for CIFAR",
-}
 
 
 def card(model: str | nn.Module, *, repo_id: str | None = None, **facts: Any) -> str:
@@ -90,20 +80,6 @@ def render_published(name: str) -> str:
     )
 
 
-def describe_architecture(name: str) -> str:
-    """Describes an architecture in two sentences."""
-    arch = ARCHS[name]
-    scale, cardinality = arch.args['scale'], arch.args.get('cardinality', 1)
-    kind = 'bottleneck blocks' if scale == 1 else f'Res2Net blocks of {scale} splits'
-    grouped = f' with {cardinality} groups' if cardinality > 1 else ''
-    attention = ' and squeeze-and-excitation' if arch.args.get('attn_layer') == 'se' else ''
-    trunk = PAPERS.get(arch.trunk.__name__, 'in a ResNet trunk')
-    return (
-        f'`{name}`: {kind}{grouped}{attention} ([paper](https://arxiv.org/abs/1904.01169)) {trunk}. The first block '
-        f'of each stage computes the same function as in {CODE_BASES[arch.args.get("first_block", "official")]}.'
-    )
-
-
 def render(
     model: nn.Module,
     facts: ModelFacts,
@@ -117,7 +93,8 @@ def render(
     import jinja2
 
     network = as_classifier(model.eval())
-    out_indices = ARCHS[network.pretrained_cfg['architecture']].out_indices
+    arch = ARCHS[network.pretrained_cfg['architecture']]
+    out_indices = arch.out_indices
     x = torch.empty(1, network.in_chans, size, size, device='meta')
     features = network.forward_intermediates(x, intermediates_only=True)
     neck = out_indices[-4:] if len(out_indices) > 4 else out_indices[1:]  # the levels of a feature pyramid
@@ -127,7 +104,7 @@ def render(
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     body = environment.from_string(TEMPLATE.read_text(encoding='utf-8')).render(
         facts=facts,
-        architecture=describe_architecture(network.pretrained_cfg['architecture']),
+        arch=arch,
         escape=escape,
         model=network,
         params=sum(parameter.numel() for parameter in network.parameters()),
