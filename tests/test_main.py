@@ -340,7 +340,6 @@ def test_push_and_pull_print_files_and_checksums(run: Run, hub: Hub, tmp_path: P
         (('push', 'test_res2net.digits', 'user/net'), 'write permission'),
         (('push', '.', 'user/net'), r'cannot read config\.json of \.'),
         (('push', 'test_res2net.digits', 'brandnew', '--dry-run', 'folder'), 'brandnew'),
-        (('pull', 'user/net', '--out', __file__), 'it is not a folder'),
         (('push', 'test_res2net.digits', 'user/net', '--labels', 'absent.txt'), 'absent.txt'),
         (('push', 'test_res2net.digits', 'user/net', '--license', 'made-up'), 'must be one of'),
     ],

@@ -33,6 +33,6 @@ class RegisterAfterTimm:
         return spec
 
 
-# Python reads the .pth files of a virtual environment twice, and two finders would call each other without end.
+# Python reads the .pth files of a virtual environment twice, and two finders would call each other forever.
 if not any(type(finder).__name__ == 'RegisterAfterTimm' for finder in sys.meta_path):
     sys.meta_path.insert(0, RegisterAfterTimm())

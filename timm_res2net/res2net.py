@@ -203,7 +203,7 @@ def register() -> None:
 
 
 def timm_entrypoint(name: str) -> Callable[..., nn.Module] | None:
-    """Returns the function by which timm makes its own model of that name, None if it has none."""
+    """Returns the function that makes timm's own model of that name, None if it has none."""
     return getattr(timm.models.res2net, name, None) or getattr(timm.models.dla, name, None)
 
 

@@ -1,4 +1,4 @@
-"""Exports to ONNX (.onnx), OpenVINO (.xml, .bin) or torch (.pt2). Compares the file with the model first."""
+"""Exports to ONNX (.onnx), OpenVINO (.xml, .bin) or torch (.pt2). Runs the file and compares it with the model."""
 
 import argparse
 

@@ -31,7 +31,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     '--weights-from': dict(
         choices=('ema', 'model'), help='which weights to take from a checkpoint that has averaged (ema) and other ones'
     ),
-    '--labels': dict(metavar='PATH', help='class names: a text file with one per line, or a folder of class folders'),
+    '--labels': dict(metavar='PATH', help='class names: a file with one per line, or a folder of class folders'),
     '--class-order': dict(
         choices=CLASS_ORDERS, help="order of class folders: timm's ('2' before '10', the default) or torchvision's"
     ),

@@ -2,7 +2,6 @@
 
 import argparse
 import hashlib
-import os
 
 from .._files import write_files
 from ..hub.pull import fetch_model
@@ -18,8 +17,6 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.out and os.path.lexists(args.out) and not os.path.isdir(args.out):
-        raise ValueError(f'cannot write to --out {args.out!r}: it is not a folder')
     folder = fetch_model(args.repo, args.revision)
     files = {name: (folder / name).read_bytes() for name in (WEIGHTS_FILE, CONFIG_FILE)}
     load_folder(folder, source=args.repo)

@@ -31,24 +31,23 @@ def run(args: argparse.Namespace) -> int:
     """Prints the accuracy of models; returns 1 if an image cannot be read or a class has none."""
     if args.confusion is not None:
         require_drawable(args.confusion)
-    paths: list[str | None] = [*(args.weights or ())]
-    only_exported = all(path and is_exported(path) for path in paths)
-    if only_exported and (args.model or not paths):
-        paths.insert(0, None)  # the model itself, to compare its exports with
-    elif only_exported:
+    paths: list[str | None] = args.weights or [None]
+    exported = [path for path in paths if path and is_exported(path)]
+    if exported == paths and args.model:
+        paths = [None, *paths]  # the model itself, to compare its exports with
+    elif exported == paths:
         refuse(args, 'exported models run unchanged', '--compile')
-    default = None if args.weights else PHOTO
+    default = args.model or (None if args.weights else PHOTO)
     rows: list[Sequence[str]] = [('model', 'images', 'top-1', 'top-5')]
     items, failed = [], []
     for path in paths:
-        exported = path is not None and is_exported(path)
         model = make_classifier(
             args,
-            None if exported else args.model or default,
+            None if path in exported else default,
             read_weights(args, path),
-            'cpu' if exported and args.model else args.device,
+            'cpu' if path in exported and args.model else args.device,
         )
-        name = str(path or args.model or default)
+        name = str(path or default)
         names = decided_classes(model)
         images = labelled_images(args.folder, names, args.truth, args.class_order)
         bar = partial(tqdm, total=len(images.files), desc=name, unit='image', disable=None, leave=False)

@@ -1,4 +1,4 @@
-"""Pushes models to the Hugging Face Hub and proves that what arrives is what was sent."""
+"""Pushes models to the Hugging Face Hub and verifies that every byte arrived."""
 
 import copy
 import logging
