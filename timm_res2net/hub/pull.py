@@ -107,7 +107,7 @@ def fetch(
 
     cached = find_in_cache(download, names)
     try:
-        return call_hub(f'download {" and ".join(names)} of {repo_id}', attempt)
+        return call_hub(f'download {" and ".join(names)} of {repo_id}', attempt, retries=1 if cached else 2)
     except (ConnectionError, HfHubHTTPError) as error:
         if cached is None or find_in_cache(download, names) is None:  # it was damaged
             raise
