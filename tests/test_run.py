@@ -1,7 +1,6 @@
 """`timm_res2net.run` runs programs that do not import this package, with its models registered."""
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -28,11 +27,14 @@ def test_run_script_is_main_with_its_arguments_and_folder(tmp_path: Path, capsys
     assert capsys.readouterr().out.strip() == f"['--flag', 'a b'] __main__ True {script.parent}"
 
 
-def test_run_module_is_main_in_current_folder_and_returns_exit_status(tmp_path: Path) -> None:
-    (tmp_path / 'program.py').write_text(f'{PRINT}; sys.exit(3)')
-    command = [sys.executable, '-m', 'timm_res2net.run', '-m', 'program', '-x']
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert (done.stdout.strip(), done.returncode) == (f"['-x'] __main__ True {tmp_path}", 3)
+def test_run_module_is_main_in_current_folder_and_returns_exit_status(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path('program.py').write_text(f'{PRINT}; sys.exit(3)')
+    with pytest.raises(SystemExit, match='3'):
+        main(['-m', 'program', '-x'])
+    assert capsys.readouterr().out.strip() == f"['-x'] __main__ True {tmp_path}"
 
 
 @pytest.mark.parametrize(

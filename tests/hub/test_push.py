@@ -163,6 +163,7 @@ CODE = """if True:
 """
 
 
+@pytest.mark.slow  # it starts a process, which imports transformers
 def test_transformers_loads_a_pushed_model_with_trust_remote_code(tmp_path: Path) -> None:
     pytest.importorskip('transformers')
     push(tiny(), 'user/net', dry_run=tmp_path / 'folder')
