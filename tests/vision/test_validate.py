@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from timm_res2net._images import bundled_digits
 from timm_res2net.models.variants import WEIGHTS
-from timm_res2net.recipes.digits import split
+from timm_res2net.recipes.digits import main as write_digits
 from timm_res2net.vision.figures import plot_confusion
 from timm_res2net.vision.predict import HANDFUL, classify, predict
 from timm_res2net.vision.validate import LabelledImages, decided_classes, labelled_images, validate
@@ -42,12 +42,9 @@ def write_images(folder: Path, names: list[str]) -> None:
 
 
 def test_validate_accuracy_of_digits_is_that_of_the_weights_table(digits: nn.Module, tmp_path: Path) -> None:
-    for i, (image, label) in enumerate(zip(*split()['val'])):
-        (tmp_path / str(label)).mkdir(exist_ok=True)
-        Image.fromarray(image).save(tmp_path / str(label) / f'{i}.png')
-    images = labelled_images(tmp_path, [str(i) for i in range(10)])
-    found = validate(digits, images)
-    assert (found.images, round(found.top1, 3), found.failed) == (599, WEIGHTS['test_res2net.digits'].top1, [])
+    write_digits([str(tmp_path)])
+    found = validate(digits, labelled_images(tmp_path / 'val', [str(i) for i in range(10)]))
+    assert (found.images, round(found.top1, 3), found.unread) == (599, WEIGHTS['test_res2net.digits'].top1, [])
     assert int(found.confusion.diagonal().sum()) == round(found.top1 * 5.99)
     assert int(found.confusion.sum()) == 599
 
@@ -60,7 +57,7 @@ def test_validate_counts_top1_top5_confusion_and_failures_of_a_known_case(tmp_pa
     assert (found.images, found.top1, found.top5) == (4, 25, 75)
     assert found.confusion[:, 0].tolist() == [1, 2, 0, 0, 0, 1]
     assert found.confusion[:, 1:].sum() == 0
-    ((file, reason),) = found.failed
+    ((file, reason),) = found.unread
     assert (Path(file).name, 'not an image' in reason) == ('broken.png', True)
 
 
@@ -114,12 +111,16 @@ def test_labelled_images_by_a_file_takes_the_longest_path_with_spaces_and_names_
 @pytest.mark.parametrize(
     ('images', 'truth', 'message'),
     [
-        (['a/x.png', 'b/x.png', 'c/x.png'], None, "3 folders and the model 2 classes, and 'a' is not the name of one"),
-        (['dog/a.png', 'wolf/b.png'], None, "'wolf' is not the name of one"),
-        (['x.png'], None, 'has no class folders. List the classes of its images in a file, --truth'),
-        (['x.png'], b'x.png 2', "line 1 of .*: the model has no class '2' for x.png"),
-        (['x.png'], b'x.png', "no class '' for x.png"),
-        (['a b.png'], b'a b.png 2', "no class '2' for a b.png"),
+        (
+            ['a/x.png', 'b/x.png', 'c/x.png'],
+            None,
+            "3 folders and the model 2 classes, and 'a' is not the name of",
+        ),
+        (['dog/a.png', 'wolf/b.png'], None, "'wolf' is not the name of exactly one"),
+        (['x.png'], None, 'no images in folders of .*list the classes in a file, --truth'),
+        (['x.png'], b'x.png 2', "line 1 of .*: '2', for x.png, is not the name or number of one class"),
+        (['x.png'], b'x.png', "'', for x.png"),
+        (['a b.png'], b'a b.png 2', "'2', for a b.png"),
         (['x.png'], b'\n', 'no image and class in'),
         (['x.png'], b'\xff\xfe', r'truth\.txt: it is not UTF-8 text'),
         (['cat/.keep'], None, 'no images in'),
@@ -135,17 +136,17 @@ def test_labelled_images_that_do_not_fit_raise_with_reason(
     if truth is not None:
         (tmp_path / 'truth.txt').write_bytes(truth)
     with pytest.raises(ValueError, match=message):
-        labelled_images(tmp_path / 'data', ['cat', 'dog'], None if truth is None else tmp_path / 'truth.txt')
+        labelled_images(tmp_path / 'data', ['cat', 'dog'], truth and tmp_path / 'truth.txt')
 
 
 def test_labelled_images_by_a_name_of_two_classes_raise_but_take_its_number(tmp_path: Path) -> None:
     names = ['crane', 'dog', 'crane']  # as in ImageNet, the bird and the machine
     write_images(tmp_path / 'data', ['crane/x.png', 'dog/y.png'])
-    with pytest.raises(ValueError, match=r"'crane' in .* names several classes. List class numbers in a file"):
+    with pytest.raises(ValueError, match=r"'crane' is not the name of exactly one"):
         labelled_images(tmp_path / 'data', names)
     truth = tmp_path / 'truth.txt'
     truth.write_text('crane/x.png crane\n')
-    with pytest.raises(ValueError, match=r"line 1 of .*'crane' names several classes. Use a number"):
+    with pytest.raises(ValueError, match=r"line 1 of .*'crane', for crane/x.png, is not the name or number of one"):
         labelled_images(tmp_path / 'data', names, truth)
     truth.write_text('crane/x.png 0\ndog/y.png dog\n')
     assert labelled_images(tmp_path / 'data', names, truth).classes == [0, 1]

@@ -54,12 +54,12 @@ def run(args: argparse.Namespace) -> int:
         found = validate(model, images, args.batch_size, args.compile, bar, image_reader(args))
         rows.append((name, str(found.images), f'{found.top1:.2f} %', f'{found.top5:.2f} %'))
         items.append(dict(model=name, images=found.images, top1=found.top1, top5=found.top5))
-        failed += [failure for failure in found.failed if failure not in failed]
+        failed += [failure for failure in images.failed + found.unread if failure not in failed]
     if args.json:
-        print(json.dumps(dict(results=items, **left_out(failed, found.skipped)), indent=2))
+        print(json.dumps(dict(results=items, **left_out(failed, images.skipped)), indent=2))
     else:
         print_table(rows, left=(0,))
     if args.confusion is not None:
         plot_confusion(found.confusion, names, f'{name}: top-1 {found.top1:.2f} %', args.confusion)
         print(f'\nwrote {args.confusion}', file=sys.stderr if args.json else sys.stdout)
-    return report_left_out(failed, found.skipped)
+    return report_left_out(failed, images.skipped)

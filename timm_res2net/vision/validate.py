@@ -21,7 +21,6 @@ from .predict import classify, label_classes
 _logger = logging.getLogger(__name__)
 
 CLASS_ORDERS: dict[str, Callable[[str], Any]] = {'natural': natural_key, 'lexicographic': str}  # timm's, torchvision's
-SHARED = -1  # number of a name that several classes have
 
 
 @dataclass
@@ -39,8 +38,7 @@ class Validation:
     top1: float  # % whose most likely class is right
     top5: float  # % whose class is among the five most likely
     confusion: Tensor  # (classes, classes), counts by true class (rows) and predicted class (columns)
-    failed: list[tuple[str, str]]  # (file or folder that is unreadable or empty, reason)
-    skipped: list[tuple[str, str]]  # (other file in a folder, reason)
+    unread: list[tuple[str, str]]  # (file that cannot be classified, reason)
 
 
 def decided_classes(model: nn.Module) -> list[str]:
@@ -90,10 +88,6 @@ def labelled_images(
         return images_in_list(root, truth, index, len(names))
 
     folders = [each.name for each in os.scandir(root) if each.is_dir() and not each.name.startswith('.')]
-    if not folders:
-        raise ValueError(f'{root} has no class folders. List the classes of its images in a file, --truth')
-    if shared := [name for name in folders if index.get(name) == SHARED]:
-        raise ValueError(f'{min(shared)!r} in {root} names several classes. List class numbers in a file, --truth')
     strange = [name for name in folders if name not in index]
     if len(strange) == len(folders) == len(names):
         index = {name: i for i, name in enumerate(sort_classes(folders, class_order))}
@@ -102,21 +96,23 @@ def labelled_images(
     elif strange:
         raise ValueError(
             f'{root} has {len(folders)} folders and the model {len(names)} classes, and {min(strange)!r} is not the '
-            'name of one. Rename the folders, or name the classes with --labels'
+            'name of exactly one. Rename the folders, name the classes with --labels, or list images with --truth'
         )
     found = find_images(str(root / name) for name in sorted(folders, key=natural_key))
     if not found.files:
-        raise ValueError(f'no images in {root}')
+        raise ValueError(f'no images in folders of {root}. Without class folders, list the classes in a file, --truth')
     return LabelledImages(**vars(found), classes=[index[file.relative_to(root).parts[0]] for file in found.files])
 
 
 def class_numbers(names: Sequence[str]) -> dict[str, int]:
-    """Returns the number of each class by its name, and for ImageNet's classes also by synset, such as 'n01440764'."""
+    """Returns the number of each class by its name, and for ImageNet's classes also by synset, such as 'n01440764'.
+
+    Names that several classes share are left out: ImageNet has two cranes, the bird and the machine.
+    """
     subset = infer_imagenet_subset({'num_classes': len(names)})
     synsets = ImageNetInfo(subset).label_names() if subset else []
-    index = {name: i for each in (synsets, names) for i, name in enumerate(each)}
     counts = Counter(names)
-    return {name: SHARED if counts[name] > 1 else i for name, i in index.items()}
+    return {name: i for each in (synsets, names) for i, name in enumerate(each) if counts[name] < 2}
 
 
 def images_in_list(root: Path, truth: PathLike, index: dict[str, int], count: int) -> LabelledImages:
@@ -127,10 +123,8 @@ def images_in_list(root: Path, truth: PathLike, index: dict[str, int], count: in
             continue
         name, label = split_line(line.strip(), root)
         class_number = index.get(label, int(label) if label.isdecimal() else count)
-        if class_number == SHARED:
-            raise ValueError(f'line {number} of {truth}: {label!r} names several classes. Use a number')
         if class_number >= count:
-            raise ValueError(f'line {number} of {truth}: the model has no class {label!r} for {name}')
+            raise ValueError(f'line {number} of {truth}: {label!r}, for {name}, is not the name or number of one class')
         images.files.append(root / name)
         images.classes.append(class_number)
     if not images.files:
@@ -139,7 +133,7 @@ def images_in_list(root: Path, truth: PathLike, index: dict[str, int], count: in
 
 
 def split_line(line: str, root: Path) -> tuple[str, str]:
-    """Splits a line of a truth file into path and class, both of which may contain spaces.
+    """Splits a line of a truth file into path and class; both may contain spaces.
 
     The path is the longest part, up to a space, that is a file, else the part before the first space.
     """
@@ -164,7 +158,7 @@ def validate(
     """
     count = max(len(label_classes(model)), 2)
     confusion = torch.zeros(count, count, dtype=torch.long)
-    unread, right, among_five = [], 0, 0
+    unread, among_five = [], 0
     scores = progress(classify(model, images.files, read, batch_size, compile))
     for file, truth, found in zip(images.files, images.classes, scores):
         if isinstance(found, ValueError):
@@ -173,11 +167,10 @@ def validate(
         if len(found) == 1:
             found = torch.cat([1 - found, found])
         best = found.topk(min(5, count)).indices.tolist()
-        right += best[0] == truth
         among_five += truth in best
         confusion[truth, best[0]] += 1
     done = len(images.files) - len(unread)
     if not done:
         raise ValueError(f'could not read any of {len(unread)} images. The first: {unread[0][1]}')
-    failed = images.failed + unread
-    return Validation(done, 100 * right / done, 100 * among_five / done, confusion, failed, images.skipped)
+    right = int(confusion.diagonal().sum())
+    return Validation(done, 100 * right / done, 100 * among_five / done, confusion, unread)
