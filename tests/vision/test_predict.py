@@ -21,7 +21,6 @@ from timm_res2net import load_model
 from timm_res2net._errors import UnknownModelError
 from timm_res2net._images import bundled_digits, find_images, preprocess, read_image
 from timm_res2net.models.classifier import class_names
-from timm_res2net.models.variants import WEIGHTS
 from timm_res2net.recipes.digits import split
 from timm_res2net.vision.figures import plot_pyramid
 from timm_res2net.vision.predict import feature_pyramid, label_classes, name_classes, predict, pretrained_model
@@ -48,31 +47,24 @@ def constant(logits: list[float]) -> Any:
 
 
 GREY = np.linspace(0, 255, 48, dtype=np.uint8).reshape(6, 8)
-GREY_16 = GREY.astype(np.uint16) * 257 + 5 * (GREY < 255).astype(np.uint16)  # with other lower bytes
-MODES = [(Image.fromarray(GREY).convert(mode), 'png') for mode in ('L', 'RGB', 'RGBA', 'LA', 'P')]
 
 
-@pytest.mark.parametrize(
-    ('saved', 'suffix'),
-    [
-        *MODES,
-        (Image.fromarray(GREY).convert('CMYK'), 'tiff'),
-        (Image.fromarray(GREY_16), 'png'),
-        (Image.fromarray(GREY_16), 'tiff'),
-    ],
-    ids=['L', 'RGB', 'RGBA', 'LA', 'P', 'CMYK', '16-bit-png', '16-bit-tiff'],
-)
-def test_read_image_every_mode_gives_same_rgb_pixels(saved: Image.Image, suffix: str, tmp_path: Path) -> None:
-    saved.save(tmp_path / f'image.{suffix}')
-    image = read_image(tmp_path / f'image.{suffix}')
+@pytest.mark.parametrize('suffix', ['png', 'tiff'])
+@pytest.mark.parametrize('mode', ['L', 'RGB', 'RGBA', 'LA', 'P', 'CMYK'])
+def test_read_image_every_mode_gives_same_rgb_pixels(mode: str, suffix: str, tmp_path: Path) -> None:
+    file = tmp_path / f'image.{"tiff" if mode == "CMYK" else suffix}'
+    Image.fromarray(GREY).convert(mode).save(file)
+    image = read_image(file)
     assert image.mode == 'RGB'
     np.testing.assert_array_equal(np.asarray(image), np.stack([GREY] * 3, axis=-1))
 
 
-def test_read_image_16_bit_greys_keep_their_upper_byte(tmp_path: Path) -> None:
+@pytest.mark.parametrize('suffix', ['png', 'tiff'])
+def test_read_image_16_bit_greys_are_scaled_to_8_bits(suffix: str, tmp_path: Path) -> None:
     greys = np.array([[0, 256, 257, 513], [32767, 32896, 65278, 65535]], np.uint16)
-    Image.fromarray(greys).save(tmp_path / 'a.png')
-    assert np.asarray(read_image(tmp_path / 'a.png'))[..., 0].tolist() == [[0, 0, 1, 1], [127, 128, 254, 255]]
+    Image.fromarray(greys).save(tmp_path / f'a.{suffix}')
+    found = np.asarray(read_image(tmp_path / f'a.{suffix}'))[..., 0]
+    assert found.tolist() == [[0, 0, 1, 1], [127, 128, 254, 255]]
 
 
 def test_read_image_transparency_becomes_white(tmp_path: Path) -> None:
@@ -196,16 +188,6 @@ def test_preprocess_for_one_channel_returns_greys() -> None:
 # Predicting
 
 
-def test_predict_embedded_model_has_published_accuracy(digits_model: Any) -> None:
-    pixels, truth = split()['val']
-    images = [Image.fromarray(each).convert('RGB') for each in pixels]
-    found = list(predict(digits_model, images, identity, topk=1, batch_size=100))
-    right = sum(prediction[0].label == str(label) for prediction, label in zip(found, truth))
-    assert len(truth) == 599
-    published = WEIGHTS['test_res2net.digits'].top1
-    assert 100 * right / len(truth) == pytest.approx(published, abs=0.2)  # another processor may round otherwise
-
-
 def test_bundled_digits_are_held_out_digits_with_their_labels() -> None:
     held_out = {(image.tobytes(), str(label)) for image, label in zip(*split()['val'])}
     digits = bundled_digits()
@@ -221,12 +203,6 @@ def test_predict_in_training_mode_raises_and_changes_nothing(count: int) -> None
     assert model.get_buffer('bn1.num_batches_tracked') == 0
 
 
-def test_predict_few_images_by_a_model_of_half_precision(digits_model: Any) -> None:
-    images, labels = zip(*bundled_digits()[:3])
-    found = predict(digits_model.bfloat16(), images, identity, topk=1)
-    assert [each[0].label for each in found] == [*labels]  # type: ignore[index]
-
-
 @pytest.mark.parametrize('batch_size', [1, 7])
 def test_predict_equals_the_model_on_the_images_of_timm_at_any_batch_size(batch_size: int, digits_model: Any) -> None:
     digits = [image for image, _ in bundled_digits()[:9]]
@@ -238,13 +214,13 @@ def test_predict_equals_the_model_on_the_images_of_timm_at_any_batch_size(batch_
 
 
 def test_predict_keeps_the_order_of_images_that_are_read_at_different_speeds(digits_model: Any) -> None:
-    digits = bundled_digits()[::3]
+    digits = bundled_digits()[::6]
 
     def read(index: int) -> Image.Image:
         time.sleep(0.02 * (index % 3 == 0))
         return digits[index][0]
 
-    found = predict(digits_model, range(len(digits)), read=read, topk=1, batch_size=4)
+    found = predict(digits_model.bfloat16(), range(len(digits)), read=read, topk=1, batch_size=4)
     assert [each[0].label for each in found] == [label for _, label in digits]  # type: ignore[index]
 
 
@@ -295,19 +271,8 @@ def test_pretrained_model_and_load_model_of_unknown_name_suggest_one(name: str, 
         load_model(tmp_path / 'weights.safetensors', name)
 
 
-def test_pretrained_model_takes_number_of_classes_from_file(tmp_path: Path) -> None:
-    expected = timm.create_model('test_res2net', num_classes=3).eval()
-    save_file(expected.state_dict(), tmp_path / 'tuned.safetensors')
-    model = pretrained_model('test_res2net', str(tmp_path / 'tuned.safetensors'))
-    x = torch.randn(1, 3, 32, 32)
-    torch.testing.assert_close(model(x), expected(x), rtol=0, atol=0)
-    assert class_names(model) == ['class 0', 'class 1', 'class 2']
-
-
 def test_class_names_of_imagenet_are_words() -> None:
-    labels = class_names(timm.create_model('res2net50d', device='meta'))
-    assert len(labels) == 1000
-    assert 'tabby' in labels[281]
+    assert 'tabby' in class_names(timm.create_model('res2net50d', device='meta'))[281]
 
 
 # Pictures

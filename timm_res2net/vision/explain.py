@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -110,19 +111,16 @@ def receptive_field(model: nn.Module, block: str, images: Tensor, of_block: bool
     return torch.stack(fields).detach().float().cpu().numpy()
 
 
-def center_of_mass(field: Array) -> tuple[float, float]:
+def center_of_mass(field: Array) -> NDArray[Any]:
     """Returns row and column of a field's center of mass, in pixels; the middle of a field of zeros (a dead split)."""
-    rows, columns = np.indices(field.shape)
-    weights = field / field.sum() if field.any() else np.full_like(field, 1 / field.size)
-    return float((rows * weights).sum()), float((columns * weights).sum())
+    weights = field if field.any() else np.ones_like(field)
+    return (np.indices(field.shape) * weights).sum(axis=(1, 2)) / weights.sum()
 
 
 def radius(field: Array) -> float:
     """Returns the root mean square distance of a field's weight from its center of mass, in pixels."""
-    rows, columns = np.indices(field.shape)
-    row, column = center_of_mass(field)
-    moment = (((rows - row) ** 2 + (columns - column) ** 2) * field).sum()
-    return float(np.sqrt(moment / max(field.sum(), 1e-30)))
+    distances = np.indices(field.shape) - center_of_mass(field)[:, None, None]
+    return float(np.sqrt((distances**2 * field).sum() / max(field.sum(), 1e-30)))
 
 
 def blocks_of(model: nn.Module, stage: int) -> list[str]:

@@ -17,7 +17,7 @@ from .._errors import first_line
 from .._files import PathLike
 from .._images import image_transform, preprocess, read_image
 from ..deploy.backends import SUFFIXES
-from ..deploy.exported import load_exported
+from ..deploy.exported import ExportedModel, load_exported
 from ..deploy.optimize import optimize
 from ..hub.pull import fetch_file
 from ..models.checks import require_eval_mode
@@ -56,14 +56,10 @@ def pretrained_model(
     if weights is not None and not isinstance(weights, Checkpoint) and is_exported(weights):
         if name is not None or kwargs or str(device) != 'cpu':
             raise ValueError(f'{weights} is an exported model, which runs unchanged on the CPU: pass nothing else')
-        exported = load_exported(weights, trust=trust)
-        if exported.record['features']:
-            raise ValueError(f'{weights} returns feature maps, not classes. Export it without --features')
-        return exported
+        return load_exported(weights, trust=trust)
     if weights is not None:
         return load_model(weights, name, **kwargs).to(device).eval()
-    if name is None:
-        raise ValueError('pass the name of a model, or a weights file')
+    assert name is not None
     require_known(name)
     if ':' not in name and not registered_cfg(name).has_weights:
         raise ValueError(f'no published weights of {name}. Pass a weights file')
@@ -157,16 +153,18 @@ def classify(
     require_eval_mode(model)
     config = image_config(model)
     transform = image_transform(config)
-    parameter = next(model.parameters(), None)  # an exported model has none
-    device, dtype = (torch.device('cpu'), torch.float32) if parameter is None else (parameter.device, parameter.dtype)
-    exported: Any = model
-    fixed = exported.record['input'][0] if parameter is None else None  # the only batch size of an exported model
-    if parameter is not None and (len(images) > HANDFUL or compile):
-        example = torch.zeros(min(batch_size, len(images)), *config['input_size'], device=device, dtype=dtype)
-        try:
-            model = optimize(model, example, compile=compile)
-        except ValueError as error:  # timm's other models have nothing to fuse
-            _logger.debug('%s runs unchanged: %s', type(model).__name__, error)
+    example = torch.zeros(min(batch_size, len(images)), *config['input_size'])
+    fixed = None  # the only batch size of an exported model
+    if isinstance(model, ExportedModel):
+        fixed = model.record['input'][0]
+    else:
+        example = example.to(next(model.parameters()))  # its device and data type
+        if len(images) > HANDFUL or compile:
+            try:
+                model = optimize(model, example, compile=compile)
+            except ValueError as error:  # timm's other models have nothing to fuse
+                _logger.debug('%s runs unchanged: %s', type(model).__name__, error)
+    size = fixed or batch_size
 
     def load(image: ImageT) -> Tensor | ValueError:
         try:
@@ -174,7 +172,6 @@ def classify(
         except ValueError as error:
             return error
 
-    size = fixed or batch_size
     with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:  # Pillow decodes without the GIL
         loading = pool.map(load, images[:size])
         for start in range(0, len(images), size):
@@ -182,9 +179,9 @@ def classify(
             loading = pool.map(load, images[start + size : start + 2 * size])  # while the model runs
             inputs = [each for each in batch if isinstance(each, Tensor)]
             if inputs:
-                x = torch.stack(inputs + inputs[:1] * ((fixed or 0) - len(inputs)))
+                x = torch.stack(inputs + inputs[:1] * ((fixed or 0) - len(inputs))).to(example)
                 with torch.inference_mode():
-                    rows = iter(to_probabilities(model(x.to(device, dtype)).float(), multi_label).cpu())
+                    rows = iter(to_probabilities(model(x).float(), multi_label).cpu())
             for each in batch:
                 scores = next(rows) if isinstance(each, Tensor) else each
                 if isinstance(scores, Tensor) and not scores.isfinite().all():  # weights that overflow
