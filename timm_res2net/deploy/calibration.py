@@ -33,12 +33,12 @@ def calibration_images(model: nn.Module, images: Images | None, shape: tuple[int
                 f'images for calibration must be (N, {", ".join(map(str, shape))}), floating-point, '
                 f'got {tuple(x.shape)}, {x.dtype}'
             )
-        taken += list(x.detach().cpu().float().split(1))[: len(x)]  # splitting an empty batch gives one empty part
+        taken += x.detach().cpu().float()
         if len(taken) >= CALIBRATION_IMAGES:
             break
     if not taken:
         raise ValueError('images for calibration are empty')
-    return torch.cat(taken[:CALIBRATION_IMAGES])
+    return torch.stack(taken[:CALIBRATION_IMAGES])
 
 
 def read_folder(model: nn.Module, folder: Path, shape: tuple[int, ...]) -> Iterator[Tensor]:

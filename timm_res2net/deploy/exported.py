@@ -15,9 +15,8 @@ from ..models.spec import NetworkSpec
 from .backends import BACKENDS, PRECISIONS, find_backend, requires_extra
 from .inference import ForInference, Run, finish, run_batch
 
-LARGEST_RECORD = 50_000_000  # characters
 LARGEST_INPUT = 2**28  # values in a batch, 1 GB: callers make whole batches of the size that a file asks for
-TEXTS = 'architecture', 'license', 'origin_url', 'tag', 'hf_hub_id'  # in `pretrained_cfg`
+STRINGS = 'architecture', 'license', 'origin_url', 'tag', 'hf_hub_id'  # in `pretrained_cfg`
 
 
 class ExportedModel(ForInference):
@@ -36,7 +35,7 @@ class ExportedModel(ForInference):
         self.run = run
         self.record = record
         cfg = record['pretrained_cfg']
-        known = (*TEXTS, 'label_names', 'num_classes')
+        known = (*STRINGS, 'label_names', 'num_classes')
         self.pretrained_cfg = {key: cfg[key] for key in known if key in cfg} | check_image_settings(cfg)
         self.num_classes: int = cfg['num_classes']
         self.path = f'{record["format"]}, {record["precision"]}'
@@ -120,8 +119,6 @@ def load_exported(file: PathLike, *, trust: bool = False) -> ExportedModel:
 
 def parse_record(text: str) -> dict[str, Any]:
     """Parses the record in a file's metadata; ValueError names an entry that is not possible."""
-    if len(text) > LARGEST_RECORD:
-        raise ValueError(f'its metadata have {len(text):,} characters, more than {LARGEST_RECORD:,}')
     record = json.loads(text)
     if not isinstance(record, dict):
         raise ValueError('its metadata are not a mapping')
@@ -136,28 +133,11 @@ def parse_record(text: str) -> dict[str, Any]:
     return record
 
 
-def is_text(value: Any) -> bool:
-    """Checks for a short string."""
-    return isinstance(value, str) and len(value) <= 1000
-
-
-def is_size(value: Any) -> bool:
-    """Checks for a positive integer that is not too large."""
-    return type(value) is int and 1 <= value <= LARGEST_SIZE
-
-
 def has_possible_input(record: dict[str, Any]) -> bool:
     """Checks the shape of a batch, in which None is any size."""
     sizes = [1 if size is None else size for size in record['input']]
-    return len(sizes) == 4 and all(map(is_size, sizes)) and prod(sizes) <= LARGEST_INPUT
-
-
-def has_possible_outputs(record: dict[str, Any]) -> bool:
-    """Checks the names of outputs, and their strides where they are features."""
-    outputs = record['outputs']
-    return 1 <= len(outputs) <= 100 and all(
-        is_text(each['name']) and is_size(each.get('stride', 1)) for each in outputs
-    )
+    are_sizes = all(type(size) is int and 1 <= size <= LARGEST_SIZE for size in sizes)
+    return len(sizes) == 4 and are_sizes and prod(sizes) <= LARGEST_INPUT
 
 
 def has_possible_cfg(record: dict[str, Any]) -> bool:
@@ -170,20 +150,23 @@ def has_possible_cfg(record: dict[str, Any]) -> bool:
         and prod(size) <= LARGEST_INPUT
         and all(wanted in (None, have) for wanted, have in zip(record['input'][1:], size))
         and size[0] == len(settings['mean']) == len(settings['std'])
-        and all(is_text(cfg[key]) for key in TEXTS if key in cfg)
         and type(cfg['num_classes']) is int
         and len(names) == cfg['num_classes']
-        and all(isinstance(name, str) for name in names)
+        and are_strings([*names, *(cfg[key] for key in STRINGS if key in cfg)])
     )
 
 
+def are_strings(values: list[Any]) -> bool:
+    return all(isinstance(value, str) for value in values)
+
+
 RECORD: dict[str, Callable[[dict[str, Any]], bool]] = {
-    'architecture': lambda record: is_text(record['architecture']),
+    'architecture': lambda record: are_strings([record['architecture']]),
     'function': lambda record: isinstance(record['function'], dict) and bool(NetworkSpec.from_text(record['function'])),
     'format': lambda record: record['format'] in [backend.format for backend in BACKENDS.values()],
     'precision': lambda record: record['precision'] in PRECISIONS,
     'features': lambda record: type(record['features']) is bool,
     'input': has_possible_input,
-    'outputs': has_possible_outputs,
+    'outputs': lambda record: len(record['outputs']) > 0 and are_strings([each['name'] for each in record['outputs']]),
     'pretrained_cfg': has_possible_cfg,
 }
