@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, lru_cache
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import pytest
 import timm
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from timm_res2net.models.biglittle import Res2NetBigLittle
 from timm_res2net.models.cifar import Res2NetCifar
@@ -107,6 +108,13 @@ def tiny(first_block: str = 'official', **arguments: Any) -> nn.Module:
     torch.manual_seed(0)
     model = timm.create_model('test_res2net', **{**TINY, 'num_classes': 4, 'first_block': first_block, **arguments})
     return randomise(model).eval()
+
+
+def assert_same(fast: Callable[[Tensor], Any], model: nn.Module, x: Tensor, tolerance: float = 1e-5) -> None:
+    """Compares the outputs of two models, a tensor or features, relative to the largest value of each."""
+    with torch.no_grad():
+        for output, expected in zip(tree_leaves(fast(x)), tree_leaves(model(x)), strict=True):
+            torch.testing.assert_close(output, expected, rtol=0, atol=tolerance * expected.abs().max().item())
 
 
 def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -1,75 +1,51 @@
 """bench compares only ways that compute the same, and its results are ratios to timm's own."""
 
 import json
-from collections.abc import Callable
-from concurrent.futures import Future
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._functorch import config
 
-import timm_res2net.deploy.bench
 from timm_res2net.__main__ import main
 from timm_res2net.deploy.bench import (
     BUDGETS,
     MODELS,
     Result,
-    Run,
+    Way,
     bench,
     inference_ways,
     make_ours,
+    measure,
+    require_agreement,
     run_exported,
-    run_optimized,
     run_step,
     training_ways,
 )
 
-ONE: dict[str, Any] = dict(batches=(1,), sizes=(32,), rounds=2)
+CPU = torch.device('cpu')
+ONE: dict[str, Any] = dict(models=['res2net50d'], batches=[2], sizes=[32], dtypes=[], against=['timm'])
+ONE |= dict(train=False, device=CPU, rounds=3)
+make_tiny = partial(make_ours, 'test_res2net')
 
 
-class InlineExecutor:
-    """Stands in for a worker process, which takes seconds to start."""
+def test_results_are_medians_and_ratios_to_timm(monkeypatch: pytest.MonkeyPatch) -> None:
+    seconds = {'timm': [0.4, 0.2, 0.9], 'timm_res2net, as it is': [0.1] * 3, 'timm_res2net, fused': [0.2, 0.1, 0.3]}
 
-    def __init__(self, *args: Any) -> None:
-        self.run: Any = None
+    def measured(ways: list[Way], shape: tuple[int, ...], *options: Any) -> Any:
+        assert shape == (2, 3, 32, 32)
+        return {way: seconds[way.name] for way in ways}, dict.fromkeys(ways, 7)
 
-    def __enter__(self) -> 'InlineExecutor':
-        return self
-
-    def __exit__(self, *error: Any) -> None: ...
-
-    def submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
-        timm_res2net.deploy.bench.run = self.run
-        future: Future[Any] = Future()
-        with torch.set_grad_enabled(torch.is_grad_enabled()):  # `start` sets it for its process
-            future.set_result(function(*args))
-        self.run = timm_res2net.deploy.bench.run
-        return future
-
-
-@pytest.fixture
-def inline(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timm_res2net.deploy.bench, 'run', None, raising=False)
-    monkeypatch.setattr(timm_res2net.deploy.bench, 'ProcessPoolExecutor', InlineExecutor)
-    monkeypatch.setattr('timm_res2net.deploy.bench.signal.signal', lambda *args: None)
-    monkeypatch.setattr(torch.backends.cudnn, 'benchmark', False)
-
-
-@pytest.mark.filterwarnings('default')
-@pytest.mark.usefixtures('inline')
-def test_inference_results_are_ratios_to_timm() -> None:
-    results = bench(['res2net50_26w_4s'], dtypes=(), **ONE)
-    assert [each.way for each in results] == ['timm', 'timm_res2net, as it is', 'timm_res2net, fused']
-    theirs, ours, _ = results
-    assert theirs.ratio == 1
-    assert ours.ratio == pytest.approx(theirs.milliseconds / ours.milliseconds, rel=0.01)
-    assert ours.images_per_second == pytest.approx(1000 / ours.milliseconds, rel=0.01)
-    assert all(each.peak_memory is None or each.peak_memory >= 0 for each in results)
+    monkeypatch.setattr('timm_res2net.deploy.bench.measure', measured)
+    theirs, ours, fused = bench(**ONE)
+    assert theirs == Result('res2net50d', 2, 32, 'timm', 'float32', 400.0, 350.0, 5.0, 1.0, 7)
+    assert ours == Result('res2net50d', 2, 32, 'timm_res2net, as it is', 'float32', 100.0, 0.0, 20.0, 4.0, 7)
+    assert (fused.milliseconds, fused.ratio) == (200.0, 2.0)
 
 
 @pytest.mark.parametrize(
@@ -82,10 +58,25 @@ def test_inference_results_are_ratios_to_timm() -> None:
     ],
 )
 def test_against_adds_ways(ways: Any, against: list[str], dtypes: list[str], added: list[str]) -> None:
-    types = [getattr(torch, name) for name in dtypes]
-    plain = [way.name for way in ways(True, types, ['timm'])]
-    assert [way.name for way in ways(True, types, against)] == plain + added
-    assert not any(way.name.startswith('timm,') or way.name == 'timm' for way in ways(False, types, against))
+    plain = [way.name for way in ways('res2net50d', dtypes, ['timm'])]
+    assert [way.name for way in ways('res2net50d', dtypes, against)] == plain + added
+    without = [way.name for way in ways('test_res2net', dtypes, against)]  # timm has no such model
+    assert without == [name for name in plain + added if name.startswith('timm_res2net')]
+
+
+@pytest.mark.parametrize('ours', [np.array([1.1, 2.0]), np.array([1.0, np.nan])])
+def test_ways_with_other_outputs_are_refused(ours: Any) -> None:
+    ways = [Way('res2net50d', name, 'float32', print) for name in ('timm', 'timm_res2net, fused')]
+    require_agreement(dict(zip(ways, [np.array([1.0, 2.0]), np.array([1.0, 2.001])])))
+    with pytest.raises(ValueError, match=r'^res2net50d by timm_res2net, fused in float32 differs by .* from timm$'):
+        require_agreement(dict(zip(ways, [np.array([1.0, 2.0]), ours])))
+
+
+@pytest.mark.slow
+def test_way_that_fails_in_its_process_is_named() -> None:
+    way = Way('res2net50d', 'timm', 'float32', divmod)
+    with pytest.raises(ValueError, match='cannot measure res2net50d by timm in float32: unsupported operand'):
+        measure([way], (1, 3, 32, 32), False, CPU, 1)
 
 
 @pytest.mark.slow
@@ -98,59 +89,35 @@ def test_compiled_training_step_keeps_within_its_budget(monkeypatch: pytest.Monk
         return logits.mean()
 
     monkeypatch.setattr(F, 'cross_entropy', mean)
-    compiled, plain = (run_step(make_ours, 'test_res2net', x, torch.float32, budget=each)() for each in (0.5, None))
+    compiled, plain = (run_step(make_tiny, x, 'float32', budget=each)() for each in (0.5, None))
     assert seen == [0.5, 1.0]
     torch.testing.assert_close(compiled, plain)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings('ignore')
-@pytest.mark.parametrize('backend', ['torch', pytest.param('openvino', marks=pytest.mark.slow)])
+@pytest.mark.parametrize('backend', ['torch', 'openvino'])
 def test_exported_way_computes_what_the_model_does(backend: str) -> None:
     pytest.importorskip(backend)
     x = torch.randn(2, 3, 32, 32)
-    found = run_exported(backend, make_ours, 'test_res2net', x, torch.float32)()
-    torch.testing.assert_close(found, make_ours('test_res2net')(x).detach(), rtol=0, atol=1e-4)
-
-
-def make_shifted(compile: bool, name: str, x: Tensor, dtype: torch.dtype) -> Run:
-    return lambda: run_optimized(compile, name, x, dtype)() + 0.1
-
-
-def fail(compile: bool, name: str, x: Tensor, dtype: torch.dtype) -> Run:
-    raise KeyError('no such thing')
-
-
-@pytest.mark.usefixtures('inline')
-@pytest.mark.parametrize(
-    ('replacement', 'problem'),
-    [
-        (make_shifted, 'timm_res2net, fused in float32 differs by .* from timm_res2net, as it is'),
-        (fail, "cannot measure timm_res2net, fused in float32: 'no such thing'"),
-    ],
-)
-def test_way_with_other_outputs_or_without_any_raises_value_error(
-    replacement: Any, problem: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(timm_res2net.deploy.bench, 'run_optimized', replacement)
-    with pytest.raises(ValueError, match=problem):
-        bench(['test_res2net'], dtypes=(), **ONE)
+    found = run_exported(make_tiny, backend, x, 'float32')()
+    torch.testing.assert_close(found, make_tiny()(x).detach(), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(
     ('arguments', 'problem'),
     [
         (dict(models=['res2net50']), "no model 'res2net50' in this package. Did you mean res2next50"),
-        (dict(against=('timm', 'tensorrt')), 'unknown against=tensorrt. Choose from timm, openvino'),
-        (dict(against=('timm', 'inductor')), 'inductor is for training'),
-        (dict(against=('timm', 'openvino'), train=True), 'openvino is for inference on the CPU'),
-        (dict(against=('onnxruntime',), device='meta'), 'onnxruntime is for inference on the CPU'),
-        (dict(dtypes=(torch.int8,), train=True), 'int8 is for inference on the CPU'),
+        (dict(against=['timm', 'inductor']), 'inductor is for training'),
+        (dict(against=['timm', 'openvino'], train=True), 'openvino is for inference on the CPU'),
+        (dict(against=['onnxruntime'], device=torch.device('meta')), 'onnxruntime is for inference on the CPU'),
+        (dict(dtypes=['int8'], train=True), 'int8 is for inference on the CPU'),
     ],
     ids=str,
 )
 def test_arguments_that_do_not_fit_raise_value_error(arguments: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
-        bench(**{'models': ['test_res2net'], **arguments})
+        bench(**{**ONE, **arguments})
 
 
 @pytest.mark.slow
@@ -166,8 +133,8 @@ def test_command_measures_in_processes_and_writes_json(tmp_path: Path, capsys: p
 
 
 def test_command_prints_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    def measured(models: Any, batches: Any, sizes: Any, **options: Any) -> list[Result]:
-        assert (models, options['rounds'], options['dtypes']) == (MODELS, 3, [torch.float32, torch.bfloat16])
+    def measured(models: Any, **options: Any) -> list[Result]:
+        assert (models, options['rounds'], options['dtypes']) == (MODELS, 3, ['float32', 'bfloat16'])
         return [Result('res2net50d', 8, 224, 'timm', 'float32', 1.0, 0.1, 8000.0, 1.0, 2_000_000)]
 
     monkeypatch.setattr('timm_res2net.commands.bench.bench', measured)

@@ -1,6 +1,7 @@
 """Exported files are verified before they appear; an export that fails raises one clear error and writes nothing."""
 
 import dataclasses
+import hashlib
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,17 +10,19 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from support import tiny
+from safetensors.torch import save
+from support import slow_but, tiny
 from timm.data import resolve_model_data_config
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import timm_res2net
 from timm_res2net import CheckpointError, export, fuse, load_exported, optimize
 from timm_res2net.deploy import calibration
 from timm_res2net.deploy import export as export_module
-from timm_res2net.deploy.backends import BACKENDS, PRECISIONS
+from timm_res2net.deploy.backends import BACKENDS
 from timm_res2net.deploy.calibration import calibration_images
-from timm_res2net.deploy.export import TOLERANCES, predict_classes, publish
+from timm_res2net.deploy.export import predict_classes, publish
 from timm_res2net.models.block import spec_of
 from timm_res2net.models.classifier import class_names
 from timm_res2net.models.spec import NetworkSpec
@@ -67,38 +70,24 @@ def test_exported_file_describes_itself(tmp_path: Path) -> None:
     assert record['pretrained_cfg']['origin_url'] == model.pretrained_cfg['origin_url']
     assert class_names(loaded) == class_names(model)
     assert resolve_model_data_config(loaded) == resolve_model_data_config(model)
-    with torch.no_grad():
-        model.fc.bias[0] += 1
-    export(model, tmp_path / 'other.pt2', batch=2)
-    assert load_exported(tmp_path / 'other.pt2', trust=True).record['weights_sha256'] != record['weights_sha256']
+    state = {name: tensor.contiguous() for name, tensor in sorted(model.state_dict().items())}
+    assert record['weights_sha256'] == hashlib.sha256(save(state)).hexdigest()
     with pytest.raises(ValueError, match=r'images must be \(2, 3, 32, 32\)'):
         loaded(torch.zeros(3, 3, 32, 32))
 
 
-@pytest.mark.parametrize('arguments', [{}, dict(feature_cls='dict', out_indices=(2, 4))], ids=str)
-def test_export_features_returns_them_with_names_and_strides(arguments: dict[str, Any], tmp_path: Path) -> None:
-    model = tiny(features_only=True, **arguments)
+def test_export_features_returns_them_with_names_and_strides(tmp_path: Path) -> None:
+    model = tiny(features_only=True, feature_cls='dict', out_indices=(2, 4))
     assert export(model, tmp_path / 'net.pt2', **SIZE).agreement is None
     loaded = load_exported(tmp_path / 'net.pt2', trust=True)
     info = model.feature_info
     names = [{'name': name, 'stride': stride} for name, stride in zip(info.module_name(), info.reduction())]
     assert loaded.record['outputs'] == names
     x = torch.randn(2, 3, 32, 32)
-    expected = model(x)
-    expected = list(expected.values()) if isinstance(expected, dict) else expected
-    torch.testing.assert_close(loaded(x), [each.detach() for each in expected], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(loaded(x), [each.detach() for each in tree_leaves(model(x))], rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')  # timm leaves files open
-def test_export_of_one_channel_records_one_mean_and_reads_a_folder_as_grey(tmp_path: Path) -> None:
-    (tmp_path / 'photos').mkdir()
-    Image.new('RGB', (40, 40), 'red').save(tmp_path / 'photos' / 'a.png')
-    export(tiny(in_chans=1, features_only=True), tmp_path / 'net.pt2', images=tmp_path / 'photos')
-    cfg = load_exported(tmp_path / 'net.pt2', trust=True).pretrained_cfg
-    assert (cfg['input_size'], cfg['mean'], cfg['std']) == ((1, 32, 32), (0.5,), (0.5,))
-
-
-@pytest.mark.parametrize('precision', ['float16', 'bfloat16'])
+@pytest.mark.parametrize('precision', slow_but(['bfloat16'], ['float16', 'bfloat16']))
 def test_export_torch_in_half_precision_takes_and_returns_float32(precision: str, tmp_path: Path) -> None:
     model = tiny()
     done = export(model, tmp_path / 'net.pt2', precision=precision, **SIZE)
@@ -122,7 +111,7 @@ def optimized() -> nn.Module:
         ('net.xml', dict(symmetric=True), 'symmetric has no effect in .xml. It is for .onnx'),
         ('net.pt2', dict(compile=True, dynamic_size=True), 'dynamic_size is not possible with compile'),
         ('net.onnx', dict(symmetric=True), "no effect on float32. It is for precision='int8'"),
-        ('none/net.pt2', {}, "cannot write '.*none/net.pt2': no folder"),
+        ('none/net.pt2', {}, 'cannot write net.pt2: no folder .*none'),
         ('there.pt2', {}, "cannot write '.*there.pt2': it exists"),
         ('there.xml', {}, "cannot write '.*there.bin': it exists"),
         ('net.pt2', dict(images=torch.zeros(2, 3, 16, 16)), r'\(N, 3, 32, 32\).*\(2, 3, 16, 16\)'),
@@ -157,7 +146,6 @@ def test_export_wrong_argument_raises_one_line_and_writes_nothing(
     ('fault', 'message'),
     [
         (RuntimeError('no such operator\nat line 3'), 'cannot export test_res2net to .pt2, float32: no such operator'),
-        (OSError(28, 'No space left on device'), r"cannot write '.*net\.pt2': .*No space left on device"),
         (KeyboardInterrupt(), None),
     ],
 )
@@ -169,7 +157,7 @@ def test_export_interrupted_leaves_nothing(
         raise fault
 
     monkeypatch.setitem(BACKENDS, 'torch', dataclasses.replace(BACKENDS['torch'], write=fail))
-    with pytest.raises((ValueError, OSError, KeyboardInterrupt), match=message):
+    with pytest.raises((ValueError, KeyboardInterrupt), match=message):
         export(tiny(), tmp_path / 'net.pt2', **SIZE)
     assert list(tmp_path.iterdir()) == []
 
@@ -186,18 +174,18 @@ def test_export_to_a_full_disk_is_an_os_error_that_names_the_file(tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(('value', 'features_only', 'found'), [(0.0, False, '.*'), (torch.nan, True, 'nan%')])
+@pytest.mark.parametrize(('value', 'found'), slow_but([(torch.nan, 'nan%')], [(0.0, '.*'), (torch.nan, 'nan%')]))
 def test_export_with_wrong_outputs_is_discarded(
-    value: float, features_only: bool, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    value: float, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def wrong(model: nn.Module) -> nn.Module:
         fused = fuse(model)
-        nn.init.constant_(list(fused.parameters())[-1 if features_only else -2], value)
+        nn.init.constant_(list(fused.parameters())[-1], value)
         return fused
 
     monkeypatch.setattr(export_module, 'fuse', wrong)
     with pytest.raises(ValueError, match=f'discarded: its outputs differ from the model by {found} of the largest'):
-        export(tiny(features_only=features_only), tmp_path / 'net.pt2', **SIZE)
+        export(tiny(features_only=True), tmp_path / 'net.pt2', **SIZE)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -243,38 +231,25 @@ def test_export_missing_package_names_the_extra(
     assert list(tmp_path.iterdir()) == []
 
 
-def save_greys(folder: Path, shades: list[int]) -> None:
-    """Saves images of one shade, three in each subfolder."""
-    for i, shade in enumerate(shades):
-        (folder / str(i // 3)).mkdir(exist_ok=True)
-        Image.new('L', (8, 8), shade).save(folder / str(i // 3) / f'{i}.png')
-
-
 def test_calibration_images_come_from_tensors_and_loaders() -> None:
-    model = timm.create_model('test_res2net.digits')
-    x = torch.randn(500, 3, 32, 32)
+    model, x = timm.create_model('test_res2net.digits'), torch.randn(500, 3, 32, 32)
     assert torch.equal(calibration_images(model, x, (3, 32, 32)), x[:300])
     loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x[:20], torch.zeros(20)), batch_size=8)
     assert torch.equal(calibration_images(model, loader, (3, 32, 32)), x[:20])
 
 
-def test_calibration_images_are_preprocessed_and_of_all_classes_of_a_folder(
+def test_calibration_images_of_a_folder_are_preprocessed_and_of_all_classes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(calibration, 'CALIBRATION_IMAGES', 5)
-    save_greys(tmp_path, [i * 28 for i in range(9)])
-    found = calibration_images(timm.create_model('test_res2net.digits'), tmp_path, (3, 32, 32))
+    for i in range(9):
+        (tmp_path / str(i // 3)).mkdir(exist_ok=True)
+        Image.new('L', (8, 8), i * 28).save(tmp_path / str(i // 3) / f'{i}.png')
+    model = timm.create_model('test_res2net.digits')
+    found = calibration_images(model, tmp_path, (3, 32, 32))
     assert found.shape == (5, 3, 32, 32)
     shades = found[:, 0, 0, 0].mul(127.5).add(127.5).div(28).round().tolist()
     assert shades == [0, 1, 3, 5, 7]
-
-
-def test_calibration_images_of_a_folder_with_a_damaged_one_are_refused_by_its_name(tmp_path: Path) -> None:
-    save_greys(tmp_path, [0, 0, 0])
-    (tmp_path / '0' / '1.png').write_bytes((tmp_path / '0' / '0.png').read_bytes()[:40])
+    (tmp_path / '0' / '1.png').write_bytes(b'no image')
     with pytest.raises(ValueError, match=r"cannot calibrate with '.*/1\.png': "):
-        calibration_images(timm.create_model('test_res2net.digits'), tmp_path, (3, 32, 32))
-
-
-def test_every_precision_has_a_tolerance() -> None:
-    assert set(PRECISIONS) == TOLERANCES.keys()
+        calibration_images(model, tmp_path, (3, 32, 32))

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from support import TRUNKS, built, fitting, randomise, slow_but, small, tiny
+from support import TRUNKS, assert_same, built, fitting, randomise, slow_but, small, tiny
 from timm.layers import BatchNormAct2d
 from timm.models import reparameterize_model
 from torch import Tensor, nn
@@ -18,15 +18,6 @@ from timm_res2net import fuse
 from timm_res2net.models.block import Bottle2neck
 from timm_res2net.models.fold import fold_norm
 from timm_res2net.models.variants import ARCHS
-
-
-def require_equal(fused: nn.Module, model: nn.Module, x: Tensor, tolerance: float = 1e-5) -> None:
-    """Outputs agree, relative to the largest one."""
-    with torch.no_grad():
-        pair = [run(x) for run in (fused, model)]
-    lists = [[y] if isinstance(y, Tensor) else list(y.values()) if isinstance(y, dict) else y for y in pair]
-    for output, wanted in zip(*lists, strict=True):
-        torch.testing.assert_close(output, wanted, rtol=0, atol=tolerance * wanted.abs().max().item())
 
 
 def count_norms(model: nn.Module) -> int:
@@ -41,7 +32,7 @@ def test_fuse_every_model_leaves_no_norm(
     model, images = build(name, full), fitting(name, images)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     fused = fuse(model)
-    require_equal(fused, model, images)
+    assert_same(fused, model, images)
     assert (count_norms(fused), count_norms(model) > 0) == (0, True)
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
@@ -70,8 +61,8 @@ def test_fuse_every_block_function_and_argument_keeps_output(
     first_block: str, arguments: dict[str, Any], images: Tensor
 ) -> None:
     model = tiny(first_block, **arguments)
-    require_equal(fuse(model), model, images[:, :, :33, :40])
-    require_equal(reparameterize_model(model), model, images[:, :, :33, :40])
+    assert_same(fuse(model), model, images[:, :, :33, :40])
+    assert_same(reparameterize_model(model), model, images[:, :, :33, :40])
 
 
 @pytest.mark.parametrize(
@@ -105,13 +96,13 @@ def test_fuse_scale_2_keeps_average_pool_beside_convolution() -> None:
 def test_reparameterize_model_leaves_norms_of_stem_also_of_a_model_in_training_mode(images: Tensor) -> None:
     model = tiny()
     fused = reparameterize_model(tiny().train()).eval()  # the order of timm's scripts, and of timmx
-    require_equal(fused, model, images)
+    assert_same(fused, model, images)
     assert count_norms(fused) == 3
 
 
 def test_fuse_twice_changes_nothing(images: Tensor) -> None:
     fused = fuse(tiny())
-    require_equal(fuse(fused), fused, images, tolerance=0)
+    assert_same(fuse(fused), fused, images, tolerance=0)
 
 
 def make_segmenter() -> nn.Module:
@@ -141,7 +132,7 @@ WRAPPERS: dict[str, Callable[[], nn.Module]] = {
 def test_fuse_features_and_models_around_a_backbone_keep_output_and_leave_no_norm(kind: str, images: Tensor) -> None:
     model = {**FEATURES, **WRAPPERS}[kind]()
     fused = fuse(model)
-    require_equal(fused, model, fitting(kind.partition(',')[0], images) if kind in FEATURES else images)
+    assert_same(fused, model, fitting(kind.partition(',')[0], images) if kind in FEATURES else images)
     assert count_norms(fused) == 0 or kind.endswith(', getter')  # which traces the model
 
 
@@ -155,24 +146,15 @@ def test_fuse_keeps_forward_intermediates(images: Tensor) -> None:
 def test_fused_model_scripted_exported_or_traced_keeps_output(first_block: str, images: Tensor) -> None:
     model = tiny(first_block)
     fused = fuse(model)
-    require_equal(torch.jit.script(fused), model, images)
-    require_equal(torch.export.export(fused, (images,)).module(), model, images)
-    require_equal(torch.fx.symbolic_trace(fused), model, images)
+    assert_same(torch.jit.script(fused), model, images)
+    assert_same(torch.export.export(fused, (images,)).module(), model, images)
+    assert_same(torch.fx.symbolic_trace(fused), model, images)
 
 
 @pytest.mark.parametrize('fold', [fuse, reparameterize_model, lambda model: copy.deepcopy(fuse(model))])
-@pytest.mark.parametrize(
-    'make',
-    [
-        *(partial(built, name) for name in TRUNKS),
-        *(partial(make_features, 'test_res2net', each) for each in ('list', 'dict', 'hook', 'getter')),
-    ],
-    ids=[*TRUNKS, 'list', 'dict', 'hook', 'getter'],
-)
-def test_fused_model_stays_in_evaluation_mode(
-    make: Callable[[], nn.Module], fold: Callable[[nn.Module], nn.Module]
-) -> None:
-    model = fold(make())
+@pytest.mark.parametrize('kind', [*TRUNKS, *(name for name in FEATURES if name.startswith('test_res2net'))])
+def test_fused_model_stays_in_evaluation_mode(kind: str, fold: Callable[[nn.Module], nn.Module]) -> None:
+    model = fold(FEATURES[kind]() if kind in FEATURES else built(kind))
     assert not any(module.training for module in model.train().modules())
 
 
@@ -181,24 +163,17 @@ def test_fused_block_and_wrapper_stay_in_evaluation_mode() -> None:
         assert not any(module.training for module in model.train().modules())
 
 
-def in_training_mode(part: str) -> nn.Module:
-    """A model with one part in training mode."""
+@pytest.mark.parametrize('part', ['', 'layer3.0.bn1'])
+def test_fuse_model_or_part_in_training_mode_raises_value_error(part: str) -> None:
     model = tiny()
     model.get_submodule(part).train()
-    return model
+    with pytest.raises(ValueError, match=r'training mode.*eval'):
+        fuse(model)
 
 
-@pytest.mark.parametrize(
-    ('make', 'problem'),
-    [
-        (lambda: tiny().train(), r'training mode.*eval'),
-        (lambda: in_training_mode('layer3.0.bn1'), 'training mode'),
-        (lambda: timm.create_model('resnet18').eval(), 'no Res2Net block'),
-    ],
-)
-def test_fuse_wrong_model_raises_value_error(make: Callable[[], nn.Module], problem: str) -> None:
-    with pytest.raises(ValueError, match=problem):
-        fuse(make())
+def test_fuse_model_without_res2net_block_raises_value_error() -> None:
+    with pytest.raises(ValueError, match='no Res2Net block'):
+        fuse(timm.create_model('resnet18').eval())
 
 
 def test_fold_norm_keeps_a_norm_with_an_activation() -> None:

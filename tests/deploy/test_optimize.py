@@ -8,20 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from support import randomise, tiny
+from support import assert_same, randomise, tiny
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from timm_res2net import optimize
 from timm_res2net.deploy.backends import BACKENDS
-
-
-def require_equal(fused: nn.Module, model: nn.Module, x: Tensor, tolerance: float = 1e-5) -> None:
-    """Outputs agree, relative to the largest one."""
-    with torch.no_grad():
-        outputs, expected = fused(x), model(x)
-    for output, wanted in zip(*([y] if isinstance(y, Tensor) else y for y in (outputs, expected))):
-        torch.testing.assert_close(output, wanted, rtol=0, atol=tolerance * wanted.abs().max().item())
 
 
 @pytest.fixture
@@ -42,14 +35,14 @@ def test_optimize_two_models_keep_their_own_outputs_without_recompiling(
     ours = [record.message for record in log.records if record.name.startswith('timm_res2net')]
     assert ours == ['Res2Net: fused, channels last, float32, compiled'] * 2
     for each, model in zip(optimized, (first, second)):
-        require_equal(each, model, images)
+        assert_same(each, model, images)
     frames = torch._dynamo.utils.counters['frames']['total']
     with torch.inference_mode():  # none of these compiles again
         optimized[0](images.clone())
         optimized[0](images.to(memory_format=torch.channels_last))
         optimized[0](images.double())
     assert torch._dynamo.utils.counters['frames']['total'] == frames
-    require_equal(optimized[0], first, images[:1])
+    assert_same(optimized[0], first, images[:1])
 
 
 def test_optimize_bfloat16_returns_dtype_of_input(images: Tensor) -> None:
@@ -58,7 +51,7 @@ def test_optimize_bfloat16_returns_dtype_of_input(images: Tensor) -> None:
     assert optimized.path == 'fused, channels last, bfloat16'
     assert optimized(images).dtype == torch.float32
     assert optimized(images.bfloat16()).dtype == torch.bfloat16
-    require_equal(optimized, model, images, tolerance=5e-2)
+    assert_same(optimized, model, images, tolerance=5e-2)
     assert next(model.parameters()).dtype == torch.float32
 
 
@@ -97,7 +90,7 @@ def test_optimize_without_a_working_compiler_skips_compilation_and_logs_why(
     assert optimized.path == 'fused, channels last, float32'
     assert [record.levelno for record in log.records] == [logging.WARNING, logging.WARNING, logging.INFO]
     assert log.messages[1] == 'torch.compile with default settings failed: no compiler'
-    require_equal(optimized, model, images)
+    assert_same(optimized, model, images)
 
 
 @pytest.mark.parametrize(
@@ -132,8 +125,7 @@ def without_nan(model: nn.Module, example_input: Tensor, precision: str) -> Call
 
     @torch.no_grad()
     def run(images: Tensor) -> list[Tensor]:
-        outputs = model(images.nan_to_num() if len(images) else example_input[:1])
-        return [outputs] if isinstance(outputs, Tensor) else outputs
+        return tree_leaves(model(images.nan_to_num() if len(images) else example_input[:1]))
 
     return run
 
@@ -172,7 +164,7 @@ def test_optimized_model_returns_nan_for_an_image_that_is_not_finite(
     model = fast(tiny(features_only=features_only))
     expected, bad = model(images), images.clone()
     bad[1, 0, 3, 3] = value
-    for output, wanted in zip(*([y] if isinstance(y, Tensor) else y for y in (model(bad), expected)), strict=True):
+    for output, wanted in zip(tree_leaves(model(bad)), tree_leaves(expected), strict=True):
         assert output[1].isnan().all()
         torch.testing.assert_close(output[0], wanted[0])
 

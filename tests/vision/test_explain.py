@@ -134,7 +134,7 @@ def test_receptive_field_and_explain_of_absent_parts_raise_and_list_choices(imag
         explain(tiny(), bundled_digits()[0][0], 5)
 
 
-@pytest.mark.parametrize('name', slow_but(['test_res2net', 'dla60_res2net'], TRUNKS))
+@pytest.mark.parametrize('name', slow_but(['test_res2net'], TRUNKS))
 def test_plot_explanation_draws_coloured_picture_of_every_trunk(name: str, tmp_path: Path, build: Any) -> None:
     explanation = explain(build(name), bundled_digits()[0][0], 1)
     assert explanation.block == {'dla60_res2net': 'level2.tree2', 'test_res2net': 'layer1.1'}.get(

@@ -5,13 +5,11 @@ import json
 from collections.abc import Sequence
 
 from .._files import atomic_write_text, require_writable
+from ..deploy.backends import PRECISIONS
 from ..deploy.bench import MODELS, OPPONENTS, Result, bench, environment
-from ..deploy.optimize import DTYPES, name_of
 from ..recipes.arguments import positive
 from .options import add_options
 from .output import print, print_table
-
-DTYPE_NAMES = {name_of(dtype): dtype for dtype in DTYPES}
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -19,7 +17,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument('--batch', nargs='+', type=positive, default=[8], metavar='N', help='images (default: 8)')
     command.add_argument('--size', nargs='+', type=positive, default=[224], metavar='PX', help='default: 224')
     dtypes = ['float32', 'bfloat16']
-    command.add_argument('--dtype', nargs='+', choices=DTYPE_NAMES, default=dtypes, help=f'default: {" ".join(dtypes)}')
+    command.add_argument('--dtype', nargs='+', choices=PRECISIONS, default=dtypes, help=f'default: {" ".join(dtypes)}')
     command.add_argument('--against', default='timm', metavar='A,B', help=f'{",".join(OPPONENTS)} (default: timm)')
     command.add_argument('--train', action='store_true', help='measure training steps')
     command.add_argument('--rounds', type=positive, default=20, metavar='N', help='measurements of each (default: 20)')
@@ -34,7 +32,7 @@ def run(args: argparse.Namespace) -> None:
         models=args.models,
         batches=args.batch,
         sizes=args.size,
-        dtypes=[DTYPE_NAMES[name] for name in args.dtype],
+        dtypes=args.dtype,
         against=args.against.split(','),
         train=args.train,
         device=args.device,

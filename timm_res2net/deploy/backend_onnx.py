@@ -32,7 +32,7 @@ def write_onnx(program: Program, file: Path, opset: int = OPSET, symmetric: bool
         dynamo=True,
         opset_version=opset,
         input_names=['images'],
-        output_names=list(program.outputs),
+        output_names=program.outputs,
         dynamic_shapes=program.dynamic_shapes,
         external_data=False,
         verbose=False,
@@ -44,7 +44,7 @@ def write_onnx(program: Program, file: Path, opset: int = OPSET, symmetric: bool
     version = next(each.version for each in model.opset_import if each.domain in ('', 'ai.onnx'))
     if version != opset:  # for which the exporter only logs a warning
         raise ValueError(f'the exporter wrote opset {version}, not {opset}')
-    onnx.helper.set_model_props(model, {METADATA: program.record})
+    onnx.helper.set_model_props(model, program.metadata)
     onnx.checker.check_model(model)
     onnx.save(model, file)
 

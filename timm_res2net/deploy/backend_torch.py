@@ -17,11 +17,11 @@ def write_torch(program: Program, file: Path, compile: bool = False) -> None:
     """Writes a program of torch.export, or with `compile` a package of machine code that AOTInductor makes of it."""
     exported = torch.export.export(program.module, (program.example,), dynamic_shapes=program.dynamic_shapes)
     if compile:
-        configs = {'aot_inductor.metadata': {METADATA: program.record}}
+        configs = {'aot_inductor.metadata': program.metadata}
         torch._inductor.aoti_compile_and_package(exported, package_path=str(file), inductor_configs=configs)
     else:
         content = io.BytesIO()  # on a full disk, torch's own writer ends the process
-        torch.export.save(exported, content, extra_files={METADATA: program.record})
+        torch.export.save(exported, content, extra_files=program.metadata)
         file.write_bytes(content.getbuffer())
 
 
@@ -40,8 +40,7 @@ def load_torch(file: Path) -> tuple[str, Callable[[str], Run]]:
 
     @torch.no_grad()
     def run(images: Tensor) -> list[Tensor]:
-        outputs = call(images)
-        return [outputs] if isinstance(outputs, Tensor) else list(outputs)
+        return list(call(images))
 
     return record, lambda precision: run
 

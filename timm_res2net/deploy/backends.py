@@ -18,7 +18,6 @@ from .inference import Run
 class Backend:
     """A runtime and its file format."""
 
-    name: str
     format: str
     suffix: str
     precisions: tuple[str, ...]  # of exported files
@@ -29,39 +28,22 @@ class Backend:
     runs_code: bool = False  # loading a file can run any code that its author put there
 
 
+# fmt: off
 BACKENDS = {
-    each.name: each
-    for each in (
-        Backend(
-            name='onnxruntime',
-            format='ONNX',
-            suffix='.onnx',
-            precisions=('float32', 'float16', 'int8'),  # its CPU kernels do not compute bfloat16
-            write=write_onnx,
-            load=load_onnx,
-            options=('opset', 'symmetric'),
-        ),
-        Backend(
-            name='openvino',
-            format='OpenVINO',
-            suffix='.xml',
-            precisions=('float32', 'float16', 'bfloat16', 'int8'),
-            write=write_openvino,
-            load=load_openvino,
-            compile=compile_for_openvino,
-        ),
-        Backend(
-            name='torch',
-            format='torch',
-            suffix='.pt2',
-            precisions=('float32', 'float16', 'bfloat16'),
-            write=write_torch,
-            load=load_torch,
-            options=('compile',),
-            runs_code=True,
-        ),
-    )
+    'onnxruntime': Backend(
+        format='ONNX', suffix='.onnx', precisions=('float32', 'float16', 'int8'),  # its CPU kernels lack bfloat16
+        write=write_onnx, load=load_onnx, options=('opset', 'symmetric'),
+    ),
+    'openvino': Backend(
+        format='OpenVINO', suffix='.xml', precisions=('float32', 'float16', 'bfloat16', 'int8'),
+        write=write_openvino, load=load_openvino, compile=compile_for_openvino,
+    ),
+    'torch': Backend(
+        format='torch', suffix='.pt2', precisions=('float32', 'float16', 'bfloat16'),
+        write=write_torch, load=load_torch, options=('compile',), runs_code=True,
+    ),
 }
+# fmt: on
 SUFFIXES = tuple(each.suffix for each in BACKENDS.values())
 PRECISIONS = tuple(dict.fromkeys(precision for each in BACKENDS.values() for precision in each.precisions))
 

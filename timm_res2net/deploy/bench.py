@@ -6,11 +6,10 @@ import os
 import platform
 import random
 import signal
-import statistics
 import time
 import warnings
-from collections.abc import Callable, Sequence
-from concurrent.futures import Executor, ProcessPoolExecutor
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +19,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,7 @@ from ..models.variants import ARCHS
 from ..res2net import timm_entrypoint
 from .backends import BACKENDS
 from .fuse import fuse
-from .optimize import name_of, optimize
+from .optimize import optimize
 from .program import Exportable, Program
 
 MODELS = 'res2net50_26w_4s', 'res2net50d', 'res2next50', 'dla60_res2net'
@@ -41,9 +41,9 @@ TIMM, OURS = 'timm', 'timm_res2net'  # ratios are to timm's own as people run it
 BUDGETS = 1.0, 0.7, 0.5, 0.3  # share of the activations that a compiled training step may keep
 INSTRUCTION_SETS = 'avx2', 'avx512f', 'avx512_bf16', 'amx_bf16', 'avx_vnni', 'avx512_vnni', 'amx_int8'
 # Differences between outputs, relative to the largest; int8 is calibrated with random images.
-TOLERANCES = {torch.float32: 1e-3, torch.bfloat16: 5e-2, torch.float16: 1e-2, torch.int8: 5e-1}
+TOLERANCES = {'float32': 1e-3, 'bfloat16': 5e-2, 'float16': 1e-2, 'int8': 5e-1}
 
-Make = Callable[[str], nn.Module]  # from the name of a model
+Make = Callable[[], nn.Module]
 Run = Callable[[], Tensor]
 run: Run  # in a worker process, made by `start`
 
@@ -52,13 +52,13 @@ run: Run  # in a worker process, made by `start`
 class Way:
     """One way to run a model."""
 
+    model: str
     name: str
-    dtype: torch.dtype
-    make: Callable[[str, Tensor, torch.dtype], Run]  # from the name of a model, images (N, C, H, W) and a data type
+    dtype: str
+    prepare: Callable[[Tensor, str], Run]  # for images (N, C, H, W), in a data type
 
-    @property
-    def label(self) -> str:
-        return f'{self.name} in {name_of(self.dtype)}'
+    def __str__(self) -> str:
+        return f'{self.model} by {self.name} in {self.dtype}'
 
 
 @dataclass(frozen=True)
@@ -77,41 +77,49 @@ class Result:
     peak_memory: int | None  # bytes beyond weights and input, where the system knows them
 
 
-def inference_ways(has_timm: bool, dtypes: Sequence[torch.dtype], against: Sequence[str]) -> list[Way]:
-    """Returns the ways to compare in inference, timm's own first."""
+def inference_ways(model: str, dtypes: Sequence[str], against: Sequence[str]) -> list[Way]:
+    """Returns the ways to compare in inference, timm's own first if timm has the model."""
+    timms, ours, fused = (partial(make, model) for make in (make_timms, make_ours, make_fused))
     ways = [
-        Way(TIMM, torch.float32, partial(run_eager, make_timms)),
-        Way(f'{OURS}, as it is', torch.float32, partial(run_eager, make_ours)),
-        Way(f'{OURS}, fused', torch.float32, partial(run_optimized, False)),
-        *(Way(f'{OURS}, optimized', dtype, partial(run_optimized, True)) for dtype in dtypes),
+        Way(model, TIMM, 'float32', partial(run_eager, timms)),
+        Way(model, f'{OURS}, as it is', 'float32', partial(run_eager, ours)),
+        Way(model, f'{OURS}, fused', 'float32', partial(run_optimized, ours, False)),
+        *(Way(model, f'{OURS}, optimized', dtype, partial(run_optimized, ours, True)) for dtype in dtypes),
     ]
     for name, dtype in itertools.product(RUNTIMES, dtypes):
         backend = BACKENDS[name]
-        if name in against and name_of(dtype) in backend.precisions:
-            ways.append(Way(f'{OURS}, {backend.format}', dtype, partial(run_exported, name, make_ours)))
-            if dtype != torch.int8:
-                ways.append(Way(f'{TIMM}, {backend.format}', dtype, partial(run_exported, name, make_timms)))
-    return [way for way in ways if has_timm or way.name.startswith(OURS)]
+        if name in against and dtype in backend.precisions:
+            ways.append(Way(model, f'{OURS}, {backend.format}', dtype, partial(run_exported, fused, name)))
+            if dtype != 'int8':
+                ways.append(Way(model, f'{TIMM}, {backend.format}', dtype, partial(run_exported, timms, name)))
+    return [way for way in ways if timm_entrypoint(model) or way.name.startswith(OURS)]
 
 
-def training_ways(has_timm: bool, dtypes: Sequence[torch.dtype], against: Sequence[str]) -> list[Way]:
-    """Returns the ways to compare in training, all with channels last, timm's own first."""
+def training_ways(model: str, dtypes: Sequence[str], against: Sequence[str]) -> list[Way]:
+    """Returns the ways to compare in training, all with channels last, timm's own first if timm has the model."""
+    timms, ours = partial(make_timms, model), partial(make_ours, model)
     ways = []
     for dtype in dtypes:
         ways += [
-            Way(TIMM, dtype, partial(run_step, make_timms)),
-            Way(OURS, dtype, partial(run_step, make_ours)),
-            Way(f'{OURS}, checkpointing', dtype, partial(run_step, make_ours, checkpointing=True)),
+            Way(model, TIMM, dtype, partial(run_step, timms)),
+            Way(model, OURS, dtype, partial(run_step, ours)),
+            Way(model, f'{OURS}, checkpointing', dtype, partial(run_step, ours, checkpointing=True)),
         ]
         for budget in BUDGETS if 'inductor' in against else ():
-            ways.append(Way(f'{OURS}, compiled, budget {budget}', dtype, partial(run_step, make_ours, budget=budget)))
-    return [way for way in ways if has_timm or way.name != TIMM]
+            name = f'{OURS}, compiled, budget {budget}'
+            ways.append(Way(model, name, dtype, partial(run_step, ours, budget=budget)))
+    return [way for way in ways if timm_entrypoint(model) or way.name != TIMM]
 
 
 def make_ours(name: str) -> nn.Module:
     """Makes our model, with the same weights each time."""
     torch.manual_seed(0)
     return timm.create_model(name).eval()
+
+
+def make_fused(name: str) -> nn.Module:
+    """Makes our model as `export` writes it."""
+    return fuse(make_ours(name))
 
 
 def make_timms(name: str) -> nn.Module:
@@ -121,40 +129,32 @@ def make_timms(name: str) -> nn.Module:
     return make().eval()
 
 
-def run_eager(make: Make, name: str, x: Tensor, dtype: torch.dtype) -> Run:
-    return partial(make(name).to(x.device), x)
+def run_eager(make: Make, x: Tensor, dtype: str) -> Run:
+    return partial(make().to(x.device), x)
 
 
-def run_optimized(compile: bool, name: str, x: Tensor, dtype: torch.dtype) -> Run:
-    return partial(optimize(make_ours(name).to(x.device), x, dtype=dtype, compile=compile), x)
+def run_optimized(make: Make, compile: bool, x: Tensor, dtype: str) -> Run:
+    return partial(optimize(make().to(x.device), x, dtype=getattr(torch, dtype), compile=compile), x)
 
 
-def run_exported(backend: str, make: Make, name: str, x: Tensor, dtype: torch.dtype) -> Run:
-    """Writes a model to a file for a backend, ours fused as `export` does, and runs it from there."""
-    model = fuse(make(name)) if make is make_ours else make(name)
-    program = Program(
-        module=Exportable(model, dtype if dtype.is_floating_point else torch.float32),
-        example=x,
-        dynamic=(0,),
-        outputs=('logits',),
-        record='',
-        calibration=x if dtype == torch.int8 else None,
-    )
+def run_exported(make: Make, backend: str, x: Tensor, dtype: str) -> Run:
+    """Writes a model to a file for a backend, and runs it from there."""
+    write, load = BACKENDS[backend].write, BACKENDS[backend].load
+    record = dict(input=[None, *x.shape[1:]], outputs=[{'name': 'logits'}])
+    program = Program(Exportable(make(), dtype), x, record, calibration=x if dtype == 'int8' else None)
     with TemporaryDirectory() as folder:
         file = Path(folder, f'model{BACKENDS[backend].suffix}')
-        BACKENDS[backend].write(program, file)
-        _, start = BACKENDS[backend].load(file)
-        run = start(name_of(dtype))
+        write(program, file)
+        _, start = load(file)
+        run = start(dtype)
     return lambda: run(x)[0]
 
 
-def run_step(
-    make: Make, name: str, x: Tensor, dtype: torch.dtype, checkpointing: bool = False, budget: float | None = None
-) -> Run:
+def run_step(make: Make, x: Tensor, dtype: str, checkpointing: bool = False, budget: float | None = None) -> Run:
     """Makes a training step with SGD that returns the loss; compiled to keep a share of the activations, if given."""
     from torch._functorch import config
 
-    model: Any = make(name).train().to(x.device).to(memory_format=torch.channels_last)
+    model: Any = make().train().to(x.device).to(memory_format=torch.channels_last)
     if checkpointing:
         model.set_grad_checkpointing()
     run = model if budget is None else torch.compile(model)
@@ -166,7 +166,7 @@ def run_step(
         optimizer.zero_grad()
         with (
             config.patch(activation_memory_budget=budget or 1.0),  # read when torch.compile compiles
-            torch.autocast(x.device.type, dtype, enabled=dtype != torch.float32),
+            torch.autocast(x.device.type, getattr(torch, dtype), enabled=dtype != 'float32'),
         ):
             loss = F.cross_entropy(run(x), target)
             loss.backward()
@@ -176,35 +176,27 @@ def run_step(
     return step
 
 
-def start(way: Way, model: str, shape: tuple[int, ...], train: bool, device: torch.device) -> Any:
-    """Makes the run of this worker process for images of a shape; returns its first output as a numpy array."""
+def start(way: Way, shape: tuple[int, ...], train: bool, device: torch.device) -> Any:
+    """Prepares this worker process to run images of a shape; returns the first output as a numpy array."""
     global run
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
     warnings.simplefilter('ignore')  # of other packages about each other
     torch.backends.cudnn.benchmark = True
     torch.set_grad_enabled(train)
     x = torch.randn(*shape, generator=torch.Generator().manual_seed(0)).to(device)
-    run = way.make(model, x, way.dtype)
+    run = way.prepare(x, way.dtype)
     return run().float().cpu().numpy()
 
 
-def ask(worker: Executor, way: Way, function: Callable[..., Any], *args: Any) -> Any:
-    """Calls a function in a worker process; ValueError if that fails."""
-    try:
-        return worker.submit(function, *args).result()
-    except Exception as error:  # libraries raise anything, and a process may run out of memory
-        raise ValueError(f'cannot measure {way.label}: {first_line(error)}') from error
-
-
 def bench(
-    models: Sequence[str] = MODELS,
-    batches: Sequence[int] = (8,),
-    sizes: Sequence[int] = (224,),
-    dtypes: Sequence[torch.dtype] = (torch.float32, torch.bfloat16),
-    against: Sequence[str] = ('timm',),
-    train: bool = False,
-    device: str | torch.device = 'cpu',
-    rounds: int = 20,
+    models: Sequence[str],
+    batches: Sequence[int],
+    sizes: Sequence[int],
+    dtypes: Sequence[str],
+    against: Sequence[str],
+    train: bool,
+    device: torch.device,
+    rounds: int,
 ) -> list[Result]:
     """Measures models side by side with timm's own.
 
@@ -217,44 +209,40 @@ def bench(
     ways. Raises an UnknownModelError or ValueError if arguments do not fit each other, a way fails, or two compute
     other outputs.
     """
-    device = torch.device(device)
     require_measurable(models, dtypes, against, train, device)
     find_ways = training_ways if train else inference_ways
     results = []
     for model, size, batch in itertools.product(models, sizes, batches):
-        ways = find_ways(timm_entrypoint(model) is not None, dtypes, against)
-        times, memory = measure(ways, model, (batch, 3, size, size), train, device, rounds)
-        medians = [statistics.median(each) for each in times]
-        timms = {way.dtype: seconds for way, seconds in zip(ways, medians) if way.name == TIMM}
-        for way, measured, seconds, peak in zip(ways, times, medians, memory):
-            baseline = timms.get(way.dtype if train else torch.float32)
-            low, _, high = statistics.quantiles(measured, n=4) if rounds > 1 else (seconds,) * 3
+        ways = find_ways(model, dtypes, against)
+        times, memory = measure(ways, (batch, 3, size, size), train, device, rounds)
+        quartiles = {way: np.percentile(times[way], [25, 50, 75]).tolist() for way in ways}
+        baselines = {way.dtype: quartiles[way][1] for way in ways if way.name == TIMM}
+        for way, (low, median, high) in quartiles.items():
+            baseline = baselines.get(way.dtype if train else 'float32')
             results.append(
                 Result(
                     model=model,
                     batch=batch,
                     size=size,
                     way=way.name,
-                    dtype=name_of(way.dtype),
-                    milliseconds=round(seconds * 1e3, 2),
+                    dtype=way.dtype,
+                    milliseconds=round(median * 1e3, 2),
                     spread=round((high - low) * 1e3, 2),
-                    images_per_second=round(batch / seconds, 2),
-                    ratio=None if baseline is None else round(baseline / seconds, 3),
-                    peak_memory=peak,
+                    images_per_second=round(batch / median, 2),
+                    ratio=None if baseline is None else round(baseline / median, 3),
+                    peak_memory=memory[way],
                 )
             )
     return results
 
 
 def require_measurable(
-    models: Sequence[str], dtypes: Sequence[torch.dtype], against: Sequence[str], train: bool, device: torch.device
+    models: Sequence[str], dtypes: Sequence[str], against: Sequence[str], train: bool, device: torch.device
 ) -> None:
     """Raises an error for arguments of `bench` that do not fit each other."""
     if unknown := sorted(set(models) - ARCHS.keys()):
         raise UnknownModelError.among(unknown[0], ARCHS, ' in this package')
-    if unknown := sorted(set(against) - set(OPPONENTS)):
-        raise ValueError(f'unknown against={", ".join(unknown)}. Choose from {", ".join(OPPONENTS)}.')
-    only_inference_on_cpu = sorted({*RUNTIMES, 'int8'} & {*against, *map(name_of, dtypes)})
+    only_inference_on_cpu = sorted({*RUNTIMES, 'int8'} & {*against, *dtypes})
     if only_inference_on_cpu and (train or device.type != 'cpu'):
         raise ValueError(f'{" and ".join(only_inference_on_cpu)} is for inference on the CPU. Leave it out.')
     if not train and 'inductor' in against:
@@ -262,38 +250,44 @@ def require_measurable(
 
 
 def measure(
-    ways: Sequence[Way], model: str, shape: tuple[int, ...], train: bool, device: torch.device, rounds: int
-) -> tuple[list[list[float]], list[int | None]]:
+    ways: Sequence[Way], shape: tuple[int, ...], train: bool, device: torch.device, rounds: int
+) -> tuple[dict[Way, list[float]], dict[Way, int | None]]:
     """Measures ways to run a model, in turns; returns the seconds of each, and its peak memory in bytes."""
-    times: list[list[float]] = [[] for _ in ways]
     with ExitStack() as stack:
-        workers = [stack.enter_context(ProcessPoolExecutor(1, get_context('spawn'))) for _ in ways]
-        outputs = [ask(worker, way, start, way, model, shape, train, device) for worker, way in zip(workers, ways)]
-        require_agreement(model, ways, outputs)
-        for _ in tqdm(range(rounds), f'{model}, {shape}', disable=None, leave=False):
-            for i in random.sample(range(len(ways)), len(ways)):
-                times[i].append(ask(workers[i], ways[i], second_call, device))
-        return times, [ask(worker, way, peak_memory, device) for worker, way in zip(workers, ways)]
+        workers = {way: stack.enter_context(ProcessPoolExecutor(1, get_context('spawn'))) for way in ways}
+
+        def ask(way: Way, function: Callable[..., Any], *args: Any) -> Any:
+            try:
+                return workers[way].submit(function, *args).result()
+            except Exception as error:  # libraries raise anything, and a process may run out of memory
+                raise ValueError(f'cannot measure {way}: {first_line(error)}') from error
+
+        outputs = {way: ask(way, start, way, shape, train, device) for way in ways}
+        require_agreement(outputs)
+        times: dict[Way, list[float]] = {way: [] for way in ways}
+        for _ in tqdm(range(rounds), f'{ways[0].model}, {shape}', disable=None, leave=False):
+            for way in random.sample(ways, len(ways)):
+                times[way].append(ask(way, second_call, device))
+        return times, {way: ask(way, peak_memory, device) for way in ways}
 
 
-def require_agreement(name: str, ways: Sequence[Way], outputs: Sequence[Any]) -> None:
+def require_agreement(outputs: Mapping[Way, Any]) -> None:
     """Raises a ValueError if the outputs of two ways to run a model differ."""
-    for way, output in zip(ways, outputs):
-        difference = float(abs(output - outputs[0]).max() / abs(outputs[0]).max())
+    first, expected = next(iter(outputs.items()))
+    for way, output in outputs.items():
+        difference = float(abs(output - expected).max() / abs(expected).max())
         if not difference < TOLERANCES[way.dtype]:
-            raise ValueError(f'{name}: {way.label} differs by {difference:.1e} from {ways[0].name}')
+            raise ValueError(f'{way} differs by {difference:.1e} from {first.name}')
 
 
 def second_call(device: torch.device) -> float:
     """Returns the seconds of a call right after another, in a worker process."""
-    times = []
     for _ in range(2):
         start = time.perf_counter()
         run()
         if device.type == 'cuda':
             torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return times[-1]
+    return time.perf_counter() - start
 
 
 def peak_memory(device: torch.device) -> int | None:

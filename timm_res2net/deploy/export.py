@@ -1,6 +1,5 @@
 """Exports a model to a small file that runs without this package, and verifies the file before it appears."""
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -15,9 +14,10 @@ import torch.nn.functional as F
 from safetensors.torch import save
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from .._errors import first_line
-from .._files import PathLike, sync, temporary_folder
+from .._files import PathLike, require_writable, sync, temporary_folder
 from ..models.block import spec_of
 from ..models.checks import require_finite_weights
 from ..models.classifier import class_names, model_name, with_channels
@@ -34,7 +34,6 @@ _logger = logging.getLogger(__name__)
 # Largest difference from the model, relative to its largest output, at which a file still counts as right. The loss by
 # 8 bits depends on the weights and on the images for calibration; a file that computes nonsense is far beyond it.
 TOLERANCES = {'float32': 1e-4, 'float16': 2e-2, 'bfloat16': 1e-1, 'int8': 5e-1}
-OTHER_SIZES = (32, 16), (13, 7)  # pixels added to height and width to verify files with a dynamic size
 
 
 @dataclass(frozen=True)
@@ -99,29 +98,24 @@ def export(
     """
     path, backend = Path(file), find_backend(file)
     options = dict(opset=opset, symmetric=symmetric, compile=compile)
-    options = {name: value for name, value in options.items() if value is not None and value is not False}
+    options = {name: value for name, value in options.items() if value}
     require_possible(backend, precision, options, dynamic_size)
     require_free(path)
+    require_writable(path)
     if any(isinstance(module, ForInference) for module in model.modules()):
         raise ValueError('cannot export an optimized or exported model. Export the model that it was made from.')
     require_finite_weights(model)
     fused = fuse(model)
-    text = json.dumps(describe(model, backend, precision, batch, size, dynamic_size))
-    record = parse_record(text)  # as when the file is loaded
+    record = describe(model, backend, precision, batch, size, dynamic_size)
+    record = parse_record(json.dumps(record))  # as when the file is loaded
     shape = record['pretrained_cfg']['input_size']
     given = calibration_images(model, images, tuple(shape)) if images is not None or precision == 'int8' else None
-    program = Program(
-        module=Exportable(fused, getattr(torch, precision if precision != 'int8' else 'float32')),
-        example=torch.zeros(batch or 2, *shape),
-        dynamic=tuple(i for i, length in enumerate(record['input']) if length is None),
-        outputs=tuple(output['name'] for output in record['outputs']),
-        record=text,
-        calibration=given if precision == 'int8' else None,
-    )
+    calibration = given if precision == 'int8' else None
+    program = Program(Exportable(fused, precision), torch.zeros(batch or 2, *shape), record, calibration)
     try:
         with temporary_folder(path.parent) as folder:
-            write(backend, program, folder / path.name, precision, options)
-            differences = verify(Exportable(model, torch.float32), folder / path.name, record, given)
+            write(backend, program, folder / path.name, options)
+            differences = verify(Exportable(model, 'float32'), folder / path.name, record, given)
             publish(folder, path)
     except OSError as error:
         raise OSError(f'cannot write {str(path)!r}: {first_line(error)}') from error
@@ -152,29 +146,22 @@ def parts_of(path: Path) -> list[Path]:
 
 
 def require_free(path: Path) -> None:
-    """Raises an error if a file would replace another, or has no folder."""
-    if not path.parent.is_dir():
-        raise FileNotFoundError(f'cannot write {str(path)!r}: no folder {str(path.parent)!r}')
+    """Raises a ValueError if a file would replace another."""
     for part in parts_of(path):
         if os.path.lexists(part):
             raise ValueError(f'cannot write {str(part)!r}: it exists. Move it away, or choose another name.')
 
 
-def write(backend: Backend, program: Program, file: Path, precision: str, options: dict[str, Any]) -> None:
+def write(backend: Backend, program: Program, file: Path, options: dict[str, Any]) -> None:
     """Writes a program with its backend; ValueError if the exporter cannot express it."""
     try:
-        with (
-            requires_extra(f'exporting to {file.suffix}'),
-            warnings.catch_warnings(),
-            open(os.devnull, 'w') as nowhere,
-            contextlib.redirect_stdout(nowhere),  # progress bars
-        ):
+        with requires_extra(f'exporting to {file.suffix}'), warnings.catch_warnings():
             warnings.simplefilter('ignore')  # exporters warn about their own internals
             backend.write(program, file, **options)
     except (OSError, ImportError):
         raise
     except Exception as error:  # exporters raise anything
-        name = json.loads(program.record)['architecture']
+        name, precision = program.record['architecture'], program.record['precision']
         _logger.debug('cannot export %s', name, exc_info=True)
         raise ValueError(f'cannot export {name} to {file.suffix}, {precision}: {first_line(error)}') from error
 
@@ -244,7 +231,7 @@ def verify(model: nn.Module, file: Path, record: dict[str, Any], images: Tensor 
     """
     loaded = load_exported(file, trust=True)
     batches = make_batches(record, images)
-    found, expected = ([flatten_outputs(run(x)) for x in batches] for run in (loaded, model))
+    found, expected = ([[y.flatten() for y in tree_leaves(run(x))] for x in batches] for run in (loaded, model))
     if [[y.shape for y in outputs] for outputs in found] != [[y.shape for y in outputs] for outputs in expected]:
         raise ValueError(f'{file.name} was discarded: its outputs have other shapes than those of the model')
     pairs = [(torch.cat(a), torch.cat(b)) for a, b in zip(zip(*found), zip(*expected))]  # for each output
@@ -264,11 +251,6 @@ def verify(model: nn.Module, file: Path, record: dict[str, Any], images: Tensor 
     return dict(largest_difference=largest, mean_difference=mean, agreement=same, images=sum(map(len, batches)))
 
 
-def flatten_outputs(outputs: Any) -> list[Tensor]:
-    """Returns one output, or a list or tuple of them, as a list of vectors."""
-    return [output.flatten() for output in ([outputs] if isinstance(outputs, Tensor) else outputs)]
-
-
 def make_batches(record: dict[str, Any], images: Tensor | None) -> list[Tensor]:
     """Makes the batches to compare on: of two sizes, and of images of three sizes, where those are free."""
     batch, _, *size = record['input']
@@ -282,8 +264,8 @@ def make_batches(record: dict[str, Any], images: Tensor | None) -> list[Tensor]:
         batches = [images[:1], *images[1:].split(8)]
     if None in size:
         height, width = images.shape[-2:]
-        others = [(height + more_height, width + more_width) for more_height, more_width in OTHER_SIZES]
-        batches += [F.interpolate(batches[0], other, mode='bilinear') for other in others]
+        for other in ((height + 32, width + 16), (height + 13, width + 7)):
+            batches.append(F.interpolate(batches[0], other, mode='bilinear'))
     return batches
 
 

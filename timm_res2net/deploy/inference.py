@@ -1,15 +1,15 @@
-"""What models that can only be run have in common: optimized ones and exported files."""
+"""Shared parts of models that can only be run: optimized models and exported files."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 Run = Callable[[Tensor], list[Tensor]]  # float32 images (N, C, H, W) on the CPU -> outputs
-Outputs = Tensor | list[Tensor] | dict[str, Tensor]
-T = TypeVar('T', bound=Outputs)
+Outputs = Any  # a tensor, or a list or dict of features
 
 
 class ForInference(nn.Module):
@@ -30,7 +30,7 @@ class ForInference(nn.Module):
 
 
 def run_batch(run: Run, images: Tensor, shape: Sequence[int | None]) -> list[Tensor]:
-    """Runs images (N, C, H, W) in another runtime; ValueError unless they are of a shape, in which None is any size."""
+    """Runs images (N, C, H, W) in another runtime; ValueError unless they have a shape, where None is any size."""
     if images.dim() != 4 or any(size not in (None, have) for size, have in zip(shape, images.shape)):
         expected = ', '.join(name if size is None else str(size) for size, name in zip(shape, 'NCHW'))
         raise ValueError(f'images must be ({expected}), got {tuple(images.shape)}')
@@ -46,7 +46,7 @@ def require_floating_point(images: Tensor) -> None:
         raise ValueError(f'images must be floating-point, got {images.dtype}. Preprocess them with the timm transform.')
 
 
-def finish(outputs: T, images: Tensor) -> T:
+def finish(outputs: Outputs, images: Tensor) -> Outputs:
     """Casts outputs to the dtype of the images, and makes those of images with NaN or infinity NaN.
 
     Compilers and OpenVINO compute max(NaN, 0) = 0, so a damaged image would otherwise get plausible scores.
@@ -58,14 +58,7 @@ def finish(outputs: T, images: Tensor) -> T:
         output = output.to(images.dtype)
         return output if all_finite else output.where(finite.reshape(-1, *[1] * (output.dim() - 1)), torch.nan)
 
-    result: Any
-    if isinstance(outputs, dict):
-        result = {name: finish_one(output) for name, output in outputs.items()}
-    elif isinstance(outputs, list):
-        result = [finish_one(output) for output in outputs]
-    else:
-        result = finish_one(outputs)
-    return result
+    return tree_map(finish_one, outputs)
 
 
 def find_finite(images: Tensor) -> Tensor:

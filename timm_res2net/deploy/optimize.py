@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .._errors import first_line
 from .backend_torch import quantize_torch
@@ -75,17 +76,18 @@ def optimize(
         raise ValueError(f'OpenVINO and torch.int8 run on the CPU, and example_input is on {example_input.device}')
     optimized: Optimized | OptimizedByBackend
     if backend is not None:
-        optimized = OptimizedByBackend(fused.float(), example_input.float(), dtype, BACKENDS[backend])
+        with requires_extra(f'backend={backend!r}'):
+            optimized = OptimizedByBackend(fused.float(), example_input.float(), dtype, BACKENDS[backend])
     elif dtype == torch.int8:
         run_example(fused.float(), example_input[:2].float())
         with requires_extra('dtype=torch.int8'):
             optimized = Optimized(quantize_torch(fused, example_input.float()), dtype)
-        compile_or_warn(optimized, example_input[:8])  # the example is for calibration, not a batch that will be run
+        optimized.compile_or_warn(example_input[:8])  # the example is for calibration, not a batch that will be run
     else:
         optimized = Optimized(fused.to(dtype).to(memory_format=torch.channels_last), dtype)
         run_example(optimized, example_input)  # so that a wrong example is not blamed on the compiler
         if compile:
-            compile_or_warn(optimized, example_input)
+            optimized.compile_or_warn(example_input)
     for name in ('pretrained_cfg', 'default_cfg', 'num_classes', 'feature_info'):
         if hasattr(model, name):
             setattr(optimized, name, getattr(model, name))
@@ -123,16 +125,21 @@ class Optimized(ForInference):
             images = x.to(self.dtype, memory_format=torch.channels_last)
             return finish(self.model(images.clone() if images.is_inference() else images), x)
 
-    def compile_now(self, example_input: Tensor, **options: Any) -> None:
-        """Compiles the model by a first call; an error changes nothing."""
-        model, context = self.model, self.context
-        try:
-            self.model, self.context = torch.compile(model, fullgraph=True, **options), frozen_weights  # type: ignore[assignment]
-            self(example_input)
-        except Exception:
-            self.model, self.context = model, context
-            raise
-        self.path += ', compiled'
+    def compile_or_warn(self, example_input: Tensor) -> None:
+        """Compiles by a first call with the fastest settings, else the default ones; logs why settings failed."""
+        model = self.model
+        for name in ('fastest', 'default'):
+            try:
+                settings = fastest_settings(example_input.device) if name == 'fastest' else {}
+                self.model = torch.compile(model, fullgraph=True, **settings)  # type: ignore[assignment]
+                self.context = frozen_weights
+                self(example_input)
+            except Exception as error:  # compilers raise anything
+                _logger.warning('torch.compile with %s settings failed: %s', name, first_line(error))
+            else:
+                self.path += ', compiled'
+                return
+        self.model, self.context = model, nullcontext
 
 
 class OptimizedByBackend(ForInference):
@@ -141,38 +148,21 @@ class OptimizedByBackend(ForInference):
     def __init__(self, model: nn.Module, example_input: Tensor, dtype: torch.dtype, backend: Backend) -> None:
         super().__init__()
         assert backend.compile is not None
-        outputs = run_example(model, example_input[:2])
-        self.names = list(outputs) if isinstance(outputs, dict) else None
-        self.is_single = isinstance(outputs, Tensor)
+        _, self.structure = tree_flatten(run_example(model, example_input[:2]))
         self.shape = None, *example_input.shape[1:]
-        with requires_extra(f'backend={backend.name!r}'):
-            self.run = backend.compile(model, example_input, name_of(dtype))
+        self.run = backend.compile(model, example_input, name_of(dtype))
         self.path = f'fused, {name_of(dtype)}, {backend.format}'
         if dtype != torch.int8:  # the example of int8 is for calibration, not a batch that will be run
             self(example_input)
 
     def forward(self, x: Tensor) -> Outputs:
         """Runs the model on (N, C, H, W); outputs have the dtype of `x`, and no gradient."""
-        outputs: Any = run_batch(self.run, x, self.shape)
-        if self.names is not None:
-            outputs = dict(zip(self.names, outputs))
-        return finish(outputs[0] if self.is_single else outputs, x)
+        return finish(tree_unflatten(run_batch(self.run, x, self.shape), self.structure), x)
 
 
 def name_of(dtype: torch.dtype) -> str:
     """Returns the name of a data type, such as 'bfloat16'."""
     return str(dtype).removeprefix('torch.')
-
-
-def compile_or_warn(optimized: Optimized, example_input: Tensor) -> None:
-    """Compiles with the fastest settings, else with the default ones; a warning says why settings failed."""
-    for name, make_settings in (('fastest', fastest_settings), ('default', lambda device: {})):
-        try:
-            optimized.compile_now(example_input, **make_settings(example_input.device))
-        except Exception as error:  # compilers raise anything
-            _logger.warning('torch.compile with %s settings failed: %s', name, first_line(error))
-        else:
-            return
 
 
 def fastest_settings(device: torch.device) -> dict[str, Any]:

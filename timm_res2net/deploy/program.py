@@ -1,30 +1,28 @@
-"""The program that a backend writes to a file: a model with its input, and everything that describes both."""
+"""The program that a backend writes to a file: a model with its input, and the record that describes both."""
 
 import copy
+import json
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 METADATA = 'timm_res2net'  # the key of our record in a file's own metadata
 
 
 class Exportable(nn.Module):
-    """A copy of a model on the CPU that computes in any dtype and takes and returns float32; features as a tuple."""
+    """A copy of a model on the CPU that takes float32 images and returns a tuple of float32, in any precision."""
 
-    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, precision: str) -> None:
         super().__init__()
-        self.model = copy.deepcopy(model).to('cpu', dtype)
-        self.dtype = dtype
+        self.dtype = torch.float32 if precision == 'int8' else getattr(torch, precision)
+        self.model = copy.deepcopy(model).to('cpu', self.dtype)
         self.eval()
 
-    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
-        outputs = self.model(images.to(self.dtype))
-        if isinstance(outputs, Tensor):
-            return outputs.float()
-        values = outputs.values() if isinstance(outputs, dict) else outputs
-        return tuple(output.float() for output in values)
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        return tuple(output.float() for output in tree_leaves(self.model(images.to(self.dtype))))
 
 
 @dataclass(frozen=True)
@@ -33,13 +31,26 @@ class Program:
 
     module: Exportable
     example: Tensor  # (N, C, H, W)
-    dynamic: tuple[int, ...]  # dimensions of the input that are free
-    outputs: tuple[str, ...]  # their names
-    record: str  # JSON, for the file's metadata
+    record: dict[str, Any]  # for the file's metadata
     calibration: Tensor | None  # images (N, C, H, W) to quantize to int8 with; None for other precisions
 
     @property
+    def dynamic(self) -> tuple[int, ...]:
+        """Dimensions of the input that are free."""
+        return tuple(i for i, size in enumerate(self.record['input']) if size is None)
+
+    @property
     def dynamic_shapes(self) -> tuple[dict[int, Any]] | None:
-        """Its free dimensions, for torch's exporters."""
+        """The same for torch's exporters."""
         dims = {0: torch.export.Dim('batch', min=1), 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
         return ({i: dims[i] for i in self.dynamic},) if self.dynamic else None
+
+    @property
+    def outputs(self) -> list[str]:
+        """Names of the outputs."""
+        return [output['name'] for output in self.record['outputs']]
+
+    @property
+    def metadata(self) -> dict[str, str]:
+        """The record as a file stores it."""
+        return {METADATA: json.dumps(self.record)}
