@@ -3,7 +3,6 @@
 from typing import Any
 
 import pytest
-import timm
 import torch
 from torch import Tensor, nn
 
@@ -31,13 +30,6 @@ def test_deeplift_attributions_sum_to_score_difference(kind: str) -> None:
             if isinstance(pool, nn.MaxPool2d):
                 setattr(part, name, nn.AvgPool2d(2, 2, ceil_mode=True))
     torch.testing.assert_close(*attributed(captum.DeepLift, model))
-
-
-@pytest.mark.filterwarnings('ignore:Setting forward, backward hooks:UserWarning')
-def test_deeplift_on_model_of_timm_raises_runtime_error() -> None:
-    model = timm.models.res2net.res2net50_26w_4s(num_classes=3).double().eval()
-    with pytest.raises(RuntimeError, match='used more than once'):
-        attributed(captum.DeepLift, model)
 
 
 def test_integrated_gradients_sum_to_score_difference(kind: str) -> None:

@@ -8,14 +8,13 @@ from typing import Any
 import pytest
 import timm
 import torch
-from PIL import Image
-from support import TRUNKS, built, fitting, slow_but, tiny
+from support import TRUNKS, assert_same, built, fitting, slow_but, tiny
 
 from integration.conftest import digits
 from timm_res2net import CheckpointError, export, load_exported, optimize
 from timm_res2net._images import bundled_digits
 from timm_res2net.deploy.program import METADATA
-from timm_res2net.recipes.digits import split
+from timm_res2net.recipes.digits import main as write_digits
 from timm_res2net.vision.predict import predict, pretrained_model
 from timm_res2net.vision.validate import labelled_images, validate
 
@@ -41,9 +40,7 @@ def test_export_every_trunk_runs_in_its_runtime_at_any_batch_and_image_size(
     assert done.largest_difference < 1e-5
     loaded = load_exported(done.file)
     for shape in ((5, 3, 32, 32), (1, 3, 32, 32), (2, 3, 40, 33)):
-        x = torch.randn(shape)
-        expected = model(x).detach()
-        torch.testing.assert_close(loaded(x), expected, rtol=0, atol=1e-5 * float(expected.abs().max()))
+        assert_same(loaded, model, torch.randn(shape))
 
 
 @pytest.mark.parametrize('case', slow_but([('dla60_res2net', '.xml')], CASES), ids=str)
@@ -98,13 +95,10 @@ def test_export_features_and_other_functions(arguments: dict[str, Any], suffix: 
     export(model, tmp_path / f'net{suffix}', size=64)
     loaded = load_exported(tmp_path / f'net{suffix}')
     x = torch.randn(2, 3, 64, 64)
-    with torch.no_grad():
-        expected, found = model(x), loaded(x)
+    assert_same(loaded, model, x, 1e-4)
     if 'features_only' in arguments:
-        expected = list(expected.values()) if isinstance(expected, dict) else expected
         strides = [output['stride'] for output in loaded.record['outputs']]
-        assert [64 // feature.shape[-1] for feature in found] == strides
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        assert [64 // feature.shape[-1] for feature in loaded(x)] == strides
 
 
 @pytest.mark.parametrize('suffix', FORMATS)
@@ -143,9 +137,7 @@ def test_export_digits_in_8_bits_loses_at_most_a_fifth_of_a_percent(suffix: str,
     assert done.mean_difference < (0.06 if signed else 0.035)
     if suffix == '.xml':
         assert [kernel for kernel in kernels_of_convolutions(done.file) if not kernel.endswith('i8')] == []
-    for i, (image, label) in enumerate(zip(*split()['val'])):
-        (tmp_path / 'val' / str(label)).mkdir(exist_ok=True, parents=True)
-        Image.fromarray(image).save(tmp_path / 'val' / str(label) / f'{i}.png')
+    write_digits([str(tmp_path)])
     images = labelled_images(tmp_path / 'val', [str(i) for i in range(10)])
     loaded = pretrained_model(None, str(tmp_path / f'net{suffix}'))
     assert validate(loaded, images).top1 >= validate(model, images).top1 - 0.2
@@ -159,9 +151,9 @@ def test_optimize_int8_by_openvino_is_quantized_and_close() -> None:
     images = digits('train', 16)
     optimized = optimize(model, images, dtype=torch.int8, backend='openvino')
     assert optimized.path == 'fused, int8, OpenVINO'
-    found, expected = optimized(images[:8]), model(images[:8]).detach()
-    torch.testing.assert_close(found, expected, rtol=0, atol=0.2 * float(expected.abs().max()))
-    assert not torch.allclose(found, expected, atol=1e-3)
+    assert_same(optimized, model, images[:8], 0.2)
+    with pytest.raises(AssertionError):
+        assert_same(optimized, model, images[:8], 1e-4)
 
 
 def test_openvino_model_is_compiled_for_the_first_batch_size_and_once_for_all_others(

@@ -1,10 +1,9 @@
 """ExecuTorch and LiteRT compute what fused models compute in torch; Core ML converts them, and runs on a Mac only."""
 
-from typing import Any
-
 import pytest
 import torch
-from torch import Tensor, nn
+from support import assert_same
+from torch import nn
 
 from integration.conftest import make
 from timm_res2net import fuse
@@ -18,12 +17,6 @@ def fused(kind: str) -> nn.Module:
     return fuse(make(kind, num_classes=4).eval())
 
 
-def assert_same(found: Any, fused: nn.Module) -> None:
-    with torch.no_grad():
-        expected: Tensor = fused(IMAGES)
-    torch.testing.assert_close(torch.as_tensor(found), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
-
-
 @pytest.mark.parametrize('backend', ['portable', 'xnnpack'])
 def test_executorch_computes_the_same(backend: str, fused: nn.Module) -> None:
     exir = pytest.importorskip('executorch.exir')
@@ -32,12 +25,13 @@ def test_executorch_computes_the_same(backend: str, fused: nn.Module) -> None:
     parts = [xnnpack.XnnpackPartitioner()] if backend == 'xnnpack' else []
     lowered = exir.to_edge_transform_and_lower(torch.export.export(fused, (IMAGES,)), partitioner=parts)
     program = runtime.load_program(lowered.to_executorch().buffer)
-    assert_same(program.load_method('forward').execute([IMAGES])[0], fused)
+    method = program.load_method('forward')
+    assert_same(lambda x: torch.as_tensor(method.execute([x])[0]), fused, IMAGES)
 
 
 def test_litert_computes_the_same(fused: nn.Module) -> None:
-    litert_torch = pytest.importorskip('litert_torch')
-    assert_same(litert_torch.convert(fused, (IMAGES,))(IMAGES), fused)
+    converted = pytest.importorskip('litert_torch').convert(fused, (IMAGES,))
+    assert_same(lambda x: torch.as_tensor(converted(x)), fused, IMAGES)
 
 
 def test_core_ml_takes_the_model(fused: nn.Module) -> None:

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from support import assert_same
 
 from integration.conftest import make
 from timm_res2net import optimize
@@ -21,10 +22,9 @@ def test_optimize_openvino_equals_torch_and_refuses_other_image_sizes(kind: str,
     optimized = optimize(model, images, backend='openvino')
     assert optimized.path == 'fused, float32, OpenVINO'
     for x in (images, images[:1], images.repeat(2, 1, 1, 1), images.to(memory_format=torch.channels_last)):
-        with torch.no_grad():
-            found, expected = optimized(x), model(x)
-        largest = max(float(each.abs().max()) for each in (expected.values() if features else [expected]))
-        torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * largest)
+        assert_same(optimized, model, x, 1e-4)
+    if features:
+        assert list(optimized(images)) == list(model(images))
     with pytest.raises(ValueError, match=r'images must be \(N, 3, 64, 64\)'):
         optimized(torch.randn(1, 3, 32, 64))
 
@@ -32,10 +32,8 @@ def test_optimize_openvino_equals_torch_and_refuses_other_image_sizes(kind: str,
 def test_optimize_openvino_bfloat16_returns_dtype_of_input() -> None:
     model, images = make('res2net50_26w_4s').eval(), torch.randn(2, 3, 64, 64)
     optimized = optimize(model, images, dtype=torch.bfloat16, backend='openvino')
-    found = optimized(images.bfloat16())
-    assert found.dtype == torch.bfloat16
-    expected = model(images).detach()
-    torch.testing.assert_close(found.float(), expected, rtol=0, atol=0.05 * expected.abs().max().item())
+    assert optimized(images.bfloat16()).dtype == torch.bfloat16
+    assert_same(optimized, model, images, 0.05)
 
 
 def test_openvino_models_freed_in_any_order_leave_a_process_that_survives_signals() -> None:
