@@ -161,7 +161,7 @@ def are_strings(values: list[Any]) -> bool:
 
 
 RECORD: dict[str, Callable[[dict[str, Any]], bool]] = {
-    'architecture': lambda record: are_strings([record['architecture']]),
+    'architecture': lambda record: isinstance(record['architecture'], str),
     'function': lambda record: isinstance(record['function'], dict) and bool(NetworkSpec.from_text(record['function'])),
     'format': lambda record: record['format'] in [backend.format for backend in BACKENDS.values()],
     'precision': lambda record: record['precision'] in PRECISIONS,
