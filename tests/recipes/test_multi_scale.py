@@ -12,9 +12,9 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 from timm_res2net.recipes import multi_scale
-from timm_res2net.recipes.multi_scale import CLASSES, ITEM, PARTS, SIDE, canvases, main, write
+from timm_res2net.recipes.multi_scale import CLASSES, COUNTS, ITEM, MAGNIFICATIONS, SIDE, canvases, main, write
 
-COUNTS = {'train': 3, 'val': 2, 'unseen': 2}
+FEW = {'train': 3, 'val': 2, 'unseen': 2}
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -23,15 +23,15 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def test_multi_scale_set_is_equal_bit_for_bit_for_a_seed(fashion_mnist: Path, tmp_path: Path) -> None:
     for name, seed in (('first', 0), ('again', 0), ('other', 1)):
-        write(tmp_path / name, fashion_mnist, COUNTS, seed)
+        write(tmp_path / name, fashion_mnist, FEW, seed)
     first, again, other = (contents(tmp_path / name) for name in ('first', 'again', 'other'))
     assert first == again
     assert first.keys() == other.keys()
     assert all(first[name] != other[name] for name in first)
-    assert len(first) == sum(COUNTS.values()) + 3
+    assert len(first) == sum(FEW.values()) + 3
 
 
-@pytest.mark.parametrize('part', PARTS)
+@pytest.mark.parametrize('part', COUNTS)
 def test_multi_scale_boxes_and_areas_are_those_of_the_masks(detection_set: Path, part: str) -> None:
     document = json.loads((detection_set / 'annotations' / f'instances_{part}.json').read_text())
     assert [each['name'] for each in document['categories']] == list(CLASSES)
@@ -53,7 +53,7 @@ def test_multi_scale_boxes_and_areas_are_those_of_the_masks(detection_set: Path,
 def test_canvas_shows_items_within_masks_and_ground_elsewhere(
     fashion_mnist: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(multi_scale, 'ground', lambda rng, photographs: np.full((SIDE, SIDE), 7, np.uint8))
+    monkeypatch.setattr(multi_scale, 'cut_background', lambda rng, photographs: np.full((SIDE, SIDE), 7, np.uint8))
     draw = canvases(fashion_mnist, 'train')
     for index in range(20):
         canvas = draw(index)
@@ -78,12 +78,12 @@ def test_item_that_would_vanish_gets_the_smallest_visible_size(
     assert all(mask.any() for canvas in drawn for mask in canvas.masks)
 
 
-@pytest.mark.parametrize('part', PARTS)
+@pytest.mark.parametrize('part', COUNTS)
 def test_canvas_items_have_the_sizes_of_their_part(fashion_mnist: Path, part: str) -> None:
     draw = canvases(fashion_mnist, part, items=(1, 1))
     drawn = [draw(index) for index in range(100)]
     sizes = [canvas.sizes[0] / ITEM for canvas in drawn]
-    ranges = PARTS[part][1]
+    ranges = MAGNIFICATIONS[part]
     assert all(any(low - 0.02 <= size <= high + 0.02 for low, high in ranges) for size in sizes)
     assert min(sizes) < ranges[0][0] * 1.2
     assert max(sizes) > ranges[-1][1] * 0.9
@@ -154,13 +154,6 @@ def test_interrupted_multi_scale_leaves_nothing_and_can_be_written_again(
             main([str(tmp_path / 'set'), '--fashion-mnist', str(fashion_mnist)])
     assert capsys.readouterr().err.splitlines()[-1].endswith(': interrupted')
     assert list((tmp_path / 'set').iterdir()) == []
-    write(tmp_path / 'set', fashion_mnist, COUNTS)
+    write(tmp_path / 'set', fashion_mnist, FEW)
     assert sorted(path.name for path in (tmp_path / 'set').iterdir()) == ['annotations', 'train', 'unseen', 'val']
     assert [path.name for path in tmp_path.iterdir()] == ['set']
-
-
-def test_multi_scale_shows_the_first_canvases(fashion_mnist: Path, tmp_path: Path) -> None:
-    options = f'{tmp_path / "set"} --fashion-mnist {fashion_mnist} --val 1 --unseen 1 --show {tmp_path / "some.png"}'
-    main([*options.split(), '--train', '7'])
-    with Image.open(tmp_path / 'some.png') as picture:
-        assert picture.width > 2 * picture.height  # six in a row

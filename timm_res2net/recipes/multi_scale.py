@@ -1,6 +1,6 @@
 """Writes a detection set of objects that differ in size: items of Fashion-MNIST on cluttered photographs.
 
-    python -m timm_res2net.recipes.multi_scale data/multi_scale --fashion-mnist data --show some.png
+    python -m timm_res2net.recipes.multi_scale data/multi_scale --fashion-mnist data
 
 A canvas has 96 x 96 pixels and shows one to six items, at half to three times their size of 28 x 28 pixels, hardly
 covering each other. The background is cut from one of scikit-image's photographs. The folder has COCO's format:
@@ -16,7 +16,6 @@ the given folder, and downloaded if it is not there. Without a network: unpack t
 """
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
@@ -30,19 +29,16 @@ from tqdm import tqdm
 
 from .._errors import first_line
 from .._files import make_folder, temporary_folder
-from ..vision.figures import require_drawable
 from .arguments import make_parser, positive, report_errors
-from .coco import CocoImages
-from .pictures import Panel, draw_grid
 
 Bytes = NDArray[np.uint8]
 
 CLASSES = 'T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot'
 SIDE = 96  # pixels across of a canvas
 ITEM = 28  # pixels across of an original item
-SEEN = ((0.5, 3.0),)  # ranges of an item's magnification
-UNSEEN = ((0.36, 0.5), (3.0, 3.4))
-PARTS = {'train': (10_000, SEEN), 'val': (2_000, SEEN), 'unseen': (2_000, UNSEEN)}  # number of canvases, magnifications
+SEEN = ((0.5, 3.0),)
+MAGNIFICATIONS = {'train': SEEN, 'val': SEEN, 'unseen': ((0.36, 0.5), (3.0, 3.4))}  # ranges of the sizes of items
+COUNTS = {'train': 10_000, 'val': 2_000, 'unseen': 2_000}  # of canvases
 COVERED = 0.1  # largest part of an item that another one may cover
 TRIES = 20  # attempts to place an item
 EMPTY = 15  # highest grey level of the background of Fashion-MNIST: JPEG left artefacts around the items
@@ -65,12 +61,12 @@ class Canvas:
 
 
 def fashion_mnist(folder: Path, train: bool) -> tuple[Bytes, NDArray[np.int64]]:
-    """Reads images, (N, 28, 28), and labels, (N,), of Fashion-MNIST; OSError if they are not there or damaged."""
+    """Reads images, (N, 28, 28), and labels, (N,), of Fashion-MNIST; OSError if they are missing or damaged."""
     from torchvision.datasets import FashionMNIST
 
     try:
         dataset = FashionMNIST(str(folder), train, download=True)
-    except Exception as error:  # of urllib, or of whatever a damaged file causes
+    except Exception as error:  # damaged files cause errors of many types
         raise OSError(f'cannot read or download Fashion-MNIST in {str(folder)!r}: {first_line(error)}') from error
     return dataset.data.numpy(), dataset.targets.numpy()
 
@@ -93,46 +89,40 @@ def photographs(train: bool) -> list[Image.Image]:
 
 
 def canvases(folder: Path, part: str, items: tuple[int, int] = (1, 6), seed: int = 0) -> Callable[[int], Canvas]:
-    """Makes a function that draws the canvas of an index, always the same.
+    """Makes a function that draws the canvas of an index, always the same, with a random number of items.
 
-    Args:
-        folder: Folder of Fashion-MNIST.
-        part: Key of PARTS.
-        items: Smallest and largest number of items on a canvas.
-        seed: Changes all canvases.
+    `folder` has Fashion-MNIST, `items` are the smallest and largest number of them, and `seed` changes all canvases.
     """
-    train = part == 'train'
-    images, labels = fashion_mnist(folder, train)
-    grounds, (_, ranges) = photographs(train), PARTS[part]
-    part_number = list(PARTS).index(part)
+    images, labels = fashion_mnist(folder, train=part == 'train')
+    backgrounds, ranges = photographs(train=part == 'train'), MAGNIFICATIONS[part]
+    part_number = list(MAGNIFICATIONS).index(part)
 
     def draw(index: int) -> Canvas:
         rng = np.random.default_rng([seed, part_number, index])
-        canvas = ground(rng, grounds)
-        chosen: list[int] = []
+        canvas = cut_background(rng, backgrounds)
         masks: list[NDArray[np.bool_]] = []
-        sizes = []
+        shown, sizes = [], []
         wanted = int(rng.integers(items[0], items[1] + 1))
         for size in sorted((random_size(rng, ranges) for _ in range(wanted)), reverse=True):  # small fit in between
             item = int(rng.integers(len(images)))
-            grey, silhouette = magnified(images[item], size)
+            grey, silhouette = magnify(images[item], size)
             while not silhouette.any() and size < ITEM:  # thin items vanish when shrunk
                 size += 1
-                grey, silhouette = magnified(images[item], size)
-            if silhouette.any() and (placed := place(rng, silhouette, masks)):
+                grey, silhouette = magnify(images[item], size)
+            if silhouette.any() and (placed := find_place(rng, silhouette, masks)):
                 rows, columns = placed
                 mask = np.zeros((SIDE, SIDE), bool)
                 mask[rows, columns] = silhouette
                 canvas[rows, columns][silhouette] = grey[silhouette]
                 masks = [before & ~mask for before in masks] + [mask]
-                chosen.append(item)
+                shown.append(int(labels[item]))
                 sizes.append(size)
-        return Canvas(canvas, [int(labels[item]) for item in chosen], masks, sizes)
+        return Canvas(canvas, shown, masks, sizes)
 
     return draw
 
 
-def ground(rng: np.random.Generator, photographs: Sequence[Image.Image]) -> Bytes:
+def cut_background(rng: np.random.Generator, photographs: Sequence[Image.Image]) -> Bytes:
     """Cuts a random square from a random photograph, and mirrors every other one."""
     photograph = photographs[int(rng.integers(len(photographs)))]
     across = int(rng.integers(SIDE // 2, min(photograph.size) + 1))
@@ -148,14 +138,14 @@ def random_size(rng: np.random.Generator, ranges: Sequence[tuple[float, float]])
     return round(ITEM * float(np.exp(rng.uniform(np.log(low), np.log(high)))))
 
 
-def magnified(item: Bytes, size: int) -> tuple[Bytes, NDArray[np.bool_]]:
+def magnify(item: Bytes, size: int) -> tuple[Bytes, NDArray[np.bool_]]:
     """Resizes an item, and returns it with its silhouette, both (size, size)."""
     grey = Image.fromarray(item).resize((size, size), Image.Resampling.BILINEAR)
     silhouette = Image.fromarray((item > EMPTY).astype(np.uint8) * 255).resize((size, size), Image.Resampling.BILINEAR)
     return np.asarray(grey), np.asarray(silhouette) > 127
 
 
-def place(
+def find_place(
     rng: np.random.Generator, silhouette: NDArray[np.bool_], masks: Sequence[NDArray[np.bool_]]
 ) -> tuple[slice, slice] | None:
     """Finds rows and columns where an item hardly covers any other; None if all attempts fail."""
@@ -185,15 +175,8 @@ def annotation(label: int, mask: NDArray[np.bool_]) -> dict[str, Any]:
 
 
 def write(folder: Path, source: Path, counts: dict[str, int], seed: int = 0) -> None:
-    """Writes the set completely or not at all.
-
-    Args:
-        folder: Folder to write; FileExistsError if it is not empty.
-        source: Folder of Fashion-MNIST.
-        counts: Number of canvases of each part.
-        seed: Changes all canvases.
-    """
-    if os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir())):
+    """Writes the set completely or not at all; FileExistsError if the folder is not empty."""
+    if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f'{str(folder)!r} is not empty. Choose another folder.')
     with temporary_folder(make_folder(folder.parent)) as parent:
         temporary = parent / 'set'
@@ -218,30 +201,17 @@ def write(folder: Path, source: Path, counts: dict[str, int], seed: int = 0) -> 
         temporary.rename(folder)
 
 
-def show(folder: Path, out: str) -> None:
-    """Draws the first twelve canvases of the training part."""
-    dataset = CocoImages(folder, 'train')
-    items = [dataset[index] for index in range(min(12, len(dataset)))]
-    panels = [Panel('', each['image'], each['target']['boxes'], each['target']['labels'].tolist()) for each in items]
-    draw_grid(panels, dataset.names, out, columns=6)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Writes the set."""
     parser = make_parser(__doc__)
     parser.add_argument('folder', type=Path, help='folder to write')
     parser.add_argument('--fashion-mnist', type=Path, required=True, help='folder of Fashion-MNIST', metavar='DIR')
-    for part, (count, _) in PARTS.items():
+    for part, count in COUNTS.items():
         parser.add_argument(f'--{part}', type=positive, default=count, help=f'number of canvases (default: {count})')
     parser.add_argument('--seed', type=int, default=0, help='changes all canvases (default: 0)')
-    parser.add_argument('--show', metavar='PNG', help='draw the first dozen canvases')
     args = parser.parse_args(argv)
     with report_errors(parser):
-        if args.show is not None:
-            require_drawable(args.show)
-        write(args.folder, args.fashion_mnist, {part: getattr(args, part) for part in PARTS}, args.seed)
-        if args.show is not None:
-            show(args.folder, args.show)
+        write(args.folder, args.fashion_mnist, {part: getattr(args, part) for part in COUNTS}, args.seed)
 
 
 if __name__ == '__main__':

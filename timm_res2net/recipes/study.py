@@ -18,21 +18,18 @@ table (AP of small, medium and large objects: +0.5, +2.9, +4.9). Figures are tho
 the test images. The optimizer and its learning rate were chosen on bottlenecks alone, with a seed that is not in the
 study.
 
-Run again, it continues where it was stopped, also in the middle of a run. To use more cores, start it several times
-with different parts or scales. The folder then holds `study.json` with all runs, `study.md` with tables, and a
-picture of each part.
+Run again, it continues where it was stopped, also in the middle of a run. The folder then holds a file for each run,
+`study.json` with all runs, and `study.md` with tables.
 """
 
 import json
 import math
 import shutil
 import statistics
-import sys
-import time
-from argparse import Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +37,9 @@ import numpy as np
 import timm
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset
+from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.models.detection.fcos import FCOSHead
 from torchvision.transforms import v2
@@ -50,19 +48,22 @@ from transformers import TrainingArguments
 from .._files import atomic_write_text, make_folder
 from ..deploy.bench import environment
 from ..vision.explain import radius, receptive_field
-from ..vision.figures import new_figure, save
-from . import detect, multi_scale, training
-from .arguments import make_parser, positive, report_errors
+from . import detect, multi_scale
+from .arguments import make_parser, report_errors
 from .coco import CocoImages
 from .metrics import compute_precision
+from .multi_scale import ITEM, SIDE
+from .training import RecipeTrainer, find_checkpoint
 
 TRUNK: dict[str, Any] = dict(layers=(2, 2, 2, 2), channels=(16, 32, 64, 96))
 BASE_WIDTHS = {1: 64, 4: 26.2, 8: 14.75}  # of each scale, so that all have as many parameters as scale 1
-# Item sizes, in pixels, for which accuracy is computed; small, medium and large are thirds of the range.
-SIZES: dict[str, tuple[float, float]] = dict(top1=(0, math.inf), small=(0, 25), medium=(25, 46), large=(46, math.inf))
-UNSEEN_SIZES: dict[str, tuple[float, float]] = dict(smaller=(0, multi_scale.ITEM), larger=(multi_scale.ITEM, math.inf))
+CANVASES = {'train': 20_000, 'val': 4_000, 'unseen': 4_000}  # of one item
+# Ranges of item sizes, in pixels, for which accuracy is computed; small, medium and large are thirds of the range.
+SIZES: dict[str, dict[str, tuple[float, float]]] = {
+    'val': dict(top1=(0, math.inf), small=(0, 25), medium=(25, 46), large=(46, math.inf)),
+    'unseen': dict(smaller=(0, ITEM), larger=(ITEM, math.inf)),
+}
 AREAS = 16, 32  # for COCO's AP, whose sizes are roots of the areas of the silhouettes
-CANVASES = 20_000, 4_000  # of one item: for training, and for testing on each range of sizes
 CLASSIFYING: dict[str, Any] = dict(per_device_train_batch_size=64, learning_rate=3e-3, weight_decay=0.05)
 DETECTING: dict[str, Any] = dict(
     per_device_train_batch_size=16, optim='sgd', optim_args='momentum=0.9', learning_rate=0.02, max_grad_norm=5.0
@@ -76,7 +77,7 @@ class Part:
     args: dict[str, Any]  # of TrainingArguments
     epochs: int
     seeds: int
-    metrics: dict[str, str]  # headings of the metrics that are compared
+    metrics: dict[str, str]  # and their headings in the table
 
 
 TOP1 = {'top1': 'top-1, %'}
@@ -96,112 +97,91 @@ def network(scale: int, **kwargs: Any) -> nn.Module:
 
 @dataclass(frozen=True)
 class Items(Dataset[dict[str, Any]]):
-    """Images, (N, H, W) of bytes, with their labels and sizes, (N,) each; changed at random."""
+    """Images, (N, H, W) of bytes, with their labels and the sizes of their items, (N,) each."""
 
-    data: Sequence[Tensor]
-    zoom: int = 1  # each pixel is shown as zoom x zoom
-    change: Callable[[Tensor], Tensor] | None = None
+    images: NDArray[np.uint8]
+    labels: NDArray[np.int64]
+    sizes: NDArray[np.int64]
+    change: Callable[[Tensor], Tensor]
 
     def __len__(self) -> int:
-        return len(self.data[0])
+        return len(self.images)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        image = self.data[0][index][None]
-        image = image if self.change is None else self.change(image)
-        image = image.repeat_interleave(self.zoom, 1).repeat_interleave(self.zoom, 2)
-        return dict(image=(image.float() / 255 - 0.5) / 0.25, label=self.data[1][index], image_id=index)
+        image = self.change(torch.from_numpy(self.images[index])[None])
+        return dict(image=(image.float() / 255 - 0.5) / 0.25, label=int(self.labels[index]), image_id=index)
 
 
 @cache
-def single_items(source: Path, part: str, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Draws canvases of one item each: images, labels and sizes."""
-    draw = multi_scale.canvases(source, part, items=(1, 1))
-    drawn = [draw(index) for index in range(count)]
-    images = torch.from_numpy(np.stack([canvas.image for canvas in drawn]))
-    labels, sizes = ([getattr(canvas, name)[0] for canvas in drawn] for name in ('labels', 'sizes'))
-    return images, torch.tensor(labels), torch.tensor(sizes)
-
-
-@cache
-def published_items(source: Path, train: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Reads Fashion-MNIST: images, labels and sizes."""
-    images, labels = (torch.from_numpy(each) for each in multi_scale.fashion_mnist(source, train))
-    return images, labels, torch.full_like(labels, multi_scale.ITEM)
+def load_items(part: str, source: Path) -> dict[str, Items]:
+    """Draws canvases of one item each, or reads Fashion-MNIST: images to train on, and to test on."""
+    flip, double = v2.RandomHorizontalFlip(), v2.Resize(2 * ITEM, v2.InterpolationMode.NEAREST)
+    loaded = {}
+    if part == 'fashion_mnist':
+        crop = v2.Compose([v2.RandomCrop(ITEM, padding=4), flip, double])
+        for name, change in (('train', crop), ('val', double)):
+            images, labels = multi_scale.fashion_mnist(source, train=name == 'train')
+            loaded[name] = Items(images, labels, np.full_like(labels, ITEM), change)
+    else:
+        for name, count in CANVASES.items():
+            draw = multi_scale.canvases(source, name, items=(1, 1))
+            drawn = [draw(index) for index in range(count)]
+            labels, sizes = (np.array([getattr(each, key)[0] for each in drawn]) for key in ('labels', 'sizes'))
+            change = flip if name == 'train' else v2.Identity()
+            loaded[name] = Items(np.stack([each.image for each in drawn]), labels, sizes, change)
+    return loaded
 
 
 def compute_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     """Computes the cross entropy of a classifier."""
-    return F.cross_entropy(model(torch.stack(batch['image'])), torch.stack(batch['label']))
+    return F.cross_entropy(model(torch.stack(batch['image'])), torch.tensor(batch['label']))
 
 
 def measure(model: nn.Module, batch: dict[str, Any]) -> Tensor:
     """Returns 100 for each image that is classified correctly, else 0."""
-    return 100.0 * (model(torch.stack(batch['image'])).argmax(dim=1) == torch.stack(batch['label']))
+    return 100.0 * (model(torch.stack(batch['image'])).argmax(dim=1) == torch.tensor(batch['label']))
 
 
-def accuracy(items: Items, ranges: dict[str, tuple[float, float]], evaluation: Any) -> dict[str, float]:
-    """Computes the accuracy for items of each range of sizes, in %."""
-    sizes, correct = items.data[2].numpy(), evaluation.predictions
+def accuracy(sizes: NDArray[np.int64], ranges: dict[str, tuple[float, float]], evaluation: Any) -> dict[str, float]:
+    """Computes the accuracy for items of each range of sizes that occurs, in %."""
     masks = {name: (sizes >= low) & (sizes < high) for name, (low, high) in ranges.items()}
-    return {name: round(float(correct[mask].mean()), 3) for name, mask in masks.items()}
+    return {name: float(evaluation.predictions[mask].mean()) for name, mask in masks.items() if mask.any()}
 
 
-def classifier_trainer(part: str, scale: int, args: Any, limit: int | None, source: Path) -> tuple[Any, nn.Module, Any]:
-    """Makes the Trainer of a classifier; returns it with its network, and the test sets with their metrics."""
-    flip = v2.RandomHorizontalFlip()
-    if part == 'fashion_mnist':
-        train, test = ([x[:limit] for x in published_items(source, is_train)] for is_train in (True, False))
-        images = Items(train, zoom=2, change=v2.Compose([v2.RandomCrop(28, padding=4), flip]))
-        tests = [(Items(test, zoom=2), {'top1': SIZES['top1']})]
-    else:
-        counts = [min(count, limit or count) for count in CANVASES]
-        images = Items(single_items(source, 'train', counts[0]), change=flip)
-        seen, unseen = (Items(single_items(source, name, counts[1])) for name in ('val', 'unseen'))
-        tests = [(seen, SIZES), (unseen, UNSEEN_SIZES)]
-    model = network(scale, in_chans=1, num_classes=10)
-    trainer = training.RecipeTrainer(compute_loss, measure, model=model, args=args, train_dataset=images)
-    return trainer, model, [(items, partial(accuracy, items, ranges)) for items, ranges in tests]
+def train_classifier(model: nn.Module, part: str, args: Any, source: Path) -> dict[str, float]:
+    """Trains a classifier, and returns its accuracy by size."""
+    items = load_items(part, source)
+    metrics: dict[str, float] = {}
+    trainer = RecipeTrainer(compute_loss, measure, model=model, args=args, train_dataset=items['train'])
+    trainer.train(resume_from_checkpoint=find_checkpoint(Path(args.output_dir)))
+    for name in items.keys() & SIZES.keys():
+        trainer.compute_metrics = partial(accuracy, items[name].sizes, SIZES[name])
+        metrics |= trainer.evaluate(items[name])
+    return metrics
 
 
-def detector_trainer(part: str, scale: int, args: Any, limit: int | None, source: Path) -> tuple[Any, nn.Module, Any]:
-    """Makes the Trainer of a detector; returns it with its backbone, and the test sets with their metrics."""
+def train_detector(body: nn.Module, args: Any, source: Path) -> dict[str, float]:
+    """Trains a detector on that backbone, and returns its AP by size."""
     images = CocoImages(source, 'train', v2.RandomHorizontalFlip())
     val, unseen = (CocoImages(source, name) for name in ('val', 'unseen'))
-    body, side = network(scale, features_only=True, out_indices=(2, 3, 4)), multi_scale.SIDE
-    model = detect.create_detector(body, len(images.names), 64, min_size=side, max_size=side)
+    model = detect.create_detector(body, len(images.names), 64, min_size=SIDE, max_size=SIDE)
     model.head = FCOSHead(64, 1, len(images.names) + 1, num_convs=2)
-    some = Subset(images, range(min(len(images), limit or len(images))))
-    trainer = detect.make_trainer(model, args, some, val, AREAS)
-
-    def unseen_precision(evaluation: Any) -> dict[str, float]:
-        return dict(unseen=compute_precision(unseen, AREAS, evaluation)['AP'])
-
-    return trainer, body, [(val, trainer.compute_metrics), (unseen, unseen_precision)]
+    trainer = detect.make_trainer(model, args, images, val, AREAS)
+    trainer.train(resume_from_checkpoint=find_checkpoint(Path(args.output_dir)))
+    metrics = trainer.evaluate()
+    trainer.compute_metrics = partial(compute_precision, unseen, AREAS)
+    return metrics | {'eval_unseen': trainer.evaluate(unseen)['eval_AP']}
 
 
-def run(
-    part: str, scale: int, seed: int, epochs: int | None, limit: int | None, source: Path, folder: Path
-) -> dict[str, Any]:
-    """Trains and tests one network, for the part's epochs and with all images unless given.
-
-    Args:
-        part: Key of PARTS.
-        scale: Key of BASE_WIDTHS.
-        seed: Determines the weights and the order of images.
-        epochs: Number of epochs.
-        limit: Largest number of images to train on, and to test on.
-        source: Folder of Fashion-MNIST; for detection that of the set.
-        folder: Folder of the unfinished run.
-    """
-    start, epochs = time.perf_counter(), epochs or PARTS[part].epochs
+def run(part: str, scale: int, seed: int, source: Path, folder: Path) -> dict[str, Any]:
+    """Trains and tests one network, with checkpoints in `folder`."""
     args: Any = TrainingArguments(
         output_dir=str(folder),
-        num_train_epochs=epochs,
+        num_train_epochs=PARTS[part].epochs,
         seed=seed,
         per_device_eval_batch_size=64,
         save_strategy='epoch',
         save_total_limit=2,
-        logging_strategy='epoch',
         lr_scheduler_type='cosine',
         warmup_steps=0.05,
         remove_unused_columns=False,
@@ -211,23 +191,22 @@ def run(
         **PARTS[part].args,
     )
     torch.manual_seed(seed)
-    make = detector_trainer if part == 'detection' else classifier_trainer
-    trainer, model, tests = make(part, scale, args, limit, source)
-    training.train(trainer, Namespace(data=source, part=part, scale=scale, limit=limit), model)
-    metrics: dict[str, Any] = {}
-    for data, trainer.compute_metrics in tests:
-        metrics |= {name.removeprefix('eval_'): value for name, value in trainer.evaluate(data).items()}
+    if part == 'detection':
+        model = network(scale, features_only=True, out_indices=(2, 3, 4))
+        metrics = train_detector(model, args, source)
+    else:
+        model = network(scale, in_chans=1, num_classes=10)
+        metrics = train_classifier(model, part, args, source)
     model.eval()
-    shape = (1 if part != 'detection' else 3), *[56 if part == 'fashion_mnist' else multi_scale.SIDE] * 2
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.zeros(1, *shape))
+    shape = (3 if part == 'detection' else 1), *[2 * ITEM if part == 'fashion_mnist' else SIDE] * 2
     noise = torch.randn(8, *shape, generator=torch.Generator().manual_seed(0))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(noise[:1])
     return dict(
-        **dict(part=part, scale=scale, seed=seed, epochs=epochs, images=limit, params=count_parameters(model)),
+        **dict(part=part, scale=scale, seed=seed, params=count_parameters(model)),
         mmacs=round(counter.get_total_flops() / 2e6, 2),
         radius=round(radius(receptive_field(model, 'layer4.1', noise).mean(axis=0)), 3),  # of all splits
-        seconds=round(time.perf_counter() - start),
-        **{name: metrics[name] for name in PARTS[part].metrics},
+        **{name: round(metrics[f'eval_{name}'], 3) for name in PARTS[part].metrics},
     )
 
 
@@ -236,110 +215,67 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for name, parameter in model.named_parameters() if not name.startswith('fc.'))
 
 
-def study(folder: Path, source: Path, chosen: Namespace) -> list[dict[str, Any]]:
-    """Runs what the folder lacks of the chosen parts and scales, and returns all runs in the folder, in order."""
-    data = make_folder(folder) / ('multi_scale' if chosen.images is None else f'multi_scale_{chosen.images}')
-    if 'detection' in chosen.part and not data.exists():
-        counts = {part: min(count, chosen.images or count) for part, (count, _) in multi_scale.PARTS.items()}
-        multi_scale.write(data, source, counts)
-    for part in chosen.part:
-        for seed in range(chosen.seeds or PARTS[part].seeds):
-            for scale in chosen.scales:
-                unfinished = folder / f'{part}_scale{scale}_seed{seed}'
-                result, length = unfinished.with_suffix('.json'), (chosen.epochs or PARTS[part].epochs, chosen.images)
-                if not result.exists():
-                    where = data if part == 'detection' else source
-                    record = run(part, scale, seed, chosen.epochs, chosen.images, where, unfinished)
-                    atomic_write_text(result, json.dumps(record) + '\n')
-                    shutil.rmtree(unfinished)
-                record = json.loads(result.read_text())
-                if (record['epochs'], record['images']) != length:
-                    raise ValueError(f'{str(result)!r} has other epochs or images. Choose another folder.')
-    runs = [json.loads(path.read_text()) for path in folder.glob('*_scale*_seed*.json')]
-    return sorted(runs, key=lambda run: (run['part'], run['scale'], run['seed']))
+def study(folder: Path, source: Path, parts: Sequence[str]) -> list[dict[str, Any]]:
+    """Runs whatever the folder lacks of these parts, and returns all their runs."""
+    data = make_folder(folder) / 'multi_scale'
+    if 'detection' in parts and not data.exists():
+        multi_scale.write(data, source, multi_scale.COUNTS)
+    runs = []
+    for part in parts:
+        for seed, scale in product(range(PARTS[part].seeds), BASE_WIDTHS):
+            unfinished = folder / f'{part}_scale{scale}_seed{seed}'
+            result = unfinished.with_suffix('.json')
+            if not result.exists():
+                record = run(part, scale, seed, data if part == 'detection' else source, unfinished)
+                atomic_write_text(result, json.dumps(record) + '\n')
+                shutil.rmtree(unfinished)
+            runs.append(json.loads(result.read_text()))
+    return runs
 
 
-def values_of(runs: Sequence[dict[str, Any]], part: str, scale: int, metric: str) -> dict[int, float]:
+def values_of(runs: Sequence[dict[str, Any]], part: str, scale: int, metric: str) -> list[float]:
     """Returns a metric of a part at a scale, by seed."""
-    return {each['seed']: each[metric] for each in runs if (each['part'], each['scale']) == (part, scale)}
-
-
-def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """Returns the mean and its standard error, which is NaN for a single value."""
-    error = statistics.stdev(values) / len(values) ** 0.5 if len(values) > 1 else math.nan
-    return statistics.mean(values), error
+    return [each[metric] for each in runs if (each['part'], each['scale']) == (part, scale)]
 
 
 def difference(runs: Sequence[dict[str, Any]], part: str, scale: int, metric: str) -> tuple[float, float]:
     """Returns the mean of the paired differences to scale 1, and half the width of its 95 % interval (Student's t)."""
-    from scipy.stats import t  # comes with scikit-image
+    from scipy.stats import sem, t  # comes with scikit-image
 
-    plain, others = (values_of(runs, part, each, metric) for each in (1, scale))
-    pairs = [others[seed] - plain[seed] for seed in sorted(plain.keys() & others.keys())]
-    mean, error = mean_and_error(pairs)
-    return mean, error * float(t.ppf(0.975, max(1, len(pairs) - 1)))
+    pairs = np.subtract(values_of(runs, part, scale, metric), values_of(runs, part, 1, metric))
+    return float(pairs.mean()), float(sem(pairs) * t.ppf(0.975, len(pairs) - 1))
 
 
 def table(runs: Sequence[dict[str, Any]], part: str) -> list[str]:
-    """Returns a Markdown table: mean and standard error for each scale, then the differences to scale 1.
+    """Returns a Markdown table: mean and standard error for each scale, then the differences to scale 1."""
+    from scipy.stats import sem
 
-    A single seed has neither error nor interval: '-'.
-    """
-    names, first = PARTS[part].metrics, {each['scale']: each for each in runs if each['part'] == part}
-    heads = ['scale', 'parameters', 'MMACs', 'receptive field, pixels', *names.values()]
-    rows = [heads]
-    for scale, record in sorted(first.items()):
-        cells = [str(scale), f'{record["params"]:,}', f'{record["mmacs"]:.1f}']
-        for metric in ('radius', *names):
-            mean, error = mean_and_error(list(values_of(runs, part, scale, metric).values()))
-            cells.append(f'{mean:.2f} ± -' if math.isnan(error) else f'{mean:.2f} ± {error:.2f}')
-        rows.append(cells)
-    for scale in sorted(first.keys() - {1}) if 1 in first else ():
-        cells = [f'{scale} - 1', '', '', '']
-        for metric in names:
-            mean, half = difference(runs, part, scale, metric)
-            interval = '-' if math.isnan(half) else f'[{mean - half:+.2f}, {mean + half:+.2f}]'
-            cells.append(f'{mean:+.2f} {interval}')
-        rows.append(cells)
+    names = PARTS[part].metrics
+    rows = [['scale', 'parameters', 'MMACs', 'receptive field, pixels', *names.values()]]
+    for scale in BASE_WIDTHS:
+        params, mmacs = (values_of(runs, part, scale, name)[0] for name in ('params', 'mmacs'))
+        values = [values_of(runs, part, scale, name) for name in ('radius', *names)]
+        means = [f'{statistics.mean(each):.2f} ± {sem(each):.2f}' for each in values]
+        rows.append([str(scale), f'{params:,}', f'{mmacs:.1f}', *means])
+    for scale in list(BASE_WIDTHS)[1:]:
+        differences = [difference(runs, part, scale, name) for name in names]
+        intervals = [f'{mean:+.2f} [{mean - half:+.2f}, {mean + half:+.2f}]' for mean, half in differences]
+        rows.append([f'{scale} - 1', '', '', '', *intervals])
     lines = [f'| {" | ".join(cells)} |' for cells in rows]
-    return [lines[0], '|---:' * len(heads) + '|', *lines[1:]]
-
-
-def plot(runs: Sequence[dict[str, Any]], part: str, out: str) -> None:
-    """Draws each metric of a part over scale: each run, the mean, and its standard error."""
-    names, scales = PARTS[part].metrics, sorted({each['scale'] for each in runs if each['part'] == part})
-    figure = new_figure(max(5, 0.8 + 2.2 * len(names)), 3.6)
-    panels = np.atleast_1d(figure.subplots(1, len(names)))
-    for panel, (metric, name) in zip(panels, names.items()):
-        for i, scale in enumerate(scales):
-            values = list(values_of(runs, part, scale, metric).values())
-            panel.scatter([i] * len(values), values, color='C0', alpha=0.35, linewidths=0)
-            panel.errorbar(i, *mean_and_error(values), color='C0', marker='_', markersize=18, capsize=5)
-        panel.set_xticks(range(len(scales)), [str(scale) for scale in scales])
-        panel.set(xlabel='scale', title=name)
-        panel.margins(x=0.2)
-    figure.suptitle(f'{part}: networks of equally many parameters\nruns, mean and standard error')
-    save(figure, out)
+    return [lines[0], '|---:' * len(rows[0]) + '|', *lines[1:]]
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the study, writes its figures and pictures, and prints its tables."""
+    """Runs the study, and writes and prints its tables."""
     parser = make_parser(__doc__)
     parser.add_argument('folder', type=Path, help='folder to write')
     parser.add_argument('--fashion-mnist', type=Path, required=True, help='folder of Fashion-MNIST', metavar='DIR')
     parser.add_argument('--part', nargs='+', choices=PARTS, default=list(PARTS), help='(default: all)')
-    parser.add_argument('--scales', nargs='+', type=int, choices=BASE_WIDTHS, default=list(BASE_WIDTHS))
-    parser.add_argument('--seeds', type=positive, help='runs of each (default: 5, of detection 3)')
-    parser.add_argument('--epochs', type=positive, help='of a run (default: 6, of detection 4, of fashion_mnist 3)')
-    parser.add_argument('--images', type=positive, help='use only the first images, for a quick look')
     args = parser.parse_args(argv)
     with report_errors(parser):
-        runs = study(args.folder, args.fashion_mnist, args)
-        command = ' '.join(['python -m timm_res2net.recipes.study', *(sys.argv[1:] if argv is None else argv)])
-        document = dict(command=command, environment=environment(), runs=runs)
+        runs = study(args.folder, args.fashion_mnist, args.part)
+        document = dict(environment=environment(), runs=runs)
         atomic_write_text(args.folder / 'study.json', json.dumps(document, indent=1) + '\n')
-        for part in args.part:
-            plot(runs, part, str(args.folder / f'{part}.png'))
         text = '\n\n'.join('\n'.join([part, '', *table(runs, part)]) for part in args.part)
         atomic_write_text(args.folder / 'study.md', text + '\n')
         print(text)
