@@ -1,1 +1,1 @@
-"""Training: configurations for timm's script, detectors and segmenters, their data, a study, and what 8 bits cost."""
+"""Training: configurations for timm's script, detectors, segmenters, their data sets, and a study."""

@@ -1,17 +1,15 @@
-"""Shared by the command lines of the recipes: their parser, argument types, and one-line errors."""
+"""Shared by the command lines of the recipes: the parser, argument types, and one-line errors."""
 
 import argparse
-import ast
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 from .._errors import first_line, sanitize
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
-    """Makes a parser that keeps the line breaks of its description and accepts no abbreviations."""
+    """Makes a parser that keeps the line breaks of its description and rejects abbreviated options."""
     keep_lines = argparse.RawDescriptionHelpFormatter
     return argparse.ArgumentParser(description=description, formatter_class=keep_lines, allow_abbrev=False)
 
@@ -23,30 +21,16 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def parse_keywords(texts: Sequence[str]) -> dict[str, Any]:
-    """Parses KEY=VALUE arguments, with values as Python literals or else strings; ValueError if one has no '='."""
-    keywords: dict[str, Any] = {}
-    for text in texts:
-        key, equals, value = text.partition('=')
-        if not equals:
-            raise ValueError(f'cannot parse {text!r}: it has no "=". Write KEY=VALUE.')
-        try:
-            keywords[key] = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
-            keywords[key] = value
-    return keywords
-
-
 @contextmanager
 def report_errors(parser: argparse.ArgumentParser) -> Iterator[None]:
-    """Ends the program with one line and status 2 for an error that a user can fix, 130 for Ctrl-C."""
+    """Ends the program with one line: status 2 for an error that a user can fix, 130 for Ctrl-C."""
     try:
         yield
     except KeyboardInterrupt:
         parser.exit(130, f'{parser.prog}: interrupted\n')
     except (ImportError, ValueError, TypeError, KeyError, OSError, RuntimeError) as error:
         message = first_line(error)
-        if message.startswith('Caught '):  # a DataLoader's: the traceback of its worker, which ends with the message
+        if message.startswith('Caught '):  # a DataLoader quotes its worker's traceback, which ends with the message
             message = sanitize(str(error).strip().splitlines()[-1], 500)
         if isinstance(error, ImportError):
             message += ". Install the recipes: pip install 'timm_res2net[recipes]'"

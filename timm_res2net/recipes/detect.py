@@ -4,13 +4,14 @@
         --backbone res2net50d --pretrained --num-train-epochs 12 --bf16
     python -m timm_res2net.recipes.detect --predict photos --output-dir runs/coco
 
-The first command trains, and continues if it is run again after an interruption. It takes all options of transformers'
-TrainingArguments, and runs on several GPUs by torchrun or `accelerate launch`. The second finds objects in new images.
+The first command trains; run it again to continue after an interruption. All options of transformers' TrainingArguments
+apply, and torchrun or `accelerate launch` uses several GPUs. The second command finds objects in new images.
 """
 
 import json
+from argparse import Namespace
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -19,40 +20,21 @@ from typing import Any
 import timm
 import torch
 from timm.data import resolve_model_data_config
+from timm.utils import ParseKwargs
 from torch import Tensor, nn
 from torchvision.models.detection import FCOS
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
 from torchvision.ops import FeaturePyramidNetwork, nms
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 from torchvision.transforms import v2
-from transformers import set_seed
 
 from .._files import atomic_write_text, make_folder
 from . import training
-from .arguments import parse_keywords
 from .coco import CocoImages, read_image
 from .metrics import AREAS, Found, compute_precision, pack_detections, unpack_detections
 from .pictures import SHOWN, Panel, draw_grid
-from .training import option
 
 STRIDES = 8, 16, 32  # of the features under the pyramid, which adds two more levels
-
-
-@dataclass
-class TrainOptions(training.TrainOptions):
-    """Options for training a detector, besides the Trainer's own."""
-
-    channels: int = option(256, 'channels of each pyramid level')
-    model_kwargs: list[str] = option([], 'KEY=VALUE arguments of timm.create_model')
-    detector_kwargs: list[str] = option([], "KEY=VALUE arguments of torchvision's FCOS, such as min_size and max_size")
-    areas: list[int] = option(list(AREAS), 'sides of the squares from which objects are medium and large, in pixels')
-
-
-@dataclass
-class PredictOptions(training.PredictOptions):
-    """Options for finding objects in new images."""
-
-    score: float = option(0.3, 'smallest score of an object')
 
 
 class Pyramid(nn.Module):
@@ -71,7 +53,7 @@ class Pyramid(nn.Module):
 
 
 def create_backbone(name: str, **kwargs: Any) -> nn.Module:
-    """Creates a timm model as a feature extractor with strides 8, 16 and 32; ValueError if it lacks one of them."""
+    """Creates a timm model that computes features of strides 8, 16 and 32; ValueError if it lacks one of them."""
     with torch.device('meta'):
         whole: Any = timm.create_model(name, features_only=True, **{**kwargs, 'pretrained': False})
     strides = [each['reduction'] for each in whole.feature_info.info]
@@ -82,22 +64,20 @@ def create_backbone(name: str, **kwargs: Any) -> nn.Module:
 
 
 def create_detector(body: Any, classes: int, channels: int = 256, **kwargs: Any) -> FCOS:
-    """Creates a detector of `classes` classes, without the background, with so many channels in each pyramid level.
+    """Creates a detector over a backbone; `classes` excludes the background, `channels` are those of a pyramid level.
 
     Keyword arguments are those of torchvision's FCOS, such as `min_size` and `score_thresh`; TypeError for others.
     """
     known = signature(FCOS).parameters.keys() | signature(GeneralizedRCNNTransform).parameters.keys()
     if unknown := kwargs.keys() - known:
         raise TypeError(f"torchvision's FCOS has no argument {min(unknown)!r}")  # it would ignore it
-    if channels % 32 or channels < 64:
-        raise ValueError(f'cannot use channels={channels}: the norms of FCOS have 32 groups. Use 64, 96, 128, ...')
     config = resolve_model_data_config(body)
     kwargs = dict(image_mean=config['mean'], image_std=config['std'], score_thresh=0.05) | kwargs
     return FCOS(Pyramid(body, channels), classes + 1, **kwargs)
 
 
 def load_detector(folder: str | Path) -> FCOS:
-    """Loads the best model of a finished run, in evaluation mode; ValueError if there is none.
+    """Loads the best model of a finished run, in evaluation mode; ValueError if the folder has none.
 
     Example:
         detector = load_detector('runs/coco')
@@ -114,8 +94,10 @@ def compute_loss(model: Any, batch: dict[str, Any]) -> Tensor:
     return torch.stack(list(model(batch['image'], batch['target']).values())).sum()
 
 
-def make_trainer(model: FCOS, args: Any, images: Any, dataset: CocoImages, areas: Any) -> training.RecipeTrainer:
-    """Makes the Trainer of a detector: it trains on `images`, with items as of `CocoImages`, evaluates on `dataset`."""
+def make_trainer(
+    model: FCOS, args: Any, images: CocoImages, dataset: CocoImages, areas: Sequence[int]
+) -> training.RecipeTrainer:
+    """Makes the Trainer of a detector: it trains on `images` and evaluates on `dataset`."""
     return training.RecipeTrainer(
         compute_loss,
         pack_detections,
@@ -123,13 +105,13 @@ def make_trainer(model: FCOS, args: Any, images: Any, dataset: CocoImages, areas
         args=args,
         train_dataset=images,
         eval_dataset=dataset,
-        compute_metrics=partial(compute_precision, dataset, tuple(areas)),
+        compute_metrics=partial(compute_precision, dataset, areas),
     )
 
 
 @torch.no_grad()
 def find_objects(model: FCOS, image: Tensor, score: float = 0.3) -> Found:
-    """Finds objects in an image, (3, H, W) in 0..1: at each place the one with the highest score, of any class."""
+    """Finds objects in an image, (3, H, W) in 0..1: the best one at each place, whatever its class."""
     batch = dict(image=[image.to(next(model.parameters()).device)])
     found = unpack_detections(pack_detections(model, batch)[0].cpu(), score)
     kept = nms(found['boxes'], found['scores'], 0.5)  # the detector itself suppresses within each class
@@ -137,7 +119,7 @@ def find_objects(model: FCOS, image: Tensor, score: float = 0.3) -> Found:
 
 
 def draw_examples(model: FCOS, dataset: CocoImages, out: Path) -> None:
-    """Draws the truth next to the detections of the first images."""
+    """Draws the first images with their true and found objects."""
     panels = []
     for index in range(min(SHOWN, len(dataset))):
         image, truth = dataset[index]['image'], dataset[index]['target']
@@ -146,28 +128,21 @@ def draw_examples(model: FCOS, dataset: CocoImages, out: Path) -> None:
     draw_grid(panels, dataset.names, str(out))
 
 
-def train(options: TrainOptions, args: Any) -> None:
-    """Trains a detector by these options and TrainingArguments, and draws what it finds."""
-    set_seed(args.seed)
-    images = CocoImages(Path(options.data), options.train, v2.RandomHorizontalFlip())
-    dataset = CocoImages(Path(options.data), options.val)
-    if images.names != dataset.names:
-        raise ValueError(f'{options.train!r} and {options.val!r} have different categories')
-    model_kwargs, detector_kwargs = parse_keywords(options.model_kwargs), parse_keywords(options.detector_kwargs)
-    body = create_backbone(options.backbone, pretrained=options.pretrained, **model_kwargs)
-    training.prepare_backbone(body, options.weights, options.frozen_stages, options.frozen_norms)
-    model = create_detector(body, len(images.names), options.channels, **detector_kwargs)
-    more = dict(names=images.names, model_kwargs=model_kwargs, detector_kwargs=detector_kwargs)
-    if training.train(make_trainer(model, args, images, dataset, options.areas), options, body, **more):
-        draw_examples(model.eval(), dataset, Path(args.output_dir, 'examples.png'))
+def train(options: Namespace, args: Any) -> None:
+    """Trains a detector, and draws the objects that it finds."""
+    images = CocoImages(options.data, options.train, v2.RandomHorizontalFlip())
+    dataset = CocoImages(options.data, options.val)
+    body = create_backbone(options.backbone, pretrained=options.pretrained, **options.model_kwargs)
+    training.prepare_backbone(body, options)
+    model = create_detector(body, len(images.names), options.channels, **options.detector_kwargs)
+    training.train(make_trainer(model, args, images, dataset, options.areas), options, body, draw_examples)
 
 
-def predict(options: PredictOptions) -> None:
-    """Writes the objects in new images to predictions/: all to objects.json, and a picture of each image."""
-    model = load_detector(options.output_dir).to(options.device)
-    names = training.read_run(options.output_dir)['names']
-    out, results = make_folder(Path(options.output_dir, 'predictions')), []
-    for file in training.find_pictures(options.predict):
+def predict(files: list[Path], options: Namespace, args: Any) -> None:
+    """Writes predictions/objects.json with the objects in new images, and a picture of each image."""
+    model, names = load_detector(args.output_dir).to(args.device), training.read_run(args.output_dir)['names']
+    out, results = make_folder(Path(args.output_dir, 'predictions')), []
+    for file in files:
         image = read_image(file)
         found = find_objects(model, image, options.score)
         labels = found['labels'].tolist()
@@ -179,9 +154,25 @@ def predict(options: PredictOptions) -> None:
     print(f'Found {sum(len(each["objects"]) for each in results)} objects in {len(results)} images: {out}')
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Trains a detector, or finds objects by a trained one."""
-    training.run_recipe(argv, __doc__, (TrainOptions, train), (PredictOptions, predict), metric='AP')
+    parser = training.make_parser(__doc__, metric='AP')
+    keywords: Any = dict(nargs='*', action=ParseKwargs, default={}, metavar='KEY=VALUE')
+    parser.add_argument('--model-kwargs', **keywords, help='arguments of timm.create_model')
+    parser.add_argument('--channels', type=int, default=256, help='channels of each pyramid level')
+    parser.add_argument(
+        '--detector-kwargs', **keywords, help="arguments of torchvision's FCOS, such as min_size and max_size"
+    )
+    parser.add_argument(
+        '--areas',
+        nargs=2,
+        type=int,
+        default=list(AREAS),
+        metavar='PX',
+        help='sides of the squares from which objects are medium and large',
+    )
+    parser.add_argument('--score', type=float, default=0.3, help='with --predict: smallest score of an object')
+    training.run(parser, argv, train, predict)
 
 
 if __name__ == '__main__':

@@ -5,12 +5,13 @@
         --output-dir runs/polyps --pretrained --size 352
     python -m timm_res2net.recipes.segment --predict photos --output-dir runs/polyps
 
-The first two commands train; run one again to continue after an interruption. They take all options of transformers'
-TrainingArguments, and run on several GPUs by torchrun or `accelerate launch`. `masks.py` lists the layouts of data sets
-that are read. Pixels with label 255 are ignored. The last command segments new images.
+The first two commands train, on a data set in one of the layouts that `masks.py` lists; pixels with label 255 are
+ignored. Run one again to continue after an interruption. All options of transformers' TrainingArguments apply, and
+torchrun or `accelerate launch` uses several GPUs. The last command segments new images.
 """
 
-from dataclasses import dataclass
+from argparse import Namespace
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,32 +19,18 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.data import resolve_model_data_config
+from timm.utils import ParseKwargs
 from torch import Tensor, nn
 from torchvision.transforms.v2.functional import to_pil_image
-from transformers import set_seed
 
 from .._files import atomic_write, make_folder
 from . import training
-from .arguments import parse_keywords
 from .coco import IGNORED, read_image
 from .masks import Masked, augment, open_part, require_foreground
 from .metrics import average_scores, compute_iou, count_pixels, score_binary
 from .pictures import SHOWN, Panel, draw_grid, paint_labels
-from .training import option
 
 STRIDE = 32  # decoders need images whose sides are multiples of it
-
-
-@dataclass
-class TrainOptions(training.TrainOptions):
-    """Options for training a segmenter, besides the Trainer's own."""
-
-    classes: int | None = option(None, 'number of labels in the masks, with the background; not for COCO')
-    binary: bool = option(False, 'masks are grey: foreground from --threshold on')
-    threshold: int = option(128, 'with --binary: level, in 0..255, from which a pixel is foreground')
-    architecture: str = option('unet', 'architecture of segmentation_models_pytorch')
-    architecture_kwargs: list[str] = option([], 'KEY=VALUE arguments of that architecture')
-    size: int = option(512, 'side of the square crops to train on, in pixels')
 
 
 class Segmenter(nn.Module):
@@ -69,9 +56,9 @@ class Segmenter(nn.Module):
 def create_segmenter(
     architecture: str, backbone: str, classes: int, pretrained: bool = False, **kwargs: Any
 ) -> Segmenter:
-    """Creates a segmenter of `classes` classes with the background, with an architecture of smp, such as 'unet'.
+    """Creates a segmenter with an architecture of smp, such as 'unet'; `classes` includes the background.
 
-    Keyword arguments are those of the architecture, such as `decoder_channels`; KeyError if there is no such one.
+    Keyword arguments are those of the architecture, such as `decoder_channels`. KeyError for an unknown architecture.
     """
     import segmentation_models_pytorch as smp
 
@@ -82,10 +69,7 @@ def create_segmenter(
 
 
 def load_segmenter(folder: str | Path) -> Segmenter:
-    """Loads the best model of a finished run, in evaluation mode.
-
-    Raises:
-        ValueError: If the folder has no finished run.
+    """Loads the best model of a finished run, in evaluation mode; ValueError if the folder has none.
 
     Example:
         segmenter = load_segmenter('runs/voc')
@@ -97,7 +81,7 @@ def load_segmenter(folder: str | Path) -> Segmenter:
 
 
 def compute_loss(binary: bool, model: Any, batch: dict[str, Any]) -> Tensor:
-    """Computes the mean cross entropy of the pixels that are not ignored, plus the Dice loss for binary masks."""
+    """Computes the mean cross entropy over pixels that are not ignored, plus the Dice loss for binary masks."""
     logits, masks = model(torch.stack(batch['image'])).float(), torch.stack(batch['mask'])
     counted = masks != IGNORED
     loss = F.cross_entropy(logits, masks, ignore_index=IGNORED, reduction='sum') / counted.sum().clamp(min=1)
@@ -109,7 +93,7 @@ def compute_loss(binary: bool, model: Any, batch: dict[str, Any]) -> Tensor:
 
 @torch.no_grad()
 def draw_examples(model: Segmenter, dataset: Masked, out: Path) -> None:
-    """Draws the first images next to their true and found labels."""
+    """Draws the first images with their true and found labels."""
     panels = []
     for index in range(min(SHOWN, len(dataset))):
         image, mask = dataset.read(index)
@@ -121,21 +105,18 @@ def draw_examples(model: Segmenter, dataset: Masked, out: Path) -> None:
     draw_grid(panels, dataset.names[1:], str(out), columns=6)
 
 
-def train(options: TrainOptions, args: Any) -> None:
-    """Trains a segmenter by these options and TrainingArguments, and draws what it finds."""
-    set_seed(args.seed)
+def train(options: Namespace, args: Any) -> None:
+    """Trains a segmenter, and draws the labels that it finds."""
     if options.size % STRIDE:
         raise ValueError(f'cannot use --size {options.size}: it is not a multiple of {STRIDE}')
-    folder, threshold = Path(options.data), options.threshold if options.binary else None
-    images = open_part(folder, options.train, options.classes, threshold, partial(augment, options.size))
-    dataset = open_part(folder, options.val, options.classes, threshold)
-    if images.names != dataset.names:
-        raise ValueError(f'{options.train!r} and {options.val!r} have different categories')
+    threshold = options.threshold if options.binary else None
+    images = open_part(options.data, options.train, options.classes, threshold, partial(augment, options.size))
+    dataset = open_part(options.data, options.val, options.classes, threshold)
     require_foreground(dataset, threshold)
-    keywords, count = parse_keywords(options.architecture_kwargs), len(images.names)
-    model = create_segmenter(options.architecture, options.backbone, count, options.pretrained, **keywords)
+    name, count = options.architecture, len(images.names)
+    model = create_segmenter(name, options.backbone, count, options.pretrained, **options.architecture_kwargs)
     body = model.model.get_submodule('encoder.model')
-    training.prepare_backbone(body, options.weights, options.frozen_stages, options.frozen_norms)
+    training.prepare_backbone(body, options)
     trainer = training.RecipeTrainer(
         partial(compute_loss, options.binary),
         score_binary if options.binary else count_pixels,
@@ -145,26 +126,40 @@ def train(options: TrainOptions, args: Any) -> None:
         eval_dataset=dataset,
         compute_metrics=average_scores if options.binary else compute_iou,
     )
-    if training.train(trainer, options, body, names=images.names, architecture_kwargs=keywords):
-        draw_examples(model.eval(), dataset, Path(args.output_dir, 'examples.png'))
+    training.train(trainer, options, body, draw_examples)
 
 
 @torch.no_grad()
-def predict(options: training.PredictOptions) -> None:
-    """Writes a PNG for each new image to predictions/: grey probabilities if binary, else labels in their colours."""
-    run, model = training.read_run(options.output_dir), load_segmenter(options.output_dir).to(options.device)
-    out, files = make_folder(Path(options.output_dir, 'predictions')), training.find_pictures(options.predict)
+def predict(files: list[Path], options: Namespace, args: Any) -> None:
+    """Writes a PNG per new image to predictions/: grey probabilities if binary, else labels in their colours."""
+    run, model = training.read_run(args.output_dir), load_segmenter(args.output_dir).to(args.device)
+    out = make_folder(Path(args.output_dir, 'predictions'))
     for file in files:
-        logits = model(read_image(file)[None].to(options.device))[0].cpu()
+        logits = model(read_image(file)[None].to(args.device))[0].cpu()
         picture = to_pil_image(logits.softmax(dim=0)[1] if run['binary'] else paint_labels(logits.argmax(dim=0)))
         atomic_write(out / f'{file.stem}.png', partial(picture.save, format='PNG'))
     print(f'Segmented {len(files)} images: {out}')
 
 
-def main(argv: list[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     """Trains a segmenter, or segments new images by a trained one."""
-    predicting = training.PredictOptions, predict
-    training.run_recipe(argv, __doc__, (TrainOptions, train), predicting, metric='mIoU')
+    parser = training.make_parser(__doc__, metric='mIoU')
+    parser.add_argument('--classes', type=int, help='number of labels in the masks, with the background; not for COCO')
+    parser.add_argument('--binary', action='store_true', help='masks are grey: foreground from --threshold on')
+    parser.add_argument(
+        '--threshold', type=int, default=128, help='with --binary: level, in 0..255, from which a pixel is foreground'
+    )
+    parser.add_argument('--architecture', default='unet', help='architecture of segmentation_models_pytorch')
+    parser.add_argument(
+        '--architecture-kwargs',
+        nargs='*',
+        action=ParseKwargs,
+        default={},
+        metavar='KEY=VALUE',
+        help='arguments of that architecture',
+    )
+    parser.add_argument('--size', type=int, default=512, help='side of the square crops to train on, in pixels')
+    training.run(parser, argv, train, predict)
 
 
 if __name__ == '__main__':

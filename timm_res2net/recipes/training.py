@@ -1,6 +1,6 @@
 """Shared by `detect` and `segment`: their command line, a Trainer for any model, and the folder of a run.
 
-run.json                    settings of the run, to continue it and to build the model for predictions
+run.json                    settings, to continue the run and to rebuild its model
 checkpoint-N/               the Trainer's checkpoints; checksums.json is written last, so one without is incomplete
 model.safetensors           the best model
 curves.png, examples.png    loss and metrics over epochs, and predictions next to the truth
@@ -9,9 +9,7 @@ curves.png, examples.png    loss and metrics over epochs, and predictions next t
 import argparse
 import json
 import os
-import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from timm.utils.model import freeze, freeze_batch_norm_2d
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments
+from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from .._errors import first_line
 from .._files import atomic_write, atomic_write_text, make_folder, read_text, sha256
@@ -48,65 +46,42 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
     """Shows defaults, and keeps the line breaks of the description."""
 
 
-def option(default: Any, help: str) -> Any:
-    """Returns a dataclass field with a help text; a list is the default of an option with several values."""
-    if isinstance(default, list):
-        return field(default_factory=lambda: default, metadata=dict(help=help))
-    return field(default=default, metadata=dict(help=help))
+def make_parser(description: str | None, metric: str) -> Any:
+    """Makes a parser of the Trainer's options and those of both recipes; the best model has the highest `metric`."""
+    parser: Any = HfArgumentParser(
+        [TrainingArguments], description=description, formatter_class=Formatter, allow_abbrev=False
+    )
+    parser.set_defaults(**DEFAULTS, metric_for_best_model=metric)
+    work = parser.add_mutually_exclusive_group(required=True)
+    work.add_argument('--data', type=Path, help='folder of the data set to train on')
+    work.add_argument('--predict', help='image or folder of images to predict with the model in --output-dir')
+    parser.add_argument('--train', default='train', help='part to train on')
+    parser.add_argument('--val', default='val', help='part to evaluate on')
+    parser.add_argument('--backbone', default='res2net50d', help="timm's name of the backbone")
+    parser.add_argument('--pretrained', action='store_true', help='start from the pretrained weights of that name')
+    parser.add_argument('--weights', help='start from the backbone weights in this file, of any code base')
+    parser.add_argument(
+        '--frozen-stages',
+        type=int,
+        default=-1,
+        help='freeze the backbone up to this feature: 0 is the stem, 1 the first stage, -1 none',
+    )
+    parser.add_argument('--frozen-norms', action='store_true', help="freeze the backbone's batch norms")
+    return parser
 
 
-@dataclass
-class TrainOptions:
-    """Options of both recipes for training, besides the Trainer's own."""
+def run(parser: Any, argv: Sequence[str] | None, train: Any, predict: Any) -> None:
+    """Parses the command line, then calls `train(options, args)` or `predict(files, options, args)`.
 
-    data: str = field(metadata=dict(help='folder of the data set'))
-    train: str = option('train', 'part to train on')
-    val: str = option('val', 'part to evaluate on')
-    backbone: str = option('res2net50d', "timm's name of the backbone")
-    pretrained: bool = option(False, 'start from the pretrained weights of that name')
-    weights: str | None = option(None, 'start from the backbone weights in this file, of any code base')
-    frozen_stages: int = option(-1, 'freeze the backbone up to this feature: 0 is the stem, 1 the first stage, -1 none')
-    frozen_norms: bool = option(False, "freeze the backbone's batch norms")
-
-
-@dataclass
-class PredictOptions:
-    """Options of both recipes for predicting."""
-
-    predict: str = field(metadata=dict(help='image, or folder of images'))
-    output_dir: str = field(metadata=dict(help='folder of the run; predictions go to predictions/ inside it'))
-    use_cpu: bool = option(False, 'do not use a GPU')
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device('cuda' if torch.cuda.is_available() and not self.use_cpu else 'cpu')
-
-
-def run_recipe(argv: Sequence[str] | None, description: str | None, train: Any, predict: Any, metric: str) -> None:
-    """Runs the command line of a recipe.
-
-    Args:
-        argv: Arguments, by default those of the process.
-        description: Help text.
-        train: Class of the options for training, and the function that takes them and the TrainingArguments.
-        predict: Class of the options for predicting, and the function that takes them; used with `--predict`.
-        metric: Name of the metric by which the best model is chosen.
+    `args` are TrainingArguments, `options` the others.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    is_prediction = any(each.partition('=')[0] == '--predict' for each in argv)
-    options, run = predict if is_prediction else train
-    kinds = [options] if is_prediction else [options, TrainingArguments]
-    parser: Any = HfArgumentParser(kinds, description=description, formatter_class=Formatter, allow_abbrev=False)
-    if not is_prediction:
-        parser.set_defaults(**DEFAULTS, metric_for_best_model=metric)
     with report_errors(parser):
-        run(*parser.parse_args_into_dataclasses(argv))
-
-
-def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Collects items of data sets, with images of any sizes, as lists; Trainer gathers their `image_id`."""
-    batch: dict[str, Any] = {name: [each[name] for each in samples] for name in samples[0]}
-    return {**batch, 'image_id': torch.tensor(batch['image_id'])}
+        args, options = parser.parse_args_into_dataclasses(argv)
+        if options.predict is not None:
+            predict(find_pictures(options.predict), options, args)
+        else:
+            set_seed(args.seed)
+            train(options, args)
 
 
 def find_pictures(path: str) -> list[Path]:
@@ -120,29 +95,25 @@ def find_pictures(path: str) -> list[Path]:
     return found.files
 
 
-def prepare_backbone(
-    body: Any, weights: str | None = None, frozen_stages: int = -1, frozen_norms: bool = False
-) -> None:
-    """Loads weights into a backbone of timm's `features_only`, then freezes it up to a feature, and its norms.
+def prepare_backbone(body: Any, options: argparse.Namespace) -> None:
+    """Loads weights into a `features_only` model of timm, and freezes stages and norms.
 
-    Raises:
-        ValueError: If there is no such feature, or the weights do not fit (CheckpointError).
-        TypeError: If weights are given for a backbone of another family.
+    Raises ValueError if it has fewer stages or the weights do not fit, TypeError for weights of another family.
     """
-    if weights is not None:
-        load_checkpoint(body, weights)
-    root = getattr(body, 'model', body)  # depends on how timm takes features out of the model
-    if frozen_stages >= 0:
+    if options.weights is not None:
+        load_checkpoint(body, options.weights)
+    root = getattr(body, 'model', body)  # timm has several kinds of feature extractors
+    if options.frozen_stages >= 0:
         features = [each['module'] for each in body.feature_info.info]
-        if frozen_stages >= len(features):
-            raise ValueError(f'cannot freeze stage {frozen_stages}: the last one is {len(features) - 1}')
-        freeze(root, modules_up_to(root, features[frozen_stages]))
-    if frozen_norms:
+        if options.frozen_stages >= len(features):
+            raise ValueError(f'cannot freeze stage {options.frozen_stages}: the last one is {len(features) - 1}')
+        freeze(root, modules_up_to(root, features[options.frozen_stages]))
+    if options.frozen_norms:
         freeze_batch_norm_2d(root)
 
 
 def modules_up_to(root: nn.Module, last: str) -> list[str]:
-    """Lists the modules that run no later than `last`, by the order of definition."""
+    """Lists the modules up to and including `last`, in the order of definition."""
     names = [name for name, _ in root.named_modules() if name]
     flat = [f'{name.replace(".", "_")}_' for name in names]  # timm joins some names by underscores
     end = f'{last.replace(".", "_")}_'
@@ -151,14 +122,18 @@ def modules_up_to(root: nn.Module, last: str) -> list[str]:
     return [name for name, key in zip(names[: stop + 1], flat) if key not in parents]
 
 
-class RecipeTrainer(Trainer):
-    """A Trainer of any model, given functions for its loss and its evaluation.
+def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Batches items as lists, as their images can have any size; only `image_id` becomes a tensor."""
+    batch: dict[str, Any] = {name: [each[name] for each in samples] for name in samples[0]}
+    return {**batch, 'image_id': torch.tensor(batch['image_id'])}
 
-    Args:
-        loss: Computes the loss of a model on a batch.
-        measure: Computes a tensor (N, ...) for the N images of a batch, of one shape for all batches. `compute_metrics`
-            gets those of all images as `predictions`, and their `image_id` as `label_ids`.
-        **kwargs: Passed to Trainer.
+
+class RecipeTrainer(Trainer):
+    """A Trainer for any model.
+
+    `loss` and `measure` take the model and a batch. `measure` returns a tensor (N, ...) for the N images of the batch,
+    of one shape for all batches; `compute_metrics` gets those of all images as `predictions`, with their `image_id` as
+    `label_ids`.
     """
 
     def __init__(
@@ -173,19 +148,19 @@ class RecipeTrainer(Trainer):
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss: Tensor = super().training_step(*args, **kwargs)
         if not loss.isfinite():  # the Trainer would go on
-            where = f'the loss is {loss.item()} at step {self.state.global_step + 1}'
-            raise ValueError(f'training diverged: {where}. Use a smaller --learning-rate.')
+            step = self.state.global_step + 1
+            raise ValueError(f'training diverged: loss {loss.item()} at step {step}. Use a smaller --learning-rate.')
         return loss
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """Keeps the last batch, which `dataloader_drop_last` would drop here, too."""
+        """Keeps the last batch, which `dataloader_drop_last` would drop here as well."""
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         size, workers = self.args.eval_batch_size, self.args.dataloader_num_workers
         return self.accelerator.prepare(DataLoader(dataset, size, num_workers=workers, collate_fn=collate))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         model: Any = self.model
-        for buffer in model.buffers():  # so that all processes evaluate the model that the first one saves
+        for buffer in model.buffers():  # so that every process evaluates the model that the first one saves
             broadcast(buffer)
         metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         return metrics
@@ -198,71 +173,55 @@ class RecipeTrainer(Trainer):
 
 
 class WriteChecksums(TrainerCallback):
-    """Completes a checkpoint by the checksums of its files, so that a later run trusts no other."""
+    """Adds the checksums of its files to a checkpoint, as a mark that it is complete."""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        args.distributed_state.wait_for_everyone()  # each process writes files of its own
+        args.distributed_state.wait_for_everyone()  # each process writes its own files
         if state.is_world_process_zero:
             folder = Path(args.output_dir, f'checkpoint-{state.global_step}')
             atomic_write_text(folder / CHECKSUMS, json.dumps(checksums_of(folder)))
 
 
 def checksums_of(checkpoint: Path) -> dict[str, str]:
-    """Computes the checksums of the files in a checkpoint; that of anything else, such as a pipe, is empty."""
-    # A process that is killed while it writes the checksums leaves a hidden temporary folder.
+    """Computes the checksums of the files in a checkpoint, '' for anything else, such as a pipe."""
+    # A process killed while it writes the checksums leaves a hidden temporary folder.
     paths = [path for path in sorted(checkpoint.glob('[!.]*')) if path.name != CHECKSUMS]
     return {path.name: sha256(path) if path.is_file() else '' for path in paths}
 
 
 def find_checkpoint(folder: Path) -> str | None:
-    """Finds the newest complete checkpoint; ValueError if a file in it is not the one that was written."""
-    steps = [path.name.removeprefix('checkpoint-') for path in folder.glob('checkpoint-*')]
-    for step in sorted((int(step) for step in steps if step.isdecimal()), reverse=True):
-        checkpoint = folder / f'checkpoint-{step}'
-        if not os.path.lexists(checkpoint / CHECKSUMS):  # the process was killed while it wrote this one
-            continue
-        try:
-            expected = dict(json.loads(read_text(checkpoint / CHECKSUMS)))
-            found = checksums_of(checkpoint)
-        except (ValueError, TypeError, RecursionError) as error:
-            raise damaged(checkpoint, first_line(error)) from error
-        if changed := sorted(name for name in expected | found if expected.get(name) != found.get(name)):
-            raise damaged(checkpoint, f'{changed[0]!r} was changed')
-        return str(checkpoint)
-    return None
+    """Finds the newest complete checkpoint; ValueError if its files have changed since."""
+    complete = [path for path in folder.glob('checkpoint-*') if os.path.lexists(path / CHECKSUMS)]
+    if not complete:
+        return None
+    newest = max(complete, key=lambda path: int(path.name.removeprefix('checkpoint-')))
+    try:
+        is_intact = json.loads(read_text(newest / CHECKSUMS)) == checksums_of(newest)
+    except (ValueError, RecursionError):
+        is_intact = False
+    if not is_intact:
+        raise ValueError(
+            f'cannot continue from {str(newest)!r}: its files have changed. '
+            'Delete this folder to continue from the checkpoint before it.'
+        )
+    return str(newest)
 
 
-def damaged(checkpoint: Path, reason: str) -> ValueError:
-    """Returns the error of a damaged checkpoint."""
-    advice = 'Delete this folder to continue from the checkpoint before it.'
-    return ValueError(f'cannot continue from {str(checkpoint)!r}: {reason}. {advice}')
+def train(trainer: Any, options: argparse.Namespace, backbone: nn.Module, draw_examples: Any) -> None:
+    """Trains from the last checkpoint, if any, and saves the settings, the best model, curves and examples.
 
-
-def train(trainer: Any, options: Any, backbone: nn.Module, **more: Any) -> bool:
-    """Trains to the end, from the last checkpoint if there is one, and saves the best model with its curves.
-
-    Args:
-        trainer: RecipeTrainer with the model and the data.
-        options: Options of the recipe.
-        backbone: Part of the model whose spec is recorded with the weights.
-        **more: Recorded in addition to the options, so that `--predict` can build the model.
-
-    Returns:
-        Whether this is the first process, which may go on to draw.
-
-    Raises:
-        ValueError: If the folder has a run with other settings or a damaged checkpoint, or training diverges.
-        OSError: If the folder cannot be written.
+    Raises ValueError if the folder has a run with other settings or a damaged checkpoint, or if training diverges.
     """
-    args, folder, count = trainer.args, Path(trainer.args.output_dir), len(trainer.train_dataset)
+    args, folder, names = trainer.args, Path(trainer.args.output_dir), trainer.train_dataset.names
+    if names != trainer.eval_dataset.names:
+        raise ValueError(f'{options.train!r} and {options.val!r} have different categories')
+    count = len(trainer.train_dataset)
     if args.train_batch_size * args.world_size > count:
         raise ValueError(f'{count} images do not fill one batch. Use a smaller --per-device-train-batch-size.')
-    if args.save_total_limit == 1:
-        raise ValueError('--save-total-limit 1 leaves nothing to continue from if a save is interrupted. Use 2.')
-    settings = {**vars(options), **more, 'images': count, 'processes': args.world_size}
+    settings = {**vars(options), 'names': names, 'images': count, 'processes': args.world_size}
     settings |= {name: getattr(args, name) for name in FIXED}
     del settings['data']  # it may move
-    settings = json.loads(json.dumps(settings))  # lists for tuples
+    settings = json.loads(json.dumps(settings))  # tuples become lists
     checkpoint = args.resume_from_checkpoint or find_checkpoint(folder)
     if checkpoint is not None:
         require_same_settings(folder, settings)
@@ -275,11 +234,11 @@ def train(trainer: Any, options: Any, backbone: nn.Module, **more: Any) -> bool:
         state = {name: value.detach().cpu().contiguous() for name, value in trainer.model.state_dict().items()}
         atomic_write(folder / WEIGHTS, lambda path: save_file(state, path, spec.as_text() if spec else None))
         plot_curves(trainer.state.log_history, folder / 'curves.png')
-    return bool(trainer.is_world_process_zero())
+        draw_examples(trainer.model.eval(), trainer.eval_dataset, folder / 'examples.png')
 
 
 def require_same_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Raises ValueError if a run has other settings than those that it is to be continued with."""
+    """Raises ValueError if the folder has a run with other settings."""
     recorded = read_run(folder)
     for name in recorded | settings:
         if recorded.get(name) != settings.get(name):
