@@ -1,4 +1,4 @@
-"""Sets in COCO's format are read as published, and unusable annotations are named before they do harm."""
+"""Sets in COCO's format are read as published, and unusable annotations are reported before they do harm."""
 
 import json
 from pathlib import Path
@@ -92,9 +92,9 @@ def test_run_lengths_are_decoded_as_pycocotools_does(seed: int, tmp_path: Path) 
         ('outline', ''),
     ],
 )
-def test_segmentation_that_cannot_be_drawn_is_named(tmp_path: Path, segmentation: Any, error: str) -> None:
+def test_segmentation_that_cannot_be_drawn_is_reported(tmp_path: Path, segmentation: Any, error: str) -> None:
     dataset = write_set(tmp_path, [square(BIG, 3, segmentation=segmentation)])
-    with pytest.raises(ValueError, match=rf"cannot draw the object with id 1 of '0\.png': .*{error}"):
+    with pytest.raises(ValueError, match=rf"cannot draw object 1 of '0\.png': .*{error}"):
         semantic_mask(dataset, 0, (64, 80))
 
 
@@ -106,39 +106,39 @@ def test_size_of_an_image_in_the_annotations_is_not_trusted(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ('changed', 'error'),
     [
-        (dict(image_id=12), 'of unknown image 12'),
-        (dict(category_id=4), 'of unknown category 4'),
-        (dict(bbox=[0, 0, float('nan'), 9]), r'whose box \[0, 0, nan, 9\] is not four finite numbers'),
-        (dict(bbox=[0, 0, float('inf'), 9]), r'whose box \[0, 0, inf, 9\] is not'),
-        (dict(bbox=[0, 0, '9', 9]), r"whose box \[0, 0, '9', 9\] is not"),
-        (dict(bbox=[0, 0, 9]), r'whose box \[0, 0, 9\] is not'),
-        (dict(area='100'), "whose area '100' is not a finite number"),
-        (dict(iscrowd='no'), "whose iscrowd 'no' is neither 0 nor 1"),
+        (dict(image_id=12), 'unknown image 12'),
+        (dict(category_id=4), 'unknown category 4'),
+        (dict(bbox=[0, 0, float('nan'), 9]), r'box \[0, 0, nan, 9\] is not four finite numbers'),
+        (dict(bbox=[0, 0, float('inf'), 9]), r'box \[0, 0, inf, 9\] is not'),
+        (dict(bbox=[0, 0, '9', 9]), r"box \[0, 0, '9', 9\] is not"),
+        (dict(bbox=[0, 0, 9]), r'box \[0, 0, 9\] is not'),
+        (dict(area='100'), "area '100' is not a finite number"),
+        (dict(iscrowd='no'), "iscrowd 'no' is neither 0 nor 1"),
     ],
 )
-def test_object_that_cannot_be_used_is_named(tmp_path: Path, changed: dict[str, Any], error: str) -> None:
-    with pytest.raises(ValueError, match=rf"instances_val\.json' has an object \(id 1\) {error}"):
+def test_object_that_cannot_be_used_is_reported(tmp_path: Path, changed: dict[str, Any], error: str) -> None:
+    with pytest.raises(ValueError, match=rf"instances_val\.json': object 1: {error}"):
         write_set(tmp_path, [square(BIG, 7) | changed])
 
 
 @pytest.mark.parametrize('number', ['one', 2**63, 1.5])
-def test_image_id_that_no_tensor_can_hold_is_named(tmp_path: Path, number: Any) -> None:
-    with pytest.raises(ValueError, match=rf"instances_val\.json' has an image with id {number!r}"):
+def test_image_id_that_no_tensor_can_hold_is_reported(tmp_path: Path, number: Any) -> None:
+    with pytest.raises(ValueError, match=rf"instances_val\.json': image id {number!r} is not"):
         write_set(tmp_path, [], id=number)
 
 
 @pytest.mark.parametrize(
     ('content', 'error'),
     [
-        ('{', 'as COCO annotations'),
-        ('[]', 'as COCO annotations'),
-        (f'{{"images": {"[" * 99_999}', 'as COCO annotations: RecursionError'),
-        ('{"images": [{"id": 1}], "annotations": [{}], "categories": []}', 'as COCO annotations'),
-        ('{"images": [], "annotations": [], "categories": []}', 'has no images or no categories'),
+        ('{', 'Expecting property name'),
+        ('[]', 'not supported'),
+        (f'{{"images": {"[" * 99_999}', ''),
+        ('{"images": [{"id": 1}], "annotations": [{}], "categories": []}', 'image_id'),
+        ('{"images": [], "annotations": [], "categories": []}', 'no images or no categories'),
         (
             '{"images": [{"id": 1, "file_name": "1.png"}], "categories": [{"id": 1, "name": "cat"}],'
             ' "annotations": [{"id": 1, "image_id": 1, "category_id": 1}]}',
-            'as COCO annotations: KeyError..bbox',
+            'object 1: box None is not four finite numbers',
         ),
     ],
 )
@@ -148,11 +148,11 @@ def test_other_files_are_not_coco_sets(tmp_path: Path, content: str, error: str)
     (tmp_path / 'val').mkdir()
     (tmp_path / 'annotations').mkdir()
     (tmp_path / 'annotations' / 'instances_val.json').write_text(content)
-    with pytest.raises(ValueError, match=error):
+    with pytest.raises(ValueError, match=f"cannot use the COCO annotations '.*instances_val.json': .*{error}"):
         CocoImages(tmp_path, 'val')
 
 
-def test_image_that_cannot_be_read_is_named_in_one_line(tmp_path: Path) -> None:
+def test_image_that_cannot_be_read_is_reported_in_one_line(tmp_path: Path) -> None:
     dataset = write_set(tmp_path, [], file_name='no\nfile\x1b.png')
     with pytest.raises(ValueError, match=r"cannot read '.*no\\nfile\\x1b\.png': no such file$"):
         dataset[1]

@@ -1,4 +1,4 @@
-"""Masks of four kinds of data sets are read, and those that do not fit are named."""
+"""Masks of four kinds of data sets are read, and those that do not fit are reported."""
 
 import json
 import pickle
@@ -43,7 +43,7 @@ def test_folders_of_three_layouts_are_read_alike(tmp_path: Path) -> None:
     assert torch.bincount(parts[0][2]['mask'].flatten())[[0, 2, IGNORED]].tolist() == [29 * 50, 10 * 50, 50]
 
 
-def test_image_without_a_mask_is_named_and_other_files_are_left_out(tmp_path: Path) -> None:
+def test_image_without_a_mask_is_reported_and_other_files_are_left_out(tmp_path: Path) -> None:
     images, masks = tmp_path / 'images' / 'val', tmp_path / 'masks' / 'val'
     write_pairs(images, masks)
     for name in ('.0.png', 'Thumbs.db', '0.txt'):
@@ -101,7 +101,7 @@ def test_masks_of_0_and_255_are_for_binary(tmp_path: Path) -> None:
         require_foreground(open_part(tmp_path, 'val', 3), None)
 
 
-def test_masks_that_do_not_fit_are_named(tmp_path: Path) -> None:
+def test_masks_that_do_not_fit_are_reported(tmp_path: Path) -> None:
     write_pairs(tmp_path / 'images' / 'val', tmp_path / 'masks' / 'val')
     mask = tmp_path / 'masks' / 'val' / '0.png'
     for arguments, error in (

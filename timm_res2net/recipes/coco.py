@@ -1,8 +1,4 @@
-"""Data sets in COCO's format, read and checked, with their masks.
-
-A set is a folder with images in `NAME/` and annotations in `annotations/instances_NAME.json`, as COCO is published
-(https://cocodataset.org/#format-data).
-"""
+"""Data sets in COCO's format (https://cocodataset.org/#format-data), checked when they are opened, and their masks."""
 
 import contextlib
 import io
@@ -27,23 +23,13 @@ CLEAN = v2.Compose([v2.ConvertBoundingBoxFormat('XYXY'), v2.ClampBoundingBoxes()
 
 
 class CocoImages(torch.utils.data.Dataset[dict[str, Any]]):
-    """Images with their objects; crowds and boxes of less than a pixel are left out.
+    """The images of `FOLDER/NAME/` with the objects of `FOLDER/annotations/instances_NAME.json`.
 
     An item has `image` (3, H, W) in 0..1, `image_id`, and `target` with `boxes` (N, 4), as corners in pixels, and
-    `labels` (N,) from 1. (torchvision's `wrap_dataset_for_transforms_v2` keeps crowds, and has no boxes for an image
-    without objects.)
+    `labels` (N,) from 1. Crowds and boxes smaller than a pixel are left out. (torchvision's
+    `wrap_dataset_for_transforms_v2` keeps crowds, and has no boxes for an image without objects.)
 
-    Args:
-        folder: Folder of the set.
-        name: Part of the set, such as 'train2017'.
-        transform: Applied to each image and its target.
-
-    Raises:
-        ValueError: If there is no such part, or its annotations cannot be read or used.
-
-    Example:
-        dataset = CocoImages(Path('data/coco'), 'val2017')
-        dataset[0]['target']['boxes']  # (N, 4)
+    Raises ValueError if there is no such part, or its annotations cannot be used.
     """
 
     def __init__(self, folder: Path, name: str, transform: Callable[..., Any] | None = None) -> None:
@@ -62,33 +48,30 @@ class CocoImages(torch.utils.data.Dataset[dict[str, Any]]):
             self.names = [sanitize(each['name']) for each in categories]
             self.files = [str(self.coco.imgs[each]['file_name']) for each in self.ids]
             self.objects: list[dict[str, Any]] = self.coco.dataset.get('annotations', [])
-            problem = self.find_problem()
+            self.require_usable()
         except Exception as error:  # a file can contain anything
-            raise ValueError(f'cannot read {str(file)!r} as COCO annotations: {sanitize(repr(error))}') from error
-        if problem is not None:
-            raise ValueError(f'{str(file)!r} has {problem}')
-        for each in self.objects:  # optional in the file, required by pycocotools
-            each.setdefault('area', each['bbox'][2] * each['bbox'][3])
-            each.setdefault('iscrowd', 0)
+            raise ValueError(f'cannot use the COCO annotations {str(file)!r}: {first_line(error)}') from error
 
-    def find_problem(self) -> str | None:
-        """Describes the first image or object that cannot be used."""
+    def require_usable(self) -> None:
+        """Raises ValueError for the first image or object that cannot be used, and completes the others."""
         if not self.ids or not self.names:
-            return 'no images or no categories'
+            raise ValueError('no images or no categories')
         for number in self.ids:
             if type(number) is not int or abs(number) >= 2**63:
-                return sanitize(f'an image with id {number!r}; ids of images are integers of up to 63 bits')
+                raise ValueError(f'image id {number!r} is not an integer of at most 63 bits')
         for each in self.objects:
-            for is_wrong, problem in (
-                (each['image_id'] not in self.coco.imgs, f'of unknown image {each["image_id"]!r}'),
-                (each['category_id'] not in self.labels, f'of unknown category {each["category_id"]!r}'),
-                (not are_finite(each['bbox'], 4), f'whose box {each["bbox"]!r} is not four finite numbers'),
-                (not are_finite([each.get('area', 0)], 1), f'whose area {each.get("area")!r} is not a finite number'),
-                (each.get('iscrowd', 0) not in (0, 1), f'whose iscrowd {each.get("iscrowd")!r} is neither 0 nor 1'),
+            box: Any = each.get('bbox')
+            area, crowd = each.get('area', 0), each.setdefault('iscrowd', 0)
+            for is_usable, problem in (
+                (each.get('image_id') in self.coco.imgs, f'unknown image {each.get("image_id")!r}'),
+                (each.get('category_id') in self.labels, f'unknown category {each.get("category_id")!r}'),
+                (are_finite(box, 4), f'box {box!r} is not four finite numbers'),
+                (are_finite([area], 1), f'area {area!r} is not a finite number'),
+                (crowd in (0, 1), f'iscrowd {crowd!r} is neither 0 nor 1'),
             ):
-                if is_wrong:
-                    return sanitize(f'an object (id {each["id"]!r}) {problem}')
-        return None
+                if not is_usable:
+                    raise ValueError(f'object {each.get("id")!r}: {problem}')
+            each.setdefault('area', box[2] * box[3])  # optional in the file, required by pycocotools
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -117,12 +100,14 @@ class CocoImages(torch.utils.data.Dataset[dict[str, Any]]):
 
 
 def are_finite(values: Any, count: int) -> bool:
-    """Returns whether a list from JSON has so many finite numbers."""
-    return len(values) == count and all(isinstance(each, int | float) and math.isfinite(each) for each in values)
+    """Returns whether a list from JSON has `count` finite numbers."""
+    if not isinstance(values, list) or len(values) != count:
+        return False
+    return all(isinstance(each, int | float) and math.isfinite(each) for each in values)
 
 
 def read_image(path: Path) -> Tensor:
-    """Reads an image, (3, H, W) in 0..1, without turning it away from its boxes and masks; ValueError if that fails."""
+    """Reads an image, (3, H, W) in 0..1, as stored: boxes and masks ignore its orientation in EXIF."""
     try:
         image = images.read_image(path, rotate=False)
     except ValueError as error:
@@ -131,20 +116,20 @@ def read_image(path: Path) -> Tensor:
 
 
 def semantic_mask(dataset: CocoImages, index: int, size: tuple[int, int]) -> Tensor:
-    """Returns the label of each pixel, (H, W): 0 for none, that of the smallest object, `IGNORED` for crowds."""
+    """Returns the label of each pixel, (H, W): that of the smallest object there, 0 for none, `IGNORED` for crowds."""
     mask = np.zeros(size, np.uint8)
     for each in sorted(dataset.annotations(index), key=lambda each: -each['area']):
         try:
             covered = object_mask(each.get('segmentation'), *size)
         except Exception as error:  # a segmentation can contain anything
-            where = f'cannot draw the object with id {each["id"]!r} of {dataset.files[index]!r}'
+            where = f'cannot draw object {each["id"]!r} of {dataset.files[index]!r}'
             raise ValueError(sanitize(f'{where}: {first_line(error)}', 500)) from error
         mask[covered] = IGNORED if each['iscrowd'] else dataset.labels[each['category_id']]
     return torch.from_numpy(mask)
 
 
 def object_mask(segmentation: Any, height: int, width: int) -> NDArray[np.bool_]:
-    """Draws polygons or run lengths, after checks without which pycocotools would write beyond its memory."""
+    """Draws polygons or run lengths. Without the checks, pycocotools would write beyond its memory."""
     from pycocotools import mask
 
     if not segmentation:

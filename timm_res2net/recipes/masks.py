@@ -1,4 +1,4 @@
-"""Data sets of images with a mask: COCO's, VOC's, plain folders, and the binary masks of polyp and salient-object sets.
+"""Data sets for segmentation: COCO's, VOC's, plain folders, and the binary masks of polyp and salient-object sets.
 
 annotations/instances_NAME.json, NAME/                              COCO; the smallest object at a pixel wins
 ImageSets/Segmentation/NAME.txt, JPEGImages/, SegmentationClass/    VOC
@@ -21,7 +21,7 @@ from torchvision.transforms import v2
 
 from .._errors import sanitize
 from .._files import open_regular, read_text
-from .._images import readable_suffixes
+from .._images import readable_formats, readable_suffixes
 from .coco import IGNORED, CocoImages, read_image, semantic_mask
 
 Pair = tuple[Tensor, Tensor]
@@ -29,7 +29,7 @@ Augment = Callable[[Tensor, Tensor], Pair]
 
 
 class Masked(Dataset[dict[str, Any]]):
-    """Images with the label of each pixel, named from label 0, optionally changed by an augmentation.
+    """Images and masks of labels, optionally augmented; `names` are those of the labels, from 0.
 
     An item has `image` (3, H, W) in 0..1, `mask` (H, W) of labels, and `image_id`, its index.
     """
@@ -58,7 +58,7 @@ class Masked(Dataset[dict[str, Any]]):
 
 
 def augment(size: int, image: Tensor, mask: Tensor) -> Pair:
-    """Resizes to half to twice the size, then crops or pads to `size` pixels, and mirrors every other image."""
+    """Resizes by a factor from 0.5 to 2, then crops or pads to `size` pixels, and mirrors every other image."""
     factor = 0.5 + 1.5 * torch.rand(()).item()
     fill: Any = {tv_tensors.Image: 0.5, tv_tensors.Mask: IGNORED}
     change = v2.Compose([
@@ -73,14 +73,10 @@ def augment(size: int, image: Tensor, mask: Tensor) -> Pair:
 def open_part(
     folder: Path, part: str, classes: int | None, threshold: int | None = None, change: Augment | None = None
 ) -> Masked:
-    """Opens a part of a data set.
+    """Opens a part of a data set; ValueError if its layout is unknown.
 
-    Args:
-        folder: Folder of the set; ValueError if its layout is unknown.
-        part: Name of the part.
-        classes: Number of labels with the background; None for COCO, whose file has them, and for binary masks.
-        threshold: Grey level, in 0..255, from which a pixel of a binary mask is foreground; None for masks of labels.
-        change: Augments images and masks.
+    `classes` is the number of labels with the background: None for COCO, whose file lists them, and for binary masks,
+    where pixels from grey level `threshold` (0..255) on are foreground.
     """
     if (folder / 'annotations').is_dir():
         if classes is not None or threshold is not None:
@@ -95,7 +91,7 @@ def open_part(
 
 
 def find_pairs(folder: Path, part: str) -> list[tuple[Path, Path]]:
-    """Finds the paths of images and masks; ValueError if there are none, or an image has no mask."""
+    """Pairs images with their masks; ValueError if there are none, or an image has no mask."""
     voc = folder / 'ImageSets' / 'Segmentation' / f'{part}.txt'
     if voc.is_file():
         stems = read_text(voc).split()
@@ -120,7 +116,7 @@ def list_images(folder: Path) -> list[Path]:
 
 
 def require_foreground(dataset: Masked, threshold: int | None) -> None:
-    """Raises ValueError if no pixel of any mask is foreground; stops at the first that is."""
+    """Raises ValueError if no pixel of any mask is foreground."""
     found: set[int] = set()
     for index in range(len(dataset)):
         found.update(dataset.read(index)[1].unique().tolist())
@@ -138,7 +134,7 @@ def read_pair(files: list[tuple[Path, Path]], threshold: int | None, index: int)
     if threshold is not None:  # of any format and mode, also JPEG
         return image, (read_image(path)[0] * 255 >= threshold - 0.5).long()
     try:
-        with open_regular(path) as file, Image.open(file) as mask:
+        with open_regular(path) as file, Image.open(file, formats=readable_formats()) as mask:
             labels = np.array(mask)
     except Exception as error:  # a decoder of damaged data can raise nearly anything
         raise ValueError(sanitize(f'cannot read {str(path)!r}: {error}', 500)) from error

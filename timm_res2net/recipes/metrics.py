@@ -1,7 +1,7 @@
 """Metrics of detectors and segmenters, as pairs of functions for `RecipeTrainer`.
 
-The first of a pair measures the images of a batch: a tensor (N, ...), of one shape for all batches. The second one
-computes the metrics from those of all images.
+The first of a pair measures the images of a batch, as a tensor (N, ...). The second computes the metrics from those of
+all images.
 """
 
 import contextlib
@@ -35,25 +35,20 @@ def unpack_detections(rows: Tensor, score: float = 0.0) -> Found:
     return dict(boxes=rows[:, :4], scores=rows[:, 4], labels=rows[:, 5].long())
 
 
-def compute_precision(dataset: CocoImages, areas: tuple[int, int], evaluation: Any) -> dict[str, float]:
+def compute_precision(dataset: CocoImages, areas: Sequence[int], evaluation: Any) -> dict[str, float]:
     """Computes average precision from the packed detections of all images."""
     rows = torch.from_numpy(evaluation.predictions)
     return average_precision(dataset, list(zip(evaluation.label_ids.tolist(), map(unpack_detections, rows))), areas)
 
 
 def average_precision(
-    dataset: CocoImages, found: Sequence[tuple[int, Found]], areas: tuple[int, int] = AREAS
+    dataset: CocoImages, found: Sequence[tuple[int, Found]], areas: Sequence[int] = AREAS
 ) -> dict[str, float]:
-    """Computes COCO's average precision with pycocotools, in %; boxes without area do not count.
+    """Computes COCO's average precision, in %, from the `image_id` and detections of each image.
 
-    Args:
-        dataset: Supplies the true objects.
-        found: For each image its `image_id` and detections.
-        areas: Sides, in pixels, of the squares from which objects are medium and large.
-
-    Returns:
-        AP (mean over overlaps of 0.5 to 0.95), AP50, AP75, and AP of small, medium and large objects (APs, APm, APl):
-        -1 where the set has none of them. All are 0 if nothing was found.
+    Returns AP (mean over overlaps of 0.5 to 0.95), AP50, AP75, and AP of small, medium and large objects (APs, APm,
+    APl): -1 where the set has none of that size, 0 if nothing was found. Boxes without area do not count. `areas` are
+    the sides, in pixels, of the squares from which objects are medium and large.
     """
     from pycocotools.coco import COCO
     from pycocotools.cocoeval import COCOeval
@@ -68,7 +63,7 @@ def average_precision(
         return dict.fromkeys(METRICS, 0.0)
     with contextlib.redirect_stdout(io.StringIO()):
         truth = COCO()
-        # pycocotools treats an object with id 0 as missing, and keeps one of those with the same id.
+        # pycocotools treats an object with id 0 as missing, and keeps only one of those with the same id.
         shown = [each for each in dataset.objects if min(each['bbox'][2:]) > 0]
         numbered = [{**each, 'id': number} for number, each in enumerate(shown, 1)]
         truth.dataset = {**dataset.coco.dataset, 'annotations': numbered}

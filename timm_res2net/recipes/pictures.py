@@ -25,7 +25,7 @@ class Panel:
 
 
 def color_of(label: int) -> tuple[float, float, float]:
-    """Returns the colour of a label: hues a golden ratio apart, so that no two classes share one."""
+    """Returns the colour of a label, as hues a golden ratio apart, so that no two classes look alike."""
     if label == 0:
         return 0.0, 0.0, 0.0
     if label == IGNORED:
@@ -39,9 +39,9 @@ def paint_labels(mask: Tensor) -> Tensor:
 
 
 def draw_grid(panels: Sequence[Panel], names: Sequence[str], out: str, columns: int = 4) -> None:
-    """Draws panels row by row, and below them the colours and names (from label 1) of the classes that occur.
+    """Draws panels row by row, and below them a legend of the classes that occur; `names` are those of labels from 1.
 
-    Objects are marked by their outline only, so that nothing covers them.
+    Objects are only outlined, so that nothing covers them.
     """
     from matplotlib.patches import Patch, Rectangle
     from matplotlib.patheffects import Normal, Stroke
