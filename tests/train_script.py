@@ -5,8 +5,6 @@ python tests/train_script.py [--OPTION ...]            or under torchrun
 
 import argparse
 import json
-import os
-import signal
 from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
@@ -16,9 +14,7 @@ import timm
 import torch
 import torch.distributed as dist
 from timm.data import Mixup
-from timm.layers import convert_sync_batchnorm
 from timm.loss import SoftTargetCrossEntropy
-from timm.models import resume_checkpoint
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import CheckpointSaver, ModelEmaV3, ParseKwargs, init_distributed_device, random_seed
@@ -38,22 +34,17 @@ def options(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument('--pretrained', action='store_true')
     parser.add_argument('--batch-size', type=int, default=32, help='of one process')
     parser.add_argument('--epochs', type=int, default=2)
-    parser.add_argument('--die-at', type=int, help='step at which the last process is killed')
     parser.add_argument('--opt', default='sgd')
     parser.add_argument('--lr', type=float, default=0.05)
-    parser.add_argument('--weight-decay', type=float, default=0.01)
     parser.add_argument('--layer-decay', type=float)
     parser.add_argument('--mixup', action='store_true')
     parser.add_argument('--amp', action='store_true')
     parser.add_argument('--channels-last', action='store_true')
     parser.add_argument('--grad-checkpointing', action='store_true')
-    parser.add_argument('--sync-bn', action='store_true')
     parser.add_argument('--grad-accum-steps', type=int, default=1)
     parser.add_argument('--torchcompile', metavar='BACKEND')
-    parser.add_argument('--device', default='cpu')
-    parser.add_argument('--resume')
     parser.add_argument('--output', required=True)
-    return parser.parse_args(argv)
+    return parser.parse_args(argv, argparse.Namespace(device='cpu'))
 
 
 def digits(part: str, num_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -63,11 +54,8 @@ def digits(part: str, num_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
     return nn.functional.interpolate(images, scale_factor=4), torch.as_tensor(labels[:128]) % num_classes
 
 
-def main(argv: list[str] | None = None) -> list[float]:
-    """Trains; the loss of each step, a mean over processes."""
-    args = options(argv)
-    device: Any = init_distributed_device(args)  # sets rank, world_size and distributed
-    random_seed(0)  # NumPy's, too, for mixup
+def create_model(args: argparse.Namespace) -> nn.Module:
+    """Creates the model with the arguments that train.py passes to every model."""
     model = timm.create_model(
         args.model,
         pretrained=args.pretrained,
@@ -85,45 +73,40 @@ def main(argv: list[str] | None = None) -> list[float]:
     )
     if args.grad_checkpointing:
         model.set_grad_checkpointing(enable=True)
-    model.to(device=device)
-    if args.channels_last:
-        model.to(memory_format=torch.channels_last)
-    if args.sync_bn:
-        model = convert_sync_batchnorm(model)
-    autocast = partial(torch.autocast, device.type, torch.bfloat16) if args.amp else nullcontext
+    return model.to(memory_format=torch.channels_last) if args.channels_last else model
+
+
+def main(argv: list[str] | None = None) -> list[float]:
+    """Trains; the loss of each step, a mean over processes."""
+    args = options(argv)
+    init_distributed_device(args)  # sets rank, world_size and distributed
+    random_seed(0)  # NumPy's, too, for mixup
+    model = create_model(args)
+    autocast = partial(torch.autocast, 'cpu', torch.bfloat16) if args.amp else nullcontext
     optimizer = create_optimizer_v2(
-        model, opt=args.opt, lr=args.lr, weight_decay=args.weight_decay, momentum=0.9, layer_decay=args.layer_decay
+        model, opt=args.opt, lr=args.lr, weight_decay=0.01, momentum=0.9, layer_decay=args.layer_decay
     )
-    start = (resume_checkpoint(model, args.resume, optimizer, log_info=False) or 0) if args.resume else 0
     ema = ModelEmaV3(model, decay=0.9)
-    if args.resume:
-        ema.load_state_dict({f'module.{key}': value for key, value in saved_ema(args.resume).items()})
     trained: Any = torch.compile(model, backend=args.torchcompile, fullgraph=True) if args.torchcompile else model
     if args.distributed:
         trained = DistributedDataParallel(trained)
     scheduler, _ = create_scheduler_v2(optimizer, sched='cosine', num_epochs=args.epochs, warmup_epochs=0)
-    scheduler.step(start)
     mixup = Mixup(mixup_alpha=0.2, cutmix_alpha=1.0, num_classes=args.num_classes) if args.mixup else None
     criterion: nn.Module = SoftTargetCrossEntropy() if args.mixup else nn.CrossEntropyLoss()
-    saver = None
     if args.rank == 0:
-        os.makedirs(args.output, exist_ok=True)
-        saver = CheckpointSaver(
-            model, optimizer, args=args, model_ema=ema, checkpoint_dir=args.output, recovery_dir=args.output
-        )
+        Path(args.output).mkdir(exist_ok=True)
+    saver = CheckpointSaver(model, optimizer, args=args, model_ema=ema, checkpoint_dir=args.output)
 
     images, targets = digits('train', args.num_classes)
     losses: list[float] = []
-    for epoch in range(start, args.epochs):
+    for epoch in range(args.epochs):
         trained.train()
         order = torch.randperm(len(images), generator=torch.Generator().manual_seed(epoch))
         for batch in order.split(args.batch_size * args.world_size * args.grad_accum_steps):
-            if len(losses) == args.die_at and args.rank == args.world_size - 1:
-                os.kill(os.getpid(), signal.SIGKILL)
-            total = torch.zeros((), device=device)
+            total = torch.zeros(())
             optimizer.zero_grad()
             for part in batch.split(args.batch_size)[args.rank :: args.world_size]:
-                x, target = images[part].to(device), targets[part].to(device)
+                x, target = images[part], targets[part]
                 if mixup is not None:
                     x, target = mixup(x, target)
                 if args.channels_last:
@@ -138,7 +121,7 @@ def main(argv: list[str] | None = None) -> list[float]:
                 dist.all_reduce(total)
             losses.append(total.item() / args.world_size)
         scheduler.step(epoch + 1)
-        if saver is not None:
+        if args.rank == 0:
             saver.save_checkpoint(epoch, metric=-losses[-1])
     if args.rank == 0:
         Path(args.output, 'losses.json').write_text(json.dumps(losses))
@@ -146,11 +129,6 @@ def main(argv: list[str] | None = None) -> list[float]:
         dist.barrier()  # torch can hang where a process ends while the last exchange is being tidied up
         dist.destroy_process_group()
     return losses
-
-
-def saved_ema(path: str) -> dict[str, Any]:
-    """The averaged weights in a checkpoint."""
-    return torch.load(path, map_location='cpu', weights_only=False)['state_dict_ema']
 
 
 if __name__ == '__main__':
