@@ -150,7 +150,7 @@ def test_augmentation_moves_masks_with_images_and_ignores_what_it_pads() -> None
 def test_augmentation_is_half_to_twice_the_own_size_of_an_image(side: int) -> None:
     torch.manual_seed(0)
     mask = torch.zeros(side, side, dtype=torch.uint8)
-    mask[:, :: side // 10] = 1  # lines, so many pixels apart
+    mask[:, :: side // 10] = 1  # lines at this distance
     shown = [augment(64, torch.zeros(3, side, side), mask)[1] for _ in range(100)]
     apart = torch.cat([each[0].eq(1).nonzero().diff(dim=0) for each in shown]).float()
     assert apart.min() < 0.6 * side // 10

@@ -50,7 +50,7 @@ def test_average_precision_counts_overlaps_above_each_threshold(tmp_path: Path) 
     assert wrong_class['AP'] == nothing['AP'] == 0.0
 
 
-@pytest.mark.parametrize('ids', [(0, 1, 2), (5, 5, 5), ('a', 'b', 'c')], ids=['zero', 'repeated', 'texts'])
+@pytest.mark.parametrize('ids', [(0, 1, 2), (5, 5, 5), ('a', 'b', 'c')], ids=['zero', 'repeated', 'strings'])
 def test_average_precision_of_all_objects_is_100_whatever_their_ids(tmp_path: Path, ids: tuple[Any, ...]) -> None:
     boxes = SQUARES.values()
     dataset = write_set(tmp_path, [square(box, 3, id=number) for box, number in zip(boxes, ids)])
@@ -118,5 +118,5 @@ def test_binary_scores_are_means_over_images_of_a_worked_case() -> None:
     empty = torch.stack([torch.zeros(1, 2), torch.full((1, 2), -ninety)])
     batch = as_batch(torch.tensor([[1, 0], [1, 0]]), torch.tensor([[0, 0]]))
     scores = average_scores(as_evaluation(score_binary(Recalling(first, empty), batch)))
-    # One of two pixels is found, beside a false one; then nothing where nothing is.
+    # One of two pixels is found, and a false one; then nothing where nothing is.
     assert scores == pytest.approx({'mDice': (0.5 + 1) / 2, 'mIoU': (1 / 3 + 1) / 2, 'MAE': (0.5 + 0.1) / 2}, abs=1e-4)

@@ -71,6 +71,14 @@ def finished(simple_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saves the time for pictures, half of a tiny run."""
+    for name in ('training.plot_curves', 'detect.draw_examples', 'segment.draw_examples'):
+        monkeypatch.setattr(f'timm_res2net.recipes.{name}', lambda *args: None)
+
+
+@pytest.mark.usefixtures('undrawn')
 def test_interrupted_run_continues_to_the_same_weights(
     finished: Path, simple_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -197,7 +205,7 @@ def test_bad_input_is_one_line_and_writes_nothing(
     assert not list(tmp_path.glob('run/*'))
 
 
-@pytest.mark.slow
+@pytest.mark.usefixtures('undrawn')
 def test_diverged_training_is_one_line(simple_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = ['--data', str(simple_set), '--val', 'train', '--output-dir', str(tmp_path / 'run')]
     assert run(detect, *data, *DETECT, '--learning-rate', '1e30', '--warmup-steps', '0') == 2
@@ -230,6 +238,7 @@ def test_predictions_of_a_finished_run(finished: Path, simple_set: Path, capsys:
         assert error in capsys.readouterr().err.splitlines()[-1]
 
 
+@pytest.mark.usefixtures('undrawn')
 def test_best_model_records_the_function_of_its_backbone(simple_set: Path, tmp_path: Path) -> None:
     data = ['--data', str(simple_set), '--val', 'train', '--output-dir', str(tmp_path)]
     assert run(detect, *data, *DETECT, '--max-steps', '1', '--model-kwargs', 'first_block=paddle') == 0

@@ -29,7 +29,7 @@ class CocoImages(torch.utils.data.Dataset[dict[str, Any]]):
     `labels` (N,) from 1. Crowds and boxes smaller than a pixel are left out. (torchvision's
     `wrap_dataset_for_transforms_v2` keeps crowds, and has no boxes for an image without objects.)
 
-    Raises ValueError if there is no such part, or its annotations cannot be used.
+    Raises ValueError if the part is missing or its annotations cannot be used.
     """
 
     def __init__(self, folder: Path, name: str, transform: Callable[..., Any] | None = None) -> None:
@@ -82,8 +82,7 @@ class CocoImages(torch.utils.data.Dataset[dict[str, Any]]):
 
     def annotations(self, index: int) -> list[dict[str, Any]]:
         """Returns the annotations of an image."""
-        found: list[dict[str, Any]] = self.coco.imgToAnns.get(self.ids[index], [])
-        return found
+        return self.coco.imgToAnns[self.ids[index]]
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         image = self.read(index)

@@ -124,7 +124,7 @@ def draw_examples(model: FCOS, dataset: CocoImages, out: Path) -> None:
     for index in range(min(SHOWN, len(dataset))):
         image, truth = dataset[index]['image'], dataset[index]['target']
         for title, objects in (('truth', truth), ('found', find_objects(model, image))):
-            panels.append(Panel(f'{index + 1}: {title}', image, objects['boxes'], objects['labels'].tolist()))
+            panels.append(Panel(f'{index + 1}: {title}', image, objects['boxes'].tolist(), objects['labels'].tolist()))
     draw_grid(panels, dataset.names, str(out))
 
 
@@ -144,11 +144,12 @@ def predict(files: list[Path], options: Namespace, args: Any) -> None:
     out, results = make_folder(Path(args.output_dir, 'predictions')), []
     for file in files:
         image = read_image(file)
-        found = find_objects(model, image, options.score)
-        labels = found['labels'].tolist()
-        draw_grid([Panel(file.name, image, found['boxes'], labels)], names, str(out / f'{file.stem}.png'), columns=1)
-        rows = zip(found['boxes'].tolist(), labels, found['scores'].tolist())
-        objects = [dict(box=box, name=names[label - 1], score=score) for box, label, score in rows]
+        found = {name: value.tolist() for name, value in find_objects(model, image, options.score).items()}
+        boxes, labels, scores = (found[name] for name in ('boxes', 'labels', 'scores'))
+        draw_grid([Panel(file.name, image, boxes, labels)], names, str(out / f'{file.stem}.png'), columns=1)
+        objects = [
+            dict(box=box, name=names[label - 1], score=score) for box, label, score in zip(boxes, labels, scores)
+        ]
         results.append(dict(file=str(file), objects=objects))
     atomic_write_text(out / 'objects.json', json.dumps(results, indent=1) + '\n')
     print(f'Found {sum(len(each["objects"]) for each in results)} objects in {len(results)} images: {out}')
@@ -164,12 +165,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         '--detector-kwargs', **keywords, help="arguments of torchvision's FCOS, such as min_size and max_size"
     )
     parser.add_argument(
-        '--areas',
-        nargs=2,
-        type=int,
-        default=list(AREAS),
-        metavar='PX',
-        help='sides of the squares from which objects are medium and large',
+        '--areas', nargs=2, type=int, default=list(AREAS), help='smallest sides of medium and large objects, in pixels'
     )
     parser.add_argument('--score', type=float, default=0.3, help='with --predict: smallest score of an object')
     training.run(parser, argv, train, predict)

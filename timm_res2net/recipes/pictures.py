@@ -16,11 +16,11 @@ SHOWN = 6  # images in examples.png
 
 @dataclass(frozen=True)
 class Panel:
-    """One cell: an image (3, H, W) in 0..1, with the boxes (N, 4) of objects and their labels from 1."""
+    """One cell: an image (3, H, W) in 0..1, the boxes of objects as corners, and the labels (from 1) in it."""
 
     title: str
     image: Tensor
-    boxes: Tensor | None = None
+    boxes: Sequence[Sequence[float]] = ()
     labels: Sequence[int] = ()
 
 
@@ -59,8 +59,7 @@ def draw_grid(panels: Sequence[Panel], names: Sequence[str], out: str, columns: 
         cell.set(xlim=(width / 2 - side / 2 - 0.5, width / 2 + side / 2 - 0.5))
         cell.set(ylim=(height / 2 + side / 2 - 0.5, height / 2 - side / 2 - 0.5))
         cell.set_title(panel.title, fontsize=8)
-        boxes = torch.empty(0, 4) if panel.boxes is None else panel.boxes
-        for (left, top, right, bottom), label in zip(boxes.tolist(), panel.labels):
+        for (left, top, right, bottom), label in zip(panel.boxes, panel.labels):
             corner = (left - 0.5, top - 0.5)
             box = Rectangle(corner, right - left, bottom - top, fill=False, edgecolor=color_of(label), linewidth=1.2)
             box.set_path_effects([Stroke(linewidth=2.4, foreground='black'), Normal()])

@@ -150,14 +150,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         '--threshold', type=int, default=128, help='with --binary: level, in 0..255, from which a pixel is foreground'
     )
     parser.add_argument('--architecture', default='unet', help='architecture of segmentation_models_pytorch')
-    parser.add_argument(
-        '--architecture-kwargs',
-        nargs='*',
-        action=ParseKwargs,
-        default={},
-        metavar='KEY=VALUE',
-        help='arguments of that architecture',
-    )
+    keywords: Any = dict(nargs='*', action=ParseKwargs, default={}, metavar='KEY=VALUE')
+    parser.add_argument('--architecture-kwargs', **keywords, help='arguments of that architecture')
     parser.add_argument('--size', type=int, default=512, help='side of the square crops to train on, in pixels')
     training.run(parser, argv, train, predict)
 

@@ -61,10 +61,7 @@ def make_parser(description: str | None, metric: str) -> Any:
     parser.add_argument('--pretrained', action='store_true', help='start from the pretrained weights of that name')
     parser.add_argument('--weights', help='start from the backbone weights in this file, of any code base')
     parser.add_argument(
-        '--frozen-stages',
-        type=int,
-        default=-1,
-        help='freeze the backbone up to this feature: 0 is the stem, 1 the first stage, -1 none',
+        '--frozen-stages', type=int, default=-1, help='freeze the stem (0) and the first N stages of the backbone'
     )
     parser.add_argument('--frozen-norms', action='store_true', help="freeze the backbone's batch norms")
     return parser
