@@ -9,11 +9,9 @@ import timm
 import torch
 import train_script
 from hub_server import Hub
-from support import ROOT, randomise, slow_but, tiny, torchrun
-from timm.layers import convert_sync_batchnorm
+from support import ROOT, randomise, slow_but, torchrun
 from timm.models import group_modules
 from timm.utils import freeze
-from torch import nn
 
 from timm_res2net import pull
 from timm_res2net.__main__ import main
@@ -63,14 +61,6 @@ def test_fsdp2_sharded_stages_take_same_step_as_whole_model() -> None:
     done = torchrun(str(ROOT / 'tests' / 'shard_script.py'))
     # Not the status: on a busy machine gloo's threads can abort a process that has done all and is about to exit.
     assert done.stdout.count('equal') == 2, done.stderr
-
-
-def test_convert_sync_batchnorm_converts_every_norm_and_keeps_output(images: torch.Tensor) -> None:
-    model = tiny()
-    converted = convert_sync_batchnorm(tiny())
-    count = sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
-    assert sum(isinstance(module, nn.SyncBatchNorm) for module in converted.modules()) == count
-    torch.testing.assert_close(converted(images), model(images), rtol=0, atol=0)
 
 
 def test_push_and_pull_fine_tuned_model_keep_outputs_and_accuracy(

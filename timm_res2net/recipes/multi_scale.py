@@ -44,10 +44,10 @@ TRIES = 20  # attempts to place an item
 EMPTY = 15  # highest grey level of the background of Fashion-MNIST: JPEG left artefacts around the items
 
 PHOTOGRAPHS = (
-    *('astronaut.png', 'brick.png', 'camera.png', 'cell.png', 'chelsea.png', 'coffee.png', 'coins.png', 'grass.png'),
-    *('gravel.png', 'hubble_deep_field.jpg', 'ihc.png', 'moon.png', 'motorcycle_left.png', 'page.png', 'retina.jpg'),
+    'astronaut.png', 'brick.png', 'camera.png', 'cell.png', 'chelsea.png', 'coffee.png', 'coins.png', 'grass.png',
+    'gravel.png', 'hubble_deep_field.jpg', 'ihc.png', 'moon.png', 'motorcycle_left.png', 'page.png', 'retina.jpg',
     'rocket.jpg',
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

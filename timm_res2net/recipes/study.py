@@ -203,7 +203,11 @@ def run(part: str, scale: int, seed: int, source: Path, folder: Path) -> dict[st
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         model(noise[:1])
     return dict(
-        **dict(part=part, scale=scale, seed=seed, params=count_parameters(model)),
+        part=part,
+        scale=scale,
+        seed=seed,
+        epochs=PARTS[part].epochs,
+        params=count_parameters(model),
         mmacs=round(counter.get_total_flops() / 2e6, 2),
         radius=round(radius(receptive_field(model, 'layer4.1', noise).mean(axis=0)), 3),  # of all splits
         **{name: round(metrics[f'eval_{name}'], 3) for name in PARTS[part].metrics},

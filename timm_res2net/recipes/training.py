@@ -31,15 +31,23 @@ from .arguments import report_errors
 
 CHECKSUMS, RUN, WEIGHTS = 'checksums.json', 'run.json', 'model.safetensors'
 DEFAULTS: dict[str, Any] = dict(  # where they differ from the Trainer's
-    **dict(eval_strategy='epoch', save_strategy='epoch', logging_strategy='epoch', save_total_limit=2),
-    **dict(load_best_model_at_end=True, dataloader_drop_last=True, remove_unused_columns=False),
-    **dict(num_train_epochs=12, learning_rate=5e-4, lr_scheduler_type='cosine', warmup_steps=0.05),
+    eval_strategy='epoch',
+    save_strategy='epoch',
+    logging_strategy='epoch',
+    save_total_limit=2,
+    load_best_model_at_end=True,
+    num_train_epochs=12,
+    learning_rate=5e-4,
+    lr_scheduler_type='cosine',
+    warmup_steps=0.05,
+    dataloader_drop_last=True,
     dataloader_pin_memory=torch.cuda.is_available(),
+    remove_unused_columns=False,
 )
 FIXED = (  # the Trainer's options that a run keeps when it is continued
-    *('num_train_epochs', 'max_steps', 'learning_rate', 'lr_scheduler_type', 'warmup_steps', 'optim', 'weight_decay'),
-    *('per_device_train_batch_size', 'gradient_accumulation_steps', 'max_grad_norm', 'bf16', 'fp16', 'seed'),
-)
+    'num_train_epochs', 'max_steps', 'learning_rate', 'lr_scheduler_type', 'warmup_steps', 'optim', 'weight_decay',
+    'per_device_train_batch_size', 'gradient_accumulation_steps', 'max_grad_norm', 'bf16', 'fp16', 'seed',
+)  # fmt: skip
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -48,9 +56,8 @@ class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionH
 
 def make_parser(description: str | None, metric: str) -> Any:
     """Makes a parser of the Trainer's options and those of both recipes; the best model has the highest `metric`."""
-    parser: Any = HfArgumentParser(
-        [TrainingArguments], description=description, formatter_class=Formatter, allow_abbrev=False
-    )
+    kinds: Any = [TrainingArguments]
+    parser: Any = HfArgumentParser(kinds, description=description, formatter_class=Formatter, allow_abbrev=False)
     parser.set_defaults(**DEFAULTS, metric_for_best_model=metric)
     work = parser.add_mutually_exclusive_group(required=True)
     work.add_argument('--data', type=Path, help='folder of the data set to train on')
