@@ -60,7 +60,7 @@ def make_source(args: argparse.Namespace, **options: Any) -> tuple[Any, Checkpoi
     source = args.source
     if os.path.lexists(source) and not os.path.isdir(source):
         checkpoint = read_checkpoint(source, weights_from=args.weights_from)
-        name, found = find_model(checkpoint, args.model)
+        name, found, _ = find_model(checkpoint, args.model)
         return load_model(checkpoint, name, **found, **options).eval(), checkpoint
     refuse(args, f'{source} already determines the model', '--model', '--weights-from')
     if os.path.isdir(source):

@@ -242,6 +242,8 @@ def require_measurable(
     """Raises an error for arguments of `bench` that do not fit each other."""
     if unknown := sorted(set(models) - ARCHS.keys()):
         raise UnknownModelError.among(unknown[0], ARCHS, ' in this package')
+    if unknown := sorted(set(against) - set(OPPONENTS)):
+        raise ValueError(f'unknown against={", ".join(unknown)}. Choose from {", ".join(OPPONENTS)}.')
     only_inference_on_cpu = sorted({*RUNTIMES, 'int8'} & {*against, *dtypes})
     if only_inference_on_cpu and (train or device.type != 'cpu'):
         raise ValueError(f'{" and ".join(only_inference_on_cpu)} is for inference on the CPU. Leave it out.')

@@ -177,7 +177,8 @@ def draw_fields(figure: 'SubFigure', explanation: Explanation) -> None:
         panel.imshow(np.sqrt(field), cmap='magma')
         panel.set_xlim(column - reach, column + reach)
         panel.set_ylim(row + reach, row - reach)
-        panel.add_patch(Circle(centers[i][::-1], radii[i], fill=False, color='white', linewidth=1, linestyle='--'))
+        y, x = centers[i]
+        panel.add_patch(Circle((x, y), radii[i], fill=False, color='white', linewidth=1, linestyle='--'))
         name = 'not convolved' if i == len(fields) - 1 and len(fields) > 1 else f'split {i + 1}'
         panel.set_title(f'{name}\nradius {radii[i]:.1f} pixels')
         hide_axes(panel)
