@@ -124,18 +124,30 @@ def atomic_write_text(out: PathLike, text: str) -> None:
 
 
 def write_files(folder: PathLike, files: Mapping[str, bytes]) -> None:
-    """Writes several files to a folder, creating it if needed: all of them, or none and an OSError."""
-    is_new, place = not os.path.isdir(folder), make_folder(folder)
-    paths = [output_path(place / name) for name in files]
+    """Writes several files to a folder: all of them, or none and an OSError. A new folder appears complete."""
+    place = Path(folder)
     try:
-        with replacing(*paths) as temporary:
-            for path, content in zip(temporary, files.values()):
-                Path(path).write_bytes(content)
+        if place.is_dir():
+            with replacing(*[output_path(place / name) for name in files]) as temporary:
+                for path, content in zip(temporary, files.values()):
+                    Path(path).write_bytes(content)
+        else:
+            write_new_folder(place, files)
     except OSError as error:
-        with suppress(OSError):  # it is not empty after all
-            if is_new:
-                place.rmdir()
         raise OSError(f'cannot write {folder}: {error.strerror or first_line(error)}') from error
+
+
+def write_new_folder(folder: Path, files: Mapping[str, bytes]) -> None:
+    """Writes files to a folder that gets its name when it is complete; OSError if another process was faster."""
+    with temporary_folder(make_folder(folder.parent)) as temporary:
+        complete = temporary / folder.name
+        complete.mkdir()
+        for name, content in files.items():
+            (complete / name).write_bytes(content)
+            sync(complete / name)
+        sync(complete)
+        os.rename(complete, folder)
+        sync(folder.parent)
 
 
 def make_folder(out: PathLike) -> Path:

@@ -233,6 +233,7 @@ def test_predictions_of_a_finished_run(finished: Path, simple_set: Path, capsys:
         (photos, [], "two images are called '1'"),
         (photos / '1.png', [], 'not an image'),
         (photos, ['--data', str(simple_set)], 'argument --data: not allowed with argument --predict'),
+        (photos, ['--learning_rate', '1'], '--learning-rate has no effect on --predict'),
     ):
         assert run(detect, '--predict', str(path), '--output-dir', str(finished), *more) in (1, 2)
         assert error in capsys.readouterr().err.splitlines()[-1]

@@ -1,6 +1,6 @@
 """Mutated files are read or refused; nothing else ever happens.
 
-    pytest -m slow tests/weights/test_fuzz.py                             # a minute
+    pytest -m slow tests/weights/test_fuzz.py                             # 20 seconds
     FUZZ_SECONDS=3600 FUZZ_SEED=1 pytest -m slow tests/weights/test_fuzz.py
 
 The sandbox's functions run in a forked worker without a new interpreter for each file, which is 50 times as fast.
@@ -37,18 +37,10 @@ from timm_res2net.weights import readers, sandbox
 from timm_res2net.weights.checkpoints import identify
 from timm_res2net.weights.matching import find_model
 
-SECONDS = float(os.environ.get('FUZZ_SECONDS', 60)) / len(FORMATS)
+SECONDS = float(os.environ.get('FUZZ_SECONDS', 20)) / len(FORMATS)
 SEED = int(os.environ.get('FUZZ_SEED', 0))
 INTEGERS = (0, 1, -1, 2, 255, 2**15, 2**31 - 1, -(2**31), 2**31, 2**32 - 1, 2**62, 2**63 - 1, -(2**63), 2**64 - 1)
 WORDS = ('', '.', '/', '..', 'a' * 300, 'a' * 5000, '\x1b[2J', '\0', '9' * 5000, '\u202e', 'layer1.0.convs.0.weight')
-
-
-class Stopped(BaseException):
-    """The alarm rang; in use, the operating system would have ended the sandbox."""
-
-
-def ring(*args: Any) -> None:
-    raise Stopped
 
 
 def parse(content: bytes, complete: bool) -> str:
@@ -57,11 +49,9 @@ def parse(content: bytes, complete: bool) -> str:
         raw = readers.read_safetensors(content)
     else:
         out, file = io.BytesIO(), io.BytesIO(content)
-        signal.setitimer(signal.ITIMER_VIRTUAL, 1)
+        signal.setitimer(signal.ITIMER_VIRTUAL, 1)  # ends this process, as a limit ends the sandbox
         try:
             sandbox.answer(sandbox.read_file(file), out)
-        except Stopped:
-            return 'stopped'
         except Exception as error:  # as in `sandbox.main`
             return 'refused' if isinstance(error, sandbox.Refused) else type(error).__name__
         finally:
@@ -193,7 +183,6 @@ def mutated(kind: str, random: random.Random) -> bytes:
 def work(kind: str, seed: int, end: float, folder: Path) -> None:
     """Mutates one format until the time is over, and logs the outcome of each file."""
     warnings.simplefilter('ignore')
-    signal.signal(signal.SIGVTALRM, ring)
     used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + 300_000_000, resource.RLIM_INFINITY))
     with open(folder / 'outcomes', 'a', buffering=1) as log:
@@ -227,8 +216,9 @@ def test_mutated_file_is_read_or_refused(kind: str, tmp_path: Path) -> None:
         process.start()
         process.join()
         seed = int((tmp_path / 'seed').read_text())
-        # Python's own unpickler overflows the stack on deep nesting; in use, that ends the sandbox.
-        assert process.exitcode in (0, -signal.SIGSEGV), f'{kind}, seed {seed}, {tmp_path}/file: {process.exitcode}'
+        # Python's own unpickler can overflow the stack, or run for ever; in use, that ends the sandbox.
+        ended = 0, -signal.SIGSEGV, -signal.SIGVTALRM
+        assert process.exitcode in ended, f'{kind}, seed {seed}, {tmp_path}/file: {process.exitcode}'
         crashed += process.exitcode != 0
     outcomes = Counter((tmp_path / 'outcomes').read_text().split('\n')[:-1]) + Counter(crashed=crashed)
     if counts := os.environ.get('FUZZ_COUNTS'):

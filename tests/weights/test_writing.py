@@ -80,12 +80,27 @@ def test_content_is_on_the_disk_before_it_gets_its_name(file: Path, monkeypatch:
         os, 'fsync', recording(os.fsync, lambda handle: Path(os.readlink(f'/proc/self/fd/{handle}')).name)
     )
     monkeypatch.setattr(os, 'replace', recording(os.replace, lambda path: Path(path).name))
+    monkeypatch.setattr(os, 'rename', recording(os.rename, lambda path: Path(path).name))
     atomic_write_text(file.parent / 'a', 'text')
     assert events == ['fsync a', 'replace a', 'fsync in']
     events.clear()
     convert(file, file.parent / 'out')
-    names = 'config.json', 'model.safetensors'  # a configuration alone shows an unfinished write
-    assert events == [*(f'fsync {name}' for name in names), *(f'replace {name}' for name in names), 'fsync out']
+    assert events == ['fsync config.json', 'fsync model.safetensors', 'fsync out', 'rename out', 'fsync in']
+
+
+def test_new_folder_that_another_process_makes_first_keeps_its_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def make_it_first(complete: Path, folder: Path) -> None:
+        folder.mkdir()
+        (folder / 'a').write_text('theirs')
+        os.replace(complete, folder)
+
+    monkeypatch.setattr(os, 'rename', make_it_first)
+    with pytest.raises(OSError, match=r'cannot write .*out: Directory not empty'):
+        write_files(tmp_path / 'out', {'a': b'ours', 'b': b'ours'})
+    assert [path.name for path in tmp_path.rglob('*')] == ['out', 'a']
+    assert (tmp_path / 'out' / 'a').read_text() == 'theirs'
 
 
 def run(work: Callable[..., object], *args: Any) -> int | None:

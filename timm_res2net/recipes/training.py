@@ -9,6 +9,7 @@ curves.png, examples.png    loss and metrics over epochs, and predictions next t
 import argparse
 import json
 import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,9 @@ FIXED = (  # the Trainer's options that a run keeps when it is continued
 )  # fmt: skip
 
 
+PREDICTION = {'--predict', '--output-dir', '--score', '--use-cpu'}  # options that have an effect there
+
+
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
     """Shows defaults, and keeps the line breaks of the description."""
 
@@ -79,9 +83,13 @@ def run(parser: Any, argv: Sequence[str] | None, train: Any, predict: Any) -> No
 
     `args` are TrainingArguments, `options` the others.
     """
+    argv = sys.argv[1:] if argv is None else argv
     with report_errors(parser):
         args, options = parser.parse_args_into_dataclasses(argv)
         if options.predict is not None:
+            given = {each.partition('=')[0].replace('_', '-') for each in argv if each.startswith('--')}
+            if ignored := sorted(given - PREDICTION):
+                raise ValueError(f'{ignored[0]} has no effect on --predict. Leave it out.')
             predict(find_pictures(options.predict), options, args)
         else:
             set_seed(args.seed)

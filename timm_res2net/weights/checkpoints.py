@@ -100,6 +100,11 @@ class Checkpoint:
         """Fields of `spec` that are inferred or default."""
         return tuple(name for name, known in self.provenance.items() if known in ('inferred', 'default'))
 
+    @property
+    def function(self) -> NetworkSpec | None:
+        """The former name of `spec`."""
+        return self.spec
+
     def with_spec(self, **fields: Any) -> 'Checkpoint':
         """Returns the checkpoint with fields of its spec set by the caller, which are then recorded.
 

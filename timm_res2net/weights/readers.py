@@ -168,9 +168,12 @@ def make_tensor(entry: Any, storages: list[Tensor]) -> Tensor:
     dtype_name, index, shape, strides, offset = entry
     if len(shape) > MAX_DIMENSIONS:
         raise ValueError(f'a tensor has {len(shape):,} dimensions')
+    dtype = DTYPES[dtype_name]
     if strides is None:
         strides = [math.prod(shape[i + 1 :]) for i in range(len(shape))]
-    dtype, numbers = DTYPES[dtype_name], [*shape, *strides, offset]
+        if math.prod(shape) * dtype.itemsize != len(storages[index]):
+            raise ValueError(f'a tensor of shape {str(shape)[:80]} has {len(storages[index]):,} bytes')
+    numbers = [*shape, *strides, offset]
     if not (all(map(is_size, numbers)) and is_size(index) and len(shape) == len(strides)):
         raise ValueError(f'a tensor has the impossible shape {str(shape)[:80]} or strides {str(strides)[:80]}')
     flat = storages[index]

@@ -86,8 +86,8 @@ class Mapping(Inert):
 class Storage:
     """Bytes that tensors share: at a place in the file, or in memory."""
 
-    def __init__(self, dtype: Any = None, data: Any = b'') -> None:
-        self.dtype, self.data = dtype, data
+    def __init__(self, dtype: Any = None, count: Any = None, data: Any = b'') -> None:
+        self.dtype, self.count, self.data = dtype, count, data  # the count, of numbers, if the file records it
         self.start: int | None = None
         self.size = len(data)
 
@@ -186,10 +186,10 @@ class Unpickler(pickle.Unpickler):
     def persistent_load(self, saved: Any) -> Any:
         if saved[0] != 'storage':  # a class with its source code, in files of torch before 1.6
             return saved[1]
-        _, dtype, key, _, _count, *views = saved
+        _, dtype, key, _, count, *views = saved
         if not isinstance(key, str) or not isinstance(dtype, str) or any(views):  # views are of torch before 0.4
             raise Refused(f'a storage has no type or key, or lies within another one. {DAMAGED}')
-        return self.storages.setdefault(key, Storage(dtype))
+        return self.storages.setdefault(key, Storage(dtype, count))
 
 
 # Formats: each reader returns the file's content
@@ -234,6 +234,8 @@ def locate_member(file: BinaryIO, archive: Any, name: str, storage: Storage) -> 
     """Finds the bytes of an archive's member: at their place in the file if they are not compressed."""
     info = archive.getinfo(name)
     storage.size = info.file_size
+    if storage.dtype in WIDTHS and storage.count * WIDTHS[storage.dtype] != storage.size:
+        raise Refused(f'a storage of {storage.count:,} numbers has {storage.size:,} bytes. {DAMAGED}')
     if info.compress_type == 0:
         file.seek(info.header_offset + 26)
         lengths = struct.unpack('<HH', file.read(4))  # of name and padding
@@ -253,6 +255,8 @@ def read_legacy(file: BinaryIO) -> Any:
     for key in keys:
         storage = storages[key]
         (count,) = struct.unpack('<q', file.read(8))
+        if count != storage.count:
+            raise Refused(f'a storage of {storage.count:,} numbers has {count:,}. {DAMAGED}')
         storage.start, storage.size = file.tell(), count * WIDTHS[storage.dtype]
         file.seek(storage.size, 1)
     return found
