@@ -356,7 +356,7 @@ def test_features_only_every_feature_cls_returns_same_features(name: str, featur
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', [*TRUNKS, 'seres2net50_26w_4s', 'res2net50_vd_26w_4s'])
+@pytest.mark.parametrize('name', TRUNKS)
 def test_model_scripted_traced_exported_or_compiled_keeps_output(name: str, images: Tensor) -> None:
     torch.manual_seed(0)
     model = randomise(timm.create_model(name, **small(name))).eval()
@@ -423,12 +423,11 @@ def test_grad_checkpointing_halves_saved_activations(name: str, images: Tensor) 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', ['test_res2net', 'dla60_res2net'])
-def test_grad_checkpointing_compiles_without_graph_break(name: str, images: Tensor) -> None:
+def test_grad_checkpointing_compiles_without_graph_break(images: Tensor) -> None:
     results = []
     for compile_it in (False, True):
         torch.manual_seed(0)
-        model = randomise(timm.create_model(name, **small(name)))
+        model = tiny().train()
         model.set_grad_checkpointing()
         runner = torch.compile(model, fullgraph=True, backend='aot_eager') if compile_it else model
         results.append(step(runner, images))

@@ -24,8 +24,10 @@ def count_norms(model: nn.Module) -> int:
     return sum(isinstance(module, nn.BatchNorm2d) for module in model.modules())
 
 
-@pytest.mark.parametrize('full', [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize('name', ARCHS)
+FULL = [pytest.param(name, True, marks=pytest.mark.slow) for name in TRUNKS]
+
+
+@pytest.mark.parametrize(('name', 'full'), [*((name, False) for name in ARCHS), *FULL])
 def test_fuse_every_model_leaves_no_norm(
     name: str, full: bool, build: Callable[..., nn.Module], images: Tensor
 ) -> None:

@@ -362,7 +362,7 @@ def random_model(seed: int) -> tuple[nn.Module, str, dict[str, Any]]:
 
 
 # FUZZ_NETWORKS=500 tests more networks, and FUZZ_SEED begins at another one.
-FIRST, COUNT = int(os.environ.get('FUZZ_SEED', 0)), int(os.environ.get('FUZZ_NETWORKS', 20))
+FIRST, COUNT = int(os.environ.get('FUZZ_SEED', 0)), int(os.environ.get('FUZZ_NETWORKS', 8))
 SLOW = [pytest.param(seed, marks=pytest.mark.slow) for seed in range(FIRST + 4, FIRST + 4 + COUNT)]
 
 
