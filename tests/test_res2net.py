@@ -105,8 +105,11 @@ def test_unregister_restores_timm_exactly() -> None:
 # Parity with timm
 
 
-@pytest.mark.parametrize('full', [False, pytest.param(True, marks=pytest.mark.slow)])
-@pytest.mark.parametrize('name', TIMMS_OWN)
+FULL_SIZE = 'res2net50_26w_8s', 'res2net50d', 'dla60_res2next'
+FULL = [pytest.param(name, True, marks=pytest.mark.slow) for name in FULL_SIZE]
+
+
+@pytest.mark.parametrize(('name', 'full'), [*((name, False) for name in TIMMS_OWN), *FULL])
 def test_model_weights_outputs_and_gradients_equal_timm_bit_for_bit(name: str, full: bool, images: Tensor) -> None:
     arguments = {} if full else small(name)
     torch.manual_seed(0)
@@ -356,7 +359,7 @@ def test_features_only_every_feature_cls_returns_same_features(name: str, featur
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('name', TRUNKS)
+@pytest.mark.parametrize('name', ['test_res2net', 'dla60_res2net'])
 def test_model_scripted_traced_exported_or_compiled_keeps_output(name: str, images: Tensor) -> None:
     torch.manual_seed(0)
     model = randomise(timm.create_model(name, **small(name))).eval()

@@ -34,7 +34,7 @@ def train(folder: Path, *arguments: str) -> list[float]:
     return train_script.main(['--output', str(folder), *arguments])
 
 
-@pytest.mark.parametrize('name', slow_but(['test_res2net'], KINDS))
+@pytest.mark.parametrize('name', slow_but(['test_res2net'], ['test_res2net', 'dla60_res2net']))
 def test_train_every_trunk_with_all_options_reduces_loss(name: str, tmp_path: Path) -> None:
     torch._dynamo.reset()
     options = '--opt adamw --lr 3e-3 --layer-decay 0.9 --mixup --amp --channels-last --grad-checkpointing'
