@@ -99,9 +99,8 @@ def test_interrupted_run_continues_to_the_same_weights(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('recipe', ['segment'])
-def test_killed_run_continues_to_the_same_weights_and_history(recipe: str, simple_set: Path, tmp_path: Path) -> None:
-    whole, parts = (command(recipe, simple_set, tmp_path / name) for name in ('whole', 'parts'))
+def test_killed_run_continues_to_the_same_weights_and_history(simple_set: Path, tmp_path: Path) -> None:
+    whole, parts = (command('segment', simple_set, tmp_path / name) for name in ('whole', 'parts'))
     subprocess.run([sys.executable, *whole], check=True, capture_output=True)
     killed = subprocess.Popen([sys.executable, *parts], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 120

@@ -6,7 +6,7 @@ from typing import Any
 
 from .._files import sha256
 from ..models.spec import FIRST_BLOCKS, STYLES, NetworkSpec
-from ..weights.config import WEIGHTS_FILE
+from ..weights.config import RECORD, WEIGHTS_FILE
 from ..weights.convert import Conversion, convert, export_checkpoint
 from ..weights.dialects import DIALECTS, EXPORTS
 from ..weights.loading import load_model
@@ -80,7 +80,7 @@ def write_for(target: str, done: Conversion, out: str | None) -> None:
 
 def show_conversion(done: Conversion, labels_given: bool) -> None:
     """Prints what a file was recognised as, how certain that is, and what happened to its tensors."""
-    checkpoint, record = done.checkpoint, done.config['timm_res2net']
+    checkpoint, record = done.checkpoint, done.config[RECORD]
     spec = checkpoint.spec or NetworkSpec()
     under = f', prefix {checkpoint.prefix}' if checkpoint.prefix else ''
     print(f'{checkpoint.file}\n  sha256 {record["converted_from"]["sha256"]}\n')

@@ -18,7 +18,7 @@ from ..models.classifier import model_name, registered_cfg, with_channels
 from ..models.spec import NetworkSpec
 from ..models.variants import ARCHS
 from .checkpoints import Checkpoint, first_convolution, identify, read_checkpoint, with_record
-from .config import WEIGHTS_FILE, read_config
+from .config import RECORD, WEIGHTS_FILE, read_config
 from .matching import arguments_for, build_outline, describe_mismatch, find_model, format_create_model
 from .readers import RawFile, read_file
 from .renaming import find_network
@@ -197,7 +197,7 @@ def load_folder(folder: PathLike, source: str | None = None, **kwargs: Any) -> n
     """
     source = source or str(folder)
     config = read_config(folder, source)
-    name, recorded = config.get('architecture'), config.get('timm_res2net', {}).get('sha256')
+    name, recorded = config.get('architecture'), config[RECORD].get('sha256')
     if not isinstance(name, str) or name not in ARCHS:
         where = f'hf-hub:{source}' if source != str(folder) else f'local-dir:{folder}'
         raise CheckpointError(
