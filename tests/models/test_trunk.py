@@ -97,7 +97,7 @@ GEOMETRY = 'do not pass output_stride, dilate_pool or'
         (Res2Net, dict(scale=0), 'scale=0'),
         (Res2Net, dict(cardinality=0), 'cardinality=0'),
         (Res2Net, dict(base_width=0.5), 'base_width=0.5'),
-        (Res2Net, dict(stem_type='wide'), 'stem_type=.* is not known; choose from , deep, deep_tiered'),
+        (Res2Net, dict(stem_type='wide'), "stem_type='wide' is not known: choose from '', 'deep', 'deep_tiered'"),
         (Res2Net, dict(stem_ceil_mode=True, replace_stem_pool=True), 'stem_ceil_mode=True has no effect'),
         (Res2Net, dict(strides=(1, 2, 2, 1), output_stride=16), GEOMETRY),
         (Res2Net, dict(dilations=(1, 1, 1, 2), dilate_pool=True), GEOMETRY),

@@ -385,7 +385,7 @@ def test_all_parts_of_all_networks_are_known() -> None:
     ('options', 'error', 'message'),
     [
         (dict(dialect='caffe'), ValueError, r"unknown dialect 'caffe'\. Choose from paddleclas"),
-        (dict(first_block='caffe'), ValueError, "first_block='caffe' is not known; choose from official"),
+        (dict(first_block='caffe'), ValueError, "first_block='caffe' is not known: choose from 'official'"),
         (dict(dialect='mindcv'), CheckpointError, "no Res2Net in the dialect 'mindcv'"),
         (dict(model=nn.Linear(2, 2)), TypeError, 'no Res2Net block'),
         (dict(model=tiny(device='meta')), ValueError, 'meta device'),

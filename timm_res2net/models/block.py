@@ -1,9 +1,10 @@
 """The Res2Net block, the one idea that every network of this package is built from.
 
 A bottleneck's 3x3 convolution over `scale * width` channels becomes a cascade of `scale - 1` convolutions over `width`
-channels each. Each split is added to the output of the split before it; the last split is not convolved. Counted in
-pixels of its stage, the i-th output of an undilated block has seen 2i + 3 of them across, so one block sees several
-scales at once. Paper: `Res2Net: A New Multi-scale Backbone Architecture` - https://arxiv.org/abs/1904.01169
+channels each. The output of each convolution is added to the next split; the last split is not convolved. Output i
+(from 0) of an undilated block has seen a window of 2i + 3 pixels, so one block sees several scales at once.
+
+Paper: `Res2Net: A New Multi-scale Backbone Architecture` - https://arxiv.org/abs/1904.01169
 """
 
 import copy
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from .fold import Foldable, fold_norm, fold_norms, merge_convs
 from .layers import DeformableConv2d, DilatedAvgPool2d
-from .spec import FIRST_BLOCKS, NetworkSpec, Splits, activation_name, hidden_attention, require_one_of
+from .spec import FIRST_BLOCKS, LATER_BLOCK, NetworkSpec, activation_name, hidden_attention, require_one_of
 
 Layer = Callable[..., nn.Module]
 
@@ -25,9 +26,8 @@ Layer = Callable[..., nn.Module]
 class Bottle2neck(Foldable):
     """Res2Net bottleneck: 1x1 convolution, cascade of 3x3 convolutions over splits of the channels, 1x1 convolution.
 
-    Maps (N, inplanes, H, W) to (N, planes * expansion, H / stride, W / stride), sizes rounded up. Tensor names are
-    those of timm and of the authors: `conv1 bn1 convs.k bns.k conv3 bn3 se downsample`. With `scale=1` it is the plain
-    ResNe(X)t bottleneck.
+    Tensors have the names of timm and of the authors: `conv1 bn1 convs.k bns.k conv3 bn3 se downsample`. With `scale=1`
+    this is the plain ResNe(X)t bottleneck.
 
     Args:
         inplanes: Input channels.
@@ -41,16 +41,15 @@ class Bottle2neck(Foldable):
         first_dilation: Dilation of this block's own 3x3 convolutions, `dilation` if None.
         first: Whether this is the first block of its stage. All others compute their splits as a cascade.
         first_block: How a first block computes its splits: 'official', 'paddle', 'mmdet' or 'group' (`FIRST_BLOCKS`).
-        style: Position of the stride: 'pytorch', in the 3x3 convolutions and the pool of the last split, or 'caffe', in
-            the first 1x1 convolution. With 'caffe' the splits are those of a first block at stride 1.
+        style: Position of the stride: 'pytorch' (3x3 convolutions and pool of the last split) or 'caffe' (first 1x1
+            convolution; the splits are then those of a first block at stride 1).
         deformable: Version of deformable 3x3 convolutions, 'v1' or 'v2', None for plain ones.
         dilate_pool: Dilate the average pool of the last split like the convolutions. Only then does a dilated network
             compute the undilated one on a denser grid. timm leaves the pool undilated.
-        act_layer: Activation class, one instance for each site (hooks and attribution methods tell sites apart).
+        act_layer: Activation class. Each site gets its own instance, because hooks and attribution methods need that.
         norm_layer: Norm class.
         attn_layer: Attention class or its name in timm, right before the residual add, where the paper (3.2.2) has SE.
-        device: Device of the tensors.
-        dtype: Data type of the tensors.
+        device, dtype: Of the tensors.
 
     Raises:
         ValueError: If the block does not support an argument.
@@ -93,28 +92,28 @@ class Bottle2neck(Foldable):
         if width < 1:
             raise ValueError(f'base_width={base_width} leaves no channel in a split of a block with {planes} planes')
         outplanes = planes * self.expansion
-        first_dilation = first_dilation or dilation
         stride_1x1, stride_3x3 = (stride, 1) if style == 'caffe' else (1, stride)
-        splits = Splits(cascade=True, last='kept')
-        if first:
+        first_dilation = first_dilation or dilation
+        splits = LATER_BLOCK
+        if first:  # its kind depends on the stride of the 3x3 convolutions in training, which dilation may replace
+            trained_stride = 1 if style == 'caffe' else stride * dilation // first_dilation
             kind = FIRST_BLOCKS[first_block]
-            nominal_stride = 1 if style == 'caffe' else stride * dilation // first_dilation
-            splits = kind.stride_1 if nominal_stride == 1 else kind.stride_2
+            splits = kind.stride_1 if trained_stride == 1 else kind.stride_2
         num_convs = scale if splits.last == 'convolved' else max(1, scale - 1)
 
         dd: dict[str, Any] = dict(device=device, dtype=dtype)
         conv1x1: Layer = partial(nn.Conv2d, kernel_size=1, bias=False, **dd)
-        grid: dict[str, Any] = dict(stride=stride_3x3, dilation=first_dilation, groups=cardinality)
-        conv3x3: Layer = partial(nn.Conv2d, width, width, 3, padding=first_dilation, bias=False, **grid, **dd)
+        conv3x3: Layer = partial(nn.Conv2d, kernel_size=3, padding=first_dilation, bias=False)
         if deformable is not None:
-            conv3x3 = partial(DeformableConv2d, width, width, version=deformable, **grid, **dd)
+            conv3x3 = partial(DeformableConv2d, version=deformable)
+        grid: dict[str, Any] = dict(stride=stride_3x3, dilation=first_dilation, groups=cardinality)
 
         self.scale = scale
         self.cascade = splits.cascade
         self.conv1 = conv1x1(inplanes, width * scale, stride=stride_1x1)
         self.bn1 = norm_layer(width * scale, **dd)
         self.act1 = act_layer(inplace=True)
-        self.convs = nn.ModuleList(conv3x3() for _ in range(num_convs))
+        self.convs = nn.ModuleList(conv3x3(width, width, **grid, **dd) for _ in range(num_convs))
         self.bns = nn.ModuleList(norm_layer(width, **dd) for _ in range(num_convs))
         self.acts = nn.ModuleList(act_layer(inplace=True) for _ in range(num_convs))
         self.pool: nn.Module = nn.Identity()
@@ -122,7 +121,7 @@ class Bottle2neck(Foldable):
             self.pool = nn.AvgPool2d(3, stride_3x3, padding=1, count_include_pad=splits.count_include_pad)
             if dilate_pool and first_dilation > 1:
                 self.pool = DilatedAvgPool2d(first_dilation, splits.count_include_pad)
-        self.drop_block: nn.Module = nn.Identity()  # this and drop_path are set by a trunk
+        self.drop_block: nn.Module = nn.Identity()  # a trunk sets this, and drop_path
         self.conv3 = conv1x1(width * scale, outplanes)
         self.bn3 = norm_layer(outplanes, **dd)
         self.se = make_attention(attn_layer, outplanes, **dd)
@@ -130,7 +129,7 @@ class Bottle2neck(Foldable):
         self.drop_path: nn.Module = nn.Identity()
         self.act3 = act_layer(inplace=True)
         self.spec = NetworkSpec(
-            first_block=first_block if scale > 1 else NetworkSpec.first_block,  # all are equal without splits
+            first_block=first_block if scale > 1 else NetworkSpec.first_block,  # the same without splits
             style=style,
             act_layer=activation_name(act_layer),
             norm_eps=getattr(self.bn1, 'eps', NetworkSpec.norm_eps),
@@ -147,9 +146,9 @@ class Bottle2neck(Foldable):
     def fuse(self) -> 'Bottle2neck':
         """Returns a block for inference that computes the same; `timm.models.reparameterize_model` calls this.
 
-        Batch norms are folded into the convolutions before them. In a block without cascade, the convolutions and the
-        pool of the last split become one grouped convolution where one can compute the same. A block in training mode
-        is folded with its running statistics, because timm calls this before `eval()`.
+        Folds batch norms into the convolutions before them. In a block without a cascade, the convolutions and the pool
+        of the last split become one grouped convolution where one can compute the same. Folds running statistics even
+        in training mode, because timm calls this before `eval()`.
         """
         block = copy.deepcopy(self)
         fold_norms(block)
@@ -157,16 +156,15 @@ class Bottle2neck(Foldable):
             block.bns[i] = fold_norm(conv, norm)
         if isinstance(block.downsample, nn.Sequential):
             fold_norms(block.downsample)
-        plain = all(type(conv) is nn.Conv2d for conv in block.convs)  # not deformable
-        folded = all(isinstance(norm, nn.Identity) for norm in block.bns)
-        if not block.cascade and len(block.convs) > 1 and plain and folded:
+        merged = None
+        if not block.cascade and all(isinstance(norm, nn.Identity) for norm in block.bns):
             merged = merge_convs(block.convs, block.scale, block.pool, block.act1)
-            if merged is not None:
-                block.scale = 1
-                block.convs = nn.ModuleList([merged])
-                block.bns = block.bns[:1]
-                block.acts = block.acts[:1]
-                block.pool = nn.Identity()
+        if merged is not None:
+            block.scale = 1
+            block.convs = nn.ModuleList([merged])
+            block.bns = block.bns[:1]
+            block.acts = block.acts[:1]
+            block.pool = nn.Identity()
         return block.eval()  # new modules are in training mode
 
     def forward(self, x: Tensor, shortcut: Tensor | None = None) -> Tensor:
@@ -178,14 +176,14 @@ class Bottle2neck(Foldable):
                 shortcuts itself (DLA). Computed from `x` if None.
 
         Returns:
-            (N, planes * expansion, H / stride, W / stride), sizes rounded up.
+            (N, planes * expansion, H / stride, W / stride), with sizes rounded up.
         """
-        y = self.act1(self.bn1(self.conv1(x)))  # (N, scale * width, H, W); in caffe's style H / stride, W / stride
+        y = self.act1(self.bn1(self.conv1(x)))  # (N, scale * width, H, W); with style 'caffe' H / stride, W / stride
         splits = y.chunk(self.scale, dim=1) if self.scale > 1 else [y]  # scale x (N, width, H, W)
         outs: list[Tensor] = []
         for i, (conv, bn, act) in enumerate(zip(self.convs, self.bns, self.acts)):
             y = outs[-1] + splits[i] if self.cascade and i > 0 else splits[i]
-            outs.append(act(bn(conv(y))))  # (N, width, H / stride, W / stride), the i-th has seen 2i + 3 pixels across
+            outs.append(act(bn(conv(y))))  # (N, width, H / stride, W / stride); a cascade has seen 2i + 3 pixels
         if len(outs) < self.scale:
             outs.append(self.pool(splits[-1]))
         y = torch.cat(outs, dim=1) if self.scale > 1 else outs[0]  # (N, scale * width, H / stride, W / stride)

@@ -1,6 +1,6 @@
 """Folding for inference: batch norms into convolutions, parallel convolutions into one grouped convolution.
 
-`Bottle2neck.fuse` uses this for one block, `timm_res2net.fuse` for a whole model.
+`Bottle2neck.fuse` folds one block, `timm_res2net.fuse` a whole model.
 """
 
 from collections.abc import Iterable
@@ -12,25 +12,24 @@ from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 from torchvision.ops import FrozenBatchNorm2d
 
-from .layers import DilatedAvgPool2d
+from .layers import DeformableConv2d, DilatedAvgPool2d
 
 FoldableT = TypeVar('FoldableT', bound='Foldable')
 
 
 class Foldable(nn.Module):
-    """Mixin for networks with norms that can be folded. With a folded norm, a network stays in evaluation mode.
+    """Mixin for networks with norms that can be folded, after which the network stays in evaluation mode.
 
-    Many programs call `train()` on a model that holds a fused one, as a teacher for instance, or just to trace it, so
-    that is not an error. Gradients are exact: they are those of a network with frozen norms.
+    `train()` is ignored then, not an error, because many programs call it on a model that contains a fused one: to use
+    it as a teacher, for instance, or to trace it. Gradients are those of a network with frozen norms.
     """
 
     def train(self: FoldableT, mode: bool = True) -> FoldableT:
-        """Sets the mode of a network without folded norms; others stay in evaluation mode."""
         return super().train(mode and not any(isinstance(module, FoldedNorm) for module in self.modules()))
 
 
 class FoldedNorm(Foldable, nn.Identity):
-    """Takes the place of a norm that was folded into the convolution before it."""
+    """Replaces a norm that was folded into the convolution before it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -38,7 +37,7 @@ class FoldedNorm(Foldable, nn.Identity):
 
 
 def fold_norm(conv: nn.Module | None, norm: nn.Module) -> nn.Module:
-    """Folds a norm into the convolution before it. Returns a `FoldedNorm`, or the norm if that is not possible."""
+    """Folds a norm into the convolution before it and returns a `FoldedNorm`, or returns the norm if impossible."""
     if not isinstance(conv, nn.Conv2d) or not isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm | FrozenBatchNorm2d):
         return norm
     if norm.running_mean is None or norm.running_var is None:
@@ -56,17 +55,19 @@ def fold_norms(module: nn.Module) -> None:
     before = None
     for name, child in list(module.named_children()):
         setattr(module, name, fold_norm(before, child))
-        before = child[-1] if isinstance(child, nn.Sequential) and len(child) else child  # as in a deep stem
+        before = child[-1] if isinstance(child, nn.Sequential) and len(child) else child  # such as a deep stem
 
 
 def merge_convs(modules: Iterable[nn.Module], scale: int, pool: nn.Module, act: nn.Module) -> nn.Conv2d | None:
-    """Makes one grouped convolution of parallel 3x3 convolutions and the pool of the last split.
+    """Makes one grouped convolution of parallel 3x3 convolutions and the pool of the last split, or returns None.
 
     One activation follows the grouped convolution, so the last split passes through it, too. ReLU does not change that
-    split, pooled or not, because it is the output of a ReLU. With another activation, or a pool that does not count the
-    padding or has another dilation, no convolution computes the same and None is returned.
+    split, pooled or not, because it is the output of a ReLU. No convolution computes the same with another activation,
+    with deformable convolutions, or with a pool that does not count the padding or has another dilation.
     """
     convs = [cast(nn.Conv2d, module) for module in modules]
+    if len(convs) == 1 or any(isinstance(each, DeformableConv2d) for each in convs):
+        return None
     conv = convs[0]
     weights: list[Tensor] = [each.weight for each in convs]  # (width, width / cardinality, 3, 3) each
     biases = [cast(Tensor, each.bias) for each in convs]  # of the folded norms
@@ -84,7 +85,7 @@ def merge_convs(modules: Iterable[nn.Module], scale: int, pool: nn.Module, act: 
 
 
 def kernel_of_pool(pool: nn.Module, conv: nn.Conv2d) -> Tensor | None:
-    """Returns the 3x3 kernel of a convolution that computes a pool on the grid of `conv`, or None if there is none."""
+    """Returns the 3x3 kernel with which `conv` would compute a pool or an identity, or None if there is none."""
     if isinstance(pool, nn.AvgPool2d | DilatedAvgPool2d):
         dilation = pool.dilation if isinstance(pool, DilatedAvgPool2d) else 1
         return torch.full((3, 3), 1 / 9) if pool.count_include_pad and conv.dilation == (dilation, dilation) else None

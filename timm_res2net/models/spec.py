@@ -1,7 +1,7 @@
 """The part of a network's function that its weights do not show.
 
-A file of weights loads strictly into any network whose tensors have the same names and shapes. Whether that network
-computes the function that the weights were trained for depends on everything in this file.
+Weights load strictly into any network with the same tensor names and shapes. Whether that network also computes what
+they were trained to compute depends on the choices in this file.
 """
 
 import inspect
@@ -20,23 +20,24 @@ from .layers import VERSIONS
 class Splits(NamedTuple):
     """How a block computes its splits."""
 
-    cascade: bool  # add each split to the output of the one before it
-    last: Literal['kept', 'pooled', 'convolved']
+    cascade: bool  # add the output of each convolution to the next split
+    last: Literal['kept', 'pooled', 'convolved']  # what happens to the last split
     count_include_pad: bool = True  # in the pool
 
 
 class FirstBlock(NamedTuple):
-    """How the first block of a stage computes its splits, by the stage's nominal stride: its stride before dilation."""
+    """How the first block of a stage computes its splits, by the stride of the stage."""
 
     stride_1: Splits
     stride_2: Splits
 
 
-# Three code bases that share all tensor names disagree on the first block of a stage: a file from one of them loads
-# strictly into another and computes something else. The authors (and timm, mmpretrain, mindcv) have no cascade and
-# pool the last split in every stage; Paddle and mmdet decide by the stride. The authors' networks for CIFAR have a
-# grouped convolution instead of the cascade, `scale` convolutions side by side. Going by the nominal stride keeps the
-# function when a stage is dilated instead of strided (`output_stride`).
+LATER_BLOCK = Splits(cascade=True, last='kept')
+
+# Code bases that share all tensor names disagree on the first block of a stage, so a file from one of them loads
+# strictly into another and computes something else. The authors (and timm, mmpretrain, mindcv) never cascade and always
+# pool the last split; Paddle and mmdet decide by the stride. The authors' networks for CIFAR run `scale` convolutions
+# side by side, that is, one grouped convolution.
 # fmt: off
 FIRST_BLOCKS = {
     'official': FirstBlock(Splits(False, 'pooled'),    Splits(False, 'pooled')),
@@ -46,7 +47,7 @@ FIRST_BLOCKS = {
 }
 # fmt: on
 STYLES = 'pytorch', 'caffe'  # position of a block's stride: its 3x3 convolutions, or its first 1x1 convolution
-HIDDEN_ATTENTION = ('ceca',)  # timm's names of attention layers whose tensors look like another one's ('eca')
+HIDDEN_ATTENTION = ('ceca',)  # attention layers of timm with the tensors of another one ('eca')
 
 Dilation = int | tuple[int, ...]  # of all blocks of a stage, or of each (multi-grid)
 
@@ -55,11 +56,11 @@ Dilation = int | tuple[int, ...]  # of all blocks of a stage, or of each (multi-
 class NetworkSpec:
     """Choices that change what a network computes, but not the names and shapes of its tensors.
 
-    Networks with equal specs and equal weights compute the same. A model has a spec (`spec_of`), and so does a file of
+    Networks with equal specs and equal weights compute the same. A model has a spec (`spec_of`), and so has a file of
     weights, as far as it is recorded or known. Weights are loaded only if both specs agree.
 
-    Every field is also a keyword of `timm.create_model`. The geometry is that of training: `output_stride`, which makes
-    a trained network denser, is not part of it. `ARGUMENTS` lists the keywords that are not fields.
+    Every field is also a keyword of `timm.create_model`. Strides and dilations are those of training: `output_stride`,
+    which runs a trained network on a denser grid, is not a field. `ARGUMENTS` lists all other keywords.
 
     Attributes:
         first_block: How the first block of a stage computes its splits, a key of `FIRST_BLOCKS`.
@@ -72,8 +73,8 @@ class NetworkSpec:
         shortcut_root: Whether the roots of a DLA add their first input to their output.
         act_layer: timm's name of the activation.
         norm_eps: Epsilon that norms add to variances.
-        attn_layer: 'ceca' for circular ECA, which has the tensors of ECA. None for any other attention, which its
-            tensors show, and for none.
+        attn_layer: 'ceca' for circular ECA, which has the tensors of ECA. None without attention, and for any other
+            kind, because its tensors show it.
 
     Raises:
         ValueError: If a value is not possible.
@@ -133,14 +134,13 @@ class NetworkSpec:
         return ', '.join(f'{name}={getattr(self, name)!r}' for name in names)
 
     def as_text(self) -> dict[str, str]:
-        """Returns `first_block` and all fields without their default as metadata; other values than str are JSON."""
-        names = {'first_block', *self.differing_fields(NetworkSpec())}
-        values = {name: getattr(self, name) for name in vars(self) if name in names}
+        """Returns `first_block` and all fields that differ from their default, as JSON unless they are strings."""
+        values = {name: getattr(self, name) for name in ('first_block', *self.differing_fields(NetworkSpec()))}
         return {name: value if isinstance(value, str) else json.dumps(value) for name, value in values.items()}
 
     @staticmethod
     def from_text(text: Mapping[str, str]) -> 'NetworkSpec':
-        """Parses metadata of `as_text` and ignores other keys; ValueError if a value is not JSON, or not possible."""
+        """Parses the output of `as_text` and ignores other keys; ValueError if a value is not JSON, or not possible."""
         values: dict[str, Any] = {name: text[name] for name in vars(NetworkSpec()) if name in text}
         try:
             for name in values.keys() - {'first_block', 'style', 'act_layer', 'attn_layer'}:
@@ -153,22 +153,17 @@ class NetworkSpec:
     def from_arguments(args: Mapping[str, Any]) -> 'NetworkSpec':
         """Returns the spec of the model that `timm.create_model` makes; ValueError if an argument is not possible."""
         given = {name: args[name] for name in vars(NetworkSpec()) if args.get(name) is not None}
+        given['attn_layer'] = hidden_attention(args.get('attn_layer'))
         if 'act_layer' in given:
-            try:
-                layer = get_act_layer(given['act_layer'])  # returns anything but a name unchanged
-            except KeyError:
-                layer = None
-            if not callable(layer):
-                raise ValueError(f'act_layer={given["act_layer"]!r} is not an activation of timm')
-            given['act_layer'] = activation_name(layer)
+            given['act_layer'] = activation_name(given['act_layer'])
         if 'norm_eps' not in given and args.get('norm_layer') is not None:
-            given |= default_eps(args['norm_layer'])
-        return NetworkSpec(**{**given, 'attn_layer': hidden_attention(args.get('attn_layer'))})
+            given['norm_eps'] = default_eps(args['norm_layer'])
+        return NetworkSpec(**given)
 
 
 # Every argument of the trunks, by its effect. To rebuild a network from a file, arguments of the first kind must be
-# recorded or known, and those of the second can be found from the tensors. One argument is between the two: of all
-# norms, tensors only show whether they have running statistics, as every kind of batch norm has.
+# recorded or known, and those of the second can be found from the tensors. Of norm_layer, tensors show only whether it
+# has running statistics, as all kinds of batch norm do.
 # fmt: off
 ARGUMENTS = {
     'spec':      tuple(field.name for field in fields(NetworkSpec)),
@@ -183,35 +178,40 @@ ARGUMENTS = {
 
 
 def simplify(value: Any) -> Any:
-    """Returns a list as a tuple, and a list of equal values as that value."""
+    """Returns a list as a tuple, or as its value if all its values are equal."""
     if not isinstance(value, list | tuple):
         return value
-    return value[0] if len(value) and value.count(value[0]) == len(value) else tuple(value)
+    return value[0] if value and value.count(value[0]) == len(value) else tuple(value)
 
 
 def require_one_of(name: str, value: object, choices: Iterable[object]) -> None:
     """Raises a ValueError for a value that is not among the choices."""
     choices = list(choices)
     if value not in choices:
-        raise ValueError(f'{name}={value!r} is not known; choose from {", ".join(map(str, choices))}')
+        raise ValueError(f'{name}={value!r} is not known: choose from {", ".join(map(repr, choices))}')
 
 
-def default_eps(norm_layer: Any) -> dict[str, float]:
-    """Returns the `norm_eps` in the signature of a norm class, its timm name or a partial; ValueError for others."""
+def default_eps(norm_layer: Any) -> float:
+    """Returns the default epsilon of a norm class, its timm name or a partial; ValueError for anything else."""
     try:
         parameters = inspect.signature(get_norm_layer(norm_layer)).parameters
     except (KeyError, TypeError, AssertionError) as error:  # of timm
         raise ValueError(f'norm_layer={norm_layer!r} is not a norm of timm') from error
     eps = parameters['eps'].default if 'eps' in parameters else None
-    return {'norm_eps': eps} if isinstance(eps, int | float) else {}
+    return eps if isinstance(eps, int | float) else NetworkSpec.norm_eps
 
 
-def activation_name(layer: Callable[..., nn.Module]) -> str:
-    """Returns timm's name of an activation class: its words in lower case, joined by '_'.
+def activation_name(act_layer: str | Callable[..., nn.Module]) -> str:
+    """Returns timm's name of an activation: the words of its class in lower case, joined by '_'.
 
-    Arguments of a partial follow, as in `leaky_relu(negative_slope=0.3)`: it computes something else, and timm has no
-    name for it.
+    Arguments of a partial are appended, as in `leaky_relu(negative_slope=0.3)`, because they change the function.
     """
+    try:
+        layer: Any = get_act_layer(act_layer)  # returns a class unchanged
+    except KeyError:
+        layer = None
+    if not callable(layer):
+        raise ValueError(f'act_layer={act_layer!r} is not an activation of timm')
     name = getattr(layer, 'func', layer).__name__.removesuffix('Me')  # timm's memory-efficient ones
     name = re.sub(r'(?<=[a-z]{2})(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z]{2})', '_', name).lower()
     keywords = sorted((key, value) for key, value in getattr(layer, 'keywords', {}).items() if key != 'inplace')
@@ -220,7 +220,7 @@ def activation_name(layer: Callable[..., nn.Module]) -> str:
 
 
 def hidden_attention(layer: object) -> str | None:
-    """Returns timm's name of an attention layer if its tensors do not show it (`HIDDEN_ATTENTION`), else None."""
+    """Returns timm's name of an attention layer that tensors do not show (`HIDDEN_ATTENTION`), None for all others."""
     if isinstance(layer, str):
         return layer.lower() if layer.lower() in HIDDEN_ATTENTION else None
     layer_class = getattr(layer, 'func', layer)
