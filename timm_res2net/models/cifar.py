@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from .block import Bottle2neck
@@ -15,15 +14,14 @@ class Res2NetCifar(Trunk):
     """ResNeXt-29 with Res2Net blocks, for images of 32 x 32 pixels: a 3x3 stem without pooling and three stages.
 
     Maps images (N, in_chans, H, W) to logits (N, num_classes). The literature allows two definitions. With
-    `first_block='group'`, convolutions and classifier have the sizes printed in the paper (table 4): 24.3 M for
-    6c 24w 4s, 33.8 M for 8c 25w 4s, 36.7 M for 6c 24w 6s; exactly 24,302,116, 33,829,172 and 36,718,372 without norms.
-    The authors describe their code for CIFAR so: each stage begins with a grouped convolution. The published block,
-    `first_block='official'`, gives 23,705,732, 32,957,436 and 36,146,180 parameters with norms, which the paper does
-    not mention.
+    `first_block='group'`, where each stage begins with a grouped convolution, as the authors describe their code for
+    CIFAR, convolutions and classifier have the sizes printed in the paper (table 4): 24.3 M for 6c 24w 4s, 33.8 M for
+    8c 25w 4s, 36.7 M for 6c 24w 6s; exactly 24,302,116, 33,829,172 and 36,718,372. The published block,
+    `first_block='official'`, gives 23,705,732, 32,957,436 and 36,146,180 parameters, norms included, which the paper
+    does not mention.
 
     The paper's sizes with SE (26.0, 34.0 and 36.9 M) cannot be reproduced: they exceed those without SE by 1.7, 0.2 and
-    0.2 M, but attention on the same outputs of 256, 512 and 1024 channels adds 521,808 to each, with the default
-    reduction by 16.
+    0.2 M, but attention with the default reduction by 16 adds 521,808 parameters to each.
 
     Args:
         layers: Blocks of each stage.
@@ -81,11 +79,6 @@ class Res2NetCifar(Trunk):
             self.feature_info.append(dict(num_chs=inplanes, reduction=grid.reduction, module=f'layer{i + 1}'))
         self.layer1, self.layer2, self.layer3 = stages
         self.finish(inplanes, opts)
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Returns patterns that sort parameters into groups for layer decay, a few large groups if `coarse`."""
-        return dict(stem=r'^conv1|bn1', blocks=r'^layer(\d+)' if coarse else r'^layer(\d+)\.(\d+)')
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Computes features, (N, in_chans, H, W) to (N, num_features, H / 4, W / 4)."""

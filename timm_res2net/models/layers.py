@@ -1,4 +1,4 @@
-"""Layers that torch does not have: a dilated average pool, a deformable convolution, a convolution as classifier."""
+"""Layers that torch lacks: a dilated average pool, a deformable convolution, a convolution as classifier."""
 
 from typing import Any
 
@@ -19,8 +19,8 @@ VERSIONS = {  # channels of the offsets of nine taps
 class DilatedAvgPool2d(nn.Module):
     """Average over neighbors that are `dilation` pixels apart, at stride 1.
 
-    With `kernel_size=3` these are a pixel and those around it, with 2 a pixel and those to its right and below.
-    Positions beyond the border count as zeros if `count_include_pad`.
+    The window of 3 x 3 pixels is centered; that of 2 x 2 extends to the right and below. Positions beyond the border
+    count as zeros if `count_include_pad`, else not at all.
     """
 
     def __init__(self, dilation: int, count_include_pad: bool = True, kernel_size: int = 3) -> None:
@@ -30,7 +30,7 @@ class DilatedAvgPool2d(nn.Module):
         self.kernel_size = kernel_size
 
     def window_sum(self, x: Tensor) -> Tensor:
-        """Sums each pixel's window, (N, C, H, W) to (N, C, H, W): rows first, then columns."""
+        """Sums the window of each pixel, first over rows, then over columns; (N, C, H, W) to (N, C, H, W)."""
         d, before = self.dilation, self.dilation * (self.kernel_size - 2)
         x = F.pad(x, [before, d, before, d])
         if self.kernel_size == 2:
@@ -40,7 +40,7 @@ class DilatedAvgPool2d(nn.Module):
         return x[..., : -2 * d] + x[..., d:-d] + x[..., 2 * d :]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Averages each pixel's window, (N, C, H, W) to (N, C, H, W)."""
+        """Averages the window of each pixel, (N, C, H, W) to (N, C, H, W)."""
         if self.count_include_pad:
             return self.window_sum(x) / (self.kernel_size * self.kernel_size)
         return self.window_sum(x) / self.window_sum(torch.ones_like(x[:1, :1]))
@@ -50,11 +50,11 @@ class DilatedAvgPool2d(nn.Module):
 
 
 class DeformableConv2d(nn.Conv2d):
-    """A 3x3 convolution whose taps are moved by offsets, (y, x) in pixels, that another convolution computes.
+    """A 3x3 convolution that moves its taps by offsets (y, x), in pixels, which another convolution computes.
 
-    Runs on torchvision's operator, with the tensor names of mmcv's packs. Offsets start at zero. Version 1 then
-    computes the plain convolution, up to rounding. Version 2 also multiplies every tap by a mask, the sigmoid of zero
-    at first, and so starts with half the output of the plain convolution, as in mmcv. All groups share the offsets.
+    Uses torchvision's operator and the tensor names of mmcv. Offsets start at zero: version 1 then computes the plain
+    convolution, up to rounding. Version 2 also multiplies every tap by a mask, the sigmoid of zero at first, so it
+    starts with half of that output, as in mmcv. All groups share the offsets.
 
     Papers: `Deformable Convolutional Networks` - https://arxiv.org/abs/1703.06211, and, for version 2,
     `Deformable ConvNets v2` - https://arxiv.org/abs/1811.11168
@@ -79,10 +79,8 @@ class DeformableConv2d(nn.Conv2d):
 
     @torch.jit.ignore
     def zero_offsets(self) -> None:
-        """Zeroes the convolution that computes the offsets."""
-        nn.init.zeros_(self.conv_offset.weight)
-        if self.conv_offset.bias is not None:
-            nn.init.zeros_(self.conv_offset.bias)
+        for parameter in self.conv_offset.parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
         """Convolves, (N, in_channels, H, W) to (N, out_channels, H / stride, W / stride), sizes rounded up."""
@@ -91,14 +89,14 @@ class DeformableConv2d(nn.Conv2d):
         if self.has_mask:
             mask = offset[:, 18:].sigmoid()
             offset = offset[:, :18]
-        x = x.contiguous()  # a split is a view, which the operator does not take on all devices
+        x = x.contiguous()  # a split is a view, which some of the operator's kernels do not accept
         return deform_conv2d(x, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask)
 
 
 class ConvClassifier(nn.Conv2d):
-    """A 1x1 convolution that classifies pooled features, (N, C) to (N, classes).
+    """A 1x1 convolution that classifies pooled features, (N, C) to (N, classes), as files of DLA networks need it.
 
-    DLA's files have a classifier of this shape. Flat inputs and outputs let `nn.Sequential(*model.children())` run.
+    Flat inputs and outputs let `nn.Sequential(*model.children())` run.
     """
 
     def forward(self, x: Tensor) -> Tensor:

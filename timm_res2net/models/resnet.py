@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
-import torch
 from timm.layers import AvgPool2dSame
 from timm.models.resnet import downsample_conv
 from torch import Tensor, nn
@@ -15,7 +14,7 @@ from .trunk import Grid, Trunk, TrunkOptions, dense_grids, make_stage
 
 
 def explicit_grids(layers: Sequence[int], spec: NetworkSpec) -> list[Grid]:
-    """Returns the grid of each stage of a network that was trained with other strides or dilations."""
+    """Returns the grid of each stage of a network that was trained with the strides and dilations of a spec."""
     grids, prior, reduction = [], 1, 4
     for depth, stride, dilation in zip(layers, spec.strides, spec.dilations):
         dilations = dilation if isinstance(dilation, tuple) else (dilation,) * depth
@@ -51,7 +50,7 @@ def make_shortcut(
         pool = nn.AvgPool2d(grid.stride, grid.stride, ceil_mode=True, count_include_pad=False)
     elif grid.trained_stride > 1 and dilate_pool:
         pool = DilatedAvgPool2d(grid.first_dilation, count_include_pad=False, kernel_size=2)
-    elif grid.trained_stride > 1:
+    elif grid.trained_stride > 1:  # timm's pool, which is not dilated
         pool = AvgPool2dSame(2, 1, ceil_mode=True, count_include_pad=False)
     return nn.Sequential(pool, *opts.conv(inplanes, outplanes, 1))
 
@@ -65,26 +64,27 @@ class Res2Net(Trunk):
     Args:
         layers: Blocks of each of the four stages.
         channels: Planes of each stage; it has four times as many output channels.
-        stem_type: '' for one 7x7 convolution, 'deep' for three of 3x3, 'deep_tiered' for these in growing widths.
-        stem_width: Channels of the first convolution of a deep stem, which ends with twice as many; else it has 64.
+        stem_type: '' for one 7x7 convolution, 'deep' for three of 3x3, 'deep_tiered' for three of growing width.
+        stem_width: Channels of the first convolutions of a deep stem, half of those of the last. Otherwise the stem has
+            64 channels.
         replace_stem_pool: Replace the stem's max-pool with a strided convolution.
         stem_ceil_mode: Round the size of the stem's max-pool up.
-        down_kernel_size: Size of the shortcuts' convolutions where they have a stride or dilation.
+        down_kernel_size: Kernel size of shortcuts that have a stride or dilation.
         avg_down: Move the stride of shortcuts into an average pool before their convolution.
         style: Position of a stage's stride: 'pytorch' (3x3 convolutions) or 'caffe' (first 1x1 convolution).
         deformable: Version of each stage's deformable 3x3 convolutions, 'v1' or 'v2', None for plain ones.
-        strides: Stride of each stage, if the network was trained with others than 1, 2, 2, 2.
-        dilations: Dilation of each stage, or of each of its blocks (multi-grid), if the network was trained dilated.
+        strides: Stride of each stage in training.
+        dilations: Dilation of each stage in training, or of each of its blocks (multi-grid).
         dilate_first: Whether the first block has its stage's dilation, as in most code, or that of the previous stage,
             as in timm and torchvision.
-        output_stride: 8, 16 or 32; stages beyond it are dilated instead of strided. This is for weights trained with
-            the default strides, and first blocks keep their function. `strides` and `dilations` are for weights that
-            were trained with them. As in timm, a dilated stage with as many channels as the one before it has no
-            projection, so weights of the undilated network do not fit.
+        output_stride: 8, 16 or 32; stages beyond it are dilated instead of strided. Use this with weights that were
+            trained with the default strides and dilations, and `strides` and `dilations` with others. As in timm, a
+            dilated stage with as many channels as the one before it has no projection, so weights of the undilated
+            network do not fit.
         dilate_pool: Dilate the average pools of dilated stages, too. The network then computes the undilated one on a
             denser grid. The default leaves these pools undilated, as timm does: features are a few percent off with
             `output_stride=8`, and with 16 where the map at stride 16 has an odd side. Attention that pools over the
-            whole image differs on a denser grid in any case.
+            whole image always differs on a denser grid.
         **options: Arguments of every trunk, see `timm_res2net.models.trunk.TrunkOptions`: `scale`, `base_width`,
             `cardinality`, `first_block`, `attn_layer`, `num_classes`, `in_chans`, `global_pool`, `act_layer`,
             `norm_layer`, `drop_path_rate` and others.
@@ -135,14 +135,14 @@ class Res2Net(Trunk):
             stem_ceil_mode=stem_ceil_mode,
         )
         spec = NetworkSpec(**geometry)
-        is_default = spec.strides == NetworkSpec.strides and spec.dilations == NetworkSpec.dilations
+        default_grid = spec.strides == NetworkSpec.strides and spec.dilations == NetworkSpec.dilations
         require_one_of('output_stride', output_stride, (8, 16, 32))
         require_one_of('stem_type', stem_type, ('', 'deep', 'deep_tiered'))
         if len(layers) != 4 or len(channels) != 4 or min(layers) < 1:
             raise ValueError(f'layers={layers} and channels={channels} must have a positive entry for each of 4 stages')
         if stem_ceil_mode and replace_stem_pool:
             raise ValueError('stem_ceil_mode=True has no effect on the convolution of replace_stem_pool')
-        if not is_default and (output_stride != 32 or dilate_pool or down_kernel_size != 1):
+        if not default_grid and (output_stride != 32 or dilate_pool or down_kernel_size != 1):
             raise ValueError(
                 'strides and dilations set the whole geometry: do not pass output_stride, dilate_pool or '
                 'down_kernel_size with them'
@@ -158,11 +158,11 @@ class Res2Net(Trunk):
         self.feature_info = [dict(num_chs=inplanes, reduction=2, module='act1')]
 
         stages = []
-        grids = dense_grids(layers, spec.strides, output_stride, 4) if is_default else explicit_grids(layers, spec)
+        grids = dense_grids(layers, spec.strides, output_stride, 4) if default_grid else explicit_grids(layers, spec)
         for i, (grid, planes) in enumerate(zip(grids, channels)):
             outplanes = planes * Bottle2neck.expansion
             shortcut = None
-            if grid.stride > 1 or inplanes != outplanes or not is_default:
+            if grid.stride > 1 or inplanes != outplanes or not default_grid:
                 shortcut = make_shortcut(opts, inplanes, outplanes, grid, down_kernel_size, avg_down, dilate_pool)
             block = opts.block(style=style, deformable=spec.deformable[i], dilate_pool=dilate_pool)
             stages.append(make_stage(block, inplanes, planes, grid, shortcut))
@@ -170,11 +170,6 @@ class Res2Net(Trunk):
             self.feature_info.append(dict(num_chs=outplanes, reduction=grid.reduction, module=f'layer{i + 1}'))
         self.layer1, self.layer2, self.layer3, self.layer4 = stages
         self.finish(inplanes, opts, **geometry)
-
-    @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Returns timm's patterns that sort parameters into groups for layer decay, a few large groups if `coarse`."""
-        return dict(stem=r'^conv1|bn1|maxpool', blocks=r'^layer(\d+)' if coarse else r'^layer(\d+)\.(\d+)')
 
     def forward_features(self, x: Tensor) -> Tensor:
         """Computes features, (N, in_chans, H, W) to (N, num_features, H / 32, W / 32)."""

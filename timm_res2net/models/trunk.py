@@ -1,4 +1,4 @@
-"""The base of all trunks: their common arguments, the head, and features taken from their parts."""
+"""The base of all trunks: their common arguments, their stages, the head, and features from their parts."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -27,26 +27,22 @@ from .recompute import Stage, set_grad_checkpointing
 
 @dataclass(frozen=True)
 class TrunkOptions:
-    """Keyword arguments that all trunks share. A trunk's own signature lists those whose default it changes.
+    """Keyword arguments that all trunks share. The signature of a trunk lists those with another default.
+
+    `scale`, `base_width`, `cardinality`, `first_block` and `attn_layer` are those of every `Bottle2neck`.
 
     Args:
-        scale: Splits of a block.
-        base_width: Channels of one split for 64 planes.
-        cardinality: Groups of the 3x3 convolutions.
-        first_block: How the first block of a stage computes its splits, a key of `FIRST_BLOCKS`.
-        attn_layer: Attention class or its name in timm.
         num_classes: Number of classes, 0 for features instead of logits.
         in_chans: Channels of the images.
         global_pool: Kind of pooling: 'avg', 'max', 'avgmax', 'catavgmax', '' for none.
         act_layer: Activation class or its name in timm.
         norm_layer: Norm class or its name in timm.
-        norm_eps: Epsilon that norms add to variances, the default of the norm class if None.
+        norm_eps: Epsilon that norms add to variances, None for the default of the norm class.
         drop_rate: Dropout probability before the classifier.
         drop_path_rate: Stochastic depth probability of the last block, growing linearly from 0 at the first.
         drop_block_rate: DropBlock probability in the last two stages.
         zero_init_last: Start training with every block as the identity.
-        device: Device of the tensors.
-        dtype: Data type of the tensors.
+        device, dtype: Of the tensors.
     """
 
     scale: int = 4
@@ -94,7 +90,7 @@ class TrunkOptions:
         return [*layers, self.act(inplace=True)] if act else layers
 
     def block(self, block_cls: type[Bottle2neck] = Bottle2neck, **kwargs: Any) -> Callable[..., Bottle2neck]:
-        """Returns a function that makes blocks from their channels, stride and position."""
+        """Returns a function that makes blocks, with these options, from their channels, stride and position."""
         return partial(
             block_cls,
             scale=self.scale,
@@ -112,15 +108,15 @@ class TrunkOptions:
 class Grid(NamedTuple):
     """Stride and dilations of a stage."""
 
-    trained_stride: int  # as the weights were trained; a stage at stride 1 may be dilated instead
+    trained_stride: int  # with which the weights were trained; above `stride` if the stage is dilated instead
     stride: int
-    first_dilation: int  # of the convolutions in the first block
-    dilations: tuple[int, ...]  # of the blocks; that of the first is the stage's
+    first_dilation: int  # of the 3x3 convolutions in the first block
+    dilations: tuple[int, ...]  # of each block; the first entry is that of the stage
     reduction: int  # stride of the stage's output, in pixels of the image
 
 
 def dense_grids(layers: Sequence[int], strides: Sequence[int], output_stride: int, reduction: int) -> list[Grid]:
-    """Returns the grid of each stage after a stem of stride `reduction`; those beyond the output stride are dilated."""
+    """Returns the grids of stages after a stem of stride `reduction`; beyond the output stride they are dilated."""
     grids, dilation = [], 1
     for depth, trained_stride in zip(layers, strides):
         stride = trained_stride if reduction < output_stride else 1
@@ -134,7 +130,7 @@ def dense_grids(layers: Sequence[int], strides: Sequence[int], output_stride: in
 def make_stage(
     block: Callable[..., Bottle2neck], inplanes: int, planes: int, grid: Grid, shortcut: nn.Module | None
 ) -> Stage:
-    """Makes the blocks of a stage. As in timm, one without a projection begins with a block that is not a first one."""
+    """Makes the blocks of a stage. As in timm, a first block is one with a projection for its shortcut."""
     first = dict(first=shortcut is not None, dilation=grid.dilations[0], first_dilation=grid.first_dilation)
     blocks = [block(inplanes, planes, grid.stride, shortcut, **first)]
     blocks += [block(planes * Bottle2neck.expansion, planes, dilation=each) for each in grid.dilations[1:]]
@@ -145,11 +141,11 @@ class Trunk(Foldable):
     """A sequence of parts and a head, with the methods that timm expects of a model.
 
     A subclass makes the parts, lists their features in `feature_info`, calls `finish`, and defines `forward_features`.
-    Its children run in order: `nn.Sequential(*list(model.children())[:-1])` gives pooled features
-    (N, num_features), `[:-2]` the map (N, num_features, H, W).
+    Its children run in order: `nn.Sequential(*list(model.children())[:-1])` returns pooled features (N, num_features),
+    `[:-2]` the map (N, num_features, H, W).
     """
 
-    parts: tuple[str, ...]  # names of the modules that make the features, in the order of execution
+    parts: tuple[str, ...]  # names of the modules that compute the features, in order of execution
     conv_head = False  # whether the classifier is a 1x1 convolution
     densest: ClassVar[dict[str, Any]]  # arguments for the densest grid on which the network computes the same
 
@@ -164,22 +160,21 @@ class Trunk(Foldable):
 
     @classmethod
     def arguments(cls) -> dict[str, Any]:
-        """Returns the trunk's keyword arguments and their defaults, those of `TrunkOptions` included."""
+        """Returns the keyword arguments of the trunk, including `TrunkOptions`, and their defaults."""
         own = {name: each.default for name, each in inspect.signature(cls).parameters.items() if name != 'options'}
         return {**vars(TrunkOptions()), **own}
 
     def finish(self, num_features: int, options: TrunkOptions, **spec: Any) -> None:
-        """Sets drop layers and the spec of all blocks, adds the head, and initializes everything.
+        """Completes the network once its parts exist: drop layers, fields of the spec, head, and initial weights.
 
-        Blocks carry the network's spec because a feature extractor of timm keeps nothing else of the trunk.
+        The spec is stored in the blocks because timm's feature extractors keep nothing else of a trunk.
         """
         blocks = [module for module in self.modules() if isinstance(module, Bottle2neck)]
         for i, block in enumerate(blocks):
             rate = options.drop_path_rate * i / max(1, len(blocks) - 1)  # timm's helper fails on fake tensors
             block.drop_path = DropPath(rate) if rate > 0 else nn.Identity()
             block.spec = replace(block.spec, **spec)
-        # The first two of timm's four stages have no DropBlock.
-        for part, drop_block in zip(self.parts[-2:], drop_blocks(options.drop_block_rate)[2:]):
+        for part, drop_block in zip(self.parts[-2:], drop_blocks(options.drop_block_rate)[-2:]):
             for module in self.get_submodule(part).modules():
                 if drop_block is not None and isinstance(module, Bottle2neck):
                     module.drop_block = drop_block()
@@ -200,7 +195,7 @@ class Trunk(Foldable):
 
     @torch.jit.ignore
     def init_weights(self, zero_init_last: bool = True) -> None:
-        """Initializes convolutions for ReLU by their fan-out, and offsets of deformable convolutions with zero.
+        """Initializes convolutions for ReLU by fan-out, offsets of deformable ones with zero.
 
         With `zero_init_last`, every block starts as the identity.
         """
@@ -215,8 +210,13 @@ class Trunk(Foldable):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Turns gradient checkpointing of the blocks on or off; norm statistics stay exact, unlike timm's."""
+        """Turns gradient checkpointing of the blocks on or off. Unlike in timm, norm statistics stay exact."""
         set_grad_checkpointing(self, enable)
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Returns timm's patterns that group parameters for layer decay, in a few large groups if `coarse`."""
+        return dict(stem=r'^conv1|bn1|maxpool', blocks=r'^layer(\d+)' if coarse else r'^layer(\d+)\.(\d+)')
 
     @torch.jit.ignore
     def get_classifier(self, name_only: bool = False) -> str | nn.Module:
@@ -224,22 +224,22 @@ class Trunk(Foldable):
         return 'fc' if name_only else self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the classifier, for 0 classes with an identity, and the pooling if it is not None."""
+        """Replaces the classifier, with an identity for 0 classes, and the pooling unless it is None."""
         self.num_classes = num_classes
         global_pool = self.global_pool.pool_type if global_pool is None else global_pool
         self._make_classifier(global_pool, get_device_dtype(self))
         self.global_pool.train(self.training)
         self.fc.train(self.training)
 
-    def _select_features(self, indices: int | Sequence[int] | None) -> tuple[list[int], list[str], int]:
-        """Returns non-negative indices, the names of all features' parts, and how many parts the last index needs."""
-        names = [info['module'] for info in self.feature_info]
-        everything = range(len(names))
-        wanted = range(-indices, 0) if isinstance(indices, int) else everything if indices is None else indices
-        if not wanted or not all(-len(names) <= index < len(names) for index in wanted):
-            raise ValueError(f'indices={indices} out of range: {type(self).__name__} has {len(names)} features')
-        take = [everything[index] for index in wanted]
-        return take, names, self.parts.index(names[max(take)]) + 1
+    def _select_features(self, indices: int | Sequence[int] | None) -> tuple[list[int], int]:
+        """Returns the indices counted from 0, and the number of parts that compute these features."""
+        count = len(self.feature_info)
+        last = count if indices is None else indices
+        wanted = range(-last, 0) if isinstance(last, int) else last
+        if not wanted or not all(-count <= index < count for index in wanted):
+            raise ValueError(f'indices={indices} out of range: {type(self).__name__} has {count} features')
+        take = [index % count for index in wanted]
+        return take, self.parts.index(self.feature_info[max(take)]['module']) + 1
 
     def forward_intermediates(
         self,
@@ -253,37 +253,39 @@ class Trunk(Foldable):
         """Runs the parts and returns the features of some of them.
 
         Args:
-            x: (N, in_chans, H, W).
-            indices: Indices into `feature_info`, the last n for an int n, all if None.
+            x: Images (N, in_chans, H, W).
+            indices: Indices into `feature_info`; the last n for an int n; all if None.
             norm: Has no effect: no trunk has a final norm.
-            stop_early: Stop after the last part whose features are returned.
+            stop_early: Stop after the last of these features.
             output_fmt: Must be 'NCHW'.
             intermediates_only: Return only the list.
 
         Returns:
-            The final features and a list of features, or only the list; each (N, C, H / reduction, W / reduction).
+            The final features and a list of features, or only the list, in order of execution. Each feature is
+            (N, num_chs, H / reduction, W / reduction).
 
         Raises:
             ValueError: If a feature does not exist, or `output_fmt` is not 'NCHW'.
         """
         if output_fmt != 'NCHW':
-            raise ValueError(f"output_fmt={output_fmt!r} is not possible; choose 'NCHW'")
-        take, names, end = self._select_features(indices)
+            raise ValueError(f"output_fmt={output_fmt!r} is not possible: choose 'NCHW'")
+        take, end = self._select_features(indices)
+        modules = [self.feature_info[index]['module'] for index in take]
         intermediates = []
         for part in self.parts[:end] if stop_early else self.parts:
             x = self.get_submodule(part)(x)
-            if part in names and names.index(part) in take:
+            if part in modules:
                 intermediates.append(x)
         return intermediates if intermediates_only else (x, intermediates)
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Removes parts that the given features do not need, and returns the features' non-negative indices.
+        """Removes parts that the given features do not need, and returns the indices counted from 0.
 
-        The classifier is removed if `prune_head`, and always along with the last part. No trunk has a final norm.
+        Removes the classifier if `prune_head`, and always along with the last part. No trunk has a final norm.
         """
-        take, _, end = self._select_features(indices)
+        take, end = self._select_features(indices)
         for part in self.parts[end:]:
             setattr(self, part, nn.Identity())
         if end < len(self.parts):
