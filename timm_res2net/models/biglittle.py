@@ -18,7 +18,7 @@ from .trunk import Trunk, TrunkOptions
 
 
 class BigLittleStem(nn.Module):
-    """Two branches at stride 2, one convolution and three that are thinner by `alpha`, added and mixed."""
+    """Two branches at stride 2, one convolution and three with 1 / `alpha` of its channels, added and mixed."""
 
     def __init__(self, opts: TrunkOptions, chs: int, alpha: int) -> None:
         super().__init__()
@@ -39,42 +39,30 @@ class BigLittleStem(nn.Module):
 class BigLittleModule(nn.Module):
     """Many blocks at half the resolution and a few thin blocks at full resolution, added and fused by one more block.
 
-    The big branch and the fusion have `depth` blocks together. The little branch is thinner by `alpha` and shallower by
-    `beta`. The stride, 1 or 2, is that of the fusion.
+    The big branch and the fusion have `depth` blocks together. The little branch has 1 / `alpha` of the channels and
+    about 1 / `beta` of the blocks. The stride, 1 or 2, is that of the fusion.
     """
 
     def __init__(
-        self,
-        opts: TrunkOptions,
-        in_chs: int,
-        out_chs: int,
-        depth: int,
-        stride: int,
-        alpha: int,
-        beta: int,
+        self, opts: TrunkOptions, in_chs: int, out_chs: int, depth: int, stride: int, alpha: int, beta: int
     ) -> None:
         super().__init__()
-        self.big = stage(opts, in_chs, out_chs, depth - 1, stride=2)
+        self.big = make_stage(opts, in_chs, out_chs, depth - 1, stride=2)
         self.big[-1].act3 = nn.Identity()  # the activation follows the sum of both branches
-        self.little = stage(opts, in_chs, out_chs // alpha, max(1, depth // beta - 1))
+        self.little = make_stage(opts, in_chs, out_chs // alpha, max(1, depth // beta - 1))
         self.little_e = nn.Sequential(*opts.conv(out_chs // alpha, out_chs, 1))
         self.act = opts.act(inplace=True)
-        self.fusion = stage(opts, out_chs, out_chs, 1, stride)
+        self.fusion = make_stage(opts, out_chs, out_chs, 1, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """Runs both branches and the fusion, (N, in_chs, H, W) to (N, out_chs, H / stride, W / stride)."""
-        big = self.big(x)  # (N, out_chs, H / 2, W / 2); runs first as it is registered first: FullGrad relies on that
+        big = self.big(x)  # (N, out_chs, H / 2, W / 2); runs first because FullGrad relies on the order of modules
         little = self.little_e(self.little(x))  # (N, out_chs, H, W)
         return self.fusion(self.act(F.interpolate(big, size=little.shape[2:]) + little))  # nearest neighbors of big
 
 
-def stage(
-    opts: TrunkOptions,
-    inplanes: int,
-    outplanes: int,
-    depth: int,
-    stride: int = 1,
-    dilation: int = 1,
+def make_stage(
+    opts: TrunkOptions, inplanes: int, outplanes: int, depth: int, stride: int = 1, dilation: int = 1
 ) -> Stage:
     """Makes a sequence of blocks; the dilation is 2 for a stage that is dilated instead of strided."""
     first = stride * dilation > 1
@@ -92,16 +80,16 @@ def stage(
 class Res2NetBigLittle(Trunk):
     """Big-Little Net with Res2Net blocks: many blocks at half the resolution, and a few thin blocks at full resolution.
 
-    Maps images (N, in_chans, H, W) to logits (N, num_classes). The paper specifies only that bLRes2Net-50 replaces the
-    bottleneck with the Res2Net module. It leaves open whether a block with stride 1 that changes channels, as in little
-    branches, is a first block, without a cascade. No parameter depends on that. Here, as in the authors' DLA, a block
-    is a first block if it has stride 2.
+    Maps images (N, in_chans, H, W) to logits (N, num_classes). The paper says only that bLRes2Net-50 replaces the
+    bottleneck with the Res2Net module. It leaves open whether the block of a little branch that changes channels, at
+    stride 1, is a first block, without a cascade. No tensor depends on that. Here, as in the authors' DLA, first blocks
+    are those with stride 2.
 
     Args:
         layers: Blocks of each stage.
-        alpha: Divisor of the width of little branches.
+        alpha: Divisor of the channels of little branches.
         beta: Divisor of the depth of little branches.
-        output_stride: 16 or 32; for 16 the last stage is dilated. In the others big branches halve the resolution.
+        output_stride: 16 or 32; 16 dilates the last stage. The other stages cannot be dilated.
         tap_layer2: Also list the features of `layer2` (stride 16, 512 channels). Those of `layer3` have the same
             stride, and necks expect each stride once.
         **options: Arguments of every trunk, see `timm_res2net.models.trunk.TrunkOptions`.
@@ -143,19 +131,19 @@ class Res2NetBigLittle(Trunk):
         self.layer1 = module(64, 256, layers[0], stride=2)
         self.layer2 = module(256, 512, layers[1], stride=2)
         self.layer3 = module(512, 1024, layers[2], stride=1)
-        self.layer4 = stage(opts, 1024, 2048, layers[3], stride, dilation=2 // stride)
-        reductions = {'act1': 2, 'bl_init': 4, 'layer1': 8, 'layer2': 16, 'layer3': 16, 'layer4': output_stride}
-        channels = (64, 64, 256, 512, 1024, 2048)
+        self.layer4 = make_stage(opts, 1024, 2048, layers[3], stride, dilation=2 // stride)
+        features = [('act1', 64, 2), ('bl_init', 64, 4), ('layer1', 256, 8), ('layer2', 512, 16)]
+        features += [('layer3', 1024, 16), ('layer4', 2048, output_stride)]
         self.feature_info = [
-            dict(num_chs=chs, reduction=reduction, module=name)
-            for chs, (name, reduction) in zip(channels, reductions.items())
-            if tap_layer2 or name != 'layer2'
+            dict(num_chs=num_chs, reduction=reduction, module=module)
+            for module, num_chs, reduction in features
+            if tap_layer2 or module != 'layer2'
         ]
         self.finish(2048, opts)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Returns patterns that sort parameters into groups for layer decay, a few large groups if `coarse`."""
+        """Returns timm's patterns that group parameters for layer decay, in a few large groups if `coarse`."""
         if coarse:
             return dict(stem=r'^conv1|bn1|bl_init', blocks=r'^layer(\d+)')
         fusions, branches = (r'^layer([123])\.fusion', (1,)), (r'^layer([123])', (0,))

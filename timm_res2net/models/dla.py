@@ -31,7 +31,7 @@ class DlaRoot(nn.Module):
         self.shortcut = shortcut
 
     def forward(self, children: list[Tensor]) -> Tensor:
-        """Aggregates tensors (N, C_i, H, W), sum of C_i = in_chs, to (N, out_chs, H, W)."""
+        """Aggregates tensors (N, C_i, H, W), where the sum of C_i is in_chs, to (N, out_chs, H, W)."""
         x = self.bn(self.conv(torch.cat(children, dim=1)))
         if self.shortcut:
             x += children[0]
@@ -49,18 +49,12 @@ class Level(NamedTuple):
 class DlaLeaf(nn.Module):
     """The smallest tree: two blocks joined by a root.
 
-    The first leaf of a level has the level's stride. With `level_root`, the root also gets the leaf's input, at the
-    resolution of its output. From outside the leaf, the root gets `root_chs` channels.
+    The first leaf of a level has the stride of the level. With `level_root`, the root also gets the input of the leaf,
+    at the resolution of its output. `root_chs` is the number of channels that the root gets from outside the leaf.
     """
 
     def __init__(
-        self,
-        level: Level,
-        in_chs: int,
-        out_chs: int,
-        first: bool = False,
-        level_root: bool = False,
-        root_chs: int = 0,
+        self, level: Level, in_chs: int, out_chs: int, first: bool = False, level_root: bool = False, root_chs: int = 0
     ) -> None:
         super().__init__()
         opts, grid = level.opts, level.grid
@@ -77,16 +71,16 @@ class DlaLeaf(nn.Module):
         self.root = DlaRoot(opts, root_chs, out_chs, level.shortcut_root)
 
     def forward(self, x: Tensor, children: list[Tensor] | None = None) -> Tensor:
-        """Runs the tree, (N, in_chs, H, W) to (N, out_chs, H / stride, W / stride), sizes rounded up.
+        """Runs the tree, (N, in_chs, H, W) to (N, out_chs, H / stride, W / stride), with sizes rounded up.
 
-        The root also gets the children (N, C_i, H / stride, W / stride), sum of C_i = root_chs.
+        The root also gets the children: (N, C_i, H / stride, W / stride), where the sum of C_i is root_chs.
         """
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return recompute(self.aggregate, x, children, buffers_of=self)
         return self.aggregate(x, children)
 
     def aggregate(self, x: Tensor, children: list[Tensor] | None) -> Tensor:
-        """Computes the output of `forward`, without checkpointing."""
+        """Computes `forward` without checkpointing."""
         children = [] if children is None else children
         bottom = self.downsample(x)
         if self.level_root:
@@ -117,7 +111,7 @@ class DlaTree(nn.Module):
         self.tree2 = make_tree(depth - 1, level, out_chs, out_chs, root_chs=root_chs)
 
     def forward(self, x: Tensor, children: list[Tensor] | None = None) -> Tensor:
-        """Runs both trees; shapes as in `DlaLeaf`."""
+        """Runs both trees, with the shapes of `DlaLeaf`."""
         children = [] if children is None else children
         if self.level_root:
             children = children + [self.downsample(x)]  # noqa: RUF005
@@ -131,9 +125,9 @@ def make_tree(depth: int, *args: Any, **kwargs: Any) -> nn.Module:
 
 
 def make_pool(grid: Grid) -> nn.Module:
-    """Makes the max-pool over 2x2 pixels that brings the input of a level to the resolution of its output.
+    """Makes the 2x2 max-pool that brings the input of a level to the resolution of its output.
 
-    In a dilated level (stride 1), the pixels are as far apart as those that the strided pool would see.
+    In a dilated level (stride 1), its pixels are as far apart as those that the strided pool sees.
     """
     if grid.stride == 1:
         pad = nn.ConstantPad2d((0, grid.first_dilation, 0, grid.first_dilation), float('-inf'))
@@ -142,11 +136,11 @@ def make_pool(grid: Grid) -> nn.Module:
 
 
 class Res2NetDla(Trunk):
-    """DLA with Res2Net blocks, on timm's tensor names: a stem, two levels of convolutions and four of nested trees.
+    """DLA with Res2Net blocks and timm's tensor names: a stem, two levels of convolutions and four of nested trees.
 
     Maps images (N, in_chans, H, W) to logits (N, num_classes). Unlike timm's DLA it supports dilation, checkpointing,
-    stochastic depth, layers of any kind, and odd image sizes. Its dilated forms (`output_stride`) compute exactly the
-    undilated network, on a denser grid.
+    stochastic depth, other layer classes, and odd image sizes. Dilated networks (`output_stride`) compute exactly the
+    undilated one, on a denser grid.
 
     Args:
         levels: Depth of each level: convolutions in the first two, depth of the tree in the others.
@@ -212,7 +206,7 @@ class Res2NetDla(Trunk):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Returns timm's patterns that sort parameters into groups for layer decay, a few large groups if `coarse`."""
+        """Returns timm's patterns that group parameters for layer decay, in a few large groups if `coarse`."""
         trees = [(r'^level(\d+)\.tree(\d+)', None), (r'^level(\d+)\.root', (2,)), (r'^level(\d+)', (1,))]
         return dict(stem=r'^base_layer', blocks=r'^level(\d+)' if coarse else trees)
 
