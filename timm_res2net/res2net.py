@@ -94,11 +94,7 @@ def normalise_arguments(name: str, kwargs: dict[str, Any], block_args: dict[str,
     if kwargs.get('output_stride', 32) is None:  # what transformers passes for the default
         del kwargs['output_stride']
     if kwargs.get('features_only'):
-        tap = kwargs.get('tap_layer2', False)
-        count = ARCHS[name].out_indices[-1] + 1 + tap
-        require_features(name, kwargs.get('out_indices'), count)
-        if tap:  # one more than the default takes
-            kwargs.setdefault('out_indices', tuple(range(count)))
+        require_features(name, kwargs.get('out_indices'), ARCHS[name].out_indices[-1] + 1)
         feature_cls = kwargs.get('feature_cls', 'list')
         kwargs['feature_cls'] = FEATURE_CLASSES.get(feature_cls, feature_cls)
     return kwargs

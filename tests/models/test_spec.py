@@ -171,7 +171,7 @@ CHANGES: dict[str, dict[str, Any]] = {
         scale=3, base_width=40, cardinality=2, norm_layer='groupnorm1', alpha=4, beta=1, stem_width=16,
         stem_type='deep_tiered', replace_stem_pool=True, avg_down=False, in_chans=1, num_classes=3,
     ),
-    'use': dict(output_stride=16, dilate_pool=True, global_pool='max', tap_layer2=True),
+    'use': dict(output_stride=16, dilate_pool=True, global_pool='max'),
     'training': dict(drop_rate=0.5, drop_path_rate=0.5, drop_block_rate=0.5, zero_init_last=False),
 }
 # fmt: on

@@ -286,7 +286,6 @@ KEYWORDS: dict[str, dict[str, tuple[Any, ...]]] = {
         alpha=(1, 2, 4),
         beta=(2, 4),
         layers=((2, 2, 2, 1),),
-        tap_layer2=(True,),
     ),
     'Res2NetCifar': dict(
         base_width=(8, 24),

@@ -90,8 +90,6 @@ class Res2NetBigLittle(Trunk):
         alpha: Divisor of the channels of little branches.
         beta: Divisor of the depth of little branches.
         output_stride: 16 or 32; 16 dilates the last stage. The other stages cannot be dilated.
-        tap_layer2: Also list the features of `layer2` (stride 16, 512 channels). Those of `layer3` have the same
-            stride, and necks expect each stride once.
         **options: Arguments of every trunk, see `timm_res2net.models.trunk.TrunkOptions`.
 
     Raises:
@@ -116,7 +114,6 @@ class Res2NetBigLittle(Trunk):
         alpha: int = 2,
         beta: int = 4,
         output_stride: int = 32,
-        tap_layer2: bool = False,
         **options: Any,
     ) -> None:
         opts = TrunkOptions(**options)
@@ -132,12 +129,12 @@ class Res2NetBigLittle(Trunk):
         self.layer2 = module(256, 512, layers[1], stride=2)
         self.layer3 = module(512, 1024, layers[2], stride=1)
         self.layer4 = make_stage(opts, 1024, 2048, layers[3], stride, dilation=2 // stride)
-        features = [('act1', 64, 2), ('bl_init', 64, 4), ('layer1', 256, 8), ('layer2', 512, 16)]
-        features += [('layer3', 1024, 16), ('layer4', 2048, output_stride)]
-        self.feature_info = [
-            dict(num_chs=num_chs, reduction=reduction, module=module)
-            for module, num_chs, reduction in features
-            if tap_layer2 or module != 'layer2'
+        self.feature_info = [  # without layer2, at stride 16 as layer3: necks expect each stride once
+            dict(num_chs=64, reduction=2, module='act1'),
+            dict(num_chs=64, reduction=4, module='bl_init'),
+            dict(num_chs=256, reduction=8, module='layer1'),
+            dict(num_chs=1024, reduction=16, module='layer3'),
+            dict(num_chs=2048, reduction=output_stride, module='layer4'),
         ]
         self.finish(2048, opts)
 

@@ -170,7 +170,7 @@ ARGUMENTS = {
     'tensors':   ('layers', 'levels', 'channels', 'scale', 'base_width', 'cardinality', 'norm_layer', 'alpha', 'beta',
                   'stem_width', 'stem_type', 'replace_stem_pool', 'avg_down', 'down_kernel_size', 'in_chans',
                   'num_classes'),
-    'use':       ('output_stride', 'dilate_pool', 'global_pool', 'tap_layer2'),  # of the same trained network
+    'use':       ('output_stride', 'dilate_pool', 'global_pool'),  # of the same trained network
     'training':  ('drop_rate', 'drop_path_rate', 'drop_block_rate', 'zero_init_last'),
     'placement': ('device', 'dtype'),
 }
