@@ -219,7 +219,7 @@ def test_create_model_every_keyword_takes_effect(name: str, stride: int) -> None
     [
         (dict(not_an_argument=1), TypeError, 'not_an_argument'),
         (dict(block_args=dict(not_an_argument=1)), TypeError, 'not_an_argument'),
-        (dict(scale=4, block_args=dict(scale=8)), TypeError, 'got scale both by keyword and in block_args'),
+        (dict(scale=4, block_args=dict(scale=8)), TypeError, 'got scale both as a keyword and in block_args'),
         (dict(aa_layer=nn.AvgPool2d), TypeError, 'aa_layer'),
         (dict(output_stride=64), ValueError, 'output_stride=64'),
         (dict(attn_layer='sea'), ValueError, "attn_layer='sea'"),

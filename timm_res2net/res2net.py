@@ -1,7 +1,7 @@
-"""Makes the family's models and registers them with timm.
+"""Makes the models of the family and registers them with timm.
 
-This file is above the networks and the files of weights, because making a pretrained model takes both. timm names a
-model's module after the last part of the file that registers it: `timm.list_models(module='res2net')` lists the family.
+This file is neither in models/ nor in weights/ because making a pretrained model takes both. Its name matters: timm
+names a module after the file that registers it, so `timm.list_models(module='res2net')` lists the family.
 """
 
 import warnings
@@ -53,7 +53,7 @@ def create(name: str, pretrained: bool = False, block_args: dict[str, Any] | Non
     Args:
         name: Key of `ARCHS`.
         pretrained: Load weights.
-        block_args: More keyword arguments; timm's name for those that concern the blocks.
+        block_args: More keyword arguments, those of the blocks in timm.
         **kwargs: Arguments of the trunk, which override those of `ARCHS`, and of timm's `build_model_with_cfg`.
     """
     arch = ARCHS[name]
@@ -68,7 +68,7 @@ def create(name: str, pretrained: bool = False, block_args: dict[str, Any] | Non
         checkpoint = read_weights(cfg, kwargs.get('cache_dir'))
     if checkpoint is None:
         return build_model_with_cfg(arch.trunk, name, pretrained, **options, **{**arch.args, **kwargs})
-    if not checkpoint.is_part:  # the names of a lone network do not show its spec: whoever published it knows
+    if not checkpoint.is_part:  # tensor names of a network alone do not show its spec; that of the model applies
         spec = spec or NetworkSpec.from_arguments({**arch.args, **kwargs})
         checkpoint = checkpoint.with_spec(**{field: getattr(spec, field) for field in checkpoint.assumed})
     # timm loads the checkpoint's tensors, and adapts them to other channels and classes.
@@ -85,13 +85,13 @@ def create(name: str, pretrained: bool = False, block_args: dict[str, Any] | Non
 
 
 def normalise_arguments(name: str, kwargs: dict[str, Any], block_args: dict[str, Any]) -> dict[str, Any]:
-    """Merges both kinds of arguments, drops `output_stride=None`, and checks and replaces those of `features_only`."""
+    """Merges both kinds of arguments, drops `output_stride=None`, and checks those of `features_only`."""
     if twice := sorted(kwargs.keys() & block_args.keys()):
-        raise TypeError(f'{name} got {", ".join(twice)} both by keyword and in block_args; give it once')
+        raise TypeError(f'{name} got {", ".join(twice)} both as a keyword and in block_args. Pass it once.')
     kwargs = {**kwargs, **block_args}
     if ARCHS[name].trunk is not Res2Net and (given := [key for key in GEOMETRY if key in kwargs]):
         raise ValueError(f'{name} has no {given[0]}: its {ARCHS[name].trunk.__name__} has one geometry only')
-    if kwargs.get('output_stride', 32) is None:  # what transformers passes for the default
+    if kwargs.get('output_stride', 32) is None:  # transformers passes this for the default
         del kwargs['output_stride']
     if kwargs.get('features_only'):
         require_features(name, kwargs.get('out_indices'), ARCHS[name].out_indices[-1] + 1)
@@ -101,7 +101,7 @@ def normalise_arguments(name: str, kwargs: dict[str, Any], block_args: dict[str,
 
 
 def require_features(name: str, out_indices: int | Sequence[int] | None, count: int) -> None:
-    """Raises a ValueError for other features than a model's `count`; an int means that many of the last ones."""
+    """Raises ValueError if indices are not among the `count` features of a model; an int n means the last n."""
     indices = range(-out_indices, 0) if isinstance(out_indices, int) else out_indices or ()
     if not all(-count <= index < count for index in indices):
         raise ValueError(
@@ -111,7 +111,7 @@ def require_features(name: str, out_indices: int | Sequence[int] | None, count: 
 
 
 def require_published_spec(arch: Arch, cfg: PretrainedCfg, kwargs: dict[str, Any]) -> NetworkSpec | None:
-    """Returns the spec of published weights, None for others; ValueError if the model would compute something else."""
+    """Returns the spec of published weights, None for others; ValueError if the model computes something else."""
     overlay = kwargs.get('pretrained_cfg_overlay') or {}
     if overlay.keys() & {'url', 'file', 'hf_hub_id', 'state_dict'}:
         return None
@@ -127,9 +127,9 @@ def require_published_spec(arch: Arch, cfg: PretrainedCfg, kwargs: dict[str, Any
 
 
 def read_weights(cfg: PretrainedCfg, cache_dir: str | Path | None) -> Checkpoint | None:
-    """Reads weights that are in a file, at a URL, in a folder or on the Hub; None for what timm reads by itself.
+    """Reads weights from a file, a URL, a folder or the Hub; returns None if timm can read them itself.
 
-    timm keeps a partial file after a broken connection, and maps safetensors: a file that shrinks ends the process.
+    timm's own reader keeps a partial file when a connection breaks, and crashes if a safetensors file shrinks.
     """
     if cfg.state_dict:
         return None
@@ -149,9 +149,9 @@ def read_weights(cfg: PretrainedCfg, cache_dir: str | Path | None) -> Checkpoint
 
 
 def require_backbone(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Returns the tensors, as timm's `pretrained_filter_fn`; RuntimeError if others than the classifier's are missing.
+    """timm's `pretrained_filter_fn` for feature extractors: RuntimeError if tensors of the backbone are missing.
 
-    timm itself ignores missing tensors where it removes the classifier.
+    timm itself ignores missing tensors when it removes the classifier.
     """
     missing = [f'"{name}"' for name in model.state_dict() if name not in state and not name.startswith('fc.')]
     if missing:
@@ -191,20 +191,20 @@ for name, arch in ARCHS.items():
 
 
 def register() -> None:
-    """Registers the family with timm, in the place of timm's own models of the same names. Importing does this."""
+    """Registers the family with timm, replacing timm's models of the same names. Importing the package does this."""
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # timm warns of each name that it has already; taking it over is the purpose
+        warnings.simplefilter('ignore')  # timm warns about names that it already has, which are replaced on purpose
         for name in ARCHS:
             register_model(globals()[name])
 
 
 def timm_entrypoint(name: str) -> Callable[..., nn.Module] | None:
-    """Returns the function that makes timm's own model of that name, None if it has none."""
+    """Returns the function that makes timm's own model of that name, or None if timm has none."""
     return getattr(timm.models.res2net, name, None) or getattr(timm.models.dla, name, None)
 
 
 def unregister() -> None:
-    """Gives timm its own models back and removes the others from its registry."""
+    """Restores timm's own models and removes the others from its registry."""
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         for name in ARCHS:

@@ -26,7 +26,7 @@ def not_finite(state: Mapping[str, Tensor]) -> list[str]:
 
 
 def require_finite_weights(model: nn.Module) -> None:
-    """Raises a ValueError if any tensor of a model is on the meta device, or contains NaN or infinity."""
+    """Raises ValueError if any tensor of a model is on the meta device, or contains NaN or infinity."""
     state = model.state_dict()
     if absent := [name for name, tensor in state.items() if tensor.is_meta]:
         raise ValueError(f'{len(absent)} tensors are on the meta device, without values (first: {absent[0]!r})')

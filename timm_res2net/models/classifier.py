@@ -1,4 +1,4 @@
-"""Classifiers as timm makes them: static type, name, classes, and the settings that prepare images for them."""
+"""Classifiers as timm makes them: their static type, name, classes, and image settings."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, cast
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 
 class Classifier(nn.Module):
-    """The attributes that this package uses of a model. For type checkers only: every trunk has them."""
+    """The attributes of models that this package uses, for type checkers only."""
 
     num_classes: int
     in_chans: int
@@ -25,7 +25,7 @@ class Classifier(nn.Module):
 
 
 def as_classifier(model: nn.Module) -> Classifier:
-    """Returns the model under its static type, and raises a TypeError if timm did not make it as a classifier."""
+    """Casts a model to its static type; TypeError if timm did not make it as a classifier."""
     lacking = [name for name in ('num_classes', 'pretrained_cfg', 'forward_head') if not hasattr(model, name)]
     if lacking:
         raise TypeError(
@@ -49,7 +49,7 @@ def registered_cfg(name: str) -> PretrainedCfg:
 
 
 def class_names(model: nn.Module) -> list[str]:
-    """Returns the names of a model's classes: its own, else ImageNet's if it has as many, else numbers."""
+    """Returns the class names of a model: its own, else those of an ImageNet of that size, else numbers."""
     net = cast(Classifier, model)
     num_classes, names = net.num_classes, net.pretrained_cfg.get('label_names')
     if names and len(names) == num_classes:
@@ -64,8 +64,8 @@ def class_names(model: nn.Module) -> list[str]:
 def with_channels(cfg: Mapping[str, Any], channels: int) -> dict[str, Any]:
     """Fits image settings to a number of channels.
 
-    timm's settings have three means and deviations whatever `in_chans` is, and cannot normalize other images. If their
-    number differs from the channels, every channel gets their average.
+    timm's settings have three means and deviations regardless of `in_chans`. Where these do not fit, every channel gets
+    their average.
     """
     fitted = {**cfg, 'input_size': (channels, *cfg['input_size'][1:])}
     for key in ('mean', 'std'):
@@ -76,7 +76,7 @@ def with_channels(cfg: Mapping[str, Any], channels: int) -> dict[str, Any]:
 
 
 def image_config(model: nn.Module, channels: int | None = None) -> dict[str, Any]:
-    """Returns the settings that prepare image files for a model with 1 or 3 channels, `in_chans` if None is given."""
+    """Returns the settings that prepare image files for a model of 1 or 3 channels, by default its `in_chans`."""
     config = resolve_model_data_config(model)
     channels = channels or getattr(model, 'in_chans', config['input_size'][0])
     if channels not in (1, 3):

@@ -1,8 +1,8 @@
 """Gradient checkpointing that leaves norm statistics exact.
 
 Checkpointing runs a part of the network again in the backward pass instead of keeping its activations. timm's version
-updates the running statistics of the norms in both runs. This one updates them once, so that a training step gives the
-same model with and without checkpointing.
+updates the running statistics of norms in both runs, this one only in the first. So a training step gives the same
+model with and without checkpointing.
 """
 
 from collections.abc import Callable
@@ -18,7 +18,7 @@ from .fold import Foldable
 
 
 class BufferCopies:
-    """Context in which a module reads and updates copies of its buffers. It can be entered repeatedly."""
+    """Reusable context in which a module reads and updates copies of its buffers."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -37,7 +37,7 @@ class BufferCopies:
 
 def recompute(run: Callable[..., Tensor], *args: object, buffers_of: nn.Module) -> Tensor:
     """Runs a function, keeping only its arguments, and runs it again in the backward pass, on copies of the buffers."""
-    # torch.compile accepts no context and, from torch 2.9 on, needs none: it recomputes values without their updates.
+    # torch.compile accepts no context and, from torch 2.9 on, needs none: it does not repeat updates of buffers.
     if torch.compiler.is_compiling():
         return torch.utils.checkpoint.checkpoint(run, *args, use_reentrant=False)
     contexts = nullcontext(), BufferCopies(buffers_of)
@@ -61,14 +61,14 @@ class Stage(nn.Sequential):
 
 
 def set_grad_checkpointing(model: nn.Module, enable: bool = True) -> None:
-    """Sets `grad_checkpointing` of parts that recompute themselves; on a feature extractor it would be timm's own."""
+    """Sets `grad_checkpointing` of the parts that call `recompute`, but not that of timm's feature extractors."""
     for module in model.modules():
         if not hasattr(module, 'set_grad_checkpointing') and 'grad_checkpointing' in vars(module):
             vars(module)['grad_checkpointing'] = enable
 
 
 class Features(Foldable):
-    """Mixin for timm's feature extractors, whose own checkpointing updates norm statistics twice."""
+    """Mixin that replaces the checkpointing of timm's feature extractors, which updates norm statistics twice."""
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         set_grad_checkpointing(self, enable)
