@@ -41,11 +41,9 @@ class Bottle2neck(Foldable):
         first_dilation: Dilation of this block's own 3x3 convolutions, `dilation` if None.
         first: Whether this is the first block of its stage. All others compute their splits as a cascade.
         first_block: How a first block computes its splits: 'official', 'paddle', 'mmdet' or 'group' (`FIRST_BLOCKS`).
-        style: Position of the stride: 'pytorch' (3x3 convolutions and pool of the last split) or 'caffe' (first 1x1
-            convolution; the splits are then those of a first block at stride 1).
+        style: 'pytorch' strides the 3x3 convolutions and the pool, 'caffe' the first 1x1 convolution.
         deformable: Version of deformable 3x3 convolutions, 'v1' or 'v2', None for plain ones.
-        dilate_pool: Dilate the average pool of the last split like the convolutions. Only then does a dilated network
-            compute the undilated one on a denser grid. timm leaves the pool undilated.
+        dilate_pool: Dilate the average pool of the last split like the convolutions. timm does not.
         act_layer: Activation class. Each site gets its own instance, because hooks and attribution methods need that.
         norm_layer: Norm class.
         attn_layer: Attention class or its name in timm, right before the residual add, where the paper (3.2.2) has SE.
@@ -97,8 +95,8 @@ class Bottle2neck(Foldable):
         splits = LATER_BLOCK
         if first:  # its kind depends on the stride of the 3x3 convolutions in training, which dilation may replace
             trained_stride = 1 if style == 'caffe' else stride * dilation // first_dilation
-            kind = FIRST_BLOCKS[first_block]
-            splits = kind.stride_1 if trained_stride == 1 else kind.stride_2
+            at_stride_1, at_stride_2 = FIRST_BLOCKS[first_block]
+            splits = at_stride_1 if trained_stride == 1 else at_stride_2
         num_convs = scale if splits.last == 'convolved' else max(1, scale - 1)
 
         dd: dict[str, Any] = dict(device=device, dtype=dtype)

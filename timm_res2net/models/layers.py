@@ -40,13 +40,9 @@ class DilatedAvgPool2d(nn.Module):
         return x[..., : -2 * d] + x[..., d:-d] + x[..., 2 * d :]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Averages the window of each pixel, (N, C, H, W) to (N, C, H, W)."""
         if self.count_include_pad:
             return self.window_sum(x) / (self.kernel_size * self.kernel_size)
         return self.window_sum(x) / self.window_sum(torch.ones_like(x[:1, :1]))
-
-    def extra_repr(self) -> str:
-        return f'dilation={self.dilation}, count_include_pad={self.count_include_pad}, kernel_size={self.kernel_size}'
 
 
 class DeformableConv2d(nn.Conv2d):

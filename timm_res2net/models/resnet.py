@@ -71,20 +71,18 @@ class Res2Net(Trunk):
         stem_ceil_mode: Round the size of the stem's max-pool up.
         down_kernel_size: Kernel size of shortcuts that have a stride or dilation.
         avg_down: Move the stride of shortcuts into an average pool before their convolution.
-        style: Position of a stage's stride: 'pytorch' (3x3 convolutions) or 'caffe' (first 1x1 convolution).
+        style: Where stages have their stride: 'pytorch' (3x3 convolutions) or 'caffe' (first 1x1 convolution).
         deformable: Version of each stage's deformable 3x3 convolutions, 'v1' or 'v2', None for plain ones.
         strides: Stride of each stage in training.
         dilations: Dilation of each stage in training, or of each of its blocks (multi-grid).
         dilate_first: Whether the first block has its stage's dilation, as in most code, or that of the previous stage,
             as in timm and torchvision.
-        output_stride: 8, 16 or 32; stages beyond it are dilated instead of strided. Use this with weights that were
-            trained with the default strides and dilations, and `strides` and `dilations` with others. As in timm, a
-            dilated stage with as many channels as the one before it has no projection, so weights of the undilated
-            network do not fit.
-        dilate_pool: Dilate the average pools of dilated stages, too. The network then computes the undilated one on a
-            denser grid. The default leaves these pools undilated, as timm does: features are a few percent off with
-            `output_stride=8`, and with 16 where the map at stride 16 has an odd side. Attention that pools over the
-            whole image always differs on a denser grid.
+        output_stride: 8, 16 or 32; stages beyond it are dilated instead of strided, for weights that were trained with
+            the default strides and dilations. As in timm, a dilated stage with as many channels as the one before it
+            has no projection, and weights of the undilated network do not fit.
+        dilate_pool: Dilate the average pools of dilated stages, too, so that the network computes exactly the undilated
+            one, on a denser grid. timm does not: features are a few percent off with `output_stride=8`, and with 16
+            where the map at stride 16 has an odd side. Attention over the whole image always differs.
         **options: Arguments of every trunk, see `timm_res2net.models.trunk.TrunkOptions`: `scale`, `base_width`,
             `cardinality`, `first_block`, `attn_layer`, `num_classes`, `in_chans`, `global_pool`, `act_layer`,
             `norm_layer`, `drop_path_rate` and others.

@@ -25,13 +25,6 @@ class Splits(NamedTuple):
     count_include_pad: bool = True  # in the pool
 
 
-class FirstBlock(NamedTuple):
-    """How the first block of a stage computes its splits, by the stride of the stage."""
-
-    stride_1: Splits
-    stride_2: Splits
-
-
 LATER_BLOCK = Splits(cascade=True, last='kept')
 
 # Code bases that share all tensor names disagree on the first block of a stage, so a file from one of them loads
@@ -40,10 +33,11 @@ LATER_BLOCK = Splits(cascade=True, last='kept')
 # side by side, that is, one grouped convolution.
 # fmt: off
 FIRST_BLOCKS = {
-    'official': FirstBlock(Splits(False, 'pooled'),    Splits(False, 'pooled')),
-    'paddle':   FirstBlock(Splits(True,  'kept'),      Splits(False, 'pooled', count_include_pad=False)),
-    'mmdet':    FirstBlock(Splits(False, 'kept'),      Splits(False, 'pooled')),
-    'group':    FirstBlock(Splits(False, 'convolved'), Splits(False, 'convolved')),
+    #           in a stage of stride 1       of stride 2
+    'official': (Splits(False, 'pooled'),    Splits(False, 'pooled')),
+    'paddle':   (Splits(True,  'kept'),      Splits(False, 'pooled', count_include_pad=False)),
+    'mmdet':    (Splits(False, 'kept'),      Splits(False, 'pooled')),
+    'group':    (Splits(False, 'convolved'), Splits(False, 'convolved')),
 }
 # fmt: on
 STYLES = 'pytorch', 'caffe'  # position of a block's stride: its 3x3 convolutions, or its first 1x1 convolution
