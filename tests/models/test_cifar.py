@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from support import randomise, small
+from support import randomise
 from torch import nn
 
 from timm_res2net.models.cifar import Res2NetCifar
@@ -54,11 +54,3 @@ def test_cifar_scale_1_equals_bottlenecks_of_timm() -> None:
             theirs.load_state_dict(state)
             y = theirs(y)
     torch.testing.assert_close(model(x), F.linear(y.mean((2, 3)), model.fc.weight, model.fc.bias))
-
-
-def test_create_model_pretrained_without_published_weights_raises_one_line() -> None:
-    for name in ('res2next29_6c_24w_4s', 'blres2net50_26w_4s'):
-        assert name not in timm.list_pretrained()
-        with pytest.raises(RuntimeError, match=f'No pretrained weights exist for {name}') as error:
-            timm.create_model(name, pretrained=True, **small(name))
-        assert '\n' not in str(error.value)

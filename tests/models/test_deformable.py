@@ -60,6 +60,7 @@ def test_fuse_deformable_model_computes_the_same(first_block: str, images: Tenso
     torch.testing.assert_close(fuse(model)(images), expected, rtol=0, atol=1e-5 * expected.abs().max().item())
 
 
+@pytest.mark.slow
 def test_res2net_deformable_scripts_traces_and_exports(images: Tensor) -> None:
     model = with_offsets(tiny(**DEFORMABLE))
     expected = model(images)

@@ -210,7 +210,7 @@ def spec_of(model: nn.Module) -> NetworkSpec | None:
         model: A model, or a module that contains one.
 
     Example:
-        >>> model = timm.create_model('res2net50_vd_26w_4s')
+        >>> model = timm.create_model('res2net50_vd_26w_4s', device='meta')
         >>> spec_of(model).first_block
         'paddle'
     """
