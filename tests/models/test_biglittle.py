@@ -1,4 +1,4 @@
-"""The Big-Little trunk: sizes from the literature, and the function from its equations."""
+"""The Big-Little trunk: sizes from the literature, and what its equations compute."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""The CIFAR trunk: sizes from the literature, and the function."""
+"""The CIFAR trunk: sizes from the literature, and what it computes."""
 
 from typing import Any
 

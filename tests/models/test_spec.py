@@ -147,7 +147,7 @@ def shapes(model: nn.Module) -> dict[str, torch.Size]:
     return {name: tensor.shape for name, tensor in model.state_dict().items()}
 
 
-def test_hidden_attention_is_the_one_whose_tensors_look_like_another_ones() -> None:
+def test_hidden_attention_has_the_tensors_of_another_kind() -> None:
     first: dict[str, str] = {}
     hidden = [name for name in ATTENTION if first.setdefault(str(shapes(create_attn(name, 64))), name) != name]
     assert tuple(hidden) == HIDDEN_ATTENTION

@@ -47,7 +47,7 @@ class Bottle2neck(Foldable):
         act_layer: Activation class. Each site gets its own instance, because hooks and attribution methods need that.
         norm_layer: Norm class.
         attn_layer: Attention class or its name in timm, right before the residual add, where the paper (3.2.2) has SE.
-        device, dtype: Of the tensors.
+        device, dtype: Device and data type of the tensors.
 
     Raises:
         ValueError: If the block does not support an argument.

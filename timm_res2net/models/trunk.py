@@ -42,7 +42,7 @@ class TrunkOptions:
         drop_path_rate: Stochastic depth probability of the last block, growing linearly from 0 at the first.
         drop_block_rate: DropBlock probability in the last two stages.
         zero_init_last: Start training with every block as the identity.
-        device, dtype: Of the tensors.
+        device, dtype: Device and data type of the tensors.
     """
 
     scale: int = 4
