@@ -4,7 +4,7 @@
 """
 
 from collections.abc import Iterable
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -14,8 +14,6 @@ from torchvision.ops import FrozenBatchNorm2d
 
 from .layers import DeformableConv2d, DilatedAvgPool2d
 
-FoldableT = TypeVar('FoldableT', bound='Foldable')
-
 
 class Foldable(nn.Module):
     """Mixin for networks with norms that can be folded, after which the network stays in evaluation mode.
@@ -24,20 +22,16 @@ class Foldable(nn.Module):
     it as a teacher, for instance, or to trace it. Gradients are those of a network with frozen norms.
     """
 
-    def train(self: FoldableT, mode: bool = True) -> FoldableT:
+    def train(self, mode: bool = True) -> Any:
         return super().train(mode and not any(isinstance(module, FoldedNorm) for module in self.modules()))
 
 
 class FoldedNorm(Foldable, nn.Identity):
     """Replaces a norm that was folded into the convolution before it."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.training = False
-
 
 def fold_norm(conv: nn.Module | None, norm: nn.Module) -> nn.Module:
-    """Folds a norm into the convolution before it and returns a `FoldedNorm`, or returns the norm if impossible."""
+    """Folds a norm into the convolution before it and returns a `FoldedNorm`; returns the norm if it cannot."""
     if not isinstance(conv, nn.Conv2d) or not isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm | FrozenBatchNorm2d):
         return norm
     if norm.running_mean is None or norm.running_var is None:
@@ -47,7 +41,7 @@ def fold_norm(conv: nn.Module | None, norm: nn.Module) -> nn.Module:
     conv.weight, conv.bias = fuse_conv_bn_weights(
         conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
     )
-    return FoldedNorm()
+    return FoldedNorm().eval()
 
 
 def fold_norms(module: nn.Module) -> None:

@@ -114,18 +114,18 @@ class Weights:
     cfg: dict[str, Any] = field(default_factory=dict)
 
 
-def authors(top1: float, top5: float, recipe: str = '') -> Weights:
+V1 = (
+    '100 epochs on ImageNet-1k by SGD, with label smoothing of 0.1 and random resized crops; evaluated on the central '
+    '224 pixels of images resized to 256'
+)
+V1B = 'On ImageNet-1k, with CutMix and a schedule that the authors have not published; it is their v1b'
+
+
+def authors(top1: float, top5: float, recipe: str = V1) -> Weights:
     """The authors' ImageNet-1k weights in timm's repositories; accuracy at 224 as timm measured it."""
     description = f"trained by Res2Net's authors on ImageNet-1k; top-1 {top1:.2f} % at 224 px, measured by timm"
-    recipe = recipe or (
-        '100 epochs on ImageNet-1k by SGD, with label smoothing of 0.1 and random resized crops; evaluated on the '
-        'central 224 pixels of images resized to 256'
-    )
     origin = dict(license='cc-by-nc-sa-4.0', origin_url='https://github.com/Res2Net/Res2Net-PretrainedModels')
     return Weights(top1, top5, 'measured by timm', recipe, dict(hf_hub_id='timm/', description=description, **origin))
-
-
-V1B = 'On ImageNet-1k, with CutMix and a schedule that the authors have not published; it is their v1b'
 
 
 def digits(top1: float) -> Weights:
