@@ -189,7 +189,7 @@ def default_eps(norm_layer: Any) -> float:
     """Returns the default epsilon of a norm class, its timm name or a partial; ValueError for anything else."""
     try:
         parameters = inspect.signature(get_norm_layer(norm_layer)).parameters
-    except (KeyError, TypeError, AssertionError) as error:  # of timm
+    except (KeyError, TypeError, AssertionError) as error:  # raised by timm
         raise ValueError(f'norm_layer={norm_layer!r} is not a norm of timm') from error
     eps = parameters['eps'].default if 'eps' in parameters else None
     return eps if isinstance(eps, int | float) else NetworkSpec.norm_eps
