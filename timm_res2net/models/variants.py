@@ -130,7 +130,7 @@ def authors(top1: float, top5: float, recipe: str = V1) -> Weights:
 
 def digits(top1: float) -> Weights:
     """Weights in this package, trained by its own recipe; accuracy on the part of the data that was held out."""
-    measured = 'on the third that was held out; the recipe was chosen by it among three, which flatters it a little'
+    measured = 'on the held-out third, where the recipe was chosen among three, so it is slightly optimistic'
     recipe = "By timm's train.py with the package's recipes/digits.yaml, two minutes on two CPU cores"
     cfg = dict(
         file=str(ASSETS / f'{EMBEDDED}.safetensors'),
@@ -157,8 +157,8 @@ def paddle(top1: float, top5: float, name: str) -> Weights:
     how = 'distilled (SSLD)' if distilled else 'trained'
     description = f'{how} by PaddleClas on ImageNet-1k; top-1 {top1:.2f} % at 224 px, published by PaddleClas'
     resize = (
-        "PaddleClas resizes by OpenCV's bilinear interpolation, which does not antialias; timm's preprocessing does. "
-        'About 0.1 % of top-1 is expected to go with that (not measured)'
+        "PaddleClas resizes with OpenCV's bilinear interpolation, which does not antialias; timm's preprocessing does. "
+        'This is expected to change top-1 by about 0.1 % (not measured)'
     )
     recipe = (
         "By PaddleClas' distillation from a stronger teacher, SSLD"
@@ -168,21 +168,21 @@ def paddle(top1: float, top5: float, name: str) -> Weights:
     url = f'https://paddle-imagenet-models-name.bj.bcebos.com/dygraph/{name}_pretrained.pdparams'
     origin = dict(license='apache-2.0', origin_url='https://github.com/PaddlePaddle/PaddleClas', notes=(resize,))
     cfg = dict(url=url, custom_load=True, description=description, **origin)
-    return Weights(top1, top5, 'as PaddleClas publishes it', recipe, cfg)
+    return Weights(top1, top5, 'as published by PaddleClas', recipe, cfg)
 
 
 def mindcv(top1: float, top5: float, file: str) -> Weights:
     """MindCV's own ImageNet-1k weights at its address; accuracy at 224 as MindCV publishes it."""
     description = f'trained by MindCV on ImageNet-1k; top-1 {top1:.2f} % at 224 px, published by MindCV'
     resize = (
-        "MindCV resizes by MindSpore's bilinear interpolation, timm's preprocessing by Pillow's; what that does to "
-        'accuracy was not measured'
+        "MindCV resizes with MindSpore's bilinear interpolation, timm's preprocessing with Pillow's; the effect "
+        'on accuracy was not measured'
     )
     recipe = "On ImageNet-1k, by MindCV's configuration of that name on Ascend processors"
     url = f'https://download.mindspore.cn/toolkits/mindcv/res2net/{file}.ckpt'
     origin = dict(license='apache-2.0', origin_url='https://github.com/mindspore-lab/mindcv', notes=(resize,))
     cfg = dict(url=url, custom_load=True, description=description, **origin)
-    return Weights(top1, top5, 'as MindCV publishes it', recipe, cfg)
+    return Weights(top1, top5, 'as published by MindCV', recipe, cfg)
 
 
 # fmt: off
