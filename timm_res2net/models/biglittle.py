@@ -117,7 +117,7 @@ class Res2NetBigLittle(Trunk):
         **options: Any,
     ) -> None:
         opts = TrunkOptions(**options)
-        super().__init__(opts)
+        super().__init__()
         require_one_of('output_stride', output_stride, (16, 32))
         if len(layers) != 4 or min(layers[:3]) < 2:
             raise ValueError(f'layers={layers} must have an entry for each of 4 stages, at least 2 in the first three')

@@ -61,7 +61,7 @@ class Res2NetCifar(Trunk):
         opts = TrunkOptions(
             base_width=base_width, cardinality=cardinality, first_block=first_block, num_classes=num_classes, **options
         )
-        super().__init__(opts)
+        super().__init__()
         require_one_of('output_stride', output_stride, (1, 2, 4))
         if len(layers) != 3 or len(channels) != 3 or min(layers) < 1:
             raise ValueError(f'layers={layers} and channels={channels} must have a positive entry for each of 3 stages')

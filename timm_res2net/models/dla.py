@@ -179,7 +179,7 @@ class Res2NetDla(Trunk):
         **options: Any,
     ) -> None:
         opts = TrunkOptions(base_width=base_width, zero_init_last=zero_init_last, **options)
-        super().__init__(opts)
+        super().__init__()
         require_one_of('output_stride', output_stride, (8, 16, 32))
         if len(levels) != 6 or len(channels) != 6 or min(levels) < 1:
             raise ValueError(f'levels={levels} and channels={channels} must have a positive entry for each of 6 levels')

@@ -60,31 +60,29 @@ class Stage(nn.Sequential):
         return x
 
 
-def set_grad_checkpointing(model: nn.Module, enable: bool = True) -> None:
-    """Sets `grad_checkpointing` of the parts that call `recompute`, but not that of timm's feature extractors."""
-    for module in model.modules():
-        if not hasattr(module, 'set_grad_checkpointing') and 'grad_checkpointing' in vars(module):
-            vars(module)['grad_checkpointing'] = enable
+class ExactCheckpointing(Foldable):
+    """Mixin for networks with parts that call `recompute`, and for timm's feature extractors around them."""
 
-
-class Features(Foldable):
-    """Mixin that replaces the checkpointing of timm's feature extractors, which updates norm statistics twice."""
-
+    @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        set_grad_checkpointing(self, enable)
+        """Turns gradient checkpointing of the blocks on or off. Unlike in timm, norm statistics stay exact."""
+        for module in self.modules():
+            is_part = 'grad_checkpointing' in vars(module) and not hasattr(module, 'set_grad_checkpointing')
+            if is_part:  # not a feature extractor, where this would turn on timm's own
+                vars(module)['grad_checkpointing'] = enable
 
 
-class FeatureList(Features, FeatureListNet):
+class FeatureList(ExactCheckpointing, FeatureListNet):
     """timm's `FeatureListNet` with exact checkpointing."""
 
 
-class FeatureDict(Features, FeatureDictNet):
+class FeatureDict(ExactCheckpointing, FeatureDictNet):
     """timm's `FeatureDictNet` with exact checkpointing."""
 
 
-class FeatureHook(Features, FeatureHookNet):
+class FeatureHook(ExactCheckpointing, FeatureHookNet):
     """timm's `FeatureHookNet` with exact checkpointing."""
 
 
-class FeatureGetter(Features, FeatureGetterNet):
+class FeatureGetter(ExactCheckpointing, FeatureGetterNet):
     """timm's `FeatureGetterNet` with exact checkpointing."""

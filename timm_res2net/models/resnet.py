@@ -123,7 +123,7 @@ class Res2Net(Trunk):
         **options: Any,
     ) -> None:
         opts = TrunkOptions(**options)
-        super().__init__(opts)
+        super().__init__()
         geometry: dict[str, Any] = dict(
             style=style,
             strides=strides,

@@ -20,9 +20,8 @@ from timm.models.resnet import drop_blocks
 from torch import Tensor, nn
 
 from .block import Bottle2neck, Layer
-from .fold import Foldable
 from .layers import ConvClassifier, DeformableConv2d
-from .recompute import Stage, set_grad_checkpointing
+from .recompute import ExactCheckpointing, Stage
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,7 @@ def make_stage(
     return Stage(*blocks)
 
 
-class Trunk(Foldable):
+class Trunk(ExactCheckpointing):
     """A sequence of parts and a head, with the methods that timm expects of a model.
 
     A subclass makes the parts, lists their features in `feature_info`, calls `finish`, and defines `forward_features`.
@@ -149,14 +148,8 @@ class Trunk(Foldable):
     conv_head = False  # whether the classifier is a 1x1 convolution
     densest: ClassVar[dict[str, Any]]  # arguments for the densest grid on which the network computes the same
 
+    feature_info: list[dict[str, Any]]  # timm's: channels, stride and module of each feature
     forward_features: Callable[[Tensor], Tensor]
-
-    def __init__(self, options: TrunkOptions) -> None:
-        super().__init__()
-        self.num_classes = options.num_classes
-        self.in_chans = options.in_chans
-        self.drop_rate = options.drop_rate
-        self.feature_info: list[dict[str, Any]] = []  # timm's: channels, stride and module of each feature
 
     @classmethod
     def arguments(cls) -> dict[str, Any]:
@@ -179,6 +172,9 @@ class Trunk(Foldable):
                 if drop_block is not None and isinstance(module, Bottle2neck):
                     module.drop_block = drop_block()
         self.num_features = num_features
+        self.num_classes = options.num_classes
+        self.in_chans = options.in_chans
+        self.drop_rate = options.drop_rate
         self._make_classifier(options.global_pool, options.factory)
         self.init_weights(options.zero_init_last)
 
@@ -207,11 +203,6 @@ class Trunk(Foldable):
                 module.zero_offsets()
             if zero_init_last and isinstance(module, Bottle2neck):
                 module.zero_init_last()
-
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Turns gradient checkpointing of the blocks on or off. Unlike in timm, norm statistics stay exact."""
-        set_grad_checkpointing(self, enable)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
