@@ -11,7 +11,7 @@ from tqdm import tqdm
 from .._errors import sanitize
 from ..vision.predict import Prediction
 from ..weights.checkpoints import Checkpoint
-from ..weights.config import IMAGES
+from ..weights.config import CONFIG_FILE, IMAGES
 from ..weights.loading import describe_assumptions
 from ..weights.matching import format_create_model
 
@@ -75,7 +75,7 @@ def describe_training(
     names = tuple(cfg.get('label_names') or ())
     named = ', without names'
     if names:
-        recorded = 'in the file' if checkpoint is None else f'in {checkpoint.labels_from}'
+        recorded = 'in the file' if checkpoint is None else f'in {CONFIG_FILE}'
         named = f', named {"by --labels" if labels_given else recorded}: '
         named += f'{", ".join(names[:3])}{", ..." if len(names) > 3 else ""}'
     elif infer_imagenet_subset({'num_classes': num_classes}):

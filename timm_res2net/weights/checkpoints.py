@@ -39,25 +39,24 @@ class Checkpoint:
     Attributes:
         file: The file, for messages.
         dialect: Whose tensor names it has, a key of `DIALECTS`.
-        prefix: Precedes the network's names in the file.
+        prefix: Prefix of the network's tensor names in the file.
         state: Tensors by timm's names; floating-point ones are float32, on the CPU.
         spec: What the network computes; None if no model here computes it.
         provenance: How each field of `spec` is known. 'recorded': the file, the `config.json` next to it or the caller
             specifies it. 'proved': names and shapes leave no other possibility. 'inferred': other tensors in the file
             are those of a known project. 'default': nothing specifies it.
-        is_part: Whether the file holds other modules, too, so that the network is part of a larger one.
+        is_part: Whether the network is part of a larger one, as the file also holds other modules.
         project: The larger network, if it is a known one.
         unsupported: Why `spec` is None.
-        weights_from: 'ema' or 'model', which of averaged and latest weights were taken; None if the file has one kind.
+        weights_from: 'ema' if averaged weights were taken, 'model' if the latest; None if the file has one kind only.
         name: The recorded model, a key of `ARCHS`.
         model_args: Its recorded arguments.
         dropped: Names in the file of tensors that were left out, and why.
-        filled: Names in `state` of tensors that the file lacks and that are zero.
+        filled: Names in `state` of tensors that the file lacks; they are filled with zeros.
         cast: How many tensors were cast to float32, by their type in the file.
         images: Recorded settings of image preprocessing, as in timm's `pretrained_cfg`.
-        labels: Recorded names of the classes.
-        labels_from: Where they were recorded.
-        record: Results, license and others that a push recorded.
+        labels: Names of the classes, recorded in `config.json`.
+        record: Results, license and other facts that a push recorded.
     """
 
     file: str
@@ -77,7 +76,6 @@ class Checkpoint:
     cast: Mapping[str, int] = field(default_factory=dict)
     images: Mapping[str, Any] = field(default_factory=dict)
     labels: tuple[str, ...] = ()
-    labels_from: str = ''
     record: Mapping[str, Any] = field(default_factory=dict)
 
     def __repr__(self) -> str:
@@ -135,12 +133,12 @@ def read_checkpoint(
         file: .safetensors, .pth, .pdparams, .pkl, .ckpt of MindSpore, .tar of PaddlePaddle or .zip of OneFlow, detected
             by content; or a folder with `config.json` and `model.safetensors`.
         dialect: Whose tensor names the file has, a key of `DIALECTS`; detected if None.
-        prefix: Precedes the network's names, in a file with several networks; detected if None.
+        prefix: Prefix of the network's tensor names, for a file with several networks; detected if None.
         weights_from: 'ema' for averaged or 'model' for the latest weights, in a file that has both; 'ema' if None.
         **spec: Fields of `NetworkSpec` that the file does not record, such as `first_block` or `dilations`.
 
     Returns:
-        The checkpoint. What it does not record and its tensors do not prove is listed in `.assumed`.
+        The checkpoint. `.assumed` lists the fields of its spec that are neither recorded nor proved by tensors.
 
     Raises:
         CheckpointError: If the file cannot be read, or holds no Res2Net, or more than one.
@@ -162,7 +160,7 @@ def read_checkpoint(
 
 
 def with_record(checkpoint: Checkpoint, path: Path, config: Mapping[str, Any]) -> Checkpoint:
-    """Adds what a push recorded in `config.json`, if it recorded that for this file."""
+    """Adds the facts that a push recorded in `config.json`, unless it recorded them for another file."""
     if 'sha256' not in config.get(RECORD, {}) or config[RECORD]['sha256'] != sha256(path):
         return checkpoint
     return replace(checkpoint, record={'tag': config['pretrained_cfg'].get('tag'), **config[RECORD]})
@@ -176,7 +174,7 @@ def identify(
     weights_from: str | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
-    """Finds the network in the content of a file and what it computes; `config` is the `config.json` next to it."""
+    """Finds the network in a file and determines what it computes; `config` is the `config.json` next to the file."""
     if dialect is not None and dialect not in DIALECTS:
         raise ValueError(f'unknown dialect {dialect!r}. Choose from {", ".join(DIALECTS)}')
     if weights_from not in (None, 'ema', 'model'):
@@ -191,7 +189,6 @@ def identify(
         state = {name: to_weight(name, tensor, cast) for name, tensor in state.items()}
         filled = zeros_for(state)
         part = has_modules_around(prefix, dropped, raw.tensors, 'fc.weight' in state)
-        labels = recorded_labels(config, len(state.get('fc.weight', ())))
         return Checkpoint(
             file,
             key,
@@ -204,8 +201,7 @@ def identify(
             filled=tuple(filled),
             cast=dict(cast),
             images=recorded_images(raw, config, file),
-            labels=labels,
-            labels_from=CONFIG_FILE if labels else '',
+            labels=recorded_labels(config, len(state.get('fc.weight', ()))),
         )
     except Exception as error:  # a hostile file can record anything, and have tensors of any shape
         raise CheckpointError(f'cannot use {file}: {first_line(error)}') from error
@@ -214,7 +210,7 @@ def identify(
 def specify(
     raw: RawFile, dialect: str, prefix: str, state: Mapping[str, Tensor], is_part: bool, config: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Returns the fields of a `Checkpoint` on what its network computes: as recorded, of a project, or of a dialect."""
+    """Returns the fields of a `Checkpoint` about its spec, which is recorded, a known project's, or the dialect's."""
     try:
         name, args = recorded_model(raw, config)
         recorded = recorded_spec(raw, name, args)
@@ -225,7 +221,7 @@ def specify(
 
     names = DIALECTS[dialect]
     spec, ambiguous, unsupported, project = names.spec, {*names.ambiguous}, names.unsupported, None
-    if names.detector_spec is not None and is_part:  # which has its code base's own first block
+    if names.detector_spec is not None and is_part:
         spec = names.detector_spec
         ambiguous -= {'first_block'}
     if dialect == 'official':
@@ -244,7 +240,7 @@ def specify(
 
 
 def first_convolution(state: Mapping[str, Tensor]) -> str:
-    """Returns the name of the weight of a network's first convolution."""
+    """Returns the tensor name of a network's first convolution."""
     for stem, _ in DIALECTS['official'].stems:
         if stem in state and state[stem].ndim == 4:
             return stem
@@ -252,14 +248,14 @@ def first_convolution(state: Mapping[str, Tensor]) -> str:
 
 
 def require_unfused(state: Mapping[str, Tensor]) -> None:
-    """Raises CheckpointError for weights of a fused model: biases of convolutions, and no norms."""
+    """Raises CheckpointError for weights of a fused model, whose convolutions have biases and no norms."""
     modules = {name.rpartition('.')[0] for name in state if name.endswith('.conv3.bias')}
     if any(f'{module.removesuffix("conv3")}bn3.weight' not in state for module in modules):
         raise CheckpointError('it is a fused model, with norms folded into convolutions. Save it before `fuse`')
 
 
 def zeros_for(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns tensors that some code bases lack and that are zero there: batch counters, biases of offsets."""
+    """Returns zeros for tensors that some code bases lack: batch counters, and biases of offsets."""
     zeros = {}
     for name, tensor in state.items():
         module, _, last = name.rpartition('.')
@@ -289,7 +285,7 @@ def convolves_all_splits(state: Mapping[str, Tensor]) -> bool:
 
 
 def deformable_stages(state: Mapping[str, Tensor]) -> tuple[str | None, ...]:
-    """Returns the kind of deformable convolution of each stage, which the channels of their offsets prove."""
+    """Returns the version of each stage's deformable convolutions, proved by the channels of their offsets."""
     versions = {channels: version for version, channels in VERSIONS.items()}
     offsets = [state.get(f'layer{stage}.0.convs.0.conv_offset.weight', ()) for stage in (1, 2, 3, 4)]
     return tuple(versions.get(len(each)) for each in offsets)
