@@ -14,14 +14,14 @@ from ..models.spec import NetworkSpec
 #     ('res{s}.{i}.conv1.norm.', 'layer{s}.{i}.bn1.')   with offsets={'s': -1}
 #     res3.0.conv1.norm.weight -> layer2.0.bn1.weight
 #
-# {s} is the number of a stage, {i} of a block, {k} of a convolution in the block, {j} of a layer in a shortcut. Two
-# more are PaddlePaddle's: {letter} is a block counted a, b, c, and {path} repeats stage and block ('res2a'). '../head.'
-# is a sibling of the module that contains the network: for 'backbone.', '../head.fc.' is 'head.fc.'.
+# {s} is the number of a stage, {i} of a block, {k} of a convolution in the block, {j} of a layer in a stem or shortcut.
+# Two more are PaddlePaddle's: {letter} is a block counted a, b, c, and {path} repeats stage and block ('res2a').
+# '../head.' is a sibling of the module that contains the network: for 'backbone.', '../head.fc.' is 'head.fc.'.
 Rows = tuple[tuple[str, str], ...]
 
 
 def conv_norm(theirs: tuple[str, str], names: Iterable[str], ours: Iterable[tuple[str, str]]) -> Rows:
-    """Makes two rows for each name: of a convolution and its norm, whose templates have the name in place of *."""
+    """Makes two rows for each name, for a convolution and for its norm; the name replaces * in `theirs`."""
     return tuple(
         (template.replace('*', name), target)
         for name, pair in zip(names, ours)
@@ -75,14 +75,7 @@ MINDCV_DEEP_SHORTCUT = (  # where the stride is 1, MindCV counts from 0, timm ke
     *MINDCV_SHORTCUT,
 )
 MMPRETRAIN_DEEP_STEM = conv_norm(('stem.*.conv.', 'stem.*.bn.'), '012', DEEP_STEM)
-MMDET_STEM = (
-    ('stem.0.', 'conv1.0.'),
-    ('stem.1.', 'conv1.1.'),
-    ('stem.3.', 'conv1.3.'),
-    ('stem.4.', 'conv1.4.'),
-    ('stem.6.', 'conv1.6.'),
-    ('stem.7.', 'bn1.'),
-)
+MMDET_STEM = (('stem.7.', 'bn1.'), ('stem.{j}.', 'conv1.{j}.'))
 DETECTRON_BLOCKS = (
     ('res{s}.{i}.conv1.norm.', 'layer{s}.{i}.bn1.'),
     ('res{s}.{i}.conv3.norm.', 'layer{s}.{i}.bn3.'),
@@ -98,7 +91,7 @@ DETECTRON_BLOCKS = (
 
 
 def holocron_stages(first: int) -> Rows:
-    """Rows for Holocron's blocks; its features are counted from the stem on, the first stage is number `first`."""
+    """Makes the rows of Holocron's blocks. It counts features from the stem on; the first stage is number `first`."""
     parts = {
         'conv.0.': 'conv1.',
         'conv.1.': 'bn1.',
@@ -116,15 +109,7 @@ def holocron_stages(first: int) -> Rows:
 
 
 HOLOCRON_STEM = (('features.0.', 'conv1.'), ('features.1.', 'bn1.'), *holocron_stages(4))
-HOLOCRON_DEEP_STEM = (
-    ('features.0.', 'conv1.0.'),
-    ('features.1.', 'conv1.1.'),
-    ('features.3.', 'conv1.3.'),
-    ('features.4.', 'conv1.4.'),
-    ('features.6.', 'conv1.6.'),
-    ('features.7.', 'bn1.'),
-    *holocron_stages(10),
-)
+HOLOCRON_DEEP_STEM = (*holocron_stages(10), ('features.7.', 'bn1.'), ('features.{j}.', 'conv1.{j}.'))
 
 OFFICIAL = NetworkSpec()
 GEOMETRY = ('strides', 'dilations', 'dilate_first')
@@ -137,19 +122,18 @@ class Dialect:
 
     description: str  # whose files these are
     anchors: tuple[str, ...]  # each file has one of these tensors
-    stems: tuple[tuple[str, Rows], ...]  # and one of these, each with the rows that it adds; the last one is deep
+    stems: tuple[tuple[str, Rows], ...]  # and one of these, each of which adds rows; the last one is deep
     rows: Rows = ()  # renames of the beginning of a name
     suffixes: dict[str, str] = field(default_factory=dict)  # renames of the last part of a name
-    offsets: dict[str, int] = field(default_factory=dict)  # added to the numbers in their names to get ours
+    offsets: dict[str, int] = field(default_factory=dict)  # to add to their numbers to get ours
     spec: NetworkSpec | None = OFFICIAL  # what their networks compute; None if no model here does
     unsupported: str = ''  # why none does
-    detector_spec: NetworkSpec | None = None  # what a network computes that is part of a larger one; None for `spec`
+    detector_spec: NetworkSpec | None = None  # spec of a network that is part of a larger one, if it is another
     ambiguous: tuple[str, ...] = ()  # fields of the spec that their configurations change without a trace in the file
     stem_norm: bool = True  # whether a norm follows the last convolution of the stem
-    unused: tuple[str, ...] = ()  # trees whose projection is never run, unless the tree is a leaf
     transposed: bool = False  # whether the classifier's weight is (in, out)
-    options: tuple[str, ...] = ()  # fields of the spec that a configuration can choose, for files that we write
-    prefix: str = ''  # precedes the network's names in their files
+    options: tuple[str, ...] = ()  # fields of the spec that a configuration can set, for files that we write
+    prefix: str = ''  # of the network's names in files that we write
 
 
 # In order of priority: a file is of the first dialect that matches.
@@ -300,7 +284,6 @@ DIALECTS = {
         ('layer1.0.convs.0.weight', 'layer1.big.0.convs.0.weight', 'level2.tree1.convs.0.weight'),
         (('conv1.weight', ()), ('conv1.0.weight', ()), ('base_layer.0.weight', ())),
         ambiguous=AMBIGUOUS,
-        unused=('level3', 'level4', 'level4.tree1'),
     ),
 }
 EXPORTS = ('official', 'mmpretrain', 'mmdet', 'paddleclas')

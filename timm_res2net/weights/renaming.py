@@ -1,4 +1,4 @@
-"""Finds a Res2Net among the tensors of a file and renames it to timm's names, or back to those of another code base."""
+"""Finds a Res2Net among a file's tensors and renames them to timm's names, or from timm's to another code base's."""
 
 import re
 from collections import Counter
@@ -13,25 +13,25 @@ from .._errors import CheckpointError
 from ..models.spec import NetworkSpec
 from .dialects import DIALECTS, EXPORTS, Dialect, Rows
 
-PATTERNS = {'letter': r'[a-z]\d*', 'path': r'\w+?'}  # of the fields of a row; all others are numbers
+PATTERNS = {'letter': r'[a-z]\d*', 'path': r'\w+?'}  # the other fields of a row are numbers
 PARTS = {  # the top-level modules of this package's networks
     *('conv1', 'bn1', 'act1', 'maxpool', 'layer1', 'layer2', 'layer3', 'layer4', 'fc', 'base_layer', 'bl_init'),
     *(f'level{i}' for i in range(6)),
 }
-# Keys of a file that do not make the network below them a part of a larger one.
+# Keys that wrap a network without making it part of a larger one.
 AVERAGED = {'state_dict_ema', 'model_ema', 'ema_state_dict', 'ema', 'ema_model', 'average_model_state'}
 LATEST = {'current_model_state'}  # of Lightning, where 'state_dict' is the average
 WRAPPERS = {'state_dict', 'model', 'model_state', 'module', '_orig_mod', 'net', *AVERAGED, *LATEST}
 TRAINING = re.compile(r'(optim|sched|scaler|amp|loops|callbacks|rng|random|averaging_state|message_hub)', re.IGNORECASE)
 COUNTERS = 'total_ops', 'total_params', 'n_averaged'  # of thop, and of torch's averaging
 MAX_NETWORKS = 16  # in one file
-FOREIGN = {  # how names of tensors end that only resemble ours
+FOREIGN = {  # names of tensors that only resemble ours, and hints
     'layer1.0.conv2.weight': '. Its names are those of a plain ResNet, without splits',
     'layer1.0.conv2.0.weight': ". Its names are those of ports of the paper's equation (1), which keep the first "
-    'split. No model here does that',
+    'split. No model here does',
 }
 
-# Reasons why a tensor of a file is not one of the network's.
+# Reasons for leaving out a tensor.
 OTHER_MODULE = 'part of another module'
 CLASSIFIER = 'part of a classifier that is not a single linear layer'
 TWIN = 'another copy of the weights'
@@ -55,7 +55,10 @@ def compile_row(template: str) -> re.Pattern[str]:
 def rename(
     name: str, rows: Rows, suffixes: Mapping[str, str], offsets: Mapping[str, int], blocks: int = 0
 ) -> str | None:
-    """Renames a tensor by the first row that matches; None without a row or module. `blocks` of stage 3 make {path}."""
+    """Renames a tensor by the first matching row; None if it matches none and is in no module.
+
+    The field {path} depends on the number of `blocks` in stage 3.
+    """
     for source, target in rows:
         if match := compile_row(source).match(name):
             fields: dict[str, Any] = {
@@ -75,8 +78,8 @@ def rename(
 
 def block_path(stage: int, i: int, blocks: int) -> str:
     """Returns PaddleClas' name of block `i` (from 0) in a network with that many blocks in its third stage."""
-    counted = stage == 2 and blocks > 6
-    return f'res{stage + 2}' + (f'b{i}' if counted and i else chr(ord('a') + i))
+    is_counted = stage == 2 and blocks > 6 and i > 0
+    return f'res{stage + 2}' + (f'b{i}' if is_counted else chr(ord('a') + i))
 
 
 def full_name(prefix: str, name: str) -> str:
@@ -96,7 +99,7 @@ def find_network(
     prefix: str | None = None,
     weights_from: str | None = None,
 ) -> tuple[str, str, Rows, str | None]:
-    """Finds the only Res2Net in a file: its dialect, prefix and rows, and 'ema' or 'model' if that was a choice."""
+    """Finds the only Res2Net in a file: its dialect, prefix and rows, and 'ema' or 'model' if the file has both."""
     for key in DIALECTS if dialect is None else [dialect]:
         matches = find_prefixes(tensors, DIALECTS[key])
         if prefix is not None:
@@ -122,7 +125,7 @@ def describe_absence(names: Collection[str], dialect: str | None, prefix: str | 
 
 
 def find_prefixes(names: Collection[str], dialect: Dialect) -> dict[str, Rows]:
-    """Finds all networks of a dialect: the prefix of their names, and the rows that rename them."""
+    """Finds all networks of a dialect; returns the rows that rename each, by the prefix of its names."""
     found = {}
     for name in names:
         for anchor in dialect.anchors:
@@ -145,14 +148,14 @@ def strip_wrappers(prefix: str) -> str:
 
 
 def path_in_model(prefix: str) -> str:
-    """Returns the part of a prefix that is common to averaged and latest weights."""
+    """Returns the part of a prefix that averaged and latest weights share."""
     parts = prefix.split('.')
     last = max((i for i, part in enumerate(parts) if part in AVERAGED | LATEST), default=-1)
     return strip_wrappers('.'.join(parts[last + 1 :]))
 
 
 def is_averaged(prefix: str, names: Container[str], siblings: Iterable[str]) -> bool:
-    """Whether the weights under a prefix are averaged ones."""
+    """Whether the weights under a prefix are averaged."""
     parts = {*prefix.split('.')}
     if 'ema_state_dict.steps' in names:  # mmengine swaps the two, so that 'state_dict' is the average
         return 'ema_state_dict' not in parts
@@ -164,7 +167,10 @@ def is_averaged(prefix: str, names: Container[str], siblings: Iterable[str]) -> 
 def choose_weights(
     prefixes: Collection[str], tensors: Mapping[str, Tensor], weights_from: str | None
 ) -> tuple[list[str], str | None]:
-    """Leaves out copies of one network: averaged or latest weights (returns which), other names of the same tensors."""
+    """Leaves out copies of a network, either the averaged or the latest weights, and other names of the same tensors.
+
+    Returns the remaining prefixes, and 'ema' or 'model' if the file has both.
+    """
     averaged = [prefix for prefix in prefixes if is_averaged(prefix, tensors, prefixes)]
     latest = [prefix for prefix in prefixes if prefix not in averaged]
     chosen = None
@@ -181,7 +187,7 @@ def choose_weights(
 
 
 def is_same_network(tensors: Mapping[str, Tensor], prefix: str, other: str) -> bool:
-    """Whether the tensors under two prefixes are the same memory: one network with two names."""
+    """Whether the tensors under two prefixes share memory: one network under two names."""
     inside = {name: value for name, value in tensors.items() if name.startswith(prefix)}
     twins = ((value, tensors.get(other + name[len(prefix) :])) for name, value in inside.items())
     return all(twin is not None and twin.data_ptr() == value.data_ptr() for value, twin in twins)
@@ -193,7 +199,7 @@ def is_same_network(tensors: Mapping[str, Tensor], prefix: str, other: str) -> b
 def rename_tensors(
     tensors: Mapping[str, Tensor], unsupported: Mapping[str, str], dialect: str, prefix: str, rows: Rows
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Renames a network's tensors to timm's names; returns them, and why each other tensor of the file is left out."""
+    """Renames a network's tensors to timm's names; also returns the reason for leaving out each other tensor."""
     names = DIALECTS[dialect]
     state: dict[str, Tensor] = {}
     dropped: dict[str, str] = {}
@@ -208,7 +214,7 @@ def rename_tensors(
             if inside and is_of_block(full[len(prefix) :], rows):
                 raise CheckpointError(f'{full} belongs to a block, and no block here has such a tensor')
             dropped[full] = explain_other(full, prefix, tensors)
-        elif inside and is_unused(ours, tensors, names, prefix):
+        elif inside and is_unused(ours, tensors, prefix):
             dropped[full] = UNUSED
         elif full in unsupported:
             raise CheckpointError(f'{full} cannot be a weight: {unsupported[full]}. Save plain floating-point tensors')
@@ -225,9 +231,9 @@ def rename_tensors(
 
 
 def explain_other(name: str, prefix: str, names: Container[str]) -> str:
-    """Returns why a tensor is none of the network's."""
+    """Returns the reason for leaving out a tensor outside the network."""
     if name.startswith(prefix) and prefix + name[len(prefix) :].partition('.')[2] in names:
-        return STATE  # an optimizer's, with the name of the weight behind its own
+        return STATE  # an optimizer's, which puts its own name before that of the weight
     if TRAINING.match(name):
         return STATE
     path, own = path_in_model(prefix), path_in_model(name)
@@ -236,15 +242,14 @@ def explain_other(name: str, prefix: str, names: Container[str]) -> str:
 
 
 def drop_unusual_classifier(state: dict[str, Tensor], dialect: Dialect) -> dict[str, str]:
-    """Removes a classifier that is not one linear layer on pooled features, and returns its names with the reason."""
+    """Removes a classifier that is not one linear layer on pooled features; returns its names with the reason."""
     names = [name for name in state if name.startswith('fc.')]
     weight, last = state.get('fc.weight'), state.get('layer4.0.conv3.weight')
-    plain = {*names} <= {'fc.weight', 'fc.bias'} and weight is not None and weight.ndim in (2, 4)
-    if plain and weight is not None and last is not None and last.ndim == 4:
+    if {*names} <= {'fc.weight', 'fc.bias'} and weight is not None and weight.ndim in (2, 4):
         features = weight.shape[0 if dialect.transposed else 1]
-        plain = features in (len(last), 2 * len(last))  # twice as many for global_pool='catavgmax'
-    if plain:
-        return {}
+        # global_pool='catavgmax' makes twice as many
+        if last is None or last.ndim != 4 or features in (len(last), 2 * len(last)):
+            return {}
     for name in names:
         del state[name]
     return dict.fromkeys(names, CLASSIFIER)
@@ -253,7 +258,7 @@ def drop_unusual_classifier(state: dict[str, Tensor], dialect: Dialect) -> dict[
 def has_modules_around(
     prefix: str, dropped: Mapping[str, str], tensors: Mapping[str, Tensor], has_classifier: bool
 ) -> bool:
-    """Whether a network is part of a larger one: there are tensors of other modules, or it was cut out of one."""
+    """Whether a network is part of a larger one, which may be in the file or not."""
     cut = bool({*prefix.split('.')[:-1]} - WRAPPERS) and not has_classifier
     others = (name for name, why in dropped.items() if why == OTHER_MODULE)
     return cut or any(name not in tensors or tensors[name].ndim > 0 for name in others)
@@ -267,19 +272,19 @@ def identity_norm(name: str, channels: int) -> dict[str, Tensor]:
 
 
 def is_of_block(name: str, rows: Rows) -> bool:
-    """Whether a name begins like those of a block that rows rename."""
+    """Whether a name begins like those of the blocks that the rows rename."""
     starts = {source[: match.end()] for source, _ in rows if (match := re.search(r'\{(i|letter)\}', source))}
     return any(compile_row(start).match(name) for start in starts)
 
 
-def is_unused(name: str, names: Container[str], dialect: Dialect, prefix: str) -> bool:
-    """Whether a tensor belongs to a projection that the authors' DLA has in every tree and runs in leaves only."""
+def is_unused(name: str, names: Container[str], prefix: str) -> bool:
+    """Whether a tensor belongs to the projection of a DLA's tree of trees, which only trees of blocks run."""
     tree, _, projection = name.partition('.project.')
-    return projection != '' and tree in dialect.unused and f'{prefix}{tree}.tree1.conv1.weight' not in names
+    return tree.startswith('level') and projection != '' and f'{prefix}{tree}.tree1.conv1.weight' not in names
 
 
 def to_weight(name: str, value: Tensor, cast: Counter[str]) -> Tensor:
-    """Checks that a tensor can be the weight of that name and casts it to float32, counting the original types."""
+    """Checks that a tensor can be a weight and casts it to float32, counting the original types in `cast`."""
     value = torch.detach(value)
     if name.endswith('num_batches_tracked') and value.dtype in INTEGERS:
         return value
@@ -287,7 +292,7 @@ def to_weight(name: str, value: Tensor, cast: Counter[str]) -> Tensor:
         raise CheckpointError(f'{name} cannot be a weight: its type is {value.dtype}. Save floating-point tensors')
     weight = value.float()
     if not torch.isfinite(weight).all():
-        raise CheckpointError(f'{name} has NaN or infinite values: this training diverged. Use an earlier file')
+        raise CheckpointError(f'{name} has NaN or infinite values: the training diverged. Use an earlier file')
     if name.endswith('running_var') and (weight < 0).any():
         raise CheckpointError(f'{name} has a negative variance: the file is damaged or not of this network')
     if value.dtype != torch.float32:
@@ -310,7 +315,7 @@ def rename_for(dialect: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     names = DIALECTS[dialect]
     deep = 'conv1.0.weight' in state
     if dialect == 'mmdet' and ('fc.weight' in state or not deep):
-        raise ValueError('cannot export to mmdet: it has backbones with a deep stem only. Pass num_classes=0')
+        raise ValueError('cannot export to mmdet: it only has backbones with a deep stem. Pass num_classes=0')
     rows = tuple((ours, theirs) for theirs, ours in names.stems[-1 if deep else 0][1] + names.rows)
     suffixes = {ours: theirs for theirs, ours in names.suffixes.items()}
     offsets = {key: -value for key, value in names.offsets.items()}
