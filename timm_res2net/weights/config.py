@@ -1,7 +1,7 @@
 """Facts about weights that are recorded: in `config.json`, in a file's own metadata, or by a training script.
 
-A folder with `config.json` and `model.safetensors` is how timm, transformers and the Hub store a model. Its content is
-untrusted and checked before use: only arguments that the model's constructor has, with plain and bounded values.
+timm, transformers and the Hub store a model as a folder with `config.json` and `model.safetensors`. Both are untrusted:
+only arguments that the model's constructor has are used, with plain and bounded values.
 """
 
 import hashlib
@@ -61,24 +61,27 @@ def read_config(folder: PathLike, source: str | None = None) -> dict[str, Any]:
 def with_pretrained_cfg(config: dict[str, Any]) -> dict[str, Any]:
     """Returns a configuration in its present form; timm first wrote all keys in one mapping."""
     resaved = 'transformers_version' in config  # with other weights than those that our record is about
-    record = {} if resaved else config.get(RECORD) or {}
-    config = {**config, 'model_args': config.get('model_args') or {}, RECORD: record}
-    cfg = config.get('pretrained_cfg') or {key: config[key] for key in config if key not in ('model_args', RECORD)}
-    for key, value in (('model_args', config['model_args']), (RECORD, config[RECORD]), ('pretrained_cfg', cfg)):
+    flat = {key: value for key, value in config.items() if key not in ('model_args', RECORD)}
+    parts = {
+        'model_args': config.get('model_args') or {},
+        RECORD: {} if resaved else config.get(RECORD) or {},
+        'pretrained_cfg': config.get('pretrained_cfg') or flat,
+    }
+    for key, value in parts.items():
         if not isinstance(value, dict):
             raise ValueError(f'{key} must be a mapping, got {sanitize(repr(value), 80)}')
-    return {**config, 'pretrained_cfg': cfg}
+    return {**config, **parts}
 
 
 def check_model_args(arch: Arch, args: Mapping[str, Any]) -> None:
-    """Raises ValueError for recorded arguments that the model's constructor lacks, or with impossible values."""
+    """Raises ValueError for recorded arguments that the model's constructor lacks, or that have impossible values."""
     allowed = {*arch.trunk.arguments()} - {*ARGUMENTS['placement']}
     for key, value in args.items():
         if key not in allowed:
             raise ValueError(f'model_args.{sanitize(key)} is not an argument of {arch.trunk.__name__}')
         largest = MAX_NUMBERS.get(key, MAX_NUMBER)
         if not is_plain(value, largest):
-            must = f'must be made of numbers from 0 to {largest:,} and short text'
+            must = f'must consist of numbers from 0 to {largest:,} and short strings'
             raise ValueError(f'model_args.{key} {must}, got {sanitize(repr(value), 80)}')
 
 
@@ -89,7 +92,7 @@ def beyond_row(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def is_plain(value: object, largest: float, depth: int = MAX_DEPTH) -> bool:
-    """Whether a value is made of numbers from 0 to `largest`, short text, and short lists and mappings of these."""
+    """Whether a value consists of numbers from 0 to `largest`, short strings, and short lists and mappings of these."""
     if value is None or isinstance(value, bool):
         return True
     if isinstance(value, str):
@@ -102,7 +105,7 @@ def is_plain(value: object, largest: float, depth: int = MAX_DEPTH) -> bool:
 
 
 def recorded_model(raw: RawFile, config: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
-    """Returns the key of `ARCHS` and the arguments that a file records, or None and no arguments."""
+    """Returns the recorded model, a key of `ARCHS`, and its arguments; None and no arguments if there is none."""
     parameters = raw.values.get('hyper_parameters') or {}
     names = {value for value in parameters.values() if isinstance(value, str) and value.partition('.')[0] in ARCHS}
     spec = {key: value for key, value in parameters.items() if key in ARGUMENTS['spec']}
@@ -122,7 +125,7 @@ def recorded_model(raw: RawFile, config: Mapping[str, Any]) -> tuple[str | None,
 
 
 def train_script_model(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Returns the name and arguments of the model in a checkpoint of timm's train script, or of one like it."""
+    """Returns the model's name and arguments in a checkpoint of timm's train script, or of a similar script."""
     recorded = values.get('args')
     args: dict[str, Any] = recorded if isinstance(recorded, dict) else {}
     given = next((each for each in (args.get('model_kwargs'), values.get('model_args')) if isinstance(each, dict)), {})
@@ -131,7 +134,7 @@ def train_script_model(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 
 def recorded_spec(raw: RawFile, name: str | None, args: Mapping[str, Any]) -> NetworkSpec | None:
-    """Returns the spec that a file records; None if it records none."""
+    """Returns the recorded spec, or the spec of the recorded model; None without either."""
     for text in (raw.metadata, raw.values.get(RECORD) or {}):
         if 'first_block' in text:
             return NetworkSpec.from_text(text)
@@ -139,7 +142,7 @@ def recorded_spec(raw: RawFile, name: str | None, args: Mapping[str, Any]) -> Ne
 
 
 def recorded_images(raw: RawFile, config: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Returns recorded settings of image preprocessing; impossible ones of a training script are ignored."""
+    """Returns the recorded image settings; ignores impossible ones of a training script."""
     args = raw.values.get('args')
     if not isinstance(args, dict):
         return check_image_settings(config.get('pretrained_cfg') or {})
@@ -154,7 +157,7 @@ def recorded_images(raw: RawFile, config: Mapping[str, Any], source: str) -> dic
 
 
 def recorded_labels(config: Mapping[str, Any], num_classes: int) -> tuple[str, ...]:
-    """Returns the names of the classes in a configuration; ValueError if they are not names or not as many."""
+    """Returns the class names in a configuration; ValueError for another type or another number of names."""
     names = config.get('label_names') or (config.get('pretrained_cfg') or {}).get('label_names') or []
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise ValueError('label_names must be a list of str')
@@ -164,10 +167,10 @@ def recorded_labels(config: Mapping[str, Any], num_classes: int) -> tuple[str, .
 
 
 def read_labels(path: str) -> list[str]:
-    """Reads the names of classes from a text file, one per line, or from a data folder, one per subfolder.
+    """Reads class names from a text file, one per line, or from a folder of images, one per subfolder.
 
     Raises:
-        ValueError: If it cannot be read.
+        ValueError: If the file or folder cannot be read.
     """
     if not os.path.isdir(path):
         return [line.strip() for line in read_text(path).splitlines() if line.strip()]
@@ -201,12 +204,11 @@ def make_config(
 ) -> dict[str, Any]:
     """Makes the content of a `config.json`; `record` is what this package records about the weights."""
     cfg = with_channels(cfg, args.get('in_chans', 3))
-    args = beyond_row(name, args)
     return dict(
         architecture=name,
         num_classes=model.num_classes,
         num_features=model.num_features,
-        model_args=dict(args),
+        model_args=beyond_row(name, args),
         pretrained_cfg={**cfg, 'custom_load': False, 'num_classes': model.num_classes},
         **({'label_names': [*labels]} if labels else {}),
         **{RECORD: dict(version=__version__, **record)},
@@ -224,7 +226,7 @@ def write_folder(folder: Path, state: dict[str, Tensor], config: dict[str, Any],
 
 
 def serialize(state: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
-    """Returns safetensors, the same bytes for the same weights: the library writes metadata in random order."""
+    """Serializes to safetensors with sorted metadata: the library writes it in random order."""
     content = save(state, metadata)
     end = 8 + int.from_bytes(content[:8], 'little')
     header = json.loads(content[8:end])

@@ -51,8 +51,8 @@ def convert(
 ) -> Conversion:
     """Converts a weights file to a folder that `timm.create_model('local-dir:OUT', pretrained=True)` loads.
 
-    `out`, which must not hold a model, is named after the file if None; the model is found if None; `labels` replace
-    those that the file records. The other arguments are those of `read_checkpoint`.
+    Finds the model if None is given. The folder must not contain a model; by default it is named after the file.
+    `labels` replace the recorded class names. The other arguments are those of `read_checkpoint`.
     """
     if model is not None and model not in ARCHS:
         raise UnknownModelError.among(model, ARCHS, ' in this package')
@@ -75,7 +75,7 @@ def convert(
 
 
 def describe_weights(name: str, args: dict[str, Any], file: str) -> dict[str, Any]:
-    """Returns timm's configuration of published weights if the file has their name; else one without license etc."""
+    """Returns timm's configuration of published weights if the file has their name; else one without a license."""
     tags = [key for key in WEIGHTS if key.split('.')[0] == name and not args]
     published = [key for key in tags if Path(WEIGHTS[key].cfg.get('url', '')).name == file]
     if published:
@@ -85,13 +85,13 @@ def describe_weights(name: str, args: dict[str, Any], file: str) -> dict[str, An
 
 
 def require_as_many_labels(labels: Sequence[str], num_classes: int) -> None:
-    """Raises ValueError unless there is a name for each class."""
+    """Raises ValueError unless each class has a name."""
     if len(labels) != num_classes:
         raise ValueError(f'labels has {len(labels)} names for {num_classes} classes')
 
 
 def folder_for(file: PathLike) -> Path:
-    """Returns a folder in the current one with the name of a file, without its suffix and leading dots."""
+    """Returns the default folder for a converted file: its name without suffix and leading dots."""
     name = Path(file).stem.removesuffix('.pth').lstrip('.')  # x of x.pth.tar
     if not name:
         raise ValueError(f'cannot name a folder after {str(file)!r}. Pass out')
@@ -99,7 +99,7 @@ def folder_for(file: PathLike) -> Path:
 
 
 def export_checkpoint(model: nn.Module, file: PathLike, dialect: str) -> None:
-    """Saves a model's weights for another code base, in whose networks they compute the same.
+    """Saves a model's weights for another code base, whose network then computes the same.
 
     Args:
         model: A ResNet-hosted model of this package.
@@ -108,8 +108,8 @@ def export_checkpoint(model: nn.Module, file: PathLike, dialect: str) -> None:
             strides, dilations and deformable convolutions, which its configuration has to repeat.
 
     Raises:
-        ValueError: If that code base has no such network, or computes something else with it; or if weights are not
-            finite, or on the meta device.
+        ValueError: If that code base has no such network or would compute something else, or if weights are not
+            finite or on the meta device.
         OSError: If the file cannot be written.
 
     Example:
@@ -137,20 +137,19 @@ def export_checkpoint(model: nn.Module, file: PathLike, dialect: str) -> None:
 
 
 def describe_difference(model: nn.Module, dialect: str) -> str:
-    """Describes the first difference between a model and the network that another code base makes; '' if none.
+    """Describes the first difference between a model and the network of another code base; '' if there is none.
 
-    All of both is compared, layer by layer, as strides, dilations, activations and pools have no tensors.
+    Compares them layer by layer, as strides, dilations, activations and pools have no tensors.
     """
     their, ours = DIALECTS[dialect], spec_of(model)
     theirs = their.detector_spec or their.spec
     assert ours is not None
     assert theirs is not None
-    chosen = {field: getattr(ours, field) for field in their.options}
     if len({*ours.deformable} - {None}) > 1:
         return f'It has one kind of deformable convolution in all stages, the model has {ours.deformable}'
-    if any(isinstance(dilation, tuple) for dilation in chosen.get('dilations', ())):
+    spec = replace(theirs, **{field: getattr(ours, field) for field in their.options})
+    if any(isinstance(dilation, tuple) for dilation in spec.dilations):
         return f'It has one dilation for all blocks of a stage, the model has dilations={ours.dilations}'
-    spec = replace(theirs, **chosen)
     if names := spec.differing_fields(ours):
         return f'It has {spec.as_keywords(names)}, the model {ours.as_keywords(names)}'
     classes = getattr(model, 'num_classes', 0)

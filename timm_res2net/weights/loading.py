@@ -79,12 +79,15 @@ def load_checkpoint(
 
 
 def fitting_state(model: nn.Module, checkpoint: Checkpoint) -> tuple[str, dict[str, Tensor]]:
-    """Returns what precedes a model's names ('body.', 'module.' or nothing), and a checkpoint's tensors under these."""
+    """Returns the prefix of a model's names ('body.', 'module.' or '') and a checkpoint's tensors under these names."""
     wanted = model.state_dict()
     _, wrapper, _, _ = find_network(wanted, 'official')
     parts = {name.removeprefix(wrapper).partition('.')[0] for name in wanted}
     state = {wrapper + name: tensor for name, tensor in checkpoint.state.items() if name.partition('.')[0] in parts}
-    problem = describe_mismatch(wanted, state) or describe_overflow(narrow(wanted, state))
+    problem = describe_mismatch(wanted, state)
+    if not problem:
+        narrow = {name: tensor.dtype for name, tensor in wanted.items() if tensor.element_size() < 4}
+        problem = describe_overflow({name: state[name].to(dtype) for name, dtype in narrow.items()})
     if problem:
         raise CheckpointError(
             f'{checkpoint.file} does not fit {model_name(model)}: {problem}. {suggest_model(checkpoint)}'
@@ -143,7 +146,7 @@ def load_model(
         require_known(name)
     given = NetworkSpec.from_arguments(kwargs)
     checkpoint = read_once(file, dialect=dialect, prefix=prefix, weights_from=weights_from)
-    checkpoint = checkpoint.with_spec(**{key: value for key, value in vars(given).items() if key in kwargs})
+    checkpoint = checkpoint.with_spec(**{field: value for field, value in vars(given).items() if field in kwargs})
     if name is None:
         name, found, _ = find_model(checkpoint)
     else:
@@ -154,11 +157,11 @@ def load_model(
     labels = (same_classes and checkpoint.labels) or None
     overlay = dict(checkpoint.images, num_classes=kwargs['num_classes'], label_names=labels)
     overlay |= kwargs.pop('pretrained_cfg_overlay', {})
+    in_chans = kwargs.get('in_chans', 3)
     model: Any = timm.create_model(name, pretrained_cfg_overlay=overlay, **kwargs)
-    model.pretrained_cfg.update(with_channels(model.pretrained_cfg, kwargs.get('in_chans', 3)))
+    model.pretrained_cfg.update(with_channels(model.pretrained_cfg, in_chans))
     model.record = dict(checkpoint.record)
-    adapted = adapt_weights(checkpoint, model, kwargs.get('in_chans', 3), same_classes)
-    load_checkpoint(model, adapted)
+    load_checkpoint(model, adapt_weights(checkpoint, model, in_chans, same_classes))
     _logger.info('loaded %s into %s', sanitize(checkpoint.file), format_create_model(name, kwargs))
     return cast(nn.Module, model)
 
@@ -166,7 +169,7 @@ def load_model(
 def require_fit_without_memory(
     checkpoint: Checkpoint, name: str, found: Mapping[str, Any], kwargs: Mapping[str, Any]
 ) -> None:
-    """Raises CheckpointError if a named model does not fit: a small file could ask for one that fills all memory."""
+    """Raises CheckpointError if a named model does not fit, before a small file can ask for one that fills memory."""
     try:
         outline = build_outline(checkpoint, name, {**found, **kwargs})
     except Exception as error:
@@ -178,7 +181,7 @@ def require_fit_without_memory(
 
 
 def adapt_weights(checkpoint: Checkpoint, model: nn.Module, in_chans: int, same_classes: bool) -> Checkpoint:
-    """Returns a checkpoint for other image channels and classes, as timm adapts weights."""
+    """Adapts a checkpoint to other numbers of image channels and classes, as timm does."""
     state, first_conv = dict(checkpoint.state), first_convolution(checkpoint.state)
     if not same_classes:
         state = {key: tensor for key, tensor in state.items() if not key.startswith('fc.')}
@@ -191,7 +194,7 @@ def adapt_weights(checkpoint: Checkpoint, model: nn.Module, in_chans: int, same_
 
 
 def load_folder(folder: PathLike, source: str | None = None, **kwargs: Any) -> nn.Module:
-    """Makes the model of a folder with `config.json` and `model.safetensors`, in evaluation mode, or none at all.
+    """Makes the model of a folder with `config.json` and `model.safetensors`, in evaluation mode.
 
     `source` is the folder's name in messages; the other arguments are those of `timm.create_model`.
     """
@@ -201,8 +204,8 @@ def load_folder(folder: PathLike, source: str | None = None, **kwargs: Any) -> n
     if not isinstance(name, str) or name not in ARCHS:
         where = f'hf-hub:{source}' if source != str(folder) else f'local-dir:{folder}'
         raise CheckpointError(
-            f'cannot load {source}: {sanitize(repr(name), 80)} is not a model of this package. Use '
-            f'timm.create_model({where!r}, pretrained=True)'
+            f'cannot load {source}: {sanitize(repr(name), 80)} is not a model of this package. '
+            f'Use timm.create_model({where!r}, pretrained=True)'
         )
     path, shown = Path(folder, WEIGHTS_FILE), f'{WEIGHTS_FILE} of {source}'
     checkpoint = with_record(identify(read_file(path, shown), shown, config=config), path, config)
@@ -210,8 +213,8 @@ def load_folder(folder: PathLike, source: str | None = None, **kwargs: Any) -> n
         raise CheckpointError(f'cannot load {source}: its model has no {next(iter(checkpoint.dropped))}')
     if recorded is not None and not checkpoint.record:
         raise CheckpointError(
-            f'cannot load {shown}: it is not the file that config.json was written for (SHA-256 {recorded!s:.64}). '
-            'One of them was replaced: ask the owner, or convert the weights again'
+            f'cannot load {shown}: config.json was written for another file (SHA-256 {recorded!s:.64}). '
+            'One of the two was replaced: ask the owner, or convert the weights again'
         )
     classes = config.get('num_classes')
     if classes not in (None, checkpoint.num_classes):
@@ -223,7 +226,7 @@ def load_folder(folder: PathLike, source: str | None = None, **kwargs: Any) -> n
 
 
 def require_known(name: str) -> None:
-    """Raises UnknownModelError if timm knows no model of that name, or no weights of its tag."""
+    """Raises UnknownModelError if timm has no such model, or no weights of that tag."""
     arch, _, tag = name.partition('.')
     if ':' in name:  # hf-hub:..., local-dir:...
         return
@@ -247,11 +250,11 @@ def adapt_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> dict[st
     return checkpoint.state
 
 
-# What weights were trained for
+# Model and weights must agree on the spec
 
 
 def require_same_spec(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Raises CheckpointError if a model computes something else than a checkpoint's network; logs what is assumed."""
+    """Raises CheckpointError if a model and a checkpoint's network compute different things; logs assumptions."""
     ours, theirs, file = spec_of(model), checkpoint.spec, checkpoint.file
     if ours is None:
         return
@@ -278,18 +281,12 @@ def require_same_spec(model: nn.Module, checkpoint: Checkpoint) -> None:
 
 
 def describe_assumptions(checkpoint: Checkpoint) -> str:
-    """Describes in one line what is not certain about a network in a larger one; '' if everything is."""
+    """Describes in one line the assumed fields of a network that is part of a larger one; '' if there are none."""
     spec = checkpoint.spec
     if not checkpoint.is_part or not checkpoint.assumed or spec is None:
         return ''
-    why = f'inferred from the tensors of {checkpoint.project}' if checkpoint.project else 'the file does not record it'
+    why = f'inferred from the tensors of {checkpoint.project}' if checkpoint.project else 'not recorded in the file'
     return f'assumed {spec.as_keywords(checkpoint.assumed)} ({why}). Pass these keywords to change it.'
-
-
-def narrow(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Casts tensors to the types of a model, where these are narrower than float32."""
-    types = {name: tensor.dtype for name, tensor in wanted.items() if tensor.element_size() < 4}
-    return {name: given[name].to(dtype) for name, dtype in types.items()}
 
 
 def describe_overflow(state: Mapping[str, Tensor]) -> str:

@@ -1,4 +1,4 @@
-"""Finds the registered model and the arguments that a checkpoint's weights fit, by what is recorded or by shapes."""
+"""Finds the registered model and the arguments that a checkpoint fits, from records or from shapes."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -17,13 +17,13 @@ from .config import beyond_row
 SHOWN = *ARGUMENTS['tensors'], 'attn_layer'  # arguments that shapes show
 DEFAULTS = {key: default for key, default in Res2Net.arguments().items() if key in SHOWN}
 MAX_BLOCKS = 128  # of a network that is made for a file; Res2Net-200 has 66
-SIZES = 'num_classes', 'in_chans'  # which tensors show
+SIZES = 'num_classes', 'in_chans'  # known from tensors
 
 
 def find_model(checkpoint: Checkpoint, name: str | None = None) -> tuple[str, dict[str, Any], nn.Module]:
-    """Finds the registered model (or checks the named one) that a checkpoint fits.
+    """Finds the registered model that a checkpoint fits, or checks the named one.
 
-    Returns its name, its arguments beyond its row in `ARCHS`, and the model without memory for its tensors.
+    Returns its name, its arguments beyond its row in `ARCHS`, and the model on the meta device.
     """
     problem = ''
     for each, args in candidates(checkpoint, name):
@@ -38,7 +38,7 @@ def find_model(checkpoint: Checkpoint, name: str | None = None) -> tuple[str, di
 
 
 def candidates(checkpoint: Checkpoint, name: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields models that a checkpoint may fit, with arguments: the recorded one, then those that shapes show."""
+    """Yields models that a checkpoint may fit, with arguments: first the recorded one, then guesses from shapes."""
     state = checkpoint.state
     if checkpoint.name is not None and name in (None, checkpoint.name):
         yield checkpoint.name, arguments_for(checkpoint, checkpoint.name)
@@ -60,10 +60,10 @@ def candidates(checkpoint: Checkpoint, name: str | None) -> Iterator[tuple[str, 
 def arguments_for(
     checkpoint: Checkpoint, name: str, shown: Mapping[str, Any] | None = None, known_only: bool = False
 ) -> dict[str, Any]:
-    """Returns the arguments beyond its row that make a model compute what a checkpoint's network computes.
+    """Returns the arguments beyond its row with which a model computes what a checkpoint's network computes.
 
-    Uses the arguments that shapes show, if given, or the recorded ones; `known_only` leaves assumed fields of the spec
-    to the model.
+    Takes the arguments that shapes show, if given, or the recorded ones. With `known_only`, assumed fields of the spec
+    are left to the model.
     """
     in_chans = {} if checkpoint.in_chans == 3 else {'in_chans': checkpoint.in_chans}
     if name not in ARCHS:
@@ -80,7 +80,7 @@ def arguments_for(
 
 
 def build_outline(checkpoint: Checkpoint, name: str, args: Mapping[str, Any]) -> nn.Module:
-    """Makes a model of a checkpoint's sizes, without memory for its tensors."""
+    """Makes a model with a checkpoint's channels and classes on the meta device."""
     if arch := ARCHS.get(name.partition('.')[0]):
         require_buildable(checkpoint, {**arch.args, **args})
     sizes = dict(num_classes=checkpoint.num_classes, in_chans=checkpoint.in_chans)
@@ -88,7 +88,7 @@ def build_outline(checkpoint: Checkpoint, name: str, args: Mapping[str, Any]) ->
 
 
 def require_buildable(checkpoint: Checkpoint, args: Mapping[str, Any]) -> None:
-    """Raises ValueError for an impossible spec, or for more blocks than the tensors fill, which would take hours."""
+    """Raises ValueError for an impossible spec, or for more blocks than the file has tensors for: hours of work."""
     NetworkSpec.from_arguments(args)
     blocks = sum(args.get('layers', ())) + sum(2**depth for depth in args.get('levels', ()))
     if blocks > MAX_BLOCKS or blocks * max(1, args.get('scale', 4) - 1) > len(checkpoint.state):
@@ -97,15 +97,15 @@ def require_buildable(checkpoint: Checkpoint, args: Mapping[str, Any]) -> None:
 
 def explain_misfit(checkpoint: Checkpoint, name: str | None) -> str:
     """Explains why no model fits."""
-    stages = [stage for stage in (1, 2, 3, 4) if any(each.startswith(f'layer{stage}.') for each in checkpoint.state)]
-    is_resnet = 'layer1.0.downsample.1.weight' in checkpoint.state
-    if checkpoint.name is None and name is None and stages == [1, 2, 3] and is_resnet:
+    has_stage_4 = any(each.startswith('layer4.') for each in checkpoint.state)
+    is_resnet = {'layer1.0.downsample.1.weight', 'layer3.0.conv1.weight'} <= checkpoint.state.keys()
+    if checkpoint.name is None and name is None and is_resnet and not has_stage_4:
         return 'stage 4 (layer4) is missing. Load it into a model with features_only=True and out_indices=(0, 1, 2, 3)'
-    return 'its tensors are not those of any model in this package' + ('' if name is None else f', or not of {name}')
+    return f'its tensors do not match {name or "any model in this package"}'
 
 
 def describe_mismatch(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
-    """Describes how names and shapes of tensors differ; '' if they match. Superfluous batch counters do not count."""
+    """Describes how names and shapes of tensors differ; '' if they match. Ignores additional batch counters."""
     missing = [name for name in wanted if name not in given]
     unexpected = [name for name in given if name not in wanted and not name.endswith('num_batches_tracked')]
     shapes = [name for name in wanted if name in given and given[name].shape != wanted[name].shape]
@@ -127,7 +127,7 @@ def format_create_model(name: str, args: Mapping[str, object]) -> str:
 
 
 def resnet_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Finds a ResNet-hosted network's arguments from shapes; KeyError if tensors are missing."""
+    """Derives a ResNet-hosted network's arguments from shapes; KeyError if tensors are missing."""
     stages = 'layer1', 'layer2', 'layer3', 'layer4'
     firsts = [name for name in state if name.endswith('.conv1.weight')]  # of each block
     planes = tuple(len(state[f'{stage}.0.conv3.weight']) // 4 for stage in stages)
@@ -154,7 +154,7 @@ def resnet_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def base_width(widths: Sequence[int], planes: Sequence[int]) -> float:
-    """Finds the least base width, if possible an integer, with floor(planes * base_width / 64) channels in a split."""
+    """Returns the least base width with floor(planes * base_width / 64) channels per split, if possible an int."""
     least: float = max(-(-64 * width // plane) for width, plane in zip(widths, planes))
     if any(plane * least // 64 != width for width, plane in zip(widths, planes)):
         least = max(64 * width / plane for width, plane in zip(widths, planes))

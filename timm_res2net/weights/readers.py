@@ -1,8 +1,8 @@
 """Reads tensors from untrusted files: safetensors with its own library, every other format in a sandboxed process.
 
-The sandbox (`sandbox.py`) parses a file and answers with what it found. Its answer is as untrusted as the file: nothing
-becomes a tensor before types, ranges and sums have been checked here. Tensors are copies, so that a file that changes
-later changes nothing.
+The sandbox (`sandbox.py`) parses a file and answers with its content. The answer is as untrusted as the file: nothing
+becomes a tensor before its types, ranges and sums are checked here. Tensors are copies: changing the file later changes
+nothing.
 """
 
 import io
@@ -12,7 +12,6 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -27,7 +26,7 @@ from .._files import PathLike, open_regular
 SANDBOX = str(Path(__file__).with_name('sandbox.py'))
 TIMEOUT, BYTES_PER_SECOND = 20, 5_000_000  # seconds of the clock, for a busy machine with a slow disk
 MAX_HEADER = 8_000_000  # bytes of the sandbox's line of JSON
-MAX_EXPANSION, ALLOWANCE = 4, 1_000_000  # times the file's bytes, and bytes more, that its tensors may take
+MAX_EXPANSION, ALLOWANCE = 4, 1_000_000  # its tensors may take 4 times the file's bytes, and 1 MB more
 MAX_TENSORS, MAX_NAME, MAX_DIMENSIONS = 30_000, 500, 8  # MAX_NAME in characters
 DTYPES: dict[str, torch.dtype] = {
     str(dtype).removeprefix('torch.'): dtype
@@ -49,7 +48,7 @@ class RawFile:
 
 
 def read_file(path: PathLike, shown: str | None = None) -> RawFile:
-    """Reads a weights file of any supported format, which messages call `shown`; CheckpointError if that fails."""
+    """Reads a weights file of any supported format; errors, all of them CheckpointErrors, call it `shown`."""
     shown = shown or str(path)
     try:
         with open_regular(path) as file:
@@ -57,7 +56,10 @@ def read_file(path: PathLike, shown: str | None = None) -> RawFile:
             head = raw.read(9)
             raw.seek(0)
             found = read_safetensors(file.read()) if head[8:] == b'{' else read_sandboxed(raw)
-        require_few_names([*found.tensors, *found.unsupported])
+        names = [*found.tensors, *found.unsupported]
+        longest = max(map(len, names), default=0)
+        if len(names) > MAX_TENSORS or longest > MAX_NAME:
+            raise CheckpointError(f'it holds {len(names):,} tensors, with names of up to {longest:,} characters')
         return found
     except CheckpointError as error:
         raise CheckpointError(f'cannot read {shown}: {error}') from error
@@ -67,13 +69,6 @@ def read_file(path: PathLike, shown: str | None = None) -> RawFile:
         kind = '' if isinstance(error, ValueError) else f'{type(error).__name__}: '
         problem = f'{kind}{first_line(error)}. It may be damaged: download it again'
         raise CheckpointError(f'cannot read {shown}: {problem}') from error
-
-
-def require_few_names(names: Sequence[str]) -> None:
-    """Raises CheckpointError for more, or longer, names of tensors than any weights file has."""
-    longest = max(names, key=len, default='')
-    if len(names) > MAX_TENSORS or len(longest) > MAX_NAME:
-        raise CheckpointError(f'it holds {len(names):,} tensors, with names of up to {len(longest):,} characters')
 
 
 def read_safetensors(content: bytes) -> RawFile:
@@ -108,7 +103,7 @@ def read_sandboxed(file: io.FileIO) -> RawFile:
 
 
 def read_answer(process: subprocess.Popen[bytes], pipe: IO[bytes], file: io.FileIO, size: int) -> RawFile:
-    """Reads and checks the sandbox's answer, and the bytes that it located in the file."""
+    """Reads and checks the sandbox's answer, and reads the bytes that it located in the file."""
     line = pipe.readline(MAX_HEADER)
     died = CheckpointError(f'parsing its {size:,} bytes takes more time or memory than any weights file needs')
     if not line.endswith(b'\n'):
@@ -131,18 +126,18 @@ def read_answer(process: subprocess.Popen[bytes], pipe: IO[bytes], file: io.File
 
 
 def require_small(unpacked: int, size: int) -> None:
-    """Raises CheckpointError for more bytes of tensors than a file of that size can hold."""
+    """Raises CheckpointError for more bytes of tensors than a file of that size holds."""
     if unpacked > MAX_EXPANSION * size + ALLOWANCE:
         raise CheckpointError(f'its {size:,} bytes unpack to much more, which no weights file does')
 
 
 def is_size(value: object) -> bool:
-    """Whether a value is a non-negative integer; bool is not."""
+    """Whether a value is a non-negative integer and not a bool."""
     return type(value) is int and 0 <= value < 1 << 62
 
 
 def check_storage(entry: Any, size: int) -> tuple[int | None, int]:
-    """Returns start (None for piped bytes) and length of a storage that may be within the file."""
+    """Checks that a storage lies within the file; returns its start, None for piped bytes, and its length."""
     start, length = entry
     if not is_size(length) or not (start is None or (is_size(start) and start + length <= size)):
         raise ValueError('a tensor ends beyond the end of the file')
@@ -150,7 +145,7 @@ def check_storage(entry: Any, size: int) -> tuple[int | None, int]:
 
 
 def read_exactly(file: Any, length: int, start: int | None = None) -> Tensor:
-    """Reads that many bytes, (length,) of uint8."""
+    """Reads `length` bytes as a uint8 tensor (length,)."""
     if start is not None:
         file.seek(start)
     data = torch.empty(length, dtype=torch.uint8)
@@ -164,7 +159,7 @@ def read_exactly(file: Any, length: int, start: int | None = None) -> Tensor:
 
 
 def make_tensor(entry: Any, storages: list[Tensor]) -> Tensor:
-    """Makes the tensor that the sandbox describes, as a view of its storage."""
+    """Makes the tensor that an entry of the answer describes, as a view of its storage."""
     dtype_name, index, shape, strides, offset = entry
     if len(shape) > MAX_DIMENSIONS:
         raise ValueError(f'a tensor has {len(shape):,} dimensions')
