@@ -7,19 +7,12 @@
     done
     VENV/bin/python tests/data/make_deformable.py FOLDER
 
-For each network the archive has NAME.pth or NAME.pkl, with its library's tensor names and one tensor of another part,
-and NAME.npz, with images and the four feature maps that its code computes for them. The networks have 50 layers, are
-thin, and share their values where they share a name and a shape, so that the archive is small.
+All blocks, stems, stages, norms and offset layers are the libraries' own, and so are the configurations of the two
+detectron2 networks, except for depth, width, outputs and the deformable stages of `centernet2`. CenterNet2 runs on the
+layers of the authors' detectron2. torchvision's deform_conv2d replaces the compiled operators of detectron2 and mmcv.
+For UniverseNet, mmengine's classes replace those of mmcv 1.
 
-All blocks, stems, stages, norms, convolutions and layers that make offsets are theirs, and so are the configurations of
-the two detectron2, except for depth, width, outputs and (centernet2) the deformable stages. CenterNet2 runs on the
-layers of the authors' detectron2. torchvision's deform_conv2d replaces the compiled operators of detectron2 and mmcv;
-for UniverseNet, mmengine's BaseModule, Sequential and Registry replace those of mmcv 1. Packages are imported without
-their `__init__` where that would need more.
-
-tests/weights has the spec of each network, with which this package reproduces every map:
-
-| name | whose | commit | stride of a first block is in | deformable stages | kind |
+| name | source | commit | position of the stride | deformable stages | version |
 | --- | --- | --- | --- | --- | --- |
 | detectron2 | Res2Net/Res2Net-detectron2 | 3677895d | the 1x1 `conv1` | none | |
 | centernet2 | xingyizhou/CenterNet2 | bfc8b72e | the 1x1 `conv1` | none | |
@@ -28,13 +21,11 @@ tests/weights has the spec of each network, with which this package reproduces e
 | universenet_dcn | shinya7y/UniverseNet | 3652b18c | the 3x3 `convs` | 4 (`layer4`) | v1 |
 | universenet_plain | shinya7y/UniverseNet | 3652b18c | the 3x3 `convs` | none | |
 
-- The offsets of `convs.k` are made by `convs.k.conv_offset` in mmdet and UniverseNet, and by `conv2_offsets.k`, which
-  has no bias, in CenterNet2; each from the input of its 3x3, after the sum.
-- All norms add 1e-5 to the variance, the frozen ones of detectron2 too (which have no num_batches_tracked). Leaving it
-  out is off by 7e-5 to 2e-4.
-- detectron2 and centernet2 are one function, with the same names. With `STRIDE_IN_1X1: False` both raise, for want of a
-  pool. The authors' detectron2 has no deformable networks: its block doesn't know the argument `scale` that it gets.
-- mmdet and UniverseNet ignore `style='caffe'` and `fallback_on_stride=True`, mmdet 3 also `deep_stem` and `avg_down`.
+- Offsets for `convs.k` come from `convs.k.conv_offset` in mmdet and UniverseNet, and from `conv2_offsets.k`, which has
+  no bias, in CenterNet2. Both read the input of the 3x3 convolution, after the sum.
+- All norms add 1e-5 to the variance, also detectron2's frozen ones, which have no num_batches_tracked.
+- detectron2 and centernet2 compute the same with the same names. The authors' detectron2 has no deformable networks.
+- mmdet and UniverseNet ignore `style='caffe'` and `fallback_on_stride=True`; mmdet 3 also `deep_stem` and `avg_down`.
 """
 
 import pickle
@@ -48,8 +39,9 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from make_dilated import randomise
 from make_openmmlab import mmdet_backbone
-from reference import bare, pack, random_value, save_reference, stub
+from reference import bare, pack, save_reference, stub
 from torch import nn
 from torchvision.ops import deform_conv2d
 
@@ -102,7 +94,7 @@ def openmmlab_networks(folder: Path) -> tuple[type[nn.Module], type[nn.Module]]:
     deform_conv.deform_conv2d, modulated_deform_conv.modulated_deform_conv2d = deform_conv_v1, deform_conv_v2
 
     mmdet = mmdet_backbone()
-    # UniverseNet is an mmdet too, an older one
+    # UniverseNet is a copy of an older mmdet
     for name in [name for name in sys.modules if name.split('.')[0] == 'mmdet']:
         del sys.modules[name]
     sys.path.insert(0, str(folder / 'UniverseNet'))
@@ -122,26 +114,13 @@ def openmmlab_networks(folder: Path) -> tuple[type[nn.Module], type[nn.Module]]:
     return mmdet, UniverseNet
 
 
-def common_name(name: str) -> str:
-    """One name for a tensor of detectron2 and of mmdet."""
+def common_name(name: str, shape: torch.Size) -> str:
+    """Returns the same name for a tensor of detectron2 and of mmdet."""
     name = re.sub(r'^res(\d)', lambda match: f'layer{int(match[1]) - 1}', name)
     name = re.sub(r'\.conv([13])\.norm\.', r'.bn\1.', name)
     name = re.sub(r'\.(shortcut|downsample)\.\d\.(norm\.)?', '.downsample.', name)
     name = re.sub(r'\.conv2_offsets\.(\d)', r'.convs.\1.conv_offset', name)
     return name.replace('stem.conv1.', 'stem.').replace('stem.bn1.', 'stem.7.')
-
-
-def randomise(model: nn.Module, drawn: dict[tuple[str, torch.Size], np.ndarray], rng: np.random.Generator) -> None:
-    """Fills a network, to save room with the values of earlier ones where they have the same tensor."""
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        if tensor.is_floating_point():
-            key = common_name(name), tensor.shape
-            if key not in drawn:
-                positive = name.endswith(('running_var', 'weight'))  # of a vector: the weight of a norm
-                drawn[key] = random_value(tuple(tensor.shape), positive, rng)
-                if 'offset' in name and tensor.ndim > 1:
-                    drawn[key] /= 4  # offsets of about a pixel
-            tensor.copy_(torch.from_numpy(drawn[key]))
 
 
 def main(folder: Path) -> None:
@@ -171,7 +150,7 @@ def main(folder: Path) -> None:
     with tempfile.TemporaryDirectory() as temporary, torch.no_grad():
         for name, model in made.items():
             model.eval()  # mmdet's returns nothing
-            randomise(model, drawn, rng)
+            randomise(model, drawn, rng, common_name, filters=10_000)
             file = Path(temporary, name)
             if name.startswith(('mmdet', 'universenet')):
                 state = {f'backbone.{key}': tensor for key, tensor in model.state_dict().items()}

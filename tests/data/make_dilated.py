@@ -7,22 +7,12 @@
     done
     VENV/bin/python tests/data/make_dilated.py FOLDER
 
-For each network the archive has NAME.npz, with an image of an even and of an odd size and the four feature maps that
-its code computes for them, and FILE.pth, a plain state_dict with the names of its project's checkpoints. Networks with
-the same names share a file. wide.npz has an image of 8x552 and, for uacanet_s and inspyrenet, the last map: at stride
-32 the smaller images don't show all dilations, and these two compute the same for them. The networks have 50 layers,
-are thin, have classifiers of 5 classes if any, and share most values, so that the archive is small. Arrays are stored
-uncompressed, so that maps which several networks share take room once.
+Networks with the same names share a file FILE.pth, a plain state_dict with the names of its project's checkpoints.
+wide.npz has the last maps of uacanet_s and inspyrenet, which compute the same for the smaller images. Classifiers have
+5 classes. The networks are built by their own classes and run by their own `forward`; the maps are the outputs of
+`layer1` to `layer4`. Only the names that URN imports for registering and loading are replaced.
 
-The networks are built by their own classes and run by their own `forward`; the maps are the outputs of `layer1` to
-`layer4`. Only the names that URN imports to register and load are replaced, by mmengine's Registry and by names that
-are never called. Packages are imported without their `__init__` where that would need more.
-
-tests/weights has the spec of each network, with which this package reproduces every map. A map is off by more than
-0.01, or of another size, with a first block not dilated, the last split kept instead of pooled or pooled instead of
-kept, the other rounding of a max-pool, the stride in the other convolution, or with and without the multi-grid.
-
-| name | whose | commit | file, prefix of names |
+| name | source | commit | file, prefix of names |
 | --- | --- | --- | --- |
 | uacanet_s | plemeri/UACANet, output_stride=32 | 6b9e54eb | uacanet.pth, `resnet.` |
 | uacanet_l | plemeri/UACANet, output_stride=16 | 6b9e54eb | uacanet.pth, `resnet.` |
@@ -32,16 +22,17 @@ kept, the other rounding of a max-pool, the stride in the other convolution, or 
 | mmdet_dilated | mmdet 3.3.0 | | mmdet_dilated.pth, `backbone.` |
 | mmpretrain_caffe | mmpretrain 1.2.0, `style='caffe'` | | mmpretrain_caffe.pth, `backbone.` |
 
-- UACANet has InSPyReNet's list of dilations for a multi-grid and does not use it. URN gives its 1x1 a dilation, too,
-  which does nothing. Its norms are SyncBatchNorm, with the same names.
+- UACANet defines InSPyReNet's multi-grid dilations and does not use them. URN's norms are SyncBatchNorm, with the same
+  names.
 - With ceil_mode=True poolnet's maps of the even image are as large as those of the odd one: 17, 9, 5, 5.
-- The checkpoints of UACANet and PoolNet have a classifier `fc` that is never used; those of InSPyReNet and URN don't.
+- The checkpoints of UACANet and PoolNet have an unused classifier `fc`; those of InSPyReNet and URN have none.
 """
 
 import importlib.util
 import re
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +44,7 @@ from torch import nn
 
 
 def file_module(path: Path) -> Any:
-    """Imports one file, without the package that it is in."""
+    """Imports one file without its package."""
     spec = importlib.util.spec_from_file_location('_'.join(path.parts[-4:-1]).replace('-', '_'), path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -61,7 +52,7 @@ def file_module(path: Path) -> Any:
 
 
 def urn_backbone(folder: Path) -> type[nn.Module]:
-    """Imports URN's backbone, which is in an older mmseg."""
+    """Imports URN's backbone from its copy of an older mmseg."""
     from mmengine.registry import Registry
 
     sys.path.insert(0, str(folder / 'URN'))
@@ -76,7 +67,7 @@ def urn_backbone(folder: Path) -> type[nn.Module]:
 
 
 def networks(folder: Path) -> dict[str, tuple[str, str, nn.Module]]:
-    """The networks, each with its file and the prefix of its names in a checkpoint of its project."""
+    """Builds the networks; returns each with its file and the prefix of its names in its project's checkpoints."""
     uacanet = file_module(folder / 'UACANet/lib/backbones/Res2Net_v1b.py')
     inspyrenet = file_module(folder / 'InSPyReNet/lib/backbones/Res2Net_v1b.py')
     poolnet = file_module(folder / 'Res2Net-PoolNet/networks/deeplab_res2net.py')
@@ -109,35 +100,36 @@ def networks(folder: Path) -> dict[str, tuple[str, str, nn.Module]]:
 
 
 def common_name(name: str, shape: torch.Size) -> str:
-    """One name for a tensor of all these networks, and for the convolutions of all blocks but the first of a stage."""
+    """Returns the same name for a tensor of all networks, and for the convolutions of a stage's later blocks."""
     name = re.sub(r'^conv1\.(\d)', r'stem.\1', name)
     name = re.sub(r'^bn1\.', 'stem.7.', name)
     name = re.sub(r'\.downsample\.\d\.', '.downsample.', name)
     return re.sub(r'^(layer\d)\.[1-9]', r'\1.n', name) if len(shape) > 1 else name
 
 
-def randomise(model: nn.Module, drawn: dict[tuple[str, torch.Size], np.ndarray], rng: np.random.Generator) -> None:
-    """Fills a network. To save room, it shares the tensors of earlier ones, and filters recur after 64."""
+def randomise(
+    model: nn.Module,
+    drawn: dict[tuple[str, torch.Size], np.ndarray],
+    rng: np.random.Generator,
+    common_name: Callable[[str, torch.Size], str] = common_name,
+    filters: int = 64,
+) -> None:
+    """Fills a network with random values, also of earlier networks (`drawn`); after `filters`, filters repeat."""
     for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor.is_floating_point():
             shape = tensor.shape
             key = common_name(name, shape), shape
             if key not in drawn:
                 positive = name.endswith(('running_var', 'weight'))  # of a vector: the weight of a norm
-                first = shape if len(shape) == 1 else (min(shape[0], 64), *shape[1:])
+                first = shape if len(shape) == 1 else (min(shape[0], filters), *shape[1:])
                 drawn[key] = np.resize(random_value(first, positive, rng), shape)
+                if 'offset' in name and tensor.ndim > 1:
+                    drawn[key] /= 4  # offsets of about a pixel
             tensor.copy_(torch.from_numpy(drawn[key]))
 
 
-def unpack(path: Path) -> None:
-    """Stores arrays uncompressed, so that equal ones take room in the archive once, and one image of two."""
-    with np.load(path) as file:
-        arrays = dict(file)
-    np.savez(path, **{key: array[:1] for key, array in arrays.items()})
-
-
 def save_state(state: dict[str, torch.Tensor], path: Path) -> None:
-    """Saves the tensors of a network, or finds that they are those already saved for another."""
+    """Saves a network's tensors; if the file exists, requires that it has the same."""
     if path.exists():
         saved = torch.load(path)
         assert list(saved) == list(state)
@@ -159,8 +151,7 @@ def main(folder: Path) -> None:
             def run(x: np.ndarray, model: nn.Module = model) -> list[np.ndarray]:
                 return stage_maps((model.layer1, model.layer2, model.layer3, model.layer4), model, x)
 
-            save_reference(run, Path(temporary, name), np.random.default_rng(0))
-            unpack(Path(temporary, f'{name}.npz'))
+            save_reference(run, Path(temporary, name), np.random.default_rng(0), compress=False)
             if name in ('uacanet_s', 'inspyrenet'):
                 wide[name] = run(wide['images'])[3][:, ::8]
         np.savez(Path(temporary, 'wide.npz'), **wide)

@@ -5,21 +5,14 @@
     git -C FOLDER clone https://github.com/frazerlin/fcanet
     VENV/bin/python tests/data/make_encoders.py FOLDER
 
-For each of the two the archive has NAME.npz, with an image of an even and of an odd size and the four feature maps that
-their code computes for them, and NAME.pth, a checkpoint as their code writes or reads it, with one tensor of another
-part. wide.npz has an image of 8x264 and FCA-Net's last map, as the smaller images don't show all dilations.
-The networks are thin, and repeat most of their values, so that the archive is small.
+The networks are those of commits 8ae378d and e7de0ed; only width and depth are changed. MEGANet's pretrained weights
+are left out. wide.npz is FCA-Net's.
 
-The networks are theirs, of commits 8ae378d and e7de0ed; only width and depth are changed. The weights that MEGANet
-loads are left out.
-
-The networks compute the following:
-
-- MEGANet: the authors' v1b. `encoder1_conv` and `encoder1_bn` are its `conv1` and `bn1`, `encoder2` to `encoder5` its
+- MEGANet is the authors' v1b. `encoder1_conv` and `encoder1_bn` are its `conv1` and `bn1`, `encoder2` to `encoder5` its
   stages.
-- FCA-Net: `backbone_pre` has stem and first stage, `backbone_last` the others, under the authors' names. The stem takes
-  five channels, an image and two maps of clicks. First blocks are not cascaded; at stride 1 they keep the last split as
-  it is, as mmdet's do. The last stage has stride 1 and dilations 2, 4, 8.
+- FCA-Net has the stem and the first stage in `backbone_pre`, and the other stages in `backbone_last`, under the
+  authors' names. The stem takes five channels, an image and two maps of clicks. First blocks are not cascaded; at
+  stride 1 they keep the last split, as mmdet's do. The last stage has stride 1 and dilations 2, 4, 8.
 """
 
 import sys
@@ -32,7 +25,7 @@ import numpy as np
 import torch
 from make_dilated import randomise
 from make_vecroad import repeat_vectors
-from reference import images, pack, stage_maps
+from reference import images, pack, save_reference, stage_maps
 from torch import nn
 
 Network = tuple[nn.Module, dict[str, nn.Module], Callable[[torch.Tensor], Any]]
@@ -94,15 +87,13 @@ def main(folder: Path) -> None:
             kept = {key: tensor for key, tensor in state.items() if tensor.data_ptr() in own or key == other}
             torch.save({**kept, other: torch.ones(1)}, Path(temporary, f'{name}.pth'))
             stages = [parts[f'layer{i}'] for i in (1, 2, 3, 4)]
-            arrays = {}
-            for size in (64, 65):
-                arrays[f'images{size}'] = images((1, channels, size, size), rng)
-                maps = stage_maps(stages, run, arrays[f'images{size}'], divisor=32)
-                arrays.update({f'map{size}_{i}': feature[:, ::8] for i, feature in enumerate(maps)})
-            np.savez(Path(temporary, f'{name}.npz'), **arrays)
+
+            def maps(x: np.ndarray, stages: Any = stages, run: Any = run) -> list[np.ndarray]:
+                return stage_maps(stages, run, x, divisor=32)
+
+            save_reference(maps, Path(temporary, name), rng, shape=(1, channels), compress=False)
         wide = images((1, channels, 8, 264), rng)
-        last = stage_maps(stages, run, wide, divisor=32)[3][:, ::8]
-        np.savez(Path(temporary, 'wide.npz'), images=wide, fcanet=last)
+        np.savez(Path(temporary, 'wide.npz'), images=wide, fcanet=maps(wide)[3][:, ::8])
         pack(temporary, 'encoders.tar.xz')
 
 

@@ -3,9 +3,7 @@
     python -m venv VENV && VENV/bin/pip install pylocron
     VENV/bin/python tests/data/make_holocron.py
 
-The archive holds, for a network like the published one and for one with deep stem and average pool in the shortcuts,
-NAME.pth, and NAME.npz with images and the logits that Holocron computes for them. The networks are thin and shallow and
-their weights sparse and rounded, so that the archive is small; statistics of the norms are random.
+One network is like the published one; the other has a deep stem and average pools in the shortcuts.
 """
 
 import tempfile

@@ -4,22 +4,15 @@
     git -C FOLDER clone https://github.com/Res2Net/Res2Net-maskrcnn
     VENV/bin/python tests/data/make_maskrcnn.py FOLDER
 
-The archive holds maskrcnn.npz with an image of an even and of an odd size and the four feature maps that their code
-computes for them, and maskrcnn.pth, a checkpoint as their Checkpointer writes it for a network trained on several GPUs,
-without optimizer and scheduler, and with one tensor of another part. The network has 50 layers, is thin, and repeats
-most of its values, so that the archive is small.
-
-The network is theirs, of commit dd50e0f7: built by `build_backbone` from their configuration
-pytorch_mask_rcnn_R2_50_s4_FPN_2x.yaml, of which only the widths are changed, and run by the `forward` of `body`. Only
-the compiled operators have a stand-in, which is never called: heads alone use them.
-
-A network of this package with `style='caffe'` and norms of eps 0 reproduces every map. With another first block, or the
-stride in the other convolution, the last maps are off by more than 0.1:
+maskrcnn.pth is a checkpoint as their Checkpointer writes it for a network trained on several GPUs, without optimizer
+and scheduler. The network is that of commit dd50e0f7: `build_backbone` builds it from their configuration
+pytorch_mask_rcnn_R2_50_s4_FPN_2x.yaml, with other widths, and the `forward` of `body` runs it. The compiled operators
+are replaced: only heads call them.
 
 - The stride of a first block is in the 1x1 `conv1`: STRIDE_IN_1X1 is true by default, and no configuration sets it.
 - First blocks average the last split in all four stages. The authors' detectron2 keeps it instead.
 - The norms are frozen, have no num_batches_tracked, and add nothing to the variance. Here one channel of eight has a
-  variance of 1/1024 and a weight that makes up for it: adding 1e-5 to the variances is off by 0.01 to 0.03 in each map.
+  variance of 1/1024 and a weight that compensates for it: an eps of 1e-5 would change each map by 0.01 to 0.03.
 """
 
 import re
@@ -31,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from make_dilated import randomise, unpack
+from make_dilated import randomise
 from reference import pack, save_reference
 from torch import nn
 
@@ -74,8 +67,7 @@ def main(folder: Path) -> None:
         def run(images: np.ndarray) -> list[np.ndarray]:
             return [feature.numpy() for feature in body(torch.from_numpy(images))]
 
-        save_reference(run, Path(temporary, 'maskrcnn'), np.random.default_rng(0))
-        unpack(Path(temporary, 'maskrcnn.npz'))
+        save_reference(run, Path(temporary, 'maskrcnn'), np.random.default_rng(0), compress=False)
         pack(temporary, 'maskrcnn.tar.xz')
 
 

@@ -3,9 +3,7 @@
     python -m venv VENV && VENV/bin/pip install mindspore mindcv
     VENV/bin/python tests/data/make_mindspore.py
 
-The archive holds, for a plain and a v1b network, NAME.ckpt, and NAME.npz with images and the logits that MindSpore
-computes for them. The networks are thin and shallow and their weights sparse and rounded, so that the archive is small;
-statistics of the norms are random.
+One network is plain, the other v1b.
 """
 
 import tempfile

@@ -5,11 +5,9 @@
     LD_LIBRARY_PATH=$(echo VENV/lib/python3.10/site-packages/nvidia/*/lib | tr ' ' :)
     LD_LIBRARY_PATH=$LD_LIBRARY_PATH VENV/bin/python tests/data/make_oneflow.py
 
-The archive holds one network in the three formats of OneFlow's checkpoints: legacy.zip, a folder with a folder for each
-tensor, as OneFlow wrote before 0.6, folder.zip, the folder of 0.6 to 0.9, both packed as flowvision publishes its
-weights, and single.pkl, the file of OneFlow since 1.0. NAME.npz has images and the logits that OneFlow computes for
-them. The network is thin and shallow and its weights sparse and rounded, so that the archive is small; statistics of
-the norms are random.
+The archive has one network in the three formats of OneFlow's checkpoints: legacy.zip, a folder with a folder for each
+tensor, as OneFlow wrote before 0.6; folder.zip, the folder of 0.6 to 0.9, both packed as flowvision publishes its
+weights; and single.pkl, the file of OneFlow since 1.0.
 """
 
 import pickle

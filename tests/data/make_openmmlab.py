@@ -4,10 +4,7 @@
     VENV/bin/pip install --no-deps mmpretrain mmdet
     VENV/bin/python tests/data/make_openmmlab.py
 
-The archive holds, for a classifier of mmpretrain with each of the two stems and for a detector of mmdet, NAME.pth, and
-NAME.npz with images and the outputs of these libraries for them: logits for the classifiers, four feature maps for the
-detector. The networks are thin and their weights sparse and rounded, so that the archive is small; statistics of the
-norms are random.
+The archive has classifiers of mmpretrain with both stems, and a detector of mmdet.
 """
 
 import tempfile
@@ -21,7 +18,7 @@ from torch import nn
 
 
 class Classifier(nn.Module):
-    """The names of mmpretrain's ImageClassifier and LinearClsHead, whose imports need compiled operators."""
+    """Has the names of mmpretrain's ImageClassifier and LinearClsHead, whose imports need compiled operators."""
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
@@ -33,7 +30,7 @@ class Classifier(nn.Module):
 
 
 class Detector(nn.Module):
-    """The names of a detector, which has more than a backbone."""
+    """Has a detector's names of the backbone and of another part."""
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()

@@ -5,23 +5,20 @@
     git -C FOLDER clone -b release/0.5 https://github.com/PaddlePaddle/PaddleDetection
     VENV/bin/python tests/data/make_paddle.py FOLDER
 
-The archive holds, for each of three classifiers, NAME.pdparams as Paddle saves it today, NAME.tar with a file for each
-variable as it did before version 2, and NAME.npz with images and the logits that Paddle computes for them; and for
-PaddleDetection's backbone of variant d, plain and deformable, NAME.pdparams and NAME.npz with feature maps; the old
-form is of a network of its own there, `detection_dcn_static`. The networks are thin and their weights sparse and
-rounded, so that the archive is small; statistics of the norms are random. All of PaddleDetection's share their values.
+For each of three classifiers the archive has NAME.pdparams as Paddle saves it today, and NAME.tar with a file for each
+variable as it did before version 2. PaddleDetection's backbones of variant d are NAME.pdparams; `detection_dcn_static`
+is that of its older code. Functions of Paddle 3 replace those of the same names in paddle.fluid, which the code of
+release/0.5 calls.
 
-Functions of Paddle 3 replace those of the same names in paddle.fluid, which the code of release/0.5 calls.
+PaddleDetection's deformable network (`dcn_v2_stages=[1, 2, 3]`, counted from 0) has strided 1x1 shortcuts without a
+pool, as the class does not pass its variant on to its stages. `branch2b.k.conv_offset` makes the offsets of
+`branch2b.k.conv.weight` from the same input.
 
-tests/weights has the spec of PaddleDetection's deformable network (`dcn_v2_stages=[1, 2, 3]`, counted from 0), with
-which this package reproduces every map. Its shortcuts are strided 1x1, without a pool, as the class does not pass its
-variant on to its stages. `branch2b.k.conv_offset` makes the offsets of `branch2b.k.conv.weight` from the same input.
-
-The code for static graphs, before version 2 (`dcn_v2_stages: [3, 4, 5]`, the stem is 1), computes the same but for
-the shortcuts: of a stride of 2, they are AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False), then a 1x1. By its
-configuration this is the function of mask_rcnn_res2net50_vd_26w_4s_fpn_dcnv2_1x.tar, the only deformable Res2Net that
-PaddleDetection published; the file itself was not seen. There the offsets are made by
-`res3a_branch2b_1_conv_offset.w_0` and `.b_0`; the 3x3 is `res3a_branch2b_1_weights`.
+The code for static graphs, before version 2 (`dcn_v2_stages: [3, 4, 5]`, the stem is 1), computes the same except for
+the shortcuts: at stride 2, they are AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False), then a 1x1. According to
+its configuration, mask_rcnn_res2net50_vd_26w_4s_fpn_dcnv2_1x.tar computes this. It is the only deformable Res2Net that
+PaddleDetection published; the file itself was not seen. Its offsets come from `res3a_branch2b_1_conv_offset.w_0` and
+`.b_0`; the 3x3 is `res3a_branch2b_1_weights`.
 """
 
 import copy
@@ -60,7 +57,7 @@ def networks() -> tuple[Any, Any, Any]:
 def static_detector(folder: Path) -> Any:
     """Imports the backbone of detectors from before version 2."""
 
-    def sigmoid(x: Any) -> Any:  # Paddle 3's own doesn't take variables of such programs
+    def sigmoid(x: Any) -> Any:  # Paddle 3's own does not take variables of such programs
         helper = LayerHelper('sigmoid')
         y = helper.create_variable_for_type_inference(x.dtype)
         helper.append_op(type='sigmoid', inputs={'X': x}, outputs={'Out': y})
@@ -107,7 +104,7 @@ def static_detector(folder: Path) -> Any:
 
 
 def static_name(name: str) -> str:
-    """The name of a variable in PaddleDetection before version 2."""
+    """Returns the name of a variable in PaddleDetection before version 2."""
     layer, part, tensor = name.rsplit('.', 2)
     layer = re.sub(r'^res(\d)\.blocks\.(\d)\.', lambda match: f'res{match[1]}{"abcdef"[int(match[2])]}_', layer)
     layer = re.sub(r'\.(\d)$', lambda match: f'_{int(match[1]) + 1}', layer.removeprefix('res1.'))
@@ -119,9 +116,9 @@ def static_name(name: str) -> str:
 def fill(
     net: Any, path: Path, rng: np.random.Generator, drawn: dict[str, np.ndarray] | None = None
 ) -> dict[str, np.ndarray]:
-    """Gives a network random values, saves it, and returns them by the names of variables.
+    """Gives a network random values, saves it, and returns them by the names of its variables.
 
-    To save room, it shares the values in `drawn`, of earlier networks.
+    To save room, reuses the values in `drawn`, of earlier networks.
     """
     drawn = {} if drawn is None else drawn
     values = {}
@@ -139,7 +136,7 @@ def fill(
 
 
 def save_static(make: Any, values: dict[str, np.ndarray], path: Path, rng: np.random.Generator | None = None) -> None:
-    """Saves one file for each variable of a network, and, with images drawn from `rng`, the maps that it computes."""
+    """Saves a file for each variable of a network, and with `rng` images and the maps that it computes for them."""
     paddle.enable_static()
     program = paddle.static.Program()
     with paddle.static.program_guard(program, paddle.static.Program()):

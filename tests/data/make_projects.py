@@ -14,11 +14,10 @@ r"""Makes projects.json.xz with names and shapes of the other tensors of network
         git -C FOLDER/${repository#*/} checkout ${name#*@}; done
     VENV/bin/python tests/data/make_projects.py FOLDER
 
-For each network the file has the prefix of its Res2Net's names, of the first one if there are two, and the names and
-shapes of all tensors but those of Res2Nets, biases and statistics of norms. FEDER has a plain ResNet instead.
-
-The networks are built by their own code. `Nothing` replaces names from other packages, and from files that are not in
-the repositories; no tensor is missing for it. Packages are imported without their `__init__`, which may need more.
+For each network the file has the prefix of its (first) Res2Net's names, and the names and shapes of all tensors but
+those of Res2Nets, biases and statistics of norms. FEDER has a plain ResNet instead. The networks are built by their own
+code. `Nothing` replaces names from other packages and from files that the repositories lack, without changing the
+tensors.
 """
 
 import contextlib
@@ -41,7 +40,7 @@ from torch import nn
 
 INSPYRENET = 'InSPyReNet(res2net101_v1b_26w_4s(False), [64, 256, 512, 1024, 2048], 64, [384, 384])'
 CCLNET = "define_G(Options(net_G='crossfusion_res2net50_Transformer_1enc_1dec_64head'), gpu_ids=[])"
-# Folder, modules, an expression in their names, and what precedes the names of Res2Nets.
+# Folder, modules, an expression that builds the network, and prefixes of its Res2Nets.
 NETWORKS = {
     'UACANet-S': ('UACANet', 'lib.UACANet', 'UACANet(32, 32, False)', 'resnet.'),
     'UACANet-L': ('UACANet', 'lib.UACANet', 'UACANet(256, 16, False)', 'resnet.'),
@@ -82,7 +81,7 @@ NETWORKS = {
     'MEGANet': ('MEGANet/MEGANet-Res2Net', 'lib.EGANet', 'EGANetModel()', 'net.'),
     'VecRoad': ('VecRoad', 'model.model', 'build_model()', ''),
 }
-# How a Res2Net's names go on; the last two are of MEGANet and VecRoad.
+# What a Res2Net's names begin with; the last two are MEGANet's and VecRoad's.
 BACKBONE = ('conv1.', 'bn1.', 'layer1.', 'layer2.', 'layer3.', 'layer4.', 'fc.', 'encoder', 'stage_')
 LEFT_OUT = ('num_batches_tracked', 'running_mean', 'running_var', 'bias')
 OTHERS = ('easydict', 'einops', 'kornia', 'lib2to3', 'mmcv', 'mmseg', 'self_cuda_backend', 'thop')
@@ -90,7 +89,7 @@ FILES = ('lib.optim', 'utils', 'lib.backbones.PVT_V2', *(f'lib.modules.dcn.defor
 
 
 class Nothing(nn.Module):
-    """Anything that is imported from a missing module: a function, a layer, or mmcv's registry."""
+    """Stands for any import from a missing module: a function, a layer, or mmcv's registry."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
@@ -119,12 +118,12 @@ def build(folder: Path, name: str) -> dict[str, Any]:
     sys.path.insert(0, str(folder / where))
     sys.meta_path.append(Missing())
     stub('cv2', MORPH_ELLIPSE=0, getGaussianKernel=lambda n, _: ones(n), getStructuringElement=lambda _, n: ones(n))
-    # No weights are loaded, and there is no GPU. What is moved to one is no longer a parameter, so not in a checkpoint.
+    # No weights are loaded, and there is no GPU. A tensor moved to one is no longer a parameter.
     torch.load = torch.hub.load_state_dict_from_url = torch.utils.model_zoo.load_url = lambda *args, **kwargs: {}
     nn.Module.load_state_dict = lambda *args, **kwargs: None
     nn.Module.cuda = lambda self: self
     torch.Tensor.cuda = torch.Tensor.clone
-    torch.Tensor.item = lambda self: 0.0  # rates of dropped paths, which tensors without values don't have
+    torch.Tensor.item = lambda self: 0.0  # drop rates; tensors on the meta device have no values
     names = {'Options': types.SimpleNamespace}
     with torch.device('meta'), contextlib.redirect_stdout(None):
         for module in modules.split():

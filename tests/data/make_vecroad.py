@@ -4,22 +4,13 @@
     git -C FOLDER clone https://github.com/tansor/VecRoad
     VENV/bin/python tests/data/make_vecroad.py FOLDER
 
-The archive holds vecroad.npz with an image of an even and of an odd size and the four feature maps that their code
-computes for them, and vecroad.pth, a checkpoint as their train.py writes it, without the optimizer, and with one tensor
-of another part. (Their infer.py reads the same without `module.`.) wide.npz holds an image of 8x264 and the last map,
-as the smaller images don't show all dilations. The network has 50 layers, is thin, and repeats most of its values, so
-that the archive is small.
+vecroad.pth is a checkpoint as their train.py writes it, without the optimizer. The network is that of commit ffcb47e5:
+their Res2Net, of which only the width is changed, run by the `forward` of their `RPNet`. The weights that it downloads
+are left out.
 
-The network is theirs, of commit ffcb47e5: their Res2Net, of which only the width is changed, run by the `forward` of
-their `RPNet`. The weights that it downloads are left out.
-
-A network of this package with `first_block='mmdet'`, `strides=(1, 2, 1, 1)`, `dilations=(1, 1, 2, (4, 8, 16))` and a
-last norm of the stem that does nothing reproduces every map. Its last map of the odd and the wide image is off by more
-than 0.1 with another first block or other dilations:
-
-- Names are not those of their Res2Net: `stage_1.0` is its `conv1`, `stage_2` to `stage_5` are `layer1` to `layer4`, and
-  in the same module are the tensors of all other parts.
-- `bn1` is not there. A ReLU follows the last convolution of the stem, `stage_1.0.6`, at once.
+- Its names differ from their Res2Net's: `stage_1.0` is `conv1`, `stage_2` to `stage_5` are `layer1` to `layer4`. The
+  same module contains the tensors of all other parts.
+- There is no `bn1`: a ReLU follows the last convolution of the stem, `stage_1.0.6`.
 """
 
 import sys
@@ -29,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from make_dilated import randomise, unpack
+from make_dilated import randomise
 from reference import images, pack, save_reference, stage_maps
 from torch import nn
 
@@ -57,7 +48,7 @@ def main(folder: Path) -> None:
     net = rpnet(folder).eval()
     rng = np.random.default_rng(10)  # other geometries show more in its maps than in those of most seeds
     wide = images((1, 3, 8, 264), rng)
-    # The stages by the names that a Res2Net has elsewhere, which tell what tensors can have the same values.
+    # The usual names, by which `randomise` chooses the tensors that share values.
     stages = {f'layer{i}': net.get_submodule(f'stage_{i + 1}') for i in (1, 2, 3, 4)}
     with tempfile.TemporaryDirectory() as temporary, torch.no_grad():
         backbone = nn.ModuleDict({'conv1': net.stage_1[0], **stages})
@@ -70,8 +61,7 @@ def main(folder: Path) -> None:
         def run(x: np.ndarray) -> list[np.ndarray]:
             return stage_maps(stages.values(), lambda x: net(x, None, test=True), x, divisor=8)
 
-        save_reference(run, Path(temporary, 'vecroad'), np.random.default_rng(0))
-        unpack(Path(temporary, 'vecroad.npz'))
+        save_reference(run, Path(temporary, 'vecroad'), np.random.default_rng(0), compress=False)
         np.savez(Path(temporary, 'wide.npz'), images=wide, vecroad=run(wide)[3][:, ::8])
         pack(temporary, 'vecroad.tar.xz')
 

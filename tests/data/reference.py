@@ -1,4 +1,13 @@
-"""Shared by the scripts of this folder: random values that compress well, images, feature maps and archives."""
+"""Helpers for the scripts in this folder, which make files with the code of other projects.
+
+Each archive has, for each of its networks, a weights file as its project writes it, and NAME.npz with images of an even
+and of an odd size and the logits, or the four feature maps, that the project's code computes for them. The weights file
+of a backbone also has a tensor of another part. Where these images are too small to show all dilations, wide.npz has a
+wide one and the last map.
+
+To keep archives small, the networks are thin, and their weights are sparse and rounded, or repeated; statistics of
+norms are random. Networks in one archive share values where they have the same tensors.
+"""
 
 import contextlib
 import lzma
@@ -14,7 +23,7 @@ import numpy as np
 
 
 def bare(name: str) -> types.ModuleType:
-    """Makes a package importable without running its `__init__`, which may need much that a file of it doesn't."""
+    """Makes a package importable without running its `__init__`, which may need packages that its files do not."""
     top, *below = name.split('.')
     module = types.ModuleType(name)
     module.__path__ = [str(Path(PathFinder.find_spec(top).submodule_search_locations[0], *below))]
@@ -23,7 +32,7 @@ def bare(name: str) -> types.ModuleType:
 
 
 def stub(name: str, **names: Any) -> types.ModuleType:
-    """Puts a module of the given names where an import looks for it."""
+    """Makes a module that contains only the given names importable."""
     module = types.ModuleType(name)
     vars(module).update(names)
     sys.modules[name] = module
@@ -31,7 +40,7 @@ def stub(name: str, **names: Any) -> types.ModuleType:
 
 
 def random_value(shape: tuple[int, ...], positive: bool, rng: np.random.Generator) -> np.ndarray:
-    """A random tensor: of each filter four weights are not zero; a vector is full, and positive where it must be."""
+    """Returns a random tensor: each filter has four weights that are not zero, a vector is full."""
     if len(shape) == 1:
         vector = rng.uniform(0.5, 2, shape) if positive else rng.normal(0, 0.3, shape)
         return (np.round(vector * 16) / 16).astype('float32')
@@ -43,8 +52,8 @@ def random_value(shape: tuple[int, ...], positive: bool, rng: np.random.Generato
 
 
 def randomise_state(model: Any, rng: np.random.Generator) -> None:
-    """Fills a torch network with random values; statistics and weights of norms are positive where they must be."""
-    import torch  # which not all of the frameworks' environments have
+    """Fills a torch network with random values; variances and weights of norms are positive."""
+    import torch  # not in the environments of all frameworks
 
     norms = {id(norm.weight) for norm in model.modules() if isinstance(norm, torch.nn.BatchNorm2d)}
     for key, tensor in model.state_dict(keep_vars=True).items():
@@ -53,31 +62,41 @@ def randomise_state(model: Any, rng: np.random.Generator) -> None:
             tensor.copy_(torch.from_numpy(random_value(tuple(tensor.shape), positive, rng)))
 
 
-def save_reference(run: Callable[[np.ndarray], Any], path: Path, rng: np.random.Generator) -> None:
+def save_reference(
+    run: Callable[[np.ndarray], Any],
+    path: Path,
+    rng: np.random.Generator,
+    shape: tuple[int, int] = (2, 3),  # images and channels
+    compress: bool = True,
+) -> None:
     """Saves images of an even and of an odd size, and a network's logits or feature maps for them.
 
-    To save room, only every eighth channel of the first image's maps is kept.
+    To save room, keeps only every eighth channel of the first image's maps. Without `compress`, an archive stores equal
+    arrays of several files once; then keeps only the first image, too.
     """
     arrays = {}
     for size in (64, 65):
-        arrays[f'images{size}'] = images((2, 3, size, size), rng)
+        arrays[f'images{size}'] = images((*shape, size, size), rng)
         computed = run(arrays[f'images{size}'])
         if isinstance(computed, np.ndarray):
             arrays[f'logits{size}'] = computed
         else:
             arrays.update({f'map{size}_{i}': feature[:1, ::8] for i, feature in enumerate(computed)})
-    np.savez_compressed(f'{path}.npz', **arrays)
+    if compress:
+        np.savez_compressed(f'{path}.npz', **arrays)
+    else:
+        np.savez(f'{path}.npz', **{key: array[:1] for key, array in arrays.items()})
 
 
 def images(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
-    """Images (N, C, H, W) in -1..1, of 256 shades."""
+    """Returns images (N, C, H, W) in -1..1, of 256 shades."""
     return (rng.integers(0, 256, shape) / 128 - 1).astype('float32')
 
 
 def stage_maps(stages: Iterable[Any], run: Callable[[Any], Any], x: np.ndarray, divisor: int = 1) -> list[np.ndarray]:
-    """Runs a torch network and takes the outputs of its four stages.
+    """Runs a torch network and returns the outputs of its four stages.
 
-    Some networks concatenate maps after the stages, and fail if the sides of an image are not multiples of `divisor`.
+    Some networks concatenate maps after the stages, and fail unless the sides of an image are multiples of `divisor`.
     """
     import torch
 
@@ -93,7 +112,7 @@ def stage_maps(stages: Iterable[Any], run: Callable[[Any], Any], x: np.ndarray, 
 
 
 def pack(folder: str, name: str) -> None:
-    """Packs the files of a folder into an archive next to this script, sorted so that similar ones compress well."""
+    """Packs a folder's files into an archive next to this script, sorted so that similar ones compress well."""
     filters = [{'id': lzma.FILTER_LZMA2, 'preset': 9 | lzma.PRESET_EXTREME, 'dict_size': 1 << 26}]
     with (
         lzma.open(Path(__file__).with_name(name), 'w', filters=filters) as file,
