@@ -142,20 +142,18 @@ def test_config_with_nulls_or_without_keys_loads(remove: bool, tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    ('changes', 'options', 'message'),
+    ('changes', 'message'),
     [
-        ({'fc.bias': torch.full((4,), math.nan)}, {}, 'fc.bias has NaN or infinite values'),
-        ({'fc.bias': torch.ones(4).to(torch.float8_e5m2)}, {}, 'fc.bias cannot be a weight'),
-        ({'fc.bias': torch.full((4,), 1e6)}, dict(dtype=torch.float16), 'too large'),
-        ({'layer9.weight': torch.ones(1)}, {}, 'its model has no layer9.weight'),
+        ({'fc.bias': torch.ones(4).to(torch.float8_e5m2)}, 'fc.bias cannot be a weight'),
+        ({'layer9.weight': torch.ones(1)}, 'its model has no layer9.weight'),
     ],
-    ids=['nan', 'float8', 'overflow', 'superfluous'],
+    ids=['float8', 'superfluous'],
 )
 def test_bad_weights_in_a_folder_are_a_checkpoint_error(
-    changes: dict[str, Tensor], options: dict[str, Any], message: str, tmp_path: Path
+    changes: dict[str, Tensor], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(CheckpointError, match=message):
-        load_folder(folder(tmp_path, content=weights(**changes)), **options)
+        load_folder(folder(tmp_path, content=weights(**changes)))
 
 
 @pytest.mark.parametrize('other', [dict(norm_eps=0.3), dict(strides=[1, 2, 2, 1]), dict(first_block='paddle')], ids=str)
@@ -177,13 +175,11 @@ def test_missing_pipe_or_device_in_a_folder_is_a_checkpoint_error(name: str, tmp
     place.unlink()
     with pytest.raises(CheckpointError, match=f'cannot read .*{name}.*: No such file'):
         load_folder(tmp_path)
-    os.mkfifo(place)
-    with pytest.raises(CheckpointError, match=f'cannot read .*{name}.*: not a regular file'):
-        load_folder(tmp_path)
-    place.unlink()
-    place.symlink_to('/dev/zero')
-    with pytest.raises(CheckpointError, match=f'cannot read .*{name}.*: not a regular file'):
-        load_folder(tmp_path)
+    for make in (os.mkfifo, lambda path: path.symlink_to('/dev/zero')):
+        make(place)
+        with pytest.raises(CheckpointError, match=f'cannot read .*{name}.*: not a regular file'):
+            load_folder(tmp_path)
+        place.unlink()
 
 
 def test_weights_other_than_recorded_are_a_checkpoint_error(tmp_path: Path) -> None:
@@ -239,12 +235,9 @@ def test_recorded_stride_and_pool_are_applied(
     model = tiny(**WIDE, **use)
     if from_folder:
         save_for_hf(model, tmp_path, model_args={**WIDE, **use}, safe_serialization=True)
-        file = tmp_path / 'model.safetensors'
+        file = str(tmp_path / 'model.safetensors')
     else:
-        kwargs = {**WIDE, **({} if args else use)}
-        recorded = dict(arch='test_res2net', state_dict=model.state_dict(), args=Namespace(model_kwargs=kwargs, **args))
-        file = tmp_path / 'last.pth.tar'
-        torch.save(recorded, file)
+        file = saved(tmp_path, kwargs={**WIDE, **({} if args else use)}, **args)
     convert(file, tmp_path / 'out')
     converted = timm.create_model(f'local-dir:{tmp_path / "out"}', pretrained=True)
     for loaded in (load_model(file), load_model(file, 'test_res2net', **WIDE), converted):
@@ -285,11 +278,11 @@ def test_impossible_image_settings_are_ignored_with_one_warning(
     assert f'ignored image settings in {tmp_path}/last.pth.tar' in message
 
 
-@pytest.mark.parametrize('wrong', [dict(gp='warp'), dict(gp=['max']), dict(gp=3)], ids=str)
-def test_impossible_recorded_pool_is_a_checkpoint_error(wrong: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize('pool', ['warp', ['max'], 3], ids=str)
+def test_impossible_recorded_pool_is_a_checkpoint_error(pool: object, tmp_path: Path) -> None:
     for options in ({}, dict(name='test_res2net', **TINY)):
         with pytest.raises(CheckpointError):
-            load_model(saved(tmp_path, **wrong), **options)
+            load_model(saved(tmp_path, gp=pool), **options)
 
 
 @pytest.mark.parametrize('key', ['model_name', 'backbone'])
@@ -315,24 +308,17 @@ def test_config_of_transformers_beside_the_weights_records_the_model(tmp_path: P
 # From a file to a folder
 
 
-@pytest.mark.parametrize('source', ['train script', 'convert', 'push'])
-def test_images_and_labels_survive_from_file_to_folder_to_model(source: str, tmp_path: Path) -> None:
-    file, labels = saved(tmp_path, **RECORDED), list('dcba')
-    if source != 'train script':
-        convert(file, tmp_path / 'net', labels=labels)
-    if source == 'push':
-        push(load_model(tmp_path / 'net'), 'user/net', dry_run=tmp_path / 'pushed')
-    loaded = {
-        'train script': lambda: [load_model(file)],
-        'convert': lambda: [
-            timm.create_model(f'local-dir:{tmp_path}/net', pretrained=True),
-            load_folder(tmp_path / 'net'),
-        ],
-        'push': lambda: [load_folder(tmp_path / 'pushed'), load_model(tmp_path / 'pushed' / 'model.safetensors')],
-    }
-    for model in loaded[source]():
+def test_images_and_labels_survive_from_file_to_folder_to_model(tmp_path: Path) -> None:
+    convert(saved(tmp_path, **RECORDED), tmp_path / 'net', labels=list('dcba'))
+    push(load_model(tmp_path / 'net'), 'user/net', dry_run=tmp_path / 'pushed')
+    for model in (
+        timm.create_model(f'local-dir:{tmp_path}/net', pretrained=True),
+        load_folder(tmp_path / 'net'),
+        load_folder(tmp_path / 'pushed'),
+        load_model(tmp_path / 'pushed' / 'model.safetensors'),
+    ):
         assert json.dumps(resolve_model_data_config(model)) == json.dumps(IMAGES)  # JSON has no tuples
-        assert class_names(model) == (labels if source != 'train script' else [f'class {i}' for i in range(4)])
+        assert class_names(model) == list('dcba')
 
 
 def test_convert_of_a_bare_file_records_the_image_settings_that_load_model_assumes(tmp_path: Path) -> None:

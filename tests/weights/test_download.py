@@ -53,11 +53,6 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if body is None or isinstance(fault, int):
             self.send_error(404 if body is None else fault)
             return
-        if fault == 'circle':
-            self.send_response(302)
-            self.send_header('Location', self.path)
-            self.end_headers()
-            return
         start = int((self.headers.get('Range') or 'bytes=0-').split('=')[1].split('-')[0])
         self.send_response(206 if start else 200)
         if start:
@@ -94,16 +89,13 @@ def test_download_is_complete_also_after_a_cut(faults: list[Any], server: Server
     assert len(server.requests) == requests  # the folder has it
 
 
-@pytest.mark.parametrize('faults', [['cut'] * 9, [404] * 9, [503] * 9, ['circle'] * 99])
+@pytest.mark.parametrize('faults', [['cut'] * 9, [404] * 9, [503] * 9])
 def test_failed_download_is_a_connection_error_and_leaves_no_file(
     faults: list[Any], server: Server, tmp_path: Path
 ) -> None:
     server.faults = faults
-    with pytest.raises(
-        ConnectionError, match=r'cannot download http.*\. Without a network, put the file into'
-    ) as error:
+    with pytest.raises(ConnectionError, match=r'^cannot download http.*\. Without a network, put the file into.*$'):
         download(f'{server.url}/file.bin', tmp_path, contents)
-    assert '\n' not in str(error.value)
     assert list(tmp_path.iterdir()) == []
     server.faults = []
     assert download(f'{server.url}/file.bin', tmp_path, contents) == CONTENT
@@ -177,7 +169,7 @@ def test_published_weights_of_other_frameworks_have_url_and_license() -> None:
         assert f'{WEIGHTS[name].top1:.2f} %' in cfg.description
 
 
-@pytest.mark.parametrize('name', [name for name in FOREIGN if 'mindcv' not in name])
+@pytest.mark.parametrize('name', ['res2net50_pd_14w_8s.paddle_in1k', 'res2net200_vd_26w_4s.ssld_in1k'])
 def test_create_model_pretrained_paddleclas_downloads_once_then_uses_cache(
     name: str, server: Server, tmp_path: Path
 ) -> None:
@@ -194,15 +186,12 @@ def test_create_model_pretrained_paddleclas_downloads_once_then_uses_cache(
     assert [file.name for file in (tmp_path / 'cache').iterdir()] == [FOREIGN[name].split('/')[-1]]
 
 
-@pytest.mark.parametrize('name', [name for name in FOREIGN if 'mindcv' in name])
 def test_create_model_pretrained_mindcv_verifies_hash_and_loads_weights(
-    name: str, server: Server, tmp_path: Path, references: Callable[[str], Path]
+    server: Server, tmp_path: Path, references: Callable[[str], Path]
 ) -> None:
-    deep = name.split('.')[0].endswith('d')
-    file = references('mindspore') / ('res2net_v1b.ckpt' if deep else 'res2net.ckpt')
-    args = dict(layers=(1, 2, 1, 1), **(dict(base_width=3, scale=3) if deep else dict(base_width=2)))
+    name, file = 'res2net50d.mindcv_in1k', references('mindspore') / 'res2net_v1b.ckpt'
     overlay = serve_file(server, FOREIGN[name], file.read_bytes())
-    options = dict(pretrained=True, cache_dir=tmp_path, **args)
+    options = dict(pretrained=True, cache_dir=tmp_path, layers=(1, 2, 1, 1), base_width=3, scale=3)
     with pytest.raises(ConnectionError, match='SHA-256 differs'):
         timm.create_model(name, pretrained_cfg_overlay={**overlay, 'num_classes': 5}, **options)
     renamed = FOREIGN[name].rpartition('-')[0] + f'-{sha256(file)[:8]}.ckpt'
@@ -270,7 +259,7 @@ def test_create_model_pretrained_timm_names_load_unless_metadata_contradicts(tmp
 def test_create_model_pretrained_safetensors_of_mmpretrain_names_loads(tmp_path: Path) -> None:
     state = {f'backbone.{name}': tensor for name, tensor in tiny().state_dict().items()}
     state = {name.replace('backbone.fc.', 'head.fc.'): tensor for name, tensor in state.items()}
-    (tmp_path / 'file.safetensors').write_bytes(save(state))
+    save_file(state, tmp_path / 'file.safetensors')
     overlay = dict(file=str(tmp_path / 'file.safetensors'), num_classes=4)
     model = timm.create_model('test_res2net', pretrained=True, pretrained_cfg_overlay=overlay, **TINY)
     torch.testing.assert_close(model.state_dict(), tiny().state_dict(), rtol=0, atol=0)

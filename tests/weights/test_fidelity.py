@@ -1,4 +1,4 @@
-"""A loaded network computes what the file's own code computes, or there is an error, or one warning; never silence."""
+"""A loaded network computes what the file's own code computes; otherwise there is an error or one warning."""
 
 import itertools
 import logging
@@ -6,6 +6,7 @@ import os
 import random
 from argparse import Namespace
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ ASSUMED: dict[str, tuple[dict[str, Tensor], tuple[str, ...]]] = {
     'next to a decoder': ({**under('resnet.', TRUNK), **decoder()}, ('first_block=', 'strides=', 'dilations=')),
     **{
         f'under {prefix!r}': ({**under(prefix, TRUNK), **decoder()}, ('first_block=', 'strides=', 'dilations='))
-        for prefix in ('model.', 'net.', 'module.', 'state_dict.', '')
+        for prefix in ('model.', '')
     },
     'detector of mmdet 1': (
         {**under('backbone.', TRUNK), **decoder('rpn_head.rpn_conv.weight', 'bbox_head.fc_cls.weight')},
@@ -69,20 +70,17 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 
 
 @pytest.mark.parametrize(('state', 'keywords'), ASSUMED.values(), ids=[*ASSUMED])
-@pytest.mark.parametrize('load', [load_model, lambda file: convert(file, dry_run=True)], ids=['load', 'convert'])
 def test_network_inside_another_gets_one_short_warning_that_names_the_keywords(
-    state: dict[str, Tensor],
-    keywords: tuple[str, ...],
-    load: Callable[[Path], object],
-    tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
+    state: dict[str, Tensor], keywords: tuple[str, ...], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = save_checkpoint(state, tmp_path)
-    load(file)
-    (message,) = warnings_of(caplog)
-    assert all(keyword in message for keyword in keywords)
-    assert 'Pass these keywords to change it' in message
-    assert len(message) - len(str(file)) < 400
+    for load in (load_model, partial(convert, dry_run=True)):
+        caplog.clear()
+        load(file)
+        (message,) = warnings_of(caplog)
+        assert all(keyword in message for keyword in keywords)
+        assert 'Pass these keywords to change it' in message
+        assert len(message) - len(str(file)) < 400
 
 
 @pytest.mark.parametrize(
@@ -104,13 +102,12 @@ def test_given_keywords_are_recorded_and_silence_their_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = save_checkpoint({**under('resnet.', TRUNK), **decoder()}, tmp_path)
-    fields = {
-        name: value for name, value in vars(spec_of(tiny())).items() if name not in ('deformable', 'shortcut_root')
-    }
     assert read_checkpoint(file).provenance['strides'] == 'default'
     assert read_checkpoint(file, strides=(1, 2, 2, 2)).provenance['strides'] == 'recorded'
-    load_model(file, **fields)
-    assert not [message for message in warnings_of(caplog) if 'strides' in message]
+    load_model(file, strides=(1, 2, 2, 2))
+    (message,) = warnings_of(caplog)
+    assert 'dilations=' in message
+    assert 'strides=' not in message
 
 
 def test_provenance_distinguishes_recorded_proved_inferred_and_default(tmp_path: Path) -> None:
@@ -234,8 +231,7 @@ def test_recorded_arguments_without_tensors_survive_every_writer(key: str, tmp_p
     torch.manual_seed(0)
     model = randomise(timm.create_model(name, num_classes=5, **args)).eval()
     for load in itertools.islice(written_and_read(model, name, args, tmp_path), 5):
-        loaded = load()
-        torch.testing.assert_close(loaded.eval()(images), model(images), rtol=0, atol=0)
+        torch.testing.assert_close(load().eval()(images), model(images), rtol=0, atol=0)
 
 
 # Every keyword of every trunk through every writer

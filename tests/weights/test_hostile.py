@@ -1,4 +1,4 @@
-"""Hostile files are refused in seconds, within 200 MB, with one printable line."""
+"""Hostile files are refused within seconds and 200 MB, with one printable line."""
 
 import io
 import json
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from formats import FORMATS, SMALL, WRITTEN, field, torch_file
+from formats import SMALL, WRITTEN, field, torch_file
 from formats import pickled as text
 from safetensors.torch import save
 from support import slow_but
@@ -51,19 +51,6 @@ def in_dict(value: bytes, protocol: int = 2) -> bytes:
     return b'\x80' + bytes([protocol]) + b'}' + text('a') + value + b's.'
 
 
-def as_key(value: bytes) -> bytes:
-    """Pickles a dict with one key."""
-    return b'\x80\x02}' + value + b'Ns.'
-
-
-def levels(number: int, width: int) -> bytes:
-    """Opcodes of nested dicts; all values of each are one and the same dict."""
-    opcodes = b'}q\x00'
-    for i in range(number):
-        opcodes += b'0}(' + b''.join(text(str(k)) + b'h%c' % i for k in range(width)) + b'uq%c' % (i + 1)
-    return opcodes
-
-
 def with_sizes(sizes: bytes) -> bytes:
     """Pickles a torch tensor whose sizes and strides are given as opcodes."""
     storage = b'(' + text('storage') + b'ctorch\nFloatStorage\n' + text('0') + text('cpu') + b'K\x01tQ'
@@ -88,14 +75,15 @@ def with_blocks(number: int) -> dict[str, Tensor]:
     return SMALL | {f'layer2.{i}{name}': last[name] for name in last for i in range(1, number)}
 
 
-def without_keys(content: bytes) -> bytes:
-    """A file of torch before 1.6 with an empty list of storages: torch leaves them uninitialized."""
+def with_keys(keys: bytes) -> bytes:
+    """A file of torch before 1.6 with other opcodes for its list of storage keys."""
+    content = WRITTEN['torch before 1.6']
     file, ends = io.BytesIO(content), []
     for _ in range(5):
         for _opcode in pickletools.genops(file):
             pass
         ends.append(file.tell())
-    return content[: ends[3]] + pickle.dumps([], 2) + content[ends[4] :]
+    return content[: ends[3]] + b'\x80\x02' + keys + b'.' + content[ends[4] :]
 
 
 ONE_NUMBER = b'shape {\n dim: 1\n}\ndata_type: kFloat\n'
@@ -122,12 +110,6 @@ def zip_with_entries(number: int) -> bytes:
     return content[:offset] + directory + content[-22:-10] + struct.pack('<II', len(directory), offset) + bytes(2)
 
 
-def legacy(keys: bytes) -> bytes:
-    """A file of torch before 1.6 with other opcodes for its list of storage keys."""
-    content = without_keys(WRITTEN['torch before 1.6'])
-    return content.replace(pickle.dumps([], 2), b'\x80\x02' + keys + b'.', 1) if pickle.dumps([], 2) in content else b''
-
-
 def text_offsets() -> bytes:
     """5,000 tensors whose two offsets are one text of 1 MB."""
     view = b'(' + text('v') + b'h\x00K\x01t'
@@ -142,10 +124,12 @@ def nested_metadata(depth: int) -> bytes:
     return save(SMALL, {'first_block': 'paddle', 'dilations': '[' * depth + ']' * depth})
 
 
-KEYS = [b'\x8a\x0a' + (i * ((1 << 61) - 1)).to_bytes(10, 'little') for i in range(40_000)]  # with one hash
-COLLIDING = b''.join(KEYS)
+COLLIDING = [b'\x8a\x0a' + (i * ((1 << 61) - 1)).to_bytes(10, 'little') for i in range(40_000)]  # with one hash
 DOUBLING = b')' + b'q\x00h\x00\x86' * 60  # (t, t) of the tuple before, 60 times
 NESTED = b')' + b'\x85' * 1_000_000
+LEVELS = b'}q\x00' + b''.join(  # of nested dicts; both values of each are one and the same dict
+    b'0}(' + b''.join(text(key) + b'h%c' % i for key in 'ab') + b'uq%c' % (i + 1) for i in range(40)
+)
 HUGE = b'\x8b' + struct.pack('<i', 200_000) + b'\x7f' * 200_000
 LARGE = b'\x8a\x08' + struct.pack('<q', 1 << 62)
 ATTACKS: dict[str, bytes] = {
@@ -158,10 +142,8 @@ ATTACKS: dict[str, bytes] = {
     ),
     'uninitialized tensor': torch_zip(in_dict(b'ctorch\nFloatTensor\n(K\x14K\x03tR')),
     'lists': b'\x80\x04' + b']' * 2_000_000 + b'.',
-    'sets': b'\x80\x04' + b'\x8f' * 2_000_000 + b'.',
-    'dicts of references': in_dict(levels(6, 25)),
-    '40 levels of shared dicts': in_dict(levels(40, 2)),
-    'the same as arguments': torch_zip(b'\x80\x02}' + text('args') + levels(40, 2) + b's.'),
+    '40 levels of shared dicts': in_dict(LEVELS),
+    'the same as arguments': torch_zip(b'\x80\x02}' + text('args') + LEVELS + b's.'),
     'a dict in itself': b'\x80\x02}q\x00' + text('a') + b'h\x00s.',
     'safetensors of lists': header({'a': [[] for _ in range(100_000)]}),
     'safetensors header of 1 TB': struct.pack('<Q', 1 << 40) + b'{}',
@@ -179,16 +161,14 @@ ATTACKS: dict[str, bytes] = {
     ),
     'safetensors name of 6 MB': save({'model.' * 1_000_000 + 'layer1.0.convs.0.weight': torch.ones(1)}),
     # depth
-    'tuples as key': as_key(NESTED),
-    'tuples in a set': b'\x80\x04\x8f(' + NESTED + b'\x90.',
-    'tuples as type': b'\x80\x04cnumpy\ndtype\n' + NESTED + b'\x85R0}.',
+    'tuples as key': b'\x80\x02}' + NESTED + b'Ns.',
     'tuples as type of an array': in_dict(
         b'cnumpy.core.multiarray\n_reconstruct\n)R(K\x01)cnumpy\ndtype\n' + NESTED + b'\x85R\x89C\x00tb', 4
     ),
     'dicts': b'\x80\x04' + (b'}' + text('a')) * 100_000 + b'N' + b's' * 100_000 + b'.',
     'JSON': struct.pack('<Q', 200_012) + b'{"a":' + b'[' * 100_000 + b']' * 100_000 + b'}      ',
     # time
-    'doubling tuples as key': as_key(DOUBLING),
+    'doubling tuples as key': b'\x80\x02}' + DOUBLING + b'Ns.',
     'doubling tuples as architecture': torch_zip(b'\x80\x02}' + text('arch') + DOUBLING + b's.'),
     'sizes of 200 kB digits': torch_zip(
         with_sizes(b'(' + HUGE + b'q\x00' + b'h\x00' * 4000 + b'tq\x01h\x01'), **{'0': bytes(4)}
@@ -200,15 +180,14 @@ ATTACKS: dict[str, bytes] = {
         1, field(1, b'a') + field(2, field(1, (1 << 63) - 1) * 50_000 + field(2, b'Float32'))
     ),
     'a number of 5,000 digits': b'\x80\x02}' + text('a') + b'I' + b'9' * 5000 + b'\ns.',
-    'keys with one hash': b'\x80\x02}(' + b''.join(key + b'N' for key in KEYS) + b'u.',
+    'keys with one hash': b'\x80\x02}(' + b''.join(key + b'N' for key in COLLIDING) + b'u.',
     'PAX header of digits': pax_of_digits(),
     '400 blocks': torch_file(with_blocks(400)),
     # what is not there
-    'storage without bytes': without_keys(WRITTEN['torch before 1.6']),
+    'storage without bytes': with_keys(b']'),  # torch leaves it uninitialized
     'more than 64 dimensions': pickle.dumps({'a': np.ones(1, 'float32')}).replace(
         b'K\x01\x85', b'(' + b'K\x01' * 65 + b't'
     ),
-    # one by one
     '1,500 keys of seven strings each': torch_zip(
         b'\x80\x02'
         + text('a' * 100_000)
@@ -216,18 +195,13 @@ ATTACKS: dict[str, bytes] = {
         + b''.join(b'(' + b'h\x00' * 7 + b'M' + struct.pack('<H', i) + b'tN' for i in range(1500))
         + b'u.'
     ),
-    'frozenset with one hash': b'\x80\x04}' + text('a') + b'(' + COLLIDING + b'\x91s.',
-    'set with one hash': b'\x80\x04}' + text('a') + b'\x8f(' + COLLIDING + b'\x90s.',
     'OrderedDict with one hash': in_dict(
-        b'ccollections\nOrderedDict\n(](' + b''.join(key + b'N\x86' for key in KEYS) + b'etR'
+        b'ccollections\nOrderedDict\n(](' + b''.join(key + b'N\x86' for key in COLLIDING) + b'etR'
     ),
-    'Counter with one hash': in_dict(b'ccollections\nCounter\n(}(' + b''.join(key + b'N' for key in KEYS) + b'utR'),
     'offsets of 1 MB text': text_offsets(),
     'metadata nested 900 deep': nested_metadata(900),
     'metadata nested 100,000 deep': nested_metadata(100_000),
-    'torch before 1.6, doubling keys': legacy(b']' + DOUBLING + b'a'),
-    'torch before 1.6, keys nested 400,000 deep': legacy(b']' + b')' + b'\x85' * 400_000 + b'a'),
-    'torch before 1.6, keys nested 5,000 deep': legacy(b']' + b')' + b'\x85' * 5000 + b'a'),
+    'torch before 1.6, keys nested 400,000 deep': with_keys(b']' + b')' + b'\x85' * 400_000 + b'a'),
     '127 tiny blocks with a wrong one': torch_file(
         {**with_blocks(123), 'layer1.0.convs.0.weight': torch.ones(5, 5, 3, 3)}
     ),
@@ -310,11 +284,9 @@ def load() -> Iterator[Load]:
 
 
 SECONDS, MEMORY = 4, 200e6  # of parent and sandbox together; the promise is 2 s on an idle machine
-SLOW = {  # those that use up the limit of CPU time as another one does
-    *(name for name in ATTACKS if name.startswith(('tuples as', 'tuples in'))),
-    *('the same as arguments', 'frozenset with one hash', 'keys with one hash', 'Counter with one hash'),
-    *('set with one hash', 'torch before 1.6, doubling keys', 'doubling tuples as key', 'sets'),
-    *('40 levels of shared dicts', 'dicts of references'),
+SLOW = {  # those that use up the limit of CPU time, as the OrderedDict does
+    *('40 levels of shared dicts', 'the same as arguments', 'keys with one hash', 'doubling tuples as key'),
+    *('tuples as key', 'tuples as type of an array'),
 }
 
 
@@ -338,14 +310,6 @@ def test_zip_bomb_is_never_unpacked(load: Load, tmp_path: Path) -> None:
     memory, _, outcome = load(tmp_path / 'bomb')
     assert outcome.startswith('refused')
     assert memory < 60e6
-
-
-@pytest.mark.parametrize('kind', ['safetensors', 'torch', 'mindspore'])
-def test_negative_variance_is_refused_by_every_reader(kind: str, tmp_path: Path) -> None:
-    changed = {**SMALL, 'layer1.0.bn3.running_var': -SMALL['layer1.0.bn3.running_var']}
-    (tmp_path / 'file').write_bytes(FORMATS[kind](changed))
-    with pytest.raises(CheckpointError, match=r'layer1\.0\.bn3\.running_var has a negative variance'):
-        load_model(tmp_path / 'file')
 
 
 @pytest.mark.parametrize(
@@ -379,12 +343,11 @@ def test_named_model_is_not_built_before_the_tensors_fit(tmp_path: Path, monkeyp
         load_model(tmp_path / 'file', 'test_res2net')
 
 
-@pytest.mark.parametrize('key', ['data_dir', 'dataset', 'model_kwargs', 'mean', 'gp', 'img_size', 'crop_mode'])
-@pytest.mark.parametrize('as_mapping', [True, False])
-def test_tensor_among_recorded_arguments_is_ignored_or_refused(key: str, as_mapping: bool, tmp_path: Path) -> None:
-    args = {'nested': {'a': [('b', torch.ones(2))]}, key: torch.ones(2)}
-    contents = {'arch': 'test_res2net', 'state_dict': SMALL, 'args': args if as_mapping else Namespace(**args)}
-    (tmp_path / 'file').write_bytes(torch_file(contents))
+@pytest.mark.parametrize('kind', [dict, Namespace])
+def test_tensors_among_recorded_arguments_are_ignored(kind: type[Any], tmp_path: Path) -> None:
+    keys = 'data_dir', 'dataset', 'model_kwargs', 'mean', 'gp', 'img_size', 'crop_mode'
+    args = kind(nested={'a': [('b', torch.ones(2))]}, **dict.fromkeys(keys, torch.ones(2)))
+    (tmp_path / 'file').write_bytes(torch_file({'arch': 'test_res2net', 'state_dict': SMALL, 'args': args}))
     assert load_model(tmp_path / 'file', first_block='paddle').num_classes == 4
 
 

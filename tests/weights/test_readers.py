@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import shutil
 import struct
 import subprocess
 import sys
@@ -22,7 +23,7 @@ import pytest
 import torch
 from formats import FORMATS, SMALL, WRITTEN, field, mindspore, mindspore_value, save_checkpoint, torch_file
 from safetensors.torch import save
-from support import ROOT, tiny
+from support import tiny
 from torch import Tensor, nn
 
 from timm_res2net import CheckpointError, fuse, load_checkpoint, load_model
@@ -187,10 +188,9 @@ def test_program_or_fused_model_is_refused_with_how_to_get_its_weights(save: Any
     ('path', 'message'),
     [
         ('absent.pth', 'No such file'),
-        ('', 'is a directory|no Res2Net|No such file'),
+        ('', 'config.json of .*: No such file'),
         ('pipe', 'not a regular file'),
         ('/dev/zero', 'not a regular file'),
-        ('/dev/stdin', 'not a regular file|No such device|is a directory|known format'),
         ('/proc/self/mem', 'Input/output error|damaged|known format'),
         ('a\0b', 'a\\\\x00b: .*null'),
     ],
@@ -227,31 +227,28 @@ class Net(nn.Module):
         self.backbone = tiny('paddle')
 
 
-@pytest.mark.parametrize(
-    'wanted',
-    [
-        Calls(os.system, 'touch ran'),
-        Calls(builtins.eval, "open('ran', 'w')"),
-        Calls(builtins.exec, "open('ran', 'w')"),
-        [Calls(Calls, os.mkdir, 'ran')],
-        Calls(builtins.getattr, Calls(__import__, 'os'), 'system'),
-        Calls(os.mkdir, 'ran'),
-        np.array([Calls(os.mkdir, 'ran')], dtype=object),
-        Settings(),
-        Path('x'),
-        defaultdict(list),
-        Counter('ab'),
-        {1, 2},
-        OrderedDict(a=[torch.ones(2)]),
-    ],
-)
+CALLS = [
+    Calls(os.system, 'touch ran'),
+    Calls(builtins.eval, "open('ran', 'w')"),
+    Calls(builtins.exec, "open('ran', 'w')"),
+    [Calls(Calls, os.mkdir, 'ran')],
+    Calls(builtins.getattr, Calls(__import__, 'os'), 'system'),
+    Calls(os.mkdir, 'ran'),
+    np.array([Calls(os.mkdir, 'ran')], dtype=object),
+]
+OBJECTS = [Settings(), Path('x'), defaultdict(list), Counter('ab'), {1, 2}, OrderedDict(a=[torch.ones(2)])]
+
+
 @pytest.mark.parametrize('kind', ['pickle', 'torch'])
 def test_calls_and_objects_next_to_the_weights_run_nothing_and_are_ignored(
-    wanted: Any, kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    state = {'extra': wanted, **({n: t.numpy() for n, t in SMALL.items()} if kind == 'pickle' else SMALL)}
-    content = pickle.dumps(state) if kind == 'pickle' else torch_file(state)
+    extra: dict[str, Any] = {f'extra{i}': each for i, each in enumerate([*CALLS, *OBJECTS])}
+    if kind == 'pickle':
+        content = pickle.dumps({**extra, **{name: tensor.numpy() for name, tensor in SMALL.items()}})
+    else:
+        content = torch_file({**extra, **SMALL})
     assert_same(read_checkpoint(write(tmp_path, content)).state)
     assert os.listdir() == ['file']
 
@@ -372,20 +369,11 @@ def test_sandbox_that_hangs_is_killed(tmp_path: Path, monkeypatch: pytest.Monkey
         read_file(write(tmp_path, bytes(100)))
 
 
-@pytest.mark.parametrize('problem', ['executable', 'processes'])
 def test_sandbox_that_cannot_be_started_is_one_checkpoint_error(
-    problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(*args: Any, **kwargs: Any) -> None:
-        raise BlockingIOError(11, 'Resource temporarily unavailable')
-
-    if problem == 'executable':
-        monkeypatch.setattr(sys, 'executable', str(tmp_path / 'absent'))
-    else:
-        monkeypatch.setattr(subprocess, 'Popen', fail)
-    with pytest.raises(
-        CheckpointError, match=r'cannot start the process.*(No such file or directory|unavailable)\. Try again'
-    ):
+    monkeypatch.setattr(sys, 'executable', str(tmp_path / 'absent'))
+    with pytest.raises(CheckpointError, match=r'cannot start the process.*No such file or directory\. Try again'):
         read_file(write(tmp_path, WRITTEN['torch']))
 
 
@@ -407,43 +395,30 @@ def test_interrupt_kills_the_sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert threading.active_count() <= before
 
 
-def test_package_in_a_path_with_spaces_reads_without_write_permission(tmp_path: Path) -> None:
+def test_sandbox_in_a_path_with_spaces_reads_and_writes_no_files_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     place = tmp_path / 'a place with spaces'
     place.mkdir()
-    (place / 'sandbox.py').write_bytes((ROOT / 'timm_res2net' / 'weights' / 'sandbox.py').read_bytes())
-    file = write(tmp_path, WRITTEN['pdparams'])
-    for path in (place, tmp_path):
-        path.chmod(0o500)
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(readers, 'SANDBOX', str(place / 'sandbox.py'))
-            patch.chdir(place)
-            assert_same(read_checkpoint(file).state)
-        assert [path.name for path in place.iterdir()] == ['sandbox.py']
-    finally:
-        for path in (tmp_path, place):
-            path.chmod(0o700)
+    shutil.copy(readers.SANDBOX, place)
+    monkeypatch.setattr(readers, 'SANDBOX', str(place / 'sandbox.py'))
+    monkeypatch.chdir(place)
+    assert_same(read_checkpoint(write(tmp_path, WRITTEN['pdparams'])).state)
+    assert os.listdir() == ['sandbox.py']
 
 
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='has no such limits')
-def test_file_that_shrinks_or_grows_between_parse_and_read_is_refused_or_unchanged(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    real = readers.read_answer
-    for change, size in (('shrinks', 3000), ('grows', len(WRITTEN['torch']) + 5000)):
-        file = write(tmp_path, WRITTEN['torch'])
+def test_file_that_shrinks_between_parse_and_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file, read = write(tmp_path, WRITTEN['torch']), readers.read_answer
 
-        def answer(process: Any, *args: Any, size: int = size, file: Path = file) -> Any:
-            process.wait()
-            os.truncate(file, size)
-            return real(process, *args)
+    def truncate_and_read(process: Any, *args: Any) -> Any:
+        process.wait()
+        os.truncate(file, 3000)
+        return read(process, *args)
 
-        monkeypatch.setattr(readers, 'read_answer', answer)
-        if change == 'shrinks':
-            with pytest.raises(CheckpointError, match='ends too early'):
-                read_file(file)
-        else:
-            assert_same(read_file(file).tensors)
+    monkeypatch.setattr(readers, 'read_answer', truncate_and_read)
+    with pytest.raises(CheckpointError, match='ends too early'):
+        read_file(file)
 
 
 def test_names_and_messages_are_printable_and_bounded(tmp_path: Path) -> None:
