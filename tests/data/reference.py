@@ -1,12 +1,12 @@
 """Helpers for the scripts in this folder, which make files with the code of other projects.
 
 Each archive has, for each of its networks, a weights file as its project writes it, and NAME.npz with images of an even
-and of an odd size and the logits, or the four feature maps, that the project's code computes for them. The weights file
-of a backbone also has a tensor of another part. Where these images are too small to show all dilations, wide.npz has a
+and of an odd size and the logits, or the four feature maps, that the project's code computes for them. Most files of
+backbones also have a tensor of another part. Where these images are too small to show all dilations, wide.npz has a
 wide one and the last map.
 
 To keep archives small, the networks are thin, and their weights are sparse and rounded, or repeated; statistics of
-norms are random. Networks in one archive share values where they have the same tensors.
+norms are random. Networks of one archive may share values.
 """
 
 import contextlib
