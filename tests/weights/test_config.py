@@ -167,7 +167,7 @@ def test_config_that_contradicts_the_weights_metadata_never_changes_the_outputs(
 
 @pytest.mark.skipif(not hasattr(os, 'mkfifo'), reason='has no named pipes')
 @pytest.mark.parametrize('name', ['config.json', 'model.safetensors'])
-def test_missing_pipe_or_device_in_a_folder_is_a_checkpoint_error(name: str, tmp_path: Path) -> None:
+def test_missing_or_irregular_file_in_a_folder_is_a_checkpoint_error(name: str, tmp_path: Path) -> None:
     place = folder(tmp_path) / name
     place.unlink()
     with pytest.raises(CheckpointError, match=f'cannot read .*{name}.*: No such file'):
@@ -253,7 +253,7 @@ def test_recorded_number_of_channels_takes_no_memory(tmp_path: Path) -> None:
     assert read_checkpoint(saved(tmp_path, mean=[0.5], in_chans=10**9)).images == dict(mean=(0.5,))
 
 
-def test_train_script_of_an_unknown_model_records_only_its_images(tmp_path: Path) -> None:
+def test_train_script_of_an_unknown_model_records_only_image_settings(tmp_path: Path) -> None:
     checkpoint = read_checkpoint(saved(tmp_path, arch='hf-hub:somebody/net', img_size=48, crop_pct=0.9))
     assert checkpoint.images == dict(input_size=(3, 48, 48), crop_pct=0.9)
     assert checkpoint.name is None
@@ -328,7 +328,7 @@ def test_convert_of_a_bare_file_records_the_image_settings_that_load_model_assum
 
 
 @pytest.mark.parametrize('channels', [1, 4])
-def test_other_image_channels_get_the_mean_of_the_means(channels: int, tmp_path: Path) -> None:
+def test_other_numbers_of_channels_get_the_average_mean_and_std(channels: int, tmp_path: Path) -> None:
     file = saved(tmp_path, kwargs={**TINY, 'in_chans': channels}, mean=[0.1, 0.2, 0.6], std=[0.2, 0.3, 0.4])
     convert(file, tmp_path / 'net')
     for model in (load_model(file), timm.create_model(f'local-dir:{tmp_path}/net', pretrained=True)):
@@ -342,7 +342,7 @@ def test_ten_classes_without_names_do_not_get_those_of_the_published_weights(tmp
     assert class_names(load_model(tmp_path / 'plain.pth'))[:2] == ['class 0', 'class 1']
 
 
-def test_labels_are_read_from_a_file_or_from_the_names_of_folders(tmp_path: Path) -> None:
+def test_labels_are_read_from_a_file_or_from_folder_names(tmp_path: Path) -> None:
     (tmp_path / 'names.txt').write_text('cat\n\ndog\n', encoding='utf-8-sig')
     assert read_labels(str(tmp_path / 'names.txt')) == ['cat', 'dog']
     for name in ('class10', 'class2', 'empty'):

@@ -123,12 +123,12 @@ def test_full_disk_is_an_os_error_that_names_the_file(server: Server, tmp_path: 
 
 
 @pytest.mark.parametrize('url', ['file:///etc/hostname', 'ftp://127.0.0.1/x', '/etc/hostname', ''])
-def test_other_addresses_than_of_the_web_are_a_value_error(url: str, tmp_path: Path) -> None:
+def test_url_without_http_is_a_value_error(url: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match='it must begin with https://'):
         download(url, tmp_path, contents)
 
 
-def test_hash_in_the_name_is_verified(server: Server, tmp_path: Path) -> None:
+def test_checksum_in_the_name_is_verified(server: Server, tmp_path: Path) -> None:
     beginning = hashlib.sha256(CONTENT).hexdigest()[:8]
     server.files = {f'/net-{beginning}.ckpt': CONTENT, '/net-00000000.ckpt': CONTENT}
     assert download(f'{server.url}/net-{beginning}.ckpt', tmp_path, contents)
@@ -186,7 +186,7 @@ def test_create_model_pretrained_paddleclas_downloads_once_then_uses_cache(
     assert [file.name for file in (tmp_path / 'cache').iterdir()] == [FOREIGN[name].split('/')[-1]]
 
 
-def test_create_model_pretrained_mindcv_verifies_hash_and_loads_weights(
+def test_create_model_pretrained_mindcv_verifies_checksum_and_loads_weights(
     server: Server, tmp_path: Path, references: Callable[[str], Path]
 ) -> None:
     name, file = 'res2net50d.mindcv_in1k', references('mindspore') / 'res2net_v1b.ckpt'
@@ -223,7 +223,7 @@ def test_create_model_pretrained_with_another_spec_raises_without_a_download(
         timm.create_model(name, pretrained=True, **given)
 
 
-def test_create_model_pretrained_with_a_norm_that_hides_its_eps_is_refused(tmp_path: Path) -> None:
+def test_create_model_pretrained_with_a_norm_of_hidden_eps_is_refused(tmp_path: Path) -> None:
     save_file(tiny().state_dict(), tmp_path / 'net.safetensors')
     overlay = dict(file=str(tmp_path / 'net.safetensors'), num_classes=4)
     options = dict(pretrained=True, pretrained_cfg_overlay=overlay, **TINY)

@@ -166,7 +166,7 @@ def test_weights_from_chooses_between_averaged_and_latest_weights(
     assert warnings_of(caplog) == []
 
 
-def test_weights_from_that_a_file_lacks_is_refused(tmp_path: Path) -> None:
+def test_weights_from_is_refused_if_the_file_has_no_such_weights(tmp_path: Path) -> None:
     file = save_checkpoint(tiny().state_dict(), tmp_path)
     assert read_checkpoint(file).weights_from is None
     with pytest.raises(CheckpointError, match=r'it has no averaged weights\. Leave out weights_from'):
@@ -180,7 +180,7 @@ def test_weights_from_that_a_file_lacks_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize('stem', [{}, dict(stem_type='', stem_width=64)], ids=['deep stem', 'plain stem'])
 @pytest.mark.parametrize('dialect', ['numbered', 'layer0', 'd-linknet'])
-def test_renamed_containers_load(dialect: str, stem: dict[str, Any], tmp_path: Path, images: Tensor) -> None:
+def test_networks_with_renamed_modules_load(dialect: str, stem: dict[str, Any], tmp_path: Path, images: Tensor) -> None:
     model = tiny(num_classes=0, **stem)
     if dialect == 'numbered':
         state = nn.Sequential(*[*model.children()][:-2]).state_dict()
@@ -204,7 +204,7 @@ def test_renamed_containers_load(dialect: str, stem: dict[str, Any], tmp_path: P
     ],
     ids=['Sequential', 'another input', 'two layers', 'a vector'],
 )
-def test_trunk_under_a_changed_classifier_loads_without_classes(
+def test_trunk_with_another_kind_of_classifier_loads_without_it(
     head: dict[str, Tensor], tmp_path: Path, images: Tensor
 ) -> None:
     file = save_checkpoint({**TRUNK, **head}, tmp_path)
