@@ -17,11 +17,11 @@ import timm
 import torch
 from support import tiny
 
-from timm_res2net import CheckpointError, export_checkpoint, push
+from timm_res2net import export_checkpoint, push
 from timm_res2net._errors import first_line
 from timm_res2net._files import atomic_write, atomic_write_text, make_folder, require_writable, write_files
 from timm_res2net.weights.config import CONFIG_FILE, WEIGHTS_FILE
-from timm_res2net.weights.convert import convert
+from timm_res2net.weights.convert import convert, folder_for
 
 resource = pytest.importorskip('resource')
 pytestmark = [
@@ -193,18 +193,14 @@ def test_convert_into_a_folder_with_a_foreign_file_is_refused(name: str, file: P
     assert os.listdir(out) == [name]
 
 
-def test_convert_names_the_folder_after_the_file(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(file.parent)
-    for name, folder in (('.hidden.pth', 'hidden'), ('net.v2.pth', 'net.v2'), ('.net', 'net')):
-        os.replace('net.pth', name)
-        assert convert(name, dry_run=True).folder == Path(folder)
-        os.replace(name, 'net.pth')
-    os.replace('net.pth', '..pth')
+@pytest.mark.parametrize(
+    ('name', 'folder'),
+    [('.hidden.pth', 'hidden'), ('net.v2.pth', 'net.v2'), ('.net', 'net'), ('a/last.pth.tar', 'last')],
+)
+def test_convert_names_the_folder_after_the_file(name: str, folder: str) -> None:
+    assert folder_for(name) == Path(folder)
     with pytest.raises(ValueError, match=r"cannot name a folder after '\.\.pth'"):
-        convert('..pth')
-    assert os.listdir() == ['..pth']
-    with pytest.raises(CheckpointError):
-        convert('absent.pth')
+        folder_for('..pth')
 
 
 # Single files
