@@ -24,6 +24,7 @@ os.environ.pop('HF_TOKEN', None)
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from huggingface_hub import constants
 from PIL import Image
 from support import ROOT, built
@@ -51,13 +52,18 @@ def images() -> torch.Tensor:
 
 @pytest.fixture(scope='session')
 def references(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Unpacks files that other frameworks wrote, with what they compute; see `tests/data`."""
+    """Unpacks an archive of `tests/data`, once for all processes; returns its folder."""
+    root = tmp_path_factory.getbasetemp()
+    if 'PYTEST_XDIST_WORKER' in os.environ:
+        root = root.parent
 
     @cache
     def unpacked(framework: str) -> Path:
-        folder = tmp_path_factory.mktemp(framework)
-        with tarfile.open(ROOT / 'tests' / 'data' / f'{framework}.tar.xz') as archive:
-            archive.extractall(folder, **SAFELY)
+        folder = root / framework
+        with FileLock(f'{folder}.lock'):
+            if not folder.exists():
+                with tarfile.open(ROOT / 'tests' / 'data' / f'{framework}.tar.xz') as archive:
+                    archive.extractall(folder, **SAFELY)
         return folder
 
     return unpacked
