@@ -1,4 +1,4 @@
-"""Downloads weights from their owners' addresses, with huggingface_hub's own download (retries, resume, progress)."""
+"""Downloads weights from their publishers, with huggingface_hub's own download (retries, resume, progress)."""
 
 import re
 from collections.abc import Callable
@@ -18,7 +18,7 @@ T = TypeVar('T')
 def download(url: str, folder: PathLike, read: Callable[[str], T]) -> T:
     """Downloads a file, unless the folder has it, and reads it; ConnectionError or OSError if that fails.
 
-    The file gets its name only when its size and checksum are right, as far as they are known, and it can be read.
+    The file gets its final name after its size and checksum, where they are known, were verified and it was read.
     """
     if urlparse(url).scheme not in ('http', 'https'):
         raise ValueError(f'cannot download {url!r}: it must begin with https://')

@@ -1,7 +1,7 @@
-"""Known networks around a Res2Net with the authors' tensor names, recognized by the names of their other tensors.
+"""Known networks that contain a Res2Net with the authors' tensor names, recognized by their other tensors.
 
-The authors' names do not show strides and dilations. Those of these networks were read off their own code, which was
-run for comparison. Each mark was checked to be unique among the tensor names of all of them.
+The authors' names do not show strides and dilations: they were taken from each project's code, and outputs were
+compared. No other project in the table has a tensor with the name of a mark.
 """
 
 from collections.abc import Mapping
@@ -12,15 +12,15 @@ from ..models.spec import NetworkSpec
 
 @dataclass(frozen=True)
 class Project:
-    """A network around a Res2Net. Tensor names are relative to the module that contains the Res2Net's."""
+    """A network that contains a Res2Net. Tensor names are relative to the parent of the Res2Net's module."""
 
     name: str
     prefix: str  # the Res2Net's module
     spec: NetworkSpec | None  # what the Res2Net computes; None if no model here does
-    mark: str  # a tensor next to the Res2Net, or a module if the name ends in a dot
-    also: str = ''  # another one that must be present
-    absent: str = ''  # one that must not be present, as another network has the same mark
-    shape: tuple[int, ...] | None = None  # of the mark, if others have the same name
+    mark: str  # a tensor that must be present, or a module if the name ends in a dot
+    also: str = ''  # another one
+    absent: str = ''  # one that must not be present, if another network has the same mark
+    shape: tuple[int, ...] | None = None  # of the mark, if another network has the same mark
     unsupported: str = ''  # why no model here computes it
 
 
@@ -86,7 +86,7 @@ PROJECTS = (
 
 
 def find_project(prefix: str, shapes: Mapping[str, tuple[int, ...]]) -> Project | None:
-    """Finds the network that the Res2Net with a prefix is part of, by the shapes of all tensors; None if unknown."""
+    """Finds the known network that contains the Res2Net under a prefix; `shapes` are those of a file's tensors."""
     parent, _, last = prefix.removesuffix('.').rpartition('.')
     above = f'{parent}.' if parent else ''
     for project in PROJECTS:

@@ -23,7 +23,7 @@ AVERAGED = {'state_dict_ema', 'model_ema', 'ema_state_dict', 'ema', 'ema_model',
 LATEST = {'current_model_state'}  # of Lightning, where 'state_dict' is the average
 WRAPPERS = {'state_dict', 'model', 'model_state', 'module', '_orig_mod', 'net', *AVERAGED, *LATEST}
 TRAINING = re.compile(r'(optim|sched|scaler|amp|loops|callbacks|rng|random|averaging_state|message_hub)', re.IGNORECASE)
-COUNTERS = 'total_ops', 'total_params', 'n_averaged'  # of thop, and of torch's averaging
+COUNTERS = 'total_ops', 'total_params'  # that thop adds to each module
 MAX_NETWORKS = 16  # in one file
 FOREIGN = {  # names of tensors that only resemble ours, and hints
     'layer1.0.conv2.weight': '. Its names are those of a plain ResNet, without splits',

@@ -57,7 +57,7 @@ class Refused(Exception):
 
 
 class Inert(dict[Any, Any]):
-    """Stands for any class or function that a pickle names: accepts everything, does nothing."""
+    """Stands for any class or function that a pickle names; accepts everything and does nothing."""
 
     qualified_name = ''
     state: Any = None
@@ -222,7 +222,7 @@ def read_zip(file: BinaryIO) -> Any:
 
 
 EXPORTED = 'a program of torch.export. Its weights are torch.export.load(FILE).state_dict, if you trust the file'
-OTHER_ARCHIVES = {  # that begin as those of torch do, by how the name of one member ends
+OTHER_ARCHIVES = {  # archives that begin like torch's, by the end of a member's name
     '/constants.pkl': 'a TorchScript program. Its weights are torch.jit.load(FILE).state_dict(), if you trust the file',
     '/models/model.json': EXPORTED,
     'serialized_exported_program.json': EXPORTED,  # of torch 2.6
@@ -231,7 +231,7 @@ OTHER_ARCHIVES = {  # that begin as those of torch do, by how the name of one me
 
 
 def locate_member(file: BinaryIO, archive: Any, name: str, storage: Storage) -> None:
-    """Finds the bytes of an archive's member: at their place in the file if they are not compressed."""
+    """Locates the bytes of an archive's member in the file, or unpacks them if they are compressed."""
     info = archive.getinfo(name)
     storage.size = info.file_size
     if storage.dtype in WIDTHS and storage.count * WIDTHS[storage.dtype] != storage.size:
@@ -332,7 +332,7 @@ def read_tape(file: BinaryIO) -> Any:
 
 
 def read_paddle_variable(data: memoryview) -> Tensor:
-    """Reads version, positions of sequences (which weights do not have), size of the description, and that."""
+    """Reads a variable: version, sequence positions (empty for weights), size of the description, description, data."""
     at = 12
     for _ in range(struct.unpack_from('<Q', data, 4)[0]):
         at += 8 + struct.unpack_from('<Q', data, at)[0]
@@ -343,7 +343,7 @@ def read_paddle_variable(data: memoryview) -> Tensor:
 
 
 def read_oneflow(file: BinaryIO, archive: Any, folder: str) -> Any:
-    """Reads a zipped folder of OneFlow before 1.0: a folder for each tensor, since 0.6 with a pickle of names."""
+    """Reads a zipped folder of OneFlow before 1.0: a folder for each tensor and, since 0.6, a pickle of names."""
     names = archive.namelist()
 
     def read_variable(path: str) -> Tensor:
@@ -363,7 +363,7 @@ def read_oneflow(file: BinaryIO, archive: Any, folder: str) -> Any:
     return {name: read_variable(value.state['path']) for name, value in found.items() if isinstance(value, Inert)}
 
 
-FORMATS: tuple[tuple[int, bytes, Any], ...] = (  # where in a file which bytes are, and its reader or what it is
+FORMATS: tuple[tuple[int, bytes, Any], ...] = (  # position of the magic bytes, and the reader or what the file is
     (0, b'PK\x03\x04', read_zip),
     (0, b'\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19', read_legacy),
     (0, b'\x80', read_pickle),
@@ -377,7 +377,7 @@ FORMATS: tuple[tuple[int, bytes, Any], ...] = (  # where in a file which bytes a
 
 
 def read_file(file: BinaryIO) -> Any:
-    """Reads a file in the format that its first bytes belong to."""
+    """Reads a file in the format that its first bytes show."""
     head = file.read(512)
     file.seek(0)
     for at, magic, reader in FORMATS:
@@ -394,7 +394,7 @@ def read_file(file: BinaryIO) -> Any:
 # From a file's content to the answer
 
 
-# Levels of nesting that are not part of a tensor's name: of modules, and of OneFlow around one tensor or all.
+# Keys that are not part of a tensor's name, in pickled modules and in OneFlow's files.
 TRANSPARENT = '_parameters', '_buffers', '_modules', 'data'
 
 
@@ -414,7 +414,7 @@ def find_tensors(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, 
 
 
 def to_plain(value: Any, depth: int = 0) -> Any:
-    """Reduces a value to what JSON holds: objects become their attributes or, like classes, type names."""
+    """Reduces a value to JSON: objects become dicts of their attributes, or type names as classes do."""
     if depth == MAX_DEPTH:
         return None
     if isinstance(value, type) and issubclass(value, Inert):
@@ -434,7 +434,7 @@ def to_plain(value: Any, depth: int = 0) -> Any:
 
 
 def answer(found: Any, out: BinaryIO) -> None:
-    """Writes the tensors and values that a file contains."""
+    """Writes the answer for a file's content."""
     if not isinstance(found, dict):
         raise Refused(f'it holds a {type(found).__name__}, not tensors by name. Save a dict of tensors')
     tensors: dict[str, Any] = {}
