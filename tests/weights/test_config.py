@@ -4,6 +4,7 @@ import json
 import math
 import os
 from argparse import Namespace
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -172,7 +173,8 @@ def test_missing_or_irregular_file_in_a_folder_is_a_checkpoint_error(name: str, 
     place.unlink()
     with pytest.raises(CheckpointError, match=f'cannot read .*{name}.*: No such file'):
         load_folder(tmp_path)
-    for make in (os.mkfifo, lambda path: path.symlink_to('/dev/zero')):
+    makers: list[Callable[[Path], object]] = [os.mkfifo, lambda path: path.symlink_to('/dev/zero')]
+    for make in makers:
         make(place)
         with pytest.raises(CheckpointError, match=f'cannot read .*{name}.*: not a regular file'):
             load_folder(tmp_path)

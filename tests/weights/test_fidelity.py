@@ -74,7 +74,8 @@ def test_network_inside_another_gets_one_short_warning_that_names_the_keywords(
     state: dict[str, Tensor], keywords: tuple[str, ...], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     file = save_checkpoint(state, tmp_path)
-    for load in (load_model, partial(convert, dry_run=True)):
+    loaders: list[Callable[[Path], object]] = [load_model, partial(convert, dry_run=True)]
+    for load in loaders:
         caplog.clear()
         load(file)
         (message,) = warnings_of(caplog)
