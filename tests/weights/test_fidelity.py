@@ -46,10 +46,8 @@ PPM = 'backbone_head.weight', 'decode_head.psp_modules.0.1.conv.weight'
 # Files whose geometry is not recorded, and the keywords that the one warning must name.
 ASSUMED: dict[str, tuple[dict[str, Tensor], tuple[str, ...]]] = {
     'next to a decoder': ({**under('resnet.', TRUNK), **decoder()}, ('first_block=', 'strides=', 'dilations=')),
-    **{
-        f'under {prefix!r}': ({**under(prefix, TRUNK), **decoder()}, ('first_block=', 'strides=', 'dilations='))
-        for prefix in ('model.', '')
-    },
+    'under a wrapper': ({**under('model.', TRUNK), **decoder()}, ('first_block=', 'strides=', 'dilations=')),
+    'without a prefix': ({**TRUNK, **decoder()}, ('first_block=', 'strides=', 'dilations=')),
     'detector of mmdet 1': (
         {**under('backbone.', TRUNK), **decoder('rpn_head.rpn_conv.weight', 'bbox_head.fc_cls.weight')},
         ("first_block='official'", 'strides='),
