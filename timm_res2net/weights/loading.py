@@ -40,8 +40,8 @@ def load_checkpoint(
 ) -> Checkpoint:
     """Loads a weights file into a model that computes what the weights were trained for.
 
-    Every tensor of the model must be in the file. The file's other tensors are left out if they belong to a part that
-    the model lacks: a classifier, or the last stages of a feature extractor.
+    Every tensor of the model must be in the file. Leaves out the file's other tensors if they belong to a part that the
+    model lacks: a classifier, or the last stages of a feature extractor.
 
     Args:
         model: A model of this package, also inside `features_only`, `torch.compile` or DistributedDataParallel.
@@ -57,7 +57,7 @@ def load_checkpoint(
     Raises:
         CheckpointError: If the file cannot be read, does not fit, or belongs to a network that computes something else.
             The model is unchanged.
-        TypeError: If the model holds no Res2Net, or an argument has no effect on a checkpoint that was already read.
+        TypeError: If the model contains no Res2Net, or an argument has no effect on a checkpoint that was already read.
         ValueError: If the model is on the meta device.
 
     Example:
@@ -115,15 +115,15 @@ def load_model(
 ) -> nn.Module:
     """Makes the model that a weights file fits, with the weights.
 
-    The model computes what the file's own code computes: architecture and arguments are found, and recorded
-    `output_stride`, `dilate_pool` and `global_pool` are applied unless an argument overrides them. Weights are adapted
-    as in timm: those of the first convolution are summed or repeated for other image channels, and a classifier for
-    another number of classes is new. Recorded image settings and class names go to the model's `pretrained_cfg`, and
-    what a push recorded to its attribute `record`.
+    The model computes what the original code computes. Finds the architecture and its arguments, and applies recorded
+    `output_stride`, `dilate_pool` and `global_pool` unless an argument overrides them. Adapts weights as timm does:
+    sums or repeats those of the first convolution for another number of image channels, and makes a new classifier for
+    another number of classes. Recorded image settings and class names go to the model's `pretrained_cfg`, and the facts
+    that a push recorded to its attribute `record`.
 
     Args:
         file: A weights file or folder, or the result of `read_checkpoint`.
-        name: Name of the model. If None, model and arguments are found from the file.
+        name: Name of the model. If None, finds model and arguments from the file.
         dialect: See `read_checkpoint`. Only for a file.
         prefix: See `read_checkpoint`. Only for a file.
         weights_from: See `read_checkpoint`. Only for a file.
@@ -136,7 +136,7 @@ def load_model(
     Raises:
         CheckpointError: If the file cannot be read, or fits no model, or not the named one.
         UnknownModelError: If there is no such model.
-        TypeError: If the named model holds no Res2Net.
+        TypeError: If the named model contains no Res2Net.
 
     Example:
         >>> backbone = timm_res2net.load_model('faster_rcnn_r2_101_fpn.pth', features_only=True)
