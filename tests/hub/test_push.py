@@ -286,7 +286,7 @@ def with_nan() -> nn.Module:
         (lambda: tiny().to('meta'), {}, r"meta device.*\(first: 'conv1\.0"),
         (with_nan, {}, r"NaN or infinity.*\(first: 'fc\.weight'\)"),
         (tiny, dict(labels=['a']), 'labels has 1 names for 4 classes'),
-        (tiny, dict(labels=['a', 'b', 'c', '']), 'invalid labels: pass a non-empty str for each class'),
+        (tiny, dict(labels=['a', 'b', 'c', 4]), 'labels must be a list of str'),
         (tiny, dict(results={'accuracy': 9950}), 'invalid results: accuracy is 9950'),
         (tiny, dict(timeout=5), "unexpected keyword argument 'timeout'"),
     ],

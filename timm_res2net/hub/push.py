@@ -22,8 +22,15 @@ from ..models.block import spec_of
 from ..models.checks import require_finite_weights
 from ..models.classifier import Classifier, as_classifier, model_name
 from ..models.variants import ARCHS
-from ..weights.config import CONFIG_FILE, WEIGHTS_FILE, make_config, require_no_model, write_folder
-from ..weights.convert import require_as_many_labels
+from ..weights.config import (
+    CONFIG_FILE,
+    RECORD,
+    WEIGHTS_FILE,
+    make_config,
+    require_labels,
+    require_no_model,
+    write_folder,
+)
 from ..weights.loading import load_folder
 from .cards import card, merge_cards
 from .client import call_hub, hub_api, one_line, require_repo_id
@@ -158,9 +165,7 @@ def write_model(model: Classifier, folder: Path, labels: Sequence[str] | None, f
     if name not in ARCHS:
         raise ValueError(f'cannot push a {type(model).__name__}: it is not a model of this package')
     if labels is not None:
-        require_as_many_labels(labels, model.num_classes)
-        if not all(isinstance(label, str) and label.strip() for label in labels):
-            raise ValueError('invalid labels: pass a non-empty str for each class')
+        require_labels(labels, model.num_classes)
     defaults = {'in_chans': 3, 'global_pool': 'avg', 'num_classes': model.num_classes}
     args = {key: value for key, value in get_model_args(model).items() if defaults.get(key) != value}
     known = model.pretrained_cfg.get('label_names') or ()

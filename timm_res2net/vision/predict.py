@@ -21,8 +21,7 @@ from ..deploy.optimize import optimize
 from ..models.checks import require_eval_mode
 from ..models.classifier import class_names, image_config, registered_cfg
 from ..weights.checkpoints import Checkpoint
-from ..weights.config import CONFIG_FILE
-from ..weights.convert import require_as_many_labels
+from ..weights.config import require_labels
 from ..weights.loading import load_model, require_known
 
 _logger = logging.getLogger(__name__)
@@ -84,7 +83,7 @@ def name_classes(model: nn.Module, labels: Sequence[str]) -> None:
     net: Any = model
     if net.num_classes == 1 and len(labels) == 2:
         labels = labels[1:]
-    require_as_many_labels(labels, net.num_classes)
+    require_labels(labels, net.num_classes)
     net.pretrained_cfg['label_names'] = tuple(labels)
 
 

@@ -157,13 +157,20 @@ def recorded_images(raw: RawFile, config: Mapping[str, Any], source: str) -> dic
 
 
 def recorded_labels(config: Mapping[str, Any], num_classes: int) -> tuple[str, ...]:
-    """Returns the class names in a configuration; ValueError for another type or another number of names."""
-    names = config.get('label_names') or (config.get('pretrained_cfg') or {}).get('label_names') or []
-    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-        raise ValueError('label_names must be a list of str')
-    if len(names) not in (0, num_classes):
-        raise ValueError(f'label_names has {len(names):,} names for {num_classes:,} classes')
+    """Returns the class names in a configuration, if it has any; ValueError if they are invalid."""
+    names = config.get('label_names') or (config.get('pretrained_cfg') or {}).get('label_names')
+    if not names:
+        return ()
+    require_labels(names, num_classes, 'label_names')
     return tuple(names)
+
+
+def require_labels(labels: Sequence[str], num_classes: int, key: str = 'labels') -> None:
+    """Raises ValueError unless labels are a list with a name for each class."""
+    if not isinstance(labels, list | tuple) or not all(isinstance(label, str) for label in labels):
+        raise ValueError(f'{key} must be a list of str')
+    if len(labels) != num_classes:
+        raise ValueError(f'{key} has {len(labels):,} names for {num_classes:,} classes')
 
 
 def read_labels(path: str) -> list[str]:

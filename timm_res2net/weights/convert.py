@@ -19,7 +19,7 @@ from ..models.fold import FoldedNorm
 from ..models.resnet import Res2Net
 from ..models.variants import ARCHS, WEIGHTS, default_cfg
 from .checkpoints import Checkpoint, read_checkpoint
-from .config import IMAGES, RECORD, make_config, require_no_model, write_folder
+from .config import IMAGES, RECORD, make_config, require_labels, require_no_model, write_folder
 from .dialects import DIALECTS
 from .loading import require_same_spec
 from .matching import find_model, resnet_arguments
@@ -64,7 +64,7 @@ def convert(
     network = as_classifier(outline)
     require_same_spec(network, checkpoint)
     if labels is not None:
-        require_as_many_labels(labels, checkpoint.num_classes)
+        require_labels(labels, checkpoint.num_classes)
     origin = dict(file=Path(file).name, sha256=sha256(checkpoint.file), dialect=checkpoint.dialect)
     cfg = {**describe_weights(name, args, origin['file']), **checkpoint.images}
     config = make_config(network, name, args, cfg, labels or checkpoint.labels, converted_from=origin)
@@ -82,12 +82,6 @@ def describe_weights(name: str, args: dict[str, Any], file: str) -> dict[str, An
         return dict(registered_cfg(published[0]).to_dict(remove_source=True))
     default = registered_cfg(name).to_dict()
     return {**default_cfg(name), **{key: default[key] for key in IMAGES if key in default}}
-
-
-def require_as_many_labels(labels: Sequence[str], num_classes: int) -> None:
-    """Raises ValueError unless each class has a name."""
-    if len(labels) != num_classes:
-        raise ValueError(f'labels has {len(labels)} names for {num_classes} classes')
 
 
 def folder_for(file: PathLike) -> Path:
