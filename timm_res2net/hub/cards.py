@@ -13,7 +13,7 @@ from timm.models import PretrainedCfg, get_model_args
 from torch import Tensor, nn
 
 from .._errors import UnknownModelError, first_line
-from ..models.classifier import Classifier, as_classifier, registered_cfg
+from ..models.classifier import Classifier, as_classifier, model_name, registered_cfg
 from ..models.variants import ARCHS, WEIGHTS, Weights
 from .client import require_repo_id
 from .facts import REPOSITORY, ModelFacts
@@ -47,17 +47,13 @@ def card(model: str | nn.Module, *, repo_id: str | None = None, **facts: Any) ->
     known = ModelFacts(**facts)
     if repo_id is not None:
         require_repo_id(repo_id)
-    name = as_classifier(model).pretrained_cfg['architecture']
+    name = model_name(as_classifier(model))
     if name not in ARCHS:
         raise ValueError(f'cannot make a card of {name!r}: it is not a model of this package')
     args = {key: value for key, value in get_model_args(model).items() if key != 'global_pool'}
-    return render(
-        timm.create_model(name, device='meta', **args),
-        known,
-        f'hf-hub:{repo_id}' if repo_id else name,
-        as_classifier(model).pretrained_cfg['input_size'][-1],
-        repo_id=repo_id,
-    )
+    images = dict(input_size=as_classifier(model).pretrained_cfg['input_size'])
+    outline = timm.create_model(name, device='meta', pretrained_cfg_overlay=images, **args)
+    return render(outline, known, repo_id or name, repo_id)
 
 
 def render_published(name: str) -> str:
@@ -70,21 +66,14 @@ def render_published(name: str) -> str:
     results, dataset = {'top-1 accuracy': weights.top1}, "scikit-learn's handwritten digits"
     if weights.top5 is not None:
         results, dataset = {**results, 'top-5 accuracy': weights.top5}, 'imagenet-1k'
-    return render(
-        timm.create_model(name, device='meta'),
-        ModelFacts(results=results, dataset=dataset, license=cfg.license),
-        name,
-        cfg.input_size[-1],
-        weights=weights,
-        cfg=cfg,
-    )
+    facts = ModelFacts(results=results, dataset=dataset, license=cfg.license)
+    return render(timm.create_model(name, device='meta'), facts, name, weights=weights, cfg=cfg)
 
 
 def render(
     model: nn.Module,
     facts: ModelFacts,
-    source: str,
-    size: int,
+    title: str,
     repo_id: str | None = None,
     weights: Weights | None = None,
     cfg: PretrainedCfg | None = None,
@@ -93,13 +82,13 @@ def render(
     import jinja2
 
     network = as_classifier(model.eval())
-    arch = ARCHS[network.pretrained_cfg['architecture']]
+    arch = ARCHS[model_name(network)]
+    size = network.pretrained_cfg['input_size'][-1]
     out_indices = arch.out_indices
     x = torch.empty(1, network.in_chans, size, size, device='meta')
     features = network.forward_intermediates(x, intermediates_only=True)
     neck = out_indices[-4:] if len(out_indices) > 4 else out_indices[1:]  # the levels of a feature pyramid
     gmacs, activations = measure(network, size)
-    title = source.removeprefix('hf-hub:')
 
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     body = environment.from_string(TEMPLATE.read_text(encoding='utf-8')).render(
@@ -114,7 +103,7 @@ def render(
         neck=neck,
         neck_shapes=[(1, 256, *features[index].shape[2:]) for index in neck],
         title=title,
-        source=source,
+        source=f'hf-hub:{repo_id}' if repo_id else title,
         size=size,
         repo_id=repo_id,
         weights=weights,
@@ -125,7 +114,7 @@ def render(
 
 
 def measure(model: Classifier, size: int) -> tuple[float, float]:
-    """Counts multiply-adds (10^9) and outputs of convolutions and classifier (10^6) for an image of `size` pixels."""
+    """Counts multiply-adds (in 10^9) and outputs of convolutions and classifier (in 10^6) for one image."""
     macs = activations = 0
 
     def count(layer: nn.Module, inputs: object, output: Tensor) -> None:
@@ -178,13 +167,13 @@ def sign(text: str) -> str:
 
 
 def is_generated(text: str) -> bool:
-    """Whether this package generated a card and nobody has edited it since."""
+    """Returns whether this package generated a card and nobody has edited it since."""
     above, _, last = text.strip().rpartition('\n')
     return last == sign(above)
 
 
 def merge_cards(written: bytes, generated: str) -> str:
-    """Puts new metadata on a card that somebody wrote; ValueError if that is not UTF-8 or its metadata is invalid."""
+    """Adds new metadata to a card that somebody wrote; ValueError if it is not UTF-8 or its metadata is invalid."""
     import yaml
 
     new: dict[str, Any] = yaml.safe_load(generated.split('---\n')[1])

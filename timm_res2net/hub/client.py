@@ -38,17 +38,14 @@ def hub_api(token: str | bool | None) -> HfApi:
 
 
 def require_repo_id(repo_id: str, revision: str | None = None) -> None:
-    """Raises ValueError or TypeError unless the names can be those of a repository and of a revision."""
-    for name, value in (('repo_id', repo_id), ('revision', '' if revision is None else revision)):
-        if not isinstance(value, str):
-            raise TypeError(f'{name} must be a str, got {value!r}')
+    """Raises ValueError unless the names can be those of a repository and of a revision."""
     try:
         validate_repo_id(repo_id)
         if '/' not in repo_id:
             raise HFValidationError('the user is missing')
     except HFValidationError as error:
         raise ValueError(f'invalid repo_id {repo_id!r}: {first_line(error)}. Pass USER/NAME') from None
-    if revision is not None and not REVISION.fullmatch(revision):
+    if revision is not None and not (isinstance(revision, str) and REVISION.fullmatch(revision)):
         raise ValueError(f'invalid revision {revision!r}: pass a branch, a tag or a commit')
 
 
@@ -81,7 +78,7 @@ def causes_of(error: BaseException) -> list[BaseException]:
 
 
 def is_transient(error: BaseException) -> bool:
-    """Whether another attempt may succeed: after a broken connection, a busy server or a damaged download."""
+    """Returns whether another attempt may succeed: after a broken connection, a busy server or a damaged download."""
     chain = causes_of(error)
     if refusals := [each for each in chain if isinstance(each, HfHubHTTPError)]:
         return refusals[-1].response.status_code in TRANSIENT

@@ -1,10 +1,15 @@
 """Facts about a model that only its owner knows."""
 
+import logging
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any
+
+from .._errors import first_line
+
+_logger = logging.getLogger(__name__)
 
 REPOSITORY = re.compile(r'([\w.-]+/)?[\w.-]+', re.ASCII)
 LICENSE = re.compile(r'[a-z0-9][a-z0-9.+-]*')  # the Hub's license IDs
@@ -57,11 +62,13 @@ class ModelFacts:
         return {key: value for key, value in vars(self).items() if value is not None}
 
     def completed_by(self, record: Mapping[str, Any]) -> 'ModelFacts':
-        """Adds missing facts that a `config.json` records; ValueError, TypeError or AttributeError for invalid ones."""
+        """Adds missing facts from the record in a `config.json`; if one of them is invalid, logs that and adds none."""
         recorded = {key: record.get(key) for key in vars(self)}
-        if isinstance(recorded['license'], list):
-            recorded['license'] = tuple(recorded['license'])
-        return ModelFacts(**{**recorded, **self.as_dict()})
+        try:
+            return ModelFacts(**{**recorded, **self.as_dict()})
+        except (ValueError, TypeError, AttributeError) as error:
+            _logger.warning('ignored the facts recorded with the weights: %s', first_line(error))
+            return self
 
 
 def percentages(results: Mapping[str, float]) -> dict[str, float]:

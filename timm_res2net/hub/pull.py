@@ -84,13 +84,13 @@ def fetch(
     token: str | None = None,
     cache_dir: PathLike | None = None,
 ) -> Path:
-    """Downloads those of the files that exist, compares their checksums with the Hub's, and returns their folder.
+    """Downloads the files that exist, compares their checksums with the Hub's, and returns their folder.
 
     If the Hub cannot be reached or refuses, returns the folder in the cache, as huggingface_hub does.
     """
     require_repo_id(repo_id, revision)
     api = hub_api(token)
-    where: dict[str, Any] = dict(repo_id=repo_id, cache_dir=None if cache_dir is None else Path(cache_dir))
+    where: dict[str, Any] = dict(repo_id=repo_id, cache_dir=cache_dir)
     download = partial(api.snapshot_download, **where, revision=revision, allow_patterns=list(names))
 
     def attempt() -> Path:
@@ -102,7 +102,7 @@ def fetch(
         for name in damaged:
             (folder / name).resolve().unlink(missing_ok=True)  # or the next call would use it
         if damaged:
-            raise CheckpointError(f'cannot use {damaged[0]} of {repo_id}: its checksum differs from the Hub. Try again')
+            raise CheckpointError(f'cannot use {damaged[0]} of {repo_id}: its checksum differs on the Hub. Try again')
         return folder
 
     cached = find_in_cache(download, names)

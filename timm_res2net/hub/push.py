@@ -1,6 +1,7 @@
 """Pushes models to the Hugging Face Hub and verifies that every byte arrived."""
 
 import copy
+import json
 import logging
 import shutil
 import tempfile
@@ -98,8 +99,8 @@ def push(
         commit_message: Commit message.
         token: Hub token; by default that of `hf auth login`.
         overwrite_card: Replace a card that somebody wrote.
-        dry_run: Folder to write to instead of the Hub. It must not contain a model. A card in it is kept as one on the
-            Hub would be.
+        dry_run: Folder to write to instead of the Hub. It must not contain a model. A card in it is treated like a
+            card on the Hub.
         **facts: Fields of `ModelFacts`: `tag`, `results`, `dataset`, `license`, `base_model` and `recipe`.
 
     Raises:
@@ -123,24 +124,22 @@ def push(
     require_finite_weights(network)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary, 'model')
-        write_model(network, folder, labels, known)
+        config = write_model(network, folder, labels)
         record = getattr(network, 'record', {})
-        if record.get('sha256') == sha256(folder / WEIGHTS_FILE):  # the weights are unchanged
-            known = complete_facts(known, {'tag': network.pretrained_cfg.get('tag'), **record})
-            folder = Path(temporary, 'completed')
-            write_model(network, folder, labels, known)
+        if record.get('sha256') == config[RECORD]['sha256']:  # the weights are unchanged
+            known = known.completed_by({'tag': network.pretrained_cfg.get('tag'), **record})
+        write_facts(folder, config, known)
         require_round_trip(network, folder)
         generated = card(network, repo_id=repo_id, **known.as_dict())
         branch = revision or 'main'
         if dry_run is not None:
             existing = Path(dry_run, CARD_FILE)
-            written = existing.read_bytes() if existing.is_file() and not overwrite_card else None
+            written = existing.read_bytes() if existing.is_file() and not overwrite_card else b''
         else:
             require_valid_card(generated)
             head = call_hub(f'push to {repo_id}', lambda: prepare_branch(api, repo_id, branch, private))
-            written = None if overwrite_card else fetch_card(repo_id, head, token)
-        text = generated if written is None else merge_cards(written, generated)
-        (folder / CARD_FILE).write_text(text, encoding='utf-8')
+            written = b'' if overwrite_card else fetch_card(repo_id, head, token)
+        (folder / CARD_FILE).write_text(merge_cards(written, generated), encoding='utf-8')
         hashes = {name: sha256(folder / name) for name in FILES}
         if dry_run is not None:
             write_files(dry_run, {name: (folder / name).read_bytes() for name in reversed(FILES)})  # weights last
@@ -150,17 +149,8 @@ def push(
         return Push(done.pr_url or done.commit_url, done.oid, hashes)
 
 
-def complete_facts(facts: ModelFacts, record: dict[str, Any]) -> ModelFacts:
-    """Adds the facts that were recorded with the weights, unless they cannot appear on a card."""
-    try:
-        return facts.completed_by(record)
-    except (ValueError, TypeError, AttributeError) as error:
-        _logger.warning('ignoring the facts recorded with the weights: %s', first_line(error))
-        return facts
-
-
-def write_model(model: Classifier, folder: Path, labels: Sequence[str] | None, facts: ModelFacts) -> None:
-    """Writes weights, configuration and code for transformers to a folder."""
+def write_model(model: Classifier, folder: Path, labels: Sequence[str] | None) -> dict[str, Any]:
+    """Writes weights, configuration and code for transformers to a folder; returns the configuration."""
     name = model_name(model)
     if name not in ARCHS:
         raise ValueError(f'cannot push a {type(model).__name__}: it is not a model of this package')
@@ -170,8 +160,9 @@ def write_model(model: Classifier, folder: Path, labels: Sequence[str] | None, f
     args = {key: value for key, value in get_model_args(model).items() if defaults.get(key) != value}
     known = model.pretrained_cfg.get('label_names') or ()
     labels = list(labels or (known if len(known) == model.num_classes else ()))
-    record = {key: value for key, value in facts.as_dict().items() if key != 'tag'}
-    config = make_config(model, name, args, inherited_cfg(model, facts), labels, **record)
+    inherited = {*PretrainedCfg.__dataclass_fields__} - {*OF_WEIGHTS}
+    cfg = {key: value for key, value in model.pretrained_cfg.items() if key in inherited}
+    config = make_config(model, name, args, PretrainedCfg(**cfg).to_dict(remove_source=True), labels)
     config.update(auto_map=AUTO_MAP)
     state = {
         key: tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
@@ -180,23 +171,22 @@ def write_model(model: Classifier, folder: Path, labels: Sequence[str] | None, f
     try:
         write_folder(folder, state, config, spec_of(model))
     except TypeError as error:
-        raise ValueError(
-            f'cannot push {name}: config.json cannot hold one of its arguments: {first_line(error)}'
-        ) from error
+        raise ValueError(f'cannot push {name}: config.json cannot hold its arguments: {first_line(error)}') from error
     shutil.copyfile(Path(__file__).with_name(CODE_FILE), folder / CODE_FILE)
+    return config
 
 
-def inherited_cfg(model: Classifier, facts: ModelFacts) -> dict[str, Any]:
-    """Returns timm's configuration of a model, without the parts about the weights it was created with."""
-    known = {*PretrainedCfg.__dataclass_fields__} - {*OF_WEIGHTS}
-    cfg = {key: value for key, value in model.pretrained_cfg.items() if key in known}
-    license = facts.license if isinstance(facts.license, str) else None
-    return PretrainedCfg(**cfg, tag=facts.tag, license=license).to_dict(remove_source=True)
+def write_facts(folder: Path, config: dict[str, Any], facts: ModelFacts) -> None:
+    """Writes a configuration with facts about the weights."""
+    record = facts.as_dict()
+    config[RECORD] |= {key: value for key, value in record.items() if key != 'tag'}
+    config['pretrained_cfg'] |= {key: record[key] for key in ('tag', 'license') if isinstance(record.get(key), str)}
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + '\n')
 
 
 @torch.inference_mode()
 def require_round_trip(model: Classifier, folder: Path) -> None:
-    """Raises ValueError unless the model that a folder makes computes the same as the given one."""
+    """Raises ValueError unless the model in a folder computes the same as the given one."""
     x = torch.linspace(-2, 2, model.in_chans * 64 * 64).sin().reshape(1, model.in_chans, 64, 64)
     original = copy.deepcopy(model).to('cpu', torch.float32).to(memory_format=torch.contiguous_format).eval()
     try:
@@ -206,8 +196,8 @@ def require_round_trip(model: Classifier, folder: Path) -> None:
         is_same = False
     if not is_same:
         raise ValueError(
-            f'cannot push this {type(model).__name__}: it was changed after create_model, so its configuration makes '
-            'another function. Create it with arguments of create_model, and load its weights into that'
+            f'cannot push this {type(model).__name__}: it was changed after create_model, so its configuration cannot '
+            'recreate it. Make the change with arguments of create_model, and load the weights into that model'
         )
 
 
@@ -215,7 +205,7 @@ def require_round_trip(model: Classifier, folder: Path) -> None:
 
 
 def require_valid_card(text: str) -> None:
-    """Raises ValueError if the Hub rejects a card, for example for a license that it does not know."""
+    """Raises ValueError if the Hub rejects a card, for example because of an unknown license."""
 
     def validate() -> str:
         try:
@@ -239,25 +229,25 @@ def prepare_branch(api: HfApi, repo_id: str, branch: str, private: bool | None) 
     return str(api.model_info(repo_id, revision=branch).sha)
 
 
-def fetch_card(repo_id: str, head: str, token: str | None) -> bytes | None:
-    """Downloads the card of a commit, None if it has none. Any failure is an error: the card would be lost."""
+def fetch_card(repo_id: str, head: str, token: str | None) -> bytes:
+    """Downloads the card of a commit, empty if it has none. Any failure is an error: a push would replace the card."""
     with tempfile.TemporaryDirectory() as cache:
         file = fetch(repo_id, (CARD_FILE,), head, token, cache) / CARD_FILE
-        return file.read_bytes() if file.is_file() else None
+        return file.read_bytes() if file.is_file() else b''
 
 
 def commit(api: HfApi, repo_id: str, folder: Path, branch: str, head: str, create_pr: bool, message: str) -> CommitInfo:
     """Commits the files of a folder on top of `head`.
 
-    Another attempt has the same parent. If only the response was lost, huggingface_hub finds nothing left to commit; if
-    somebody else committed in the meantime, the Hub refuses. A pull request gets one attempt, as a second would open
-    another one.
+    Every attempt names the same parent. If only the response was lost, huggingface_hub finds nothing left to commit; if
+    somebody else pushed in the meantime, the Hub refuses. A pull request gets one attempt: a second would open another.
     """
 
     def attempt() -> CommitInfo:
         files = [CommitOperationAdd(name, str(folder / name)) for name in FILES]
-        options: dict[str, Any] = dict(revision=branch, parent_commit=head, create_pr=create_pr)
-        return api.create_commit(repo_id, files, commit_message=message, **options)
+        return api.create_commit(
+            repo_id, files, commit_message=message, revision=branch, parent_commit=head, create_pr=create_pr
+        )
 
     try:
         return call_hub(f'commit to {repo_id}', attempt, retries=0 if create_pr else 2)
@@ -279,4 +269,4 @@ def verify(api: HfApi, repo_id: str, folder: Path, done: CommitInfo) -> None:
         f'verify {done.commit_url}', lambda: api.verify_repo_checksums(repo_id, local_dir=folder, revision=done.oid)
     )
     if found.mismatches or found.extra_paths:
-        raise ConnectionError(f'the files in {done.commit_url} are not those that were sent. Push again')
+        raise ConnectionError(f'the files in {done.commit_url} differ from those that were sent. Push again')
