@@ -242,8 +242,8 @@ def test_error_shows_no_token_and_no_terminal_codes_from_the_hub(
             for name in ('', 'a b/c d', 'a/b/c', '../net', 'user/')
         ),
         *((dict(revision=name), 'invalid revision .*: pass a branch') for name in ('', '../main', 'a b', '-d', 'a\nb')),
-        (dict(repo_id=None), 'repo_id must be a str, got None'),
-        (dict(revision=5), 'revision must be a str, got 5'),
+        (dict(repo_id=None), 'invalid repo_id None: .*Pass USER/NAME'),
+        (dict(revision=5), 'invalid revision 5: pass a branch'),
         (dict(token=5), 'token: it must be a str, got int'),
     ],
     ids=str,

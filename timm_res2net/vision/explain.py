@@ -21,7 +21,7 @@ Array = NDArray[np.float32]
 
 @torch.no_grad()
 def class_activation_map(model: nn.Module, images: Tensor, classes: Sequence[int] | None = None) -> Array:
-    """Computes how much each position of an image adds to the logit of a class.
+    """Computes how much each position of an image contributes to the logit of a class.
 
     The classifier of these networks is linear in the mean of the features, so the logit is the mean of the map:
     `map.mean((1, 2)) + bias`. Paper: `Learning Deep Features for Discriminative Localization` -
@@ -37,6 +37,7 @@ def class_activation_map(model: nn.Module, images: Tensor, classes: Sequence[int
 
     Raises:
         ValueError: If the model is in training mode, or its classifier is not linear in the mean of the features.
+        TypeError: If the model is not a classification model.
 
     Example:
         >>> model = timm.create_model('test_res2net.digits', pretrained=True).eval()
@@ -44,14 +45,10 @@ def class_activation_map(model: nn.Module, images: Tensor, classes: Sequence[int
         (1, 2, 2)
     """
     require_eval_mode(model)
-    get_classifier = getattr(model, 'get_classifier', None)
-    weight = getattr(get_classifier() if get_classifier else None, 'weight', None)
-    pool_type = getattr(getattr(model, 'global_pool', None), 'pool_type', '')
-    if not isinstance(weight, Tensor) or pool_type != 'avg':
-        raise ValueError(
-            f'a class activation map needs a classifier on average pooling, not this {type(model).__name__}'
-        )
     net = as_classifier(model)
+    weight = getattr(net.get_classifier(), 'weight', None)
+    if weight is None or net.global_pool.pool_type != 'avg':
+        raise ValueError(f'cannot explain this {type(model).__name__}: it has no classifier on average pooling')
     features = net.forward_features(images)  # (N, num_features, H / 32, W / 32)
     if classes is None:
         classes = net.forward_head(features).argmax(dim=1).tolist()
@@ -94,7 +91,7 @@ def receptive_field(model: nn.Module, block: str, images: Tensor, of_block: bool
     splits: list[Tensor] = []
     hooks = [unit.conv1.register_forward_pre_hook(lambda module, args: inputs.append(args[0]))]
     last = [] if len(unit.bns) == unit.scale else [unit.pool]
-    for module in [*unit.bns, *last]:  # cloned before an activation works in place, perhaps without a gradient
+    for module in [*unit.bns, *last]:  # cloned because activations work in place
         hooks.append(module.register_forward_hook(lambda module, args, output: splits.append(output.clone())))
     try:
         x = images.clone().requires_grad_()
@@ -112,19 +109,19 @@ def receptive_field(model: nn.Module, block: str, images: Tensor, of_block: bool
 
 
 def center_of_mass(field: Array) -> NDArray[Any]:
-    """Returns row and column of a field's center of mass, in pixels; the middle of a field of zeros (a dead split)."""
+    """Returns row and column of a field's center of mass, in pixels; for a dead split, all zeros, the middle."""
     weights = field if field.any() else np.ones_like(field)
     return (np.indices(field.shape) * weights).sum(axis=(1, 2)) / weights.sum()
 
 
 def radius(field: Array) -> float:
-    """Returns the root mean square distance of a field's weight from its center of mass, in pixels."""
+    """Returns the root mean square distance from a field's center of mass, in pixels."""
     distances = np.indices(field.shape) - center_of_mass(field)[:, None, None]
     return float(np.sqrt((distances**2 * field).sum() / max(field.sum(), 1e-30)))
 
 
 def blocks_of(model: nn.Module, stage: int) -> list[str]:
-    """Returns the names of the blocks in a stage, counted from 1 as in `layer1`; ValueError if there is none."""
+    """Returns the names of the blocks in a stage, counted from 1; ValueError if there is no such stage."""
     info = as_classifier(model).feature_info
     stages = [each['module'] for each in info if blocks_in(model, each['module'])]
     if not 1 <= stage <= len(stages):
@@ -153,11 +150,11 @@ class Explanation:
 def explain(
     model: nn.Module, image: Image.Image, stage: int, dense: nn.Module | None = None, multi_label: bool = False
 ) -> Explanation:
-    """Computes the class activation map of an image, and the receptive fields of a block of a stage, from 1.
+    """Computes the class activation map of an image, and the receptive fields of a block in a stage, counted from 1.
 
-    `dense` is the same network, dilated so that it computes the map on a denser grid.
+    `dense` is the same network, dilated to compute the map on a denser grid.
     """
-    block = blocks_of(model, stage)[:2][-1]  # the second if there is one: the first block of a stage has no cascade
+    block = blocks_of(model, stage)[:2][-1]  # the second if there is one: the first has no cascade
     (predictions,) = predict(model, [image], read=lambda image: image, topk=3, multi_label=multi_label)
     if isinstance(predictions, ValueError):
         raise predictions

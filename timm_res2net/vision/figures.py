@@ -42,7 +42,7 @@ def require_drawable(out: str) -> None:
 
 
 def plot_catalogue(weights: Sequence[Mapping[str, Any]], out: str) -> None:
-    """Draws accuracy over cost, for sets of weights with `name`, `gmacs`, `params` and `top1` in %."""
+    """Draws accuracy over cost for sets of weights with `name`, `gmacs`, `params` and `top1` in %."""
     if not weights:
         raise ValueError('no weights to draw. Choose others by PATTERN')
     figure = new_figure(10, 6.5)
@@ -70,7 +70,7 @@ def plot_catalogue(weights: Sequence[Mapping[str, Any]], out: str) -> None:
 def plot_confusion(confusion: Tensor, names: Sequence[str], title: str, out: str) -> None:
     """Draws counts (classes, classes) by true class (rows) and predicted class (columns).
 
-    Names are drawn for at most 40 classes, and counts for at most 20.
+    Shows names for at most 40 classes, and counts for at most 20.
     """
     count = len(names)
     inches = 3.5 + 0.22 * min(count, 40)
@@ -101,7 +101,7 @@ def has_too_few_pixels(feature: Tensor) -> bool:
 def plot_pyramid(shown: Tensor, features: Sequence[Tensor], strides: Sequence[int], out: str) -> None:
     """Draws an image (3, H, W) next to its feature maps (C, h, w), as root mean squares over channels.
 
-    Maps with too few pixels are pale and marked.
+    Marks maps with too few pixels, and draws them pale.
     """
     figure = new_figure(2.4 * (len(features) + 1), 3.4)
     panels = figure.subplots(1, len(features) + 1)
@@ -121,7 +121,7 @@ def plot_pyramid(shown: Tensor, features: Sequence[Tensor], strides: Sequence[in
 
 
 def hide_axes(panel: 'Axes') -> None:
-    """Leaves only the picture, the title and the label of a panel."""
+    """Hides the ticks and the frame of a panel."""
     panel.set_xticks([])
     panel.set_yticks([])
     panel.spines[:].set_visible(False)
@@ -136,9 +136,24 @@ def plot_explanation(explanation: Explanation, out: str) -> None:
     image.imshow(explanation.image)
     image.set_title('image')
     hide_axes(image)
+
     names = [each.label.split(',')[0] for each in explanation.predictions]  # the first of the synonyms
-    draw_heat(upper, heat, explanation)
+    height, width = explanation.image.shape[:2]
+    limit = max(np.abs(explanation.activation_map).max(), 1e-6)
+    heat.imshow(explanation.image.mean(axis=2), cmap='gray', vmin=0, vmax=1.3)
+    overlay = heat.imshow(
+        explanation.activation_map,
+        cmap='RdBu_r',
+        vmin=-limit,
+        vmax=limit,
+        alpha=0.55,
+        extent=(-0.5, width - 0.5, height - 0.5, -0.5),
+        interpolation='bilinear',
+    )
     heat.set_title(f'class activation map: {names[0]}')
+    hide_axes(heat)
+    upper.colorbar(overlay, ax=heat, shrink=0.8, label='logit')
+
     bars.barh(range(len(names)), [each.probability for each in explanation.predictions], color='#3b6ea5')
     bars.set_yticks(range(len(names)), names)
     bars.invert_yaxis()
@@ -149,22 +164,8 @@ def plot_explanation(explanation: Explanation, out: str) -> None:
     save(figure, out)
 
 
-def draw_heat(figure: 'SubFigure', panel: 'Axes', explanation: Explanation) -> None:
-    """Draws the class activation map over the grey image."""
-    heat = explanation.activation_map
-    height, width = explanation.image.shape[:2]
-    extent = (-0.5, width - 0.5, height - 0.5, -0.5)
-    limit = max(abs(heat.min()), abs(heat.max()), 1e-6)
-    panel.imshow(explanation.image.mean(axis=2), cmap='gray', vmin=0, vmax=1.3)
-    overlay = panel.imshow(
-        heat, cmap='RdBu_r', vmin=-limit, vmax=limit, alpha=0.55, extent=extent, interpolation='bilinear'
-    )
-    hide_axes(panel)
-    figure.colorbar(overlay, ax=panel, shrink=0.8, label='logit')
-
-
 def draw_fields(figure: 'SubFigure', explanation: Explanation) -> None:
-    """Draws the receptive field of each split, all around the same pixel and at the same scale."""
+    """Draws the receptive fields of all splits around the same pixel and at the same scale."""
     from matplotlib.patches import Circle
 
     fields, radii = explanation.fields, explanation.radii

@@ -46,13 +46,13 @@ def pretrained_model(
     trust: bool = False,
     **kwargs: Any,
 ) -> nn.Module:
-    """Makes a model in evaluation mode with its published weights, or with those of a file or an exported model.
+    """Makes a model in evaluation mode with its published weights, or with those of a file; or loads an exported model.
 
-    Without a name it is the model that the weights fit. `trust` runs an exported `.pt2`, which can contain any code.
+    Without a name, makes the model that the weights fit. `trust` allows an exported `.pt2`, which can contain any code.
     """
     if weights is not None and not isinstance(weights, Checkpoint) and is_exported(weights):
         if name is not None or kwargs or str(device) != 'cpu':
-            raise ValueError(f'{weights} is an exported model, which runs unchanged on the CPU: pass nothing else')
+            raise ValueError(f'{weights} is an exported model, which runs unchanged on the CPU. Pass no other argument')
         return load_exported(weights, trust=trust)
     if weights is not None:
         return load_model(weights, name, **kwargs).to(device).eval()
@@ -78,7 +78,7 @@ def is_exported(file: PathLike) -> bool:
 def name_classes(model: nn.Module, labels: Sequence[str]) -> None:
     """Names the classes of a model or an exported model; ValueError unless there is one name per class.
 
-    A network with one logit also takes two names: the second is that of the class whose probability it computes.
+    A network with one logit also takes two names: it computes the probability of the second class.
     """
     net: Any = model
     if net.num_classes == 1 and len(labels) == 2:
@@ -88,17 +88,9 @@ def name_classes(model: nn.Module, labels: Sequence[str]) -> None:
 
 
 def label_classes(model: nn.Module) -> list[str]:
-    """Returns the names of a model's classes; that of a single unnamed logit is 'positive'."""
+    """Returns the names of a model's classes; a single unnamed logit is 'positive'."""
     names = class_names(model)
     return ['positive'] if names == ['class 0'] else names
-
-
-def to_probabilities(logits: Tensor, multi_label: bool = False) -> Tensor:
-    """Turns logits (N, classes) into probabilities: by a softmax, but by a sigmoid if there is one logit.
-
-    With `multi_label`, an image can belong to several classes, and each logit gets its own sigmoid.
-    """
-    return logits.sigmoid() if multi_label or logits.shape[1] == 1 else logits.softmax(dim=1)
 
 
 def predict(
@@ -109,9 +101,9 @@ def predict(
     threshold: float = 0,
     **options: Any,
 ) -> Iterator[list[Prediction] | ValueError]:
-    """Classifies images; yields for each, in order, its most likely classes, or the error that prevented it.
+    """Classifies images; yields the most likely classes of each, in order, or the error that prevented it.
 
-    It returns at most `topk` classes (None for all), of at least `threshold` probability; `options` are for `classify`.
+    Keeps at most `topk` classes (None for all) with a probability of at least `threshold`; `options` go to `classify`.
     """
     labels = label_classes(model)
     for scores in classify(model, images, read, **options):
@@ -131,10 +123,11 @@ def classify(
     compile: bool = False,
     multi_label: bool = False,
 ) -> Iterator[Tensor | ValueError]:
-    """Yields probabilities (classes,) for each image, in order, or the error that prevented it.
+    """Yields the probabilities (classes,) of each image, in order, or the error that prevented it.
 
-    Images are files, or other arguments of `read`, which is called from several threads. They are preprocessed by the
-    model's own configuration. The model, in evaluation mode, is fused for more than a handful of images.
+    A softmax makes them, or a sigmoid for a single logit; with `multi_label`, an image can belong to several classes,
+    and each logit gets its own sigmoid. `images` are files, or other arguments of `read`, which threads call. The model
+    is in evaluation mode; it is fused for more than a handful of images.
     """
     require_eval_mode(model)
     config = image_config(model)
@@ -167,7 +160,9 @@ def classify(
             if inputs:
                 x = torch.stack(inputs + inputs[:1] * ((fixed or 0) - len(inputs))).to(example)
                 with torch.inference_mode():
-                    rows = iter(to_probabilities(model(x).float(), multi_label).cpu())
+                    logits = model(x).float()
+                is_sigmoid = multi_label or logits.shape[1] == 1
+                rows = iter((logits.sigmoid() if is_sigmoid else logits.softmax(dim=1)).cpu())
             for each in batch:
                 scores = next(rows) if isinstance(each, Tensor) else each
                 if isinstance(scores, Tensor) and not scores.isfinite().all():  # weights that overflow
@@ -177,7 +172,7 @@ def classify(
 
 @torch.inference_mode()
 def feature_pyramid(model: nn.Module, image: Image.Image) -> tuple[Tensor, list[Tensor]]:
-    """Returns an image as the model sees it, (3, H, W) in 0..1, and the maps (C, h, w) of a feature extractor."""
+    """Returns an image as the model sees it, (3, H, W) in 0..1, and its feature maps (C, h, w)."""
     x, shown = preprocess(model, image)
     features = model(x[None].to(next(model.parameters()).device))
     return shown, [feature[0].cpu() for feature in features]

@@ -35,7 +35,7 @@ class Validation:
     """A model's accuracy on images of known classes."""
 
     images: int  # read and classified
-    top1: float  # % whose most likely class is right
+    top1: float  # % whose most likely class is correct
     top5: float  # % whose class is among the five most likely
     confusion: Tensor  # (classes, classes), counts by true class (rows) and predicted class (columns)
     unread: list[tuple[str, str]]  # (file that cannot be classified, reason)
@@ -44,18 +44,13 @@ class Validation:
 def decided_classes(model: nn.Module) -> list[str]:
     """Returns the names of the classes that a model decides between; a single logit decides between two."""
     names = label_classes(model)
-    return names if len(names) > 1 else [negation(names[0]), names[0]]
-
-
-def negation(name: str) -> str:
-    """Returns the name of the other class of a single logit."""
-    return 'negative' if name == 'positive' else f'not {name}'
+    return names if len(names) > 1 else [f'not {names[0]}', names[0]]
 
 
 def sort_classes(names: Iterable[str], order: str | None = None) -> list[str]:
     """Sorts the names of class folders; `order` is a key of `CLASS_ORDERS`.
 
-    Without it the order is timm's natural one, which is logged if it makes a difference.
+    The default is timm's natural order. Logs a warning if the order makes a difference and was not given.
     """
     natural, lexicographic = (sorted(names, key=key) for key in CLASS_ORDERS.values())
     if order is None and natural != lexicographic:
@@ -71,13 +66,13 @@ def sort_classes(names: Iterable[str], order: str | None = None) -> list[str]:
 def labelled_images(
     folder: PathLike, names: Sequence[str], truth: PathLike | None = None, class_order: str | None = None
 ) -> LabelledImages:
-    """Finds images and their classes; ValueError if there are none or they do not match.
+    """Finds images and their classes; ValueError if there are none, or a class is unknown.
 
     Args:
         folder: Has a subfolder for each class, or all images if `truth` gives their classes.
-        names: From `decided_classes`. The subfolders have these names, or ImageNet's synset names (all of them or
-            some), or are as many as the classes and in the order of `class_order`.
-        truth: A text file with one line per image: its path in the folder, a space, and its class by name or number.
+        names: From `decided_classes`. Subfolders have these names or ImageNet's synset names; or none of them has, and
+            there is one per class, in the order of `class_order`.
+        truth: A text file with one line per image: path in the folder, a space, and name or number of the class.
         class_order: See `sort_classes`.
     """
     root = Path(folder)
@@ -91,7 +86,7 @@ def labelled_images(
     strange = [name for name in folders if name not in index]
     if len(strange) == len(folders) == len(names):
         index = {name: i for i, name in enumerate(sort_classes(folders, class_order))}
-    elif len(strange) == 1 and len(names) == 2 and names[0] == negation(names[1]):
+    elif len(strange) == 1 and len(names) == 2 and names[0] == f'not {names[1]}':
         index[strange[0]] = 0
     elif strange:
         raise ValueError(
@@ -105,9 +100,9 @@ def labelled_images(
 
 
 def class_numbers(names: Sequence[str]) -> dict[str, int]:
-    """Returns the number of each class by its name, and for ImageNet's classes also by synset, such as 'n01440764'.
+    """Returns the number of each class by its name, and of ImageNet's classes also by synset, such as 'n01440764'.
 
-    Names that several classes share are left out: ImageNet has two cranes, the bird and the machine.
+    Omits names that several classes share: ImageNet has two cranes, the bird and the machine.
     """
     subset = infer_imagenet_subset({'num_classes': len(names)})
     synsets = ImageNetInfo(subset).label_names() if subset else []
@@ -116,7 +111,7 @@ def class_numbers(names: Sequence[str]) -> dict[str, int]:
 
 
 def images_in_list(root: Path, truth: PathLike, index: dict[str, int], count: int) -> LabelledImages:
-    """Reads a file of images and their classes, see `labelled_images`."""
+    """Reads the file `truth` of `labelled_images`."""
     images = LabelledImages()
     for number, line in enumerate(read_text(truth).splitlines(), 1):
         if not line.strip():
@@ -128,14 +123,14 @@ def images_in_list(root: Path, truth: PathLike, index: dict[str, int], count: in
         images.files.append(root / name)
         images.classes.append(class_number)
     if not images.files:
-        raise ValueError(f'no image and class in {truth}')
+        raise ValueError(f'no images in {truth}')
     return images
 
 
 def split_line(line: str, root: Path) -> tuple[str, str]:
-    """Splits a line of a truth file into path and class; both may contain spaces.
+    """Splits a line into path and class; both may contain spaces.
 
-    The path is the longest part, up to a space, that is a file, else the part before the first space.
+    The path is the longest beginning that is a file, or else what precedes the first space.
     """
     words = line.split(' ')
     ends = (end for end in range(len(words) - 1, 1, -1) if os.path.isfile(root / ' '.join(words[:end])))
@@ -151,12 +146,12 @@ def validate(
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     read: Callable[[PathLike], Image.Image] = read_image,
 ) -> Validation:
-    """Classifies images and counts the right answers; ValueError if no image can be read.
+    """Classifies images and counts correct predictions; ValueError if no image can be read.
 
-    A single logit decides between class 0 and, from a probability of 0.5, class 1. `progress` wraps the iterator over
+    A single logit predicts class 1 if its probability is at least 0.5, else class 0. `progress` wraps the iterator over
     images, to show a progress bar; the other arguments are those of `classify`.
     """
-    count = max(len(label_classes(model)), 2)
+    count = len(decided_classes(model))
     confusion = torch.zeros(count, count, dtype=torch.long)
     unread, among_five = [], 0
     scores = progress(classify(model, images.files, read, batch_size, compile))
