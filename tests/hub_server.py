@@ -44,46 +44,51 @@ class Fault:
 
 @dataclass
 class File:
-    """A file in a commit: its content, or the SHA-256 of a large one."""
+    """A file in a commit. Large files are stored outside Git."""
 
-    data: bytes | None
-    sha256: str | None
-    size: int
+    data: bytes
+    is_large: bool = False
+
+    @property
+    def sha256(self) -> str:
+        return hashlib.sha256(self.data).hexdigest()
 
     @property
     def blob(self) -> str:
         """Git's hash of the file, or of the pointer to a large one."""
-        data = self.data
-        if data is None:
-            data = f'version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {self.size}\n'.encode()
+        pointer = f'version https://git-lfs.github.com/spec/v1\noid sha256:{self.sha256}\nsize {len(self.data)}\n'
+        data = pointer.encode() if self.is_large else self.data
         return hashlib.sha1(b'blob %d\0' % len(data) + data).hexdigest()
 
     @property
     def oid(self) -> str:
-        return self.sha256 or self.blob
+        return self.sha256 if self.is_large else self.blob
 
 
 @dataclass
 class Repo:
-    """A repository: commits (files and parent), branches and pull requests."""
+    """A repository: the files of its commits, and the last commits of its branches and pull requests (refs/pr/N)."""
 
     private: bool = False
     gated: bool = False
-    commits: dict[str, tuple[dict[str, File], str | None]] = field(default_factory=dict)
+    commits: dict[str, dict[str, File]] = field(default_factory=dict)
     branches: dict[str, str] = field(default_factory=dict)
-    pulls: dict[str, str] = field(default_factory=dict)
 
-    def commit(self, files: dict[str, File], parent: str | None) -> str:
-        content = repr([sorted((name, file.oid) for name, file in files.items()), parent, len(self.commits)])
+    def commit(self, files: dict[str, File], branch: str) -> str:
+        content = repr([sorted((name, file.oid) for name, file in files.items()), len(self.commits)])
         oid = hashlib.sha1(content.encode()).hexdigest()
-        self.commits[oid] = files, parent
+        self.commits[oid] = files
+        self.branches[branch] = oid
         return oid
 
     def find(self, revision: str) -> str:
-        found = self.branches.get(revision) or self.pulls.get(revision) or revision
+        found = self.branches.get(revision, revision)
         if found not in self.commits:
             raise Refusal(404, 'RevisionNotFound', f'Invalid rev id: {revision}')
         return found
+
+    def files(self, revision: str) -> dict[str, File]:
+        return self.commits[self.find(revision)]
 
 
 class Refusal(Exception):
@@ -113,21 +118,15 @@ class Hub(ThreadingHTTPServer):
 
     def files(self, repo_id: str, revision: str = 'main') -> dict[str, bytes]:
         """Returns the files of a repository."""
-        repo = self.repos[repo_id]
-        files = repo.commits[repo.find(revision)][0]
-        return {name: self.large[file.oid] if file.data is None else file.data for name, file in files.items()}
+        return {name: file.data for name, file in self.repos[repo_id].files(revision).items()}
 
     def put(self, repo_id: str, files: dict[str, bytes], **settings: Any) -> str:
         """Creates a repository, or a commit in it, without a client."""
         repo = self.repos.setdefault(repo_id, Repo(**settings))
-        made = {}
-        for name, data in files.items():
-            is_large, digest = name.endswith(LARGE), hashlib.sha256(data).hexdigest()
-            self.large.update({digest: data} if is_large else {})
-            made[name] = File(None if is_large else data, digest if is_large else None, len(data))
-        parent = repo.branches.get('main')
-        repo.branches['main'] = repo.commit({**(repo.commits[parent][0] if parent else {}), **made}, parent)
-        return repo.branches['main']
+        old = repo.files('main') if repo.branches else {}
+        made = {name: File(data, name.endswith(LARGE)) for name, data in files.items()}
+        self.large |= {file.sha256: file.data for file in made.values() if file.is_large}
+        return repo.commit({**old, **made}, 'main')
 
 
 ROUTES: list[tuple[str, re.Pattern[str], Callable[..., None]]] = []
@@ -161,7 +160,10 @@ class Handler(BaseHTTPRequestHandler):
             self.send_header(name.replace('_', '-'), str(value))
         self.end_headers()
         if self.command != 'HEAD':
-            self.wfile.write(data)
+            is_cut = self.fault is not None and self.fault.kind == 'cut'
+            self.wfile.write(data[: len(data) // 2] if is_cut else data)
+            if is_cut:
+                self.hang_up()
 
     def do_GET(self) -> None:
         url = urlsplit(self.path)
@@ -247,19 +249,19 @@ class Handler(BaseHTTPRequestHandler):
         repo = self.repo(repo_id)
         commit = repo.find(revision)
         about = {'private': repo.private, 'gated': repo.gated, 'tags': [], 'lastModified': DATE, 'createdAt': DATE}
-        siblings = [{'rfilename': name} for name in repo.commits[commit][0]]
+        siblings = [{'rfilename': name} for name in repo.commits[commit]]
         self.answer({'id': repo_id, 'modelId': repo_id, 'sha': commit, 'siblings': siblings, **about})
 
     route('GET', '/api/models/{id}/revision/{rev}')(info)
 
     @route('GET', '/api/models/{id}/tree/{rev}/?')
     def tree(self, repo_id: str, revision: str) -> None:
-        repo = self.repo(repo_id, read=True)
         entries = []
-        for name, file in repo.commits[repo.find(revision)][0].items():
-            entry: dict[str, Any] = {'type': 'file', 'path': name, 'size': file.size, 'oid': file.blob}
-            if file.sha256:
-                entry['lfs'] = {'oid': file.sha256, 'size': file.size, 'pointerSize': 130}
+        for name, file in self.repo(repo_id, read=True).files(revision).items():
+            size = len(file.data)
+            entry: dict[str, Any] = {'type': 'file', 'path': name, 'size': size, 'oid': file.blob}
+            if file.is_large:
+                entry['lfs'] = {'oid': file.sha256, 'size': size, 'pointerSize': 130}
             entries.append(entry)
         self.answer(entries)
 
@@ -283,8 +285,7 @@ class Handler(BaseHTTPRequestHandler):
 
     @route('POST', '/api/models/{id}/preupload/{rev}')
     def preupload(self, repo_id: str, revision: str) -> None:
-        repo = self.repo(repo_id, write='create_pr' not in self.query)
-        files = repo.commits[repo.find(revision)][0]
+        files = self.repo(repo_id, write='create_pr' not in self.query).files(revision)
         modes = []
         for file in json.loads(self.body)['files']:
             mode = 'lfs' if file['path'].endswith(LARGE) else 'regular'
@@ -323,22 +324,20 @@ class Handler(BaseHTTPRequestHandler):
             base = repo.find(revision)
             if header['value'].get('parentCommit') not in (None, base):
                 raise Refusal(412, message='A commit has happened since. Please refresh and try again.')
-            files = dict(repo.commits[base][0])
+            files = dict(repo.commits[base])
             for operation in operations:
                 value = operation['value']
                 if operation['key'] == 'file':
-                    data = self.damage(base64.b64decode(value['content']))
-                    files[value['path']] = File(data, None, len(data))
+                    files[value['path']] = File(self.damage(base64.b64decode(value['content'])))
                 elif operation['key'] == 'lfsFile':
                     if value['oid'] not in self.server.large:
                         raise Refusal(400, message='A pointer points to a file that does not exist')
-                    files[value['path']] = File(None, value['oid'], value['size'])
-            oid = repo.commit(files, base)
-            pull = f'refs/pr/{len(repo.pulls) + 1}'
-            (repo.pulls if proposal else repo.branches)[pull if proposal else revision] = oid
+                    files[value['path']] = File(self.server.large[value['oid']], is_large=True)
+            number = len(repo.branches)  # of a pull request
+            oid = repo.commit(files, f'refs/pr/{number}' if proposal else revision)
         if self.fault and self.fault.kind == 'lost':
             return self.hang_up()
-        address = {'pullRequestUrl': f'{self.host}/{repo_id}/discussions/{pull[8:]}'} if proposal else {}
+        address = {'pullRequestUrl': f'{self.host}/{repo_id}/discussions/{number}'} if proposal else {}
         return self.answer({'commitOid': oid, 'commitUrl': f'{self.host}/{repo_id}/commit/{oid}', **address})
 
     # Downloads
@@ -347,14 +346,14 @@ class Handler(BaseHTTPRequestHandler):
     def resolve(self, repo_id: str, revision: str, name: str) -> None:
         repo = self.repo(repo_id, read=True)
         commit = repo.find(revision)
-        file = repo.commits[commit][0].get(name)
+        file = repo.commits[commit].get(name)
         headers = {'X-Repo-Commit': commit, 'Accept-Ranges': 'bytes'}
         if file is None:
-            self.answer(b'', 404, **headers, **{'X-Error-Code': 'EntryNotFound', 'X-Error-Message': 'Entry not found'})
-        elif file.data is not None:
+            raise Refusal(404, 'EntryNotFound', 'Entry not found')
+        if not file.is_large:
             self.send_content(file.data, **headers, ETag=f'"{file.oid}"')
         else:
-            headers |= {'X-Linked-Etag': f'"{file.oid}"', 'X-Linked-Size': str(file.size)}
+            headers |= {'X-Linked-Etag': f'"{file.oid}"', 'X-Linked-Size': str(len(file.data))}
             elsewhere = self.host.replace('127.0.0.1', 'localhost')
             self.answer(b'', 302, **headers, Location=f'{elsewhere}/_cdn/{file.oid}?name={quote(name)}')
 
@@ -368,14 +367,7 @@ class Handler(BaseHTTPRequestHandler):
         """Sends a file, or the requested range of it."""
         match = re.fullmatch(r'bytes=(\d+)-', self.headers.get('Range', ''))
         data = self.damage(data[int(match[1]) :] if match else data)
-        if self.fault and self.fault.kind == 'cut' and self.command == 'GET':
-            self.send_response(200)
-            for name, value in {**headers, 'Content-Length': str(len(data))}.items():
-                self.send_header(name.replace('_', '-'), value)
-            self.end_headers()
-            self.wfile.write(data[: len(data) // 2])
-            return self.hang_up()
-        return self.answer(data, 206 if match else 200, **headers)
+        self.answer(data, 206 if match else 200, **headers)
 
     def damage(self, data: bytes) -> bytes:
         """Flips a bit if the fault is 'corrupt'."""
