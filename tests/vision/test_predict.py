@@ -3,7 +3,6 @@
 import io
 import os
 import struct
-import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -39,7 +38,7 @@ def constant(logits: list[float]) -> Any:
     """A classifier whose logits are the same for every image."""
     model: Any = timm.create_model('test_res2net', num_classes=len(logits)).eval()
     torch.nn.init.zeros_(model.fc.weight)
-    model.fc.bias.data = torch.tensor(logits)
+    model.fc.bias.data = torch.tensor(logits, dtype=torch.float32)
     return model
 
 
@@ -195,12 +194,12 @@ def test_bundled_digits_are_held_out_digits_with_their_labels() -> None:
     assert {(image.convert('L').tobytes(), label) for image, label in digits} <= held_out
 
 
-@pytest.mark.parametrize('count', [2, 60])
-def test_predict_in_training_mode_raises_and_changes_nothing(count: int) -> None:
-    model = timm.create_model('test_res2net')
+def test_predict_in_training_mode_raises_and_changes_nothing() -> None:
+    model = tiny().train()
+    before = model.get_buffer('bn1.running_mean').clone()
     with pytest.raises(ValueError, match=r'is in training mode.*Call its \.eval\(\) first'):
-        next(predict(model, [image for image, _ in bundled_digits()[:count]], identity))
-    assert model.get_buffer('bn1.num_batches_tracked') == 0
+        next(predict(model, [NOISE], identity))
+    torch.testing.assert_close(model.get_buffer('bn1.running_mean'), before)
 
 
 @pytest.mark.parametrize('batch_size', [1, 7])
@@ -213,18 +212,7 @@ def test_predict_equals_the_model_on_the_images_of_timm_at_any_batch_size(batch_
         assert prediction[0].probability == pytest.approx(value.item(), abs=1e-5)
 
 
-def test_predict_keeps_the_order_of_images_that_are_read_at_different_speeds(digits_model: Any) -> None:
-    digits = bundled_digits()[::6]
-
-    def read(index: int) -> Image.Image:
-        time.sleep(0.02 * (index % 3 == 0))
-        return digits[index][0]
-
-    found = predict(digits_model.bfloat16(), range(len(digits)), read=read, topk=1, batch_size=4)
-    assert [each[0].label for each in found] == [label for _, label in digits]  # type: ignore[index]
-
-
-def test_predict_by_a_model_of_four_channels_raises_with_reason() -> None:
+def test_predict_with_a_model_of_four_channels_raises_with_reason() -> None:
     with pytest.raises(ValueError, match='test_res2net takes images of 4 channels, but image files have 3, or 1'):
         next(predict(tiny(in_chans=4), [NOISE], identity))
 
@@ -239,16 +227,16 @@ def test_predict_by_a_model_of_four_channels_raises_with_reason() -> None:
         ([-2.0, 0.0, 2.0], dict(multi_label=True, threshold=0.5), [('class 2', 0.8808), ('class 1', 0.5)]),
     ],
 )
-def test_predict_is_a_softmax_or_for_one_logit_and_multi_label_a_sigmoid(
+def test_predict_uses_a_softmax_or_a_sigmoid_for_one_logit_and_multi_label(
     logits: list[float], options: dict[str, Any], expected: list[tuple[str, float]]
 ) -> None:
     pixel = Image.new('RGB', (1, 1))
-    (found,) = predict(constant(logits), [pixel], identity, **options)
+    (found,) = predict(constant(logits).bfloat16(), [pixel], identity, **options)
     assert [(each.label, round(each.probability, 4)) for each in found] == expected  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize('labels', [['cat'], ['dog', 'cat']])
-def test_name_classes_of_one_logit_takes_the_name_of_its_class_last(labels: list[str]) -> None:
+def test_name_classes_of_one_logit_uses_the_last_name(labels: list[str]) -> None:
     model = constant([0.0])
     name_classes(model, labels)
     assert label_classes(model) == ['cat']
@@ -288,10 +276,3 @@ def test_plot_pyramid_has_panel_for_image_and_each_stride(tmp_path: Path) -> Non
         panels = np.asarray(image.convert('L'))[60:-10].std(axis=0) > 0  # columns that are not blank
     starts = np.flatnonzero(np.diff(panels.astype(int)) == 1)
     assert len(starts) + panels[0] >= 5  # the last panel is one pixel, so of one colour
-
-
-@pytest.mark.parametrize('name', ['absent/pyramid.png', 'pyramid.xyz'])
-def test_plot_pyramid_unwritable_path_raises_and_leaves_no_file(name: str, tmp_path: Path) -> None:
-    with pytest.raises((ValueError, OSError), match='pyramid'):
-        plot_pyramid(torch.zeros(3, 4, 4), [torch.zeros(2, 2, 2)], [2], str(tmp_path / name))
-    assert list(tmp_path.iterdir()) == []

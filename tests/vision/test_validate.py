@@ -7,7 +7,8 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from test_predict import constant, identity
+from torch import nn
 
 from timm_res2net._images import bundled_digits
 from timm_res2net.models.variants import WEIGHTS
@@ -20,19 +21,6 @@ from timm_res2net.vision.validate import LabelledImages, decided_classes, labell
 @pytest.fixture(scope='module')
 def digits() -> nn.Module:
     return timm.create_model('test_res2net.digits', pretrained=True).eval()
-
-
-class Constant(nn.Module):
-    """A classifier that always gives the same scores."""
-
-    def __init__(self, scores: list[float]) -> None:
-        super().__init__()
-        self.scores = nn.Parameter(torch.tensor(scores, dtype=torch.float32))
-        self.num_classes = len(scores)
-        self.pretrained_cfg = dict(input_size=(3, 8, 8), label_names=[f'c{i}' for i in range(len(scores))])
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.scores.expand(len(x), -1)
 
 
 def write_images(folder: Path, names: list[str]) -> None:
@@ -50,10 +38,10 @@ def test_validate_accuracy_of_digits_is_that_of_the_weights_table(digits: nn.Mod
 
 
 def test_validate_counts_top1_top5_confusion_and_failures_of_a_known_case(tmp_path: Path) -> None:
-    write_images(tmp_path, ['c0/a.png', 'c1/a.png', 'c1/b.png', 'c5/a.png'])
-    (tmp_path / 'c1' / 'broken.png').write_bytes(b'no image')
-    model = Constant([5, 4, 3, 2, 1, 0]).eval()  # class 0 is the likeliest, class 5 the sixth
-    found = validate(model, labelled_images(tmp_path, model.pretrained_cfg['label_names']))
+    write_images(tmp_path, ['class 0/a.png', 'class 1/a.png', 'class 1/b.png', 'class 5/a.png'])
+    (tmp_path / 'class 1' / 'broken.png').write_bytes(b'no image')
+    model = constant([5, 4, 3, 2, 1, 0])
+    found = validate(model, labelled_images(tmp_path, decided_classes(model)))
     assert (found.images, found.top1, found.top5) == (4, 25, 75)
     assert found.confusion[:, 0].tolist() == [1, 2, 0, 0, 0, 1]
     assert found.confusion[:, 1:].sum() == 0
@@ -64,7 +52,7 @@ def test_validate_counts_top1_top5_confusion_and_failures_of_a_known_case(tmp_pa
 @pytest.mark.parametrize(
     ('order', 'classes', 'warnings'), [(None, [0, 2, 1], 1), ('natural', [0, 2, 1], 0), ('lexicographic', [0, 1, 2], 0)]
 )
-def test_labelled_images_by_folders_that_sort_differently_are_in_the_given_order_or_log_the_assumed_one(
+def test_folders_that_sort_differently_follow_the_given_order_or_log_the_default_one(
     order: str | None, classes: list[int], warnings: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_images(tmp_path, ['1/a.png', '2/b.png', '10/c.png', '.hidden/d.png'])
@@ -74,7 +62,7 @@ def test_labelled_images_by_folders_that_sort_differently_are_in_the_given_order
     assert all("natural order ('2' before '10')" in message for message in caplog.messages)
 
 
-def test_labelled_images_by_synset_folders_are_classes_of_imagenet(tmp_path: Path) -> None:
+def test_synset_folders_are_classes_of_imagenet(tmp_path: Path) -> None:
     write_images(tmp_path, ['n02102040/b.png', 'n01440764/a.png'])
     names = [f'class {i}' for i in range(1000)]
     assert labelled_images(tmp_path, names).classes == [0, 217]
@@ -91,7 +79,7 @@ def test_validate_one_logit_decides_between_two_folders_at_one_half(
 ) -> None:
     write_images(tmp_path, [f'{name}/a.png' for name in folders])
     for logit, predicted in ((0.1, [0, 2]), (-0.1, [2, 0])):
-        model = Constant([logit]).eval()
+        model = constant([logit])
         model.pretrained_cfg['label_names'] = labels
         images = labelled_images(tmp_path, decided_classes(model))
         assert images.classes == classes
@@ -99,7 +87,7 @@ def test_validate_one_logit_decides_between_two_folders_at_one_half(
         assert (found.top1, found.confusion.sum(dim=0).tolist()) == (50, predicted)
 
 
-def test_labelled_images_by_a_file_takes_the_longest_path_with_spaces_and_names_or_numbers(tmp_path: Path) -> None:
+def test_truth_file_may_have_spaces_in_paths_and_names_or_numbers_of_classes(tmp_path: Path) -> None:
     write_images(tmp_path, ['my.png', 'my.png cat.png', 'deep/b.png'])
     lines = 'my.png cat.png tabby cat', '', 'my.png cat.png  0', 'my.png dog', 'none.png tabby cat', 'deep/b.png 1'
     (tmp_path / 'labels.txt').write_text('\n'.join(lines))
@@ -111,23 +99,19 @@ def test_labelled_images_by_a_file_takes_the_longest_path_with_spaces_and_names_
 @pytest.mark.parametrize(
     ('images', 'truth', 'message'),
     [
-        (
-            ['a/x.png', 'b/x.png', 'c/x.png'],
-            None,
-            "3 folders and the model 2 classes, and 'a' is not the name of",
-        ),
+        (['a/x.png', 'b/x.png', 'c/x.png'], None, "3 folders of .* with 2 classes: 'a' is not the name"),
         (['dog/a.png', 'wolf/b.png'], None, "'wolf' is not the name of exactly one"),
-        (['x.png'], None, 'no images in folders of .*list the classes in a file, --truth'),
-        (['x.png'], b'x.png 2', "line 1 of .*: '2', for x.png, is not the name or number of one class"),
-        (['x.png'], b'x.png', "'', for x.png"),
-        (['a b.png'], b'a b.png 2', "'2', for a b.png"),
-        (['x.png'], b'\n', 'no image and class in'),
+        (['x.png'], None, 'no images in the subfolders of .*list the images with --truth'),
+        (['x.png'], b'x.png 2', "line 1 of .*: '2', the class of x.png, is not the name or number of exactly one"),
+        (['x.png'], b'x.png', "'', the class of x.png"),
+        (['a b.png'], b'a b.png 2', "'2', the class of a b.png"),
+        (['x.png'], b'\n', 'no images in .*truth'),
         (['x.png'], b'\xff\xfe', r'truth\.txt: it is not UTF-8 text'),
         (['cat/.keep'], None, 'no images in'),
         ([], None, 'is not a folder'),
     ],
 )
-def test_labelled_images_that_do_not_fit_raise_with_reason(
+def test_images_that_do_not_match_the_classes_raise_with_reason(
     images: list[str], truth: bytes | None, message: str, tmp_path: Path
 ) -> None:
     for name in images:
@@ -139,14 +123,14 @@ def test_labelled_images_that_do_not_fit_raise_with_reason(
         labelled_images(tmp_path / 'data', ['cat', 'dog'], truth and tmp_path / 'truth.txt')
 
 
-def test_labelled_images_by_a_name_of_two_classes_raise_but_take_its_number(tmp_path: Path) -> None:
+def test_name_of_two_classes_is_refused_but_not_their_numbers(tmp_path: Path) -> None:
     names = ['crane', 'dog', 'crane']  # as in ImageNet, the bird and the machine
     write_images(tmp_path / 'data', ['crane/x.png', 'dog/y.png'])
     with pytest.raises(ValueError, match=r"'crane' is not the name of exactly one"):
         labelled_images(tmp_path / 'data', names)
     truth = tmp_path / 'truth.txt'
     truth.write_text('crane/x.png crane\n')
-    with pytest.raises(ValueError, match=r"line 1 of .*'crane', for crane/x.png, is not the name or number of one"):
+    with pytest.raises(ValueError, match=r"line 1 of .*: 'crane', the class of crane/x\.png, is not"):
         labelled_images(tmp_path / 'data', names, truth)
     truth.write_text('crane/x.png 0\ndog/y.png dog\n')
     assert labelled_images(tmp_path / 'data', names, truth).classes == [0, 1]
@@ -155,15 +139,15 @@ def test_labelled_images_by_a_name_of_two_classes_raise_but_take_its_number(tmp_
 @pytest.mark.parametrize(
     ('scores', 'name', 'message'),
     [
-        ([0.0, float('nan')], 'c0/a.png', 'The first: the model returns NaN or infinity for this image'),
-        ([0.0, float('inf')], 'c0/a.png', 'The first: the model returns NaN or infinity for this image'),
+        ([0.0, float('nan')], 'a.png', 'The first: the model returns NaN or infinity for this image'),
+        ([0.0, float('inf')], 'a.png', 'The first: the model returns NaN or infinity for this image'),
         ([1.0, 0.0], 'none.png', 'could not read any of 1 images. The first: no such file'),
     ],
 )
 def test_validate_without_any_result_raises(scores: list[float], name: str, message: str, tmp_path: Path) -> None:
-    write_images(tmp_path, ['c0/a.png'])
+    write_images(tmp_path, ['a.png'])
     with pytest.raises(ValueError, match=message):
-        validate(Constant(scores).eval(), LabelledImages([tmp_path / name], classes=[0]))
+        validate(constant(scores), LabelledImages([tmp_path / name], classes=[0]))
 
 
 def test_predict_many_images_equals_few_in_order_with_errors(digits: nn.Module, tmp_path: Path) -> None:
@@ -181,10 +165,11 @@ def test_predict_many_images_equals_few_in_order_with_errors(digits: nn.Module, 
         np.testing.assert_allclose(probabilities[0], probabilities[1], atol=1e-5)
 
 
-def test_classify_many_images_by_a_model_without_splits_runs_it_unchanged() -> None:
+def test_classify_runs_a_model_without_splits_unchanged() -> None:
+    model = timm.create_model('test_resnet', num_classes=2).eval()
     images = [Image.new('RGB', (10, 10))] * (HANDFUL + 1)
-    scores = [*classify(Constant([0.0, 0.0]).eval(), images, lambda image: image, batch_size=8)]
-    torch.testing.assert_close(torch.stack(scores), torch.full((HANDFUL + 1, 2), 0.5))
+    scores = torch.stack([*classify(model, images, identity, batch_size=8)])
+    torch.testing.assert_close(scores.sum(dim=1), torch.ones(HANDFUL + 1))
 
 
 @pytest.mark.parametrize('count', [3, 60])

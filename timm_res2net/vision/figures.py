@@ -114,7 +114,7 @@ def plot_pyramid(shown: Tensor, features: Sequence[Tensor], strides: Sequence[in
         panel.imshow(energy, cmap='viridis', interpolation='nearest', alpha=0.25 if is_tiny else 1)
         panel.set_title(f'stride {stride}\n{channels} channels, {width} x {height}')
         if is_tiny:
-            panel.set_xlabel('too few pixels\nto show a place', color='firebrick')
+            panel.set_xlabel('too few pixels\nto locate objects', color='firebrick')
     for panel in panels:
         hide_axes(panel)
     save(figure, out)

@@ -90,12 +90,12 @@ def labelled_images(
         index[strange[0]] = 0
     elif strange:
         raise ValueError(
-            f'{root} has {len(folders)} folders and the model {len(names)} classes, and {min(strange)!r} is not the '
+            f'cannot match {len(folders)} folders of {root} with {len(names)} classes: {min(strange)!r} is not the '
             'name of exactly one. Rename the folders, name the classes with --labels, or list images with --truth'
         )
     found = find_images(str(root / name) for name in sorted(folders, key=natural_key))
     if not found.files:
-        raise ValueError(f'no images in folders of {root}. Without class folders, list the classes in a file, --truth')
+        raise ValueError(f'no images in the subfolders of {root}. If it has none, list the images with --truth')
     return LabelledImages(**vars(found), classes=[index[file.relative_to(root).parts[0]] for file in found.files])
 
 
@@ -119,7 +119,10 @@ def images_in_list(root: Path, truth: PathLike, index: dict[str, int], count: in
         name, label = split_line(line.strip(), root)
         class_number = index.get(label, int(label) if label.isdecimal() else count)
         if class_number >= count:
-            raise ValueError(f'line {number} of {truth}: {label!r}, for {name}, is not the name or number of one class')
+            raise ValueError(
+                f'cannot use line {number} of {truth}: {label!r}, the class of {name}, is not the name or number of '
+                'exactly one class'
+            )
         images.files.append(root / name)
         images.classes.append(class_number)
     if not images.files:
