@@ -12,6 +12,7 @@ import torch
 from hub_server import Fault, Hub
 from huggingface_hub import close_session, constants, hf_hub_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
+from safetensors.torch import save
 from support import TINY, randomise, tiny
 from test_faults import old_files
 
@@ -31,7 +32,7 @@ def assert_tiny(model: Any) -> None:
 
 
 def test_private_repository_is_hidden_without_a_token(hub: Hub, tmp_path: Path) -> None:
-    push(tiny(), 'user/net', private=True, token='hf_write')
+    hub.put('user/net', old_files(), private=True)
     with pytest.raises(RepositoryNotFoundError):
         pull('user/net', cache_dir=tmp_path)
     assert_tiny(pull('user/net', token='hf_read', cache_dir=tmp_path))
@@ -51,36 +52,33 @@ def test_refusal_is_an_error_of_huggingface_hub_and_leaves_no_weights(hub: Hub, 
 
 
 @pytest.mark.parametrize(
-    ('content', 'message'),
+    ('files', 'message'),
     [
         (
-            {'pytorch_model.bin': b'pickle'},
+            {'config.json': b'{}', 'pytorch_model.bin': b'pickle'},
             r'^cannot pull user/net: it has no model\.safetensors\. .*run `timm-res2net convert`$',
         ),
         (
-            {'model.safetensors': b'', 'config.json': b'{"architecture": "tiny_vit_5m_224", "pretrained_cfg": {}}'},
+            {'config.json': b'{"architecture": "tiny_vit_5m_224"}', 'model.safetensors': b''},
             r"not a model of this package.*timm\.create_model\('hf-hub:user/net', pretrained=True\)",
         ),
-        ({'model.safetensors': b'\x80\x04N.'}, 'model.safetensors of user/net'),
     ],
-    ids=['pickle', 'another family', 'no safetensors'],
+    ids=['pickle', 'another family'],
 )
 def test_repository_that_cannot_be_pulled_is_a_checkpoint_error(
-    content: dict[str, bytes], message: str, hub: Hub, tmp_path: Path
+    files: dict[str, bytes], message: str, hub: Hub, tmp_path: Path
 ) -> None:
-    config = json.loads(old_files()['config.json'])
-    del config['timm_res2net']
-    hub.put('user/net', {'config.json': json.dumps(config).encode(), **content})
+    hub.put('user/net', files)
     with pytest.raises(CheckpointError, match=message):
         pull('user/net', cache_dir=tmp_path)
     assert not any('pytorch_model.bin' in line for line in hub.log)
 
 
 def test_weights_of_another_config_are_refused(net: Hub, tmp_path: Path) -> None:
-    push(randomise(tiny()), 'user/other', token='hf_write')
-    net.put('user/net', {'model.safetensors': net.files('user/other')['model.safetensors']})
-    with pytest.raises(CheckpointError, match=r'model\.safetensors of user/net'):
-        pull('user/net', cache_dir=tmp_path)
+    for weights in (b'\x80\x04N.', save(randomise(tiny()).state_dict())):
+        net.put('user/net', {'model.safetensors': weights})
+        with pytest.raises(CheckpointError, match=r'model\.safetensors of user/net'):
+            pull('user/net', cache_dir=tmp_path)
 
 
 def test_damaged_file_in_the_cache_is_refused_offline_and_downloaded_again_online(
@@ -102,7 +100,7 @@ def test_damaged_file_in_the_cache_is_refused_offline_and_downloaded_again_onlin
     assert_tiny(pull('user/net', cache_dir=tmp_path))
 
 
-def test_offline_pull_takes_the_cache_and_names_a_model_that_is_not_in_it(
+def test_offline_pull_uses_the_cache_or_names_the_missing_model(
     net: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pull('user/net', cache_dir=tmp_path)
@@ -146,7 +144,7 @@ def of_hub(repo_id: str, cache: Path, **overlay: Any) -> dict[str, Any]:
     return dict(pretrained=True, num_classes=4, pretrained_cfg_overlay=overlay, cache_dir=str(cache), **TINY)
 
 
-def test_create_model_takes_the_cache_without_the_hub_and_else_is_one_line(
+def test_create_model_without_the_hub_uses_the_cache_or_fails_in_one_line(
     net: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     net.faults = down = [Fault('.*', 'drop', times=1000)]
@@ -161,7 +159,7 @@ def test_create_model_takes_the_cache_without_the_hub_and_else_is_one_line(
     assert_tiny(timm.create_model('test_res2net', **of_hub('user/net', tmp_path)))
 
 
-def test_create_model_takes_the_latest_weights_or_those_of_a_revision(hub: Hub, tmp_path: Path) -> None:
+def test_create_model_uses_the_latest_weights_or_those_of_a_revision(hub: Hub, tmp_path: Path) -> None:
     first = hub.put('user/net', old_files())
     timm.create_model('test_res2net', **of_hub('user/net', tmp_path))
     changed = randomise(tiny())
