@@ -41,7 +41,7 @@ def require_repo_id(repo_id: str, revision: str | None = None) -> None:
     """Raises ValueError unless the names can be those of a repository and of a revision."""
     try:
         validate_repo_id(repo_id)
-        if '/' not in repo_id:
+        if '/' not in str(repo_id):
             raise HFValidationError('the user is missing')
     except HFValidationError as error:
         raise ValueError(f'invalid repo_id {repo_id!r}: {first_line(error)}. Pass USER/NAME') from None
