@@ -106,10 +106,8 @@ def optimized() -> nn.Module:
     [
         ('net.tflite', {}, "unknown suffix of .*net.tflite'. Choose from .onnx, .xml, .pt2"),
         ('net.pt2', dict(precision='int8'), ".pt2 has no precision='int8'. Choose from float32"),
-        ('net.onnx', dict(compile=True), 'compile has no effect in .onnx. It is for .pt2'),
         ('net.pt2', dict(opset=20), 'opset has no effect in .pt2. It is for .onnx'),
         ('net.xml', dict(symmetric=True), 'symmetric has no effect in .xml. It is for .onnx'),
-        ('net.pt2', dict(compile=True, dynamic_size=True), 'dynamic_size is not possible with compile'),
         ('net.onnx', dict(symmetric=True), "no effect on float32. It is for precision='int8'"),
         ('none/net.pt2', {}, 'cannot write net.pt2: no folder .*none'),
         ('there.pt2', {}, "cannot write '.*there.pt2': it exists"),

@@ -23,7 +23,6 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument('--features', action='store_true', help='export the feature maps instead of the classifier')
     command.add_argument('--opset', type=positive, metavar='N', help='version of the ONNX operators (default: 20)')
     command.add_argument('--symmetric', action='store_true', help='signed int8 without zero points, for TensorRT')
-    command.add_argument('--compile', action='store_true', help='compile .pt2 to machine code for this machine')
 
 
 def run(args: argparse.Namespace) -> None:
@@ -38,7 +37,6 @@ def run(args: argparse.Namespace) -> None:
         dynamic_size=args.dynamic == 'size',
         opset=args.opset,
         symmetric=args.symmetric,
-        compile=args.compile,
     )
     print(f'wrote {done.file}, {done.bytes / 1e6:.2f} MB: {done.path}')
     compared = f'{done.images} {"images" if args.images else "random images"}'

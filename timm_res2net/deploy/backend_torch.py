@@ -1,10 +1,8 @@
-"""Writes, quantizes and loads programs of torch.export."""
+"""Writes and loads programs of torch.export, and quantizes models with torchao."""
 
 import io
-import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,36 +11,24 @@ from .inference import Run
 from .program import METADATA, Program
 
 
-def write_torch(program: Program, file: Path, compile: bool = False) -> None:
-    """Writes a program of torch.export, or with `compile` a package of machine code that AOTInductor makes of it."""
+def write_torch(program: Program, file: Path) -> None:
+    """Writes a program of torch.export."""
     exported = torch.export.export(program.module, (program.example,), dynamic_shapes=program.dynamic_shapes)
-    if compile:
-        configs = {'aot_inductor.metadata': program.metadata}
-        torch._inductor.aoti_compile_and_package(exported, package_path=str(file), inductor_configs=configs)
-    else:
-        content = io.BytesIO()  # on a full disk, torch's own writer ends the process
-        torch.export.save(exported, content, extra_files=program.metadata)
-        file.write_bytes(content.getbuffer())
+    content = io.BytesIO()  # on a full disk, torch's own writer ends the process
+    torch.export.save(exported, content, extra_files=program.metadata)
+    file.write_bytes(content.getbuffer())
 
 
 def load_torch(file: Path) -> tuple[str, Callable[[str], Run]]:
     """Loads a file, which can run any code in it; returns our record, and a function that starts the program."""
-    call: Callable[[Tensor], Any]
-    with zipfile.ZipFile(file) as archive:
-        is_machine_code = any(name.endswith('.so') for name in archive.namelist())
-    if is_machine_code:
-        package = torch._inductor.aoti_load_package(str(file))
-        call, record = package, package.get_metadata().get(METADATA, '')
-    else:
-        extra_files = {METADATA: ''}
-        call = torch.export.load(file, extra_files=extra_files).module()
-        record = extra_files[METADATA]
+    extra_files = {METADATA: ''}
+    program = torch.export.load(file, extra_files=extra_files).module()
 
     @torch.no_grad()
     def run(images: Tensor) -> list[Tensor]:
-        return list(call(images))
+        return list(program(images))
 
-    return record, lambda precision: run
+    return extra_files[METADATA], lambda precision: run
 
 
 @torch.no_grad()

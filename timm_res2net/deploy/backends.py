@@ -40,7 +40,7 @@ BACKENDS = {
     ),
     'torch': Backend(
         format='torch', suffix='.pt2', precisions=('float32', 'float16', 'bfloat16'),
-        write=write_torch, load=load_torch, options=('compile',), runs_code=True,
+        write=write_torch, load=load_torch, runs_code=True,
     ),
 }
 # fmt: on

@@ -60,7 +60,6 @@ def export(
     dynamic_size: bool = False,
     opset: int | None = None,
     symmetric: bool = False,
-    compile: bool = False,
 ) -> Export:
     """Exports a model, fused, to a file that is loaded and compared with the model before it appears.
 
@@ -80,7 +79,6 @@ def export(
         dynamic_size: Leave height and width free; `size` is then the one to calibrate and preprocess with.
         opset: Version of the ONNX operators, 18 to 23, 20 if None; `.onnx` only.
         symmetric: Quantize to signed 8 bits without zero points, as TensorRT requires; int8 in `.onnx` only.
-        compile: Compile with AOTInductor to machine code for this machine; `.pt2` only.
 
     Returns:
         The `Export`: the file, its size, and its differences from the model.
@@ -97,9 +95,9 @@ def export(
         (True, 1.0)
     """
     path, backend = Path(file), find_backend(file)
-    options = dict(opset=opset, symmetric=symmetric, compile=compile)
+    options = dict(opset=opset, symmetric=symmetric)
     options = {name: value for name, value in options.items() if value}
-    require_possible(backend, precision, options, dynamic_size)
+    require_possible(backend, precision, options)
     require_free(path)
     require_writable(path)
     if any(isinstance(module, ForInference) for module in model.modules()):
@@ -120,12 +118,11 @@ def export(
     except OSError as error:
         raise OSError(f'cannot write {str(path)!r}: {first_line(error)}') from error
     total = sum(part.stat().st_size for part in parts_of(path))
-    steps = ['fused', backend.format, precision]
-    steps += [step for step, done in (('symmetric', symmetric), ('compiled', compile)) if done]
+    steps = ['fused', backend.format, precision, *(['symmetric'] if symmetric else [])]
     return Export(file=path, bytes=total, path=', '.join(steps), **differences)
 
 
-def require_possible(backend: Backend, precision: str, options: dict[str, Any], dynamic_size: bool) -> None:
+def require_possible(backend: Backend, precision: str, options: dict[str, Any]) -> None:
     """Raises a ValueError for a precision or options that a format does not have."""
     if precision not in backend.precisions:
         choices = ', '.join(backend.precisions)
@@ -134,8 +131,6 @@ def require_possible(backend: Backend, precision: str, options: dict[str, Any], 
         if option not in backend.options:
             suffixes = ', '.join(each.suffix for each in BACKENDS.values() if option in each.options)
             raise ValueError(f'{option} has no effect in {backend.suffix}. It is for {suffixes}.')
-    if 'compile' in options and dynamic_size:
-        raise ValueError('dynamic_size is not possible with compile: code of AOTInductor gives NaN for other sizes')
     if 'symmetric' in options and precision != 'int8':
         raise ValueError(f"symmetric has no effect on {precision}. It is for precision='int8'.")
 
