@@ -36,9 +36,8 @@ from .program import Exportable, Program
 
 MODELS = 'res2net50_26w_4s', 'res2net50d', 'res2next50', 'dla60_res2net'
 RUNTIMES = 'openvino', 'onnxruntime'
-OPPONENTS = 'timm', *RUNTIMES, 'inductor'
+OPPONENTS = 'timm', *RUNTIMES
 TIMM, OURS = 'timm', 'timm_res2net'  # ratios are to timm's own as people run it: eager, float32, NCHW
-BUDGETS = 1.0, 0.7, 0.5, 0.3  # share of the activations that a compiled training step may keep
 INSTRUCTION_SETS = 'avx2', 'avx512f', 'avx512_bf16', 'amx_bf16', 'avx_vnni', 'avx512_vnni', 'amx_int8'
 # Differences between outputs, relative to the largest; int8 is calibrated with random images.
 TOLERANCES = {'float32': 1e-3, 'bfloat16': 5e-2, 'float16': 1e-2, 'int8': 5e-1}
@@ -95,7 +94,7 @@ def inference_ways(model: str, dtypes: Sequence[str], against: Sequence[str]) ->
     return [way for way in ways if timm_entrypoint(model) or way.name.startswith(OURS)]
 
 
-def training_ways(model: str, dtypes: Sequence[str], against: Sequence[str]) -> list[Way]:
+def training_ways(model: str, dtypes: Sequence[str]) -> list[Way]:
     """Returns the ways to compare in training, all with channels last, timm's own first if timm has the model."""
     timms, ours = partial(make_timms, model), partial(make_ours, model)
     ways = []
@@ -105,9 +104,6 @@ def training_ways(model: str, dtypes: Sequence[str], against: Sequence[str]) -> 
             Way(model, OURS, dtype, partial(run_step, ours)),
             Way(model, f'{OURS}, checkpointing', dtype, partial(run_step, ours, checkpointing=True)),
         ]
-        for budget in BUDGETS if 'inductor' in against else ():
-            name = f'{OURS}, compiled, budget {budget}'
-            ways.append(Way(model, name, dtype, partial(run_step, ours, budget=budget)))
     return [way for way in ways if timm_entrypoint(model) or way.name != TIMM]
 
 
@@ -150,26 +146,20 @@ def run_exported(make: Make, backend: str, x: Tensor, dtype: str) -> Run:
     return lambda: run(x)[0]
 
 
-def run_step(make: Make, x: Tensor, dtype: str, checkpointing: bool = False, budget: float | None = None) -> Run:
-    """Makes a training step with SGD that returns the loss; compiled to keep a share of the activations, if given."""
-    from torch._functorch import config
-
+def run_step(make: Make, x: Tensor, dtype: str, checkpointing: bool = False) -> Run:
+    """Makes a training step with SGD that returns the loss."""
     model: Any = make().train().to(x.device).to(memory_format=torch.channels_last)
     if checkpointing:
         model.set_grad_checkpointing()
-    run = model if budget is None else torch.compile(model)
     x = x.to(memory_format=torch.channels_last)
     optimizer = torch.optim.SGD(model.parameters(), lr=1e-3, momentum=0.9)
     target = torch.zeros(len(x), dtype=torch.long, device=x.device)
 
     def step() -> Tensor:
         optimizer.zero_grad()
-        with (
-            config.patch(activation_memory_budget=budget or 1.0),  # read when torch.compile compiles
-            torch.autocast(x.device.type, getattr(torch, dtype), enabled=dtype != 'float32'),
-        ):
-            loss = F.cross_entropy(run(x), target)
-            loss.backward()
+        with torch.autocast(x.device.type, getattr(torch, dtype), enabled=dtype != 'float32'):
+            loss = F.cross_entropy(model(x), target)
+        loss.backward()
         optimizer.step()
         return loss.detach()
 
@@ -210,10 +200,9 @@ def bench(
     other outputs.
     """
     require_measurable(models, dtypes, against, train, device)
-    find_ways = training_ways if train else inference_ways
     results = []
     for model, size, batch in itertools.product(models, sizes, batches):
-        ways = find_ways(model, dtypes, against)
+        ways = training_ways(model, dtypes) if train else inference_ways(model, dtypes, against)
         times, memory = measure(ways, (batch, 3, size, size), train, device, rounds)
         quartiles = {way: np.percentile(times[way], [25, 50, 75]).tolist() for way in ways}
         baselines = {way.dtype: quartiles[way][1] for way in ways if way.name == TIMM}
@@ -247,8 +236,6 @@ def require_measurable(
     only_inference_on_cpu = sorted({*RUNTIMES, 'int8'} & {*against, *dtypes})
     if only_inference_on_cpu and (train or device.type != 'cpu'):
         raise ValueError(f'{" and ".join(only_inference_on_cpu)} is for inference on the CPU. Leave it out.')
-    if not train and 'inductor' in against:
-        raise ValueError('inductor is for training. In inference, optimized models are always compiled by it.')
 
 
 def measure(
