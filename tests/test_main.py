@@ -129,7 +129,7 @@ def test_predict_prints_files_with_their_labels(run: Run, photos: Path, monkeypa
         ('export res2net50d.in1 a.pt2', 2, "no weights 'in1' of res2net50d. Available: res2net50d.in1k"),
         ('export test_res2net.digits a.pt2 --model res2net50d', 2, 'already determines the model'),
         ('export test_res2net.digits a.tflite', 1, "'a.tflite'. Choose from .onnx, .xml, .pt2"),
-        ('export test_res2net.digits a.pt2 --precision int8', 1, ".pt2 has no precision='int8'"),
+        ('export test_res2net.digits a.pt2 --precision int8', 1, ".pt2 does not support precision='int8'"),
         ('push mine.pth me/net --result accuracy', 2, "'accuracy' is not METRIC=PERCENT, such as accuracy="),
         ('card res2net50d.in22k', 2, 'res2net50d.in1k'),
         ('recipe absent', 2, 'cifar100'),

@@ -286,8 +286,8 @@ def test_readme_example_of_8_bits_in_process_quantizes() -> None:
 
 
 def test_readme_of_deploy_table_of_formats_is_that_of_the_code() -> None:
-    for backend in BACKENDS.values():
-        row = rf'^\| `{re.escape(backend.suffix)}`.* \| {", ".join(backend.precisions)} \|$'
+    for suffix, backend in BACKENDS.items():
+        row = rf'^\| `{re.escape(suffix)}`.* \| {", ".join(backend.precisions)} \|$'
         assert re.search(row, TEXTS['deploy'], re.MULTILINE)
     assert f'ONNX, opset {OPSET} ({OPSETS[0]} to {OPSETS[-1]} with' in TEXTS['deploy']
 

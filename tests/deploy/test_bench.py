@@ -1,6 +1,7 @@
 """bench compares only ways that compute the same, and its results are ratios to timm's own."""
 
 import json
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,9 @@ from timm_res2net.deploy.bench import (
     make_ours,
     measure,
     require_agreement,
+    run_eager,
     run_exported,
+    run_optimized,
     training_ways,
 )
 
@@ -77,14 +80,19 @@ def test_way_that_fails_in_its_process_is_named() -> None:
         measure([way], (1, 3, 32, 32), False, CPU, 1)
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings('ignore')
-@pytest.mark.parametrize('backend', ['torch', 'openvino'])
-def test_exported_way_computes_what_the_model_does(backend: str) -> None:
-    pytest.importorskip(backend)
+@pytest.mark.filterwarnings('ignore')  # of exporters about their own internals
+@pytest.mark.parametrize(
+    'prepare',
+    [
+        partial(run_eager, make_tiny),
+        partial(run_optimized, make_tiny, False),
+        pytest.param(partial(run_exported, make_tiny, '.pt2'), marks=pytest.mark.slow),
+    ],
+    ids=lambda prepare: prepare.func.__name__,
+)
+def test_every_way_computes_what_the_model_does(prepare: Callable[..., Any]) -> None:
     x = torch.randn(2, 3, 32, 32)
-    found = run_exported(make_tiny, backend, x, 'float32')()
-    torch.testing.assert_close(found, make_tiny()(x).detach(), rtol=0, atol=1e-4)
+    torch.testing.assert_close(prepare(x, 'float32')().detach(), make_tiny()(x).detach(), rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(

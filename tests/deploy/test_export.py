@@ -105,9 +105,9 @@ def optimized() -> nn.Module:
     ('name', 'arguments', 'message'),
     [
         ('net.tflite', {}, "unknown suffix of .*net.tflite'. Choose from .onnx, .xml, .pt2"),
-        ('net.pt2', dict(precision='int8'), ".pt2 has no precision='int8'. Choose from float32"),
-        ('net.pt2', dict(opset=20), 'opset has no effect in .pt2. It is for .onnx'),
-        ('net.xml', dict(symmetric=True), 'symmetric has no effect in .xml. It is for .onnx'),
+        ('net.pt2', dict(precision='int8'), ".pt2 does not support precision='int8'. Choose from float32"),
+        ('net.pt2', dict(opset=20), 'opset and symmetric have no effect on .pt2. They are for .onnx'),
+        ('net.xml', dict(symmetric=True), 'opset and symmetric have no effect on .xml. They are for .onnx'),
         ('net.onnx', dict(symmetric=True), "no effect on float32. It is for precision='int8'"),
         ('none/net.pt2', {}, 'cannot write net.pt2: no folder .*none'),
         ('there.pt2', {}, "cannot write '.*there.pt2': it exists"),
@@ -154,7 +154,7 @@ def test_export_interrupted_leaves_nothing(
         file.write_bytes(b'half a file')
         raise fault
 
-    monkeypatch.setitem(BACKENDS, 'torch', dataclasses.replace(BACKENDS['torch'], write=fail))
+    monkeypatch.setitem(BACKENDS, '.pt2', dataclasses.replace(BACKENDS['.pt2'], write=fail))
     with pytest.raises((ValueError, KeyboardInterrupt), match=message):
         export(tiny(), tmp_path / 'net.pt2', **SIZE)
     assert list(tmp_path.iterdir()) == []

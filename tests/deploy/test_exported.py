@@ -63,7 +63,6 @@ WRONG_OUTPUTS: list[Any] = [[], None, [{}], 'logits']
         *((dict(input=value), 'input') for value in ([None, 3, 30_000, 30_000], [None, 3, 32], 3, None)),
         *((dict(outputs=value), 'outputs') for value in WRONG_OUTPUTS),
         *((dict(precision=value), 'precision') for value in ('float8', None, ['int8'])),
-        *((dict(format=value), 'format') for value in ('Keras', None)),
         *((dict(features=value), 'features') for value in ('no', 0)),
         *((dict(architecture=value), 'architecture') for value in (7, None)),
         *((dict(function=value), 'function') for value in ({'strides': '[1, 2]'}, {'norm_eps': 3}, '', None)),

@@ -18,8 +18,9 @@ OPSET = 20  # supported by runtimes since the end of 2023
 OPSETS = range(18, 24)  # that torch's exporter writes
 
 
-def write_onnx(program: Program, file: Path, opset: int = OPSET, symmetric: bool = False) -> None:
+def write_onnx(program: Program, file: Path) -> None:
     """Writes a program with torch's exporter, and quantizes it if it has images for calibration."""
+    opset = program.opset or OPSET
     if opset not in OPSETS:
         raise ValueError(f'opset must be from {OPSETS[0]} to {OPSETS[-1]}, got {opset}')
     import onnx
@@ -39,7 +40,7 @@ def write_onnx(program: Program, file: Path, opset: int = OPSET, symmetric: bool
     )
     if program.calibration is not None:
         batch = 1 if 0 in program.dynamic else len(program.example)
-        quantize_onnx(unquantized, file, program.calibration, batch, symmetric)
+        quantize_onnx(unquantized, file, program.calibration, batch, program.symmetric)
     model = onnx.load(file)
     version = next(each.version for each in model.opset_import if each.domain in ('', 'ai.onnx'))
     if version != opset:  # for which the exporter only logs a warning

@@ -35,7 +35,7 @@ from .optimize import optimize
 from .program import Exportable, Program
 
 MODELS = 'res2net50_26w_4s', 'res2net50d', 'res2next50', 'dla60_res2net'
-RUNTIMES = 'openvino', 'onnxruntime'
+RUNTIMES = {'openvino': '.xml', 'onnxruntime': '.onnx'}  # and the files that they run
 OPPONENTS = 'timm', *RUNTIMES
 TIMM, OURS = 'timm', 'timm_res2net'  # ratios are to timm's own as people run it: eager, float32, NCHW
 INSTRUCTION_SETS = 'avx2', 'avx512f', 'avx512_bf16', 'amx_bf16', 'avx_vnni', 'avx512_vnni', 'amx_int8'
@@ -85,12 +85,12 @@ def inference_ways(model: str, dtypes: Sequence[str], against: Sequence[str]) ->
         Way(model, f'{OURS}, fused', 'float32', partial(run_optimized, ours, False)),
         *(Way(model, f'{OURS}, optimized', dtype, partial(run_optimized, ours, True)) for dtype in dtypes),
     ]
-    for name, dtype in itertools.product(RUNTIMES, dtypes):
-        backend = BACKENDS[name]
-        if name in against and dtype in backend.precisions:
-            ways.append(Way(model, f'{OURS}, {backend.format}', dtype, partial(run_exported, fused, name)))
+    for (runtime, suffix), dtype in itertools.product(RUNTIMES.items(), dtypes):
+        backend = BACKENDS[suffix]
+        if runtime in against and dtype in backend.precisions:
+            ways.append(Way(model, f'{OURS}, {backend.format}', dtype, partial(run_exported, fused, suffix)))
             if dtype != 'int8':
-                ways.append(Way(model, f'{TIMM}, {backend.format}', dtype, partial(run_exported, timms, name)))
+                ways.append(Way(model, f'{TIMM}, {backend.format}', dtype, partial(run_exported, timms, suffix)))
     return [way for way in ways if timm_entrypoint(model) or way.name.startswith(OURS)]
 
 
@@ -133,15 +133,14 @@ def run_optimized(make: Make, compile: bool, x: Tensor, dtype: str) -> Run:
     return partial(optimize(make().to(x.device), x, dtype=getattr(torch, dtype), compile=compile), x)
 
 
-def run_exported(make: Make, backend: str, x: Tensor, dtype: str) -> Run:
-    """Writes a model to a file for a backend, and runs it from there."""
-    write, load = BACKENDS[backend].write, BACKENDS[backend].load
+def run_exported(make: Make, suffix: str, x: Tensor, dtype: str) -> Run:
+    """Writes a model to a file, and runs it from there."""
     record = dict(input=[None, *x.shape[1:]], outputs=[{'name': 'logits'}])
     program = Program(Exportable(make(), dtype), x, record, calibration=x if dtype == 'int8' else None)
     with TemporaryDirectory() as folder:
-        file = Path(folder, f'model{BACKENDS[backend].suffix}')
-        write(program, file)
-        _, start = load(file)
+        file = Path(folder, f'model{suffix}')
+        BACKENDS[suffix].write(program, file)
+        _, start = BACKENDS[suffix].load(file)
         run = start(dtype)
     return lambda: run(x)[0]
 

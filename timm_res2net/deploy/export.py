@@ -22,7 +22,7 @@ from ..models.block import spec_of
 from ..models.checks import require_finite_weights
 from ..models.classifier import class_names, model_name, with_channels
 from ..version import __version__
-from .backends import BACKENDS, Backend, find_backend, requires_extra
+from .backends import Backend, find_backend, requires_extra
 from .calibration import Images, calibration_images, repeat_to_whole_batches
 from .exported import load_exported, parse_record
 from .fuse import fuse
@@ -95,9 +95,13 @@ def export(
         (True, 1.0)
     """
     path, backend = Path(file), find_backend(file)
-    options = dict(opset=opset, symmetric=symmetric)
-    options = {name: value for name, value in options.items() if value}
-    require_possible(backend, precision, options)
+    if precision not in backend.precisions:
+        choices = ', '.join(backend.precisions)
+        raise ValueError(f'{path.suffix} does not support precision={precision!r}. Choose from {choices}.')
+    if (opset or symmetric) and path.suffix != '.onnx':
+        raise ValueError(f'opset and symmetric have no effect on {path.suffix}. They are for .onnx.')
+    if symmetric and precision != 'int8':
+        raise ValueError(f"symmetric has no effect on {precision}. It is for precision='int8'.")
     require_free(path)
     require_writable(path)
     if any(isinstance(module, ForInference) for module in model.modules()):
@@ -109,10 +113,11 @@ def export(
     shape = record['pretrained_cfg']['input_size']
     given = calibration_images(model, images, tuple(shape)) if images is not None or precision == 'int8' else None
     calibration = given if precision == 'int8' else None
-    program = Program(Exportable(fused, precision), torch.zeros(batch or 2, *shape), record, calibration)
+    example = torch.zeros(batch or 2, *shape)
+    program = Program(Exportable(fused, precision), example, record, calibration, opset, symmetric)
     try:
         with temporary_folder(path.parent) as folder:
-            write(backend, program, folder / path.name, options)
+            write(backend, program, folder / path.name)
             differences = verify(Exportable(model, 'float32'), folder / path.name, record, given)
             publish(folder, path)
     except OSError as error:
@@ -120,19 +125,6 @@ def export(
     total = sum(part.stat().st_size for part in parts_of(path))
     steps = ['fused', backend.format, precision, *(['symmetric'] if symmetric else [])]
     return Export(file=path, bytes=total, path=', '.join(steps), **differences)
-
-
-def require_possible(backend: Backend, precision: str, options: dict[str, Any]) -> None:
-    """Raises a ValueError for a precision or options that a format does not have."""
-    if precision not in backend.precisions:
-        choices = ', '.join(backend.precisions)
-        raise ValueError(f'{backend.suffix} has no precision={precision!r}. Choose from {choices}.')
-    for option in options:
-        if option not in backend.options:
-            suffixes = ', '.join(each.suffix for each in BACKENDS.values() if option in each.options)
-            raise ValueError(f'{option} has no effect in {backend.suffix}. It is for {suffixes}.')
-    if 'symmetric' in options and precision != 'int8':
-        raise ValueError(f"symmetric has no effect on {precision}. It is for precision='int8'.")
 
 
 def parts_of(path: Path) -> list[Path]:
@@ -147,12 +139,12 @@ def require_free(path: Path) -> None:
             raise ValueError(f'cannot write {str(part)!r}: it exists. Move it away, or choose another name.')
 
 
-def write(backend: Backend, program: Program, file: Path, options: dict[str, Any]) -> None:
+def write(backend: Backend, program: Program, file: Path) -> None:
     """Writes a program with its backend; ValueError if the exporter cannot express it."""
     try:
         with requires_extra(f'exporting to {file.suffix}'), warnings.catch_warnings():
             warnings.simplefilter('ignore')  # exporters warn about their own internals
-            backend.write(program, file, **options)
+            backend.write(program, file)
     except (OSError, ImportError):
         raise
     except Exception as error:  # exporters raise anything

@@ -12,7 +12,7 @@ from .._errors import CheckpointError, first_line, sanitize
 from .._files import PathLike
 from .._images import IMAGE_SETTINGS, LARGEST_SIZE, check_image_settings
 from ..models.spec import NetworkSpec
-from .backends import BACKENDS, PRECISIONS, find_backend, requires_extra
+from .backends import PRECISIONS, find_backend, requires_extra
 from .inference import ForInference, Run, finish, run_batch
 
 LARGEST_INPUT = 2**28  # values in a batch, 1 GB: callers make whole batches of the size that a file asks for
@@ -38,7 +38,7 @@ class ExportedModel(ForInference):
         known = (*STRINGS, 'label_names', 'num_classes')
         self.pretrained_cfg = {key: cfg[key] for key in known if key in cfg} | check_image_settings(cfg)
         self.num_classes: int = cfg['num_classes']
-        self.path = f'{record["format"]}, {record["precision"]}'
+        self.path = f'{find_backend(file).format}, {record["precision"]}'
 
     def forward(self, images: Tensor) -> Tensor | list[Tensor]:
         """Runs floating-point images (N, C, H, W); returns logits (N, num_classes) or a list of features in float32.
@@ -101,7 +101,7 @@ def load_exported(file: PathLike, *, trust: bool = False) -> ExportedModel:
         raise CheckpointError(f'cannot load {str(path)!r}: no such file')
     if backend.runs_code and not trust:
         raise CheckpointError(
-            f'cannot load {str(path)!r}: a {backend.suffix} file is a program and can run any code. If you know its '
+            f'cannot load {str(path)!r}: a {path.suffix} file is a program and can run any code. If you know its '
             'author, pass trust=True (--trust); .onnx and .xml files need no trust.'
         )
     try:
@@ -163,7 +163,6 @@ def are_strings(values: list[Any]) -> bool:
 RECORD: dict[str, Callable[[dict[str, Any]], bool]] = {
     'architecture': lambda record: isinstance(record['architecture'], str),
     'function': lambda record: isinstance(record['function'], dict) and bool(NetworkSpec.from_text(record['function'])),
-    'format': lambda record: record['format'] in [backend.format for backend in BACKENDS.values()],
     'precision': lambda record: record['precision'] in PRECISIONS,
     'features': lambda record: type(record['features']) is bool,
     'input': has_possible_input,

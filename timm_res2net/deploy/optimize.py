@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .._errors import first_line
+from .backend_openvino import compile_for_openvino
 from .backend_torch import quantize_torch
-from .backends import BACKENDS, Backend, requires_extra
+from .backends import requires_extra
 from .fuse import fuse
 from .inference import ForInference, Outputs, finish, require_floating_point, run_batch
 
@@ -62,9 +63,8 @@ def optimize(
     if example_input.dim() != 4 or not example_input.numel():
         raise ValueError(f'example_input must be a batch of images (N, C, H, W), got {tuple(example_input.shape)}')
     require_floating_point(example_input)
-    choices = [name for name, each in BACKENDS.items() if each.compile]
-    if backend is not None and backend not in choices:
-        raise ValueError(f'unknown backend={backend!r}. Choose {" or ".join(map(repr, choices))}, or None for torch.')
+    if backend not in (None, 'openvino'):
+        raise ValueError(f"unknown backend={backend!r}. Choose 'openvino', or None for torch.")
     fused = fuse(model)
     dtype = dtype or next(fused.parameters()).dtype
     if dtype not in DTYPES:
@@ -74,10 +74,10 @@ def optimize(
         raise ValueError(f'compile=False has no effect with backend={backend!r}, dtype={dtype}. Leave it out.')
     if always_compiled and example_input.device.type != 'cpu':
         raise ValueError(f'OpenVINO and torch.int8 run on the CPU, and example_input is on {example_input.device}')
-    optimized: Optimized | OptimizedByBackend
+    optimized: Optimized | OptimizedByOpenVINO
     if backend is not None:
         with requires_extra(f'backend={backend!r}'):
-            optimized = OptimizedByBackend(fused.float(), example_input.float(), dtype, BACKENDS[backend])
+            optimized = OptimizedByOpenVINO(fused.float(), example_input.float(), dtype)
     elif dtype == torch.int8:
         run_example(fused.float(), example_input[:2].float())
         with requires_extra('dtype=torch.int8'):
@@ -142,16 +142,15 @@ class Optimized(ForInference):
         self.model, self.context = model, nullcontext
 
 
-class OptimizedByBackend(ForInference):
-    """A model that another runtime than torch runs on the CPU."""
+class OptimizedByOpenVINO(ForInference):
+    """A model that OpenVINO runs on the CPU."""
 
-    def __init__(self, model: nn.Module, example_input: Tensor, dtype: torch.dtype, backend: Backend) -> None:
+    def __init__(self, model: nn.Module, example_input: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
-        assert backend.compile is not None
         _, self.structure = tree_flatten(run_example(model, example_input[:2]))
         self.shape = None, *example_input.shape[1:]
-        self.run = backend.compile(model, example_input, name_of(dtype))
-        self.path = f'fused, {name_of(dtype)}, {backend.format}'
+        self.run = compile_for_openvino(model, example_input, name_of(dtype))
+        self.path = f'fused, {name_of(dtype)}, OpenVINO'
         if dtype != torch.int8:  # the example of int8 is for calibration, not a batch that will be run
             self(example_input)
 

@@ -33,6 +33,8 @@ class Program:
     example: Tensor  # (N, C, H, W)
     record: dict[str, Any]  # for the file's metadata
     calibration: Tensor | None  # images (N, C, H, W) to quantize to int8 with; None for other precisions
+    opset: int | None = None  # of ONNX; the default one if None
+    symmetric: bool = False  # quantize to signed integers without zero points, in ONNX
 
     @property
     def dynamic(self) -> tuple[int, ...]:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .._errors import first_line
 from .._files import PathLike
 from .._images import image_transform, preprocess, read_image
-from ..deploy.backends import SUFFIXES
+from ..deploy.backends import BACKENDS
 from ..deploy.exported import ExportedModel, load_exported
 from ..deploy.optimize import optimize
 from ..models.checks import require_eval_mode
@@ -72,7 +72,7 @@ def pretrained_model(
 
 def is_exported(file: PathLike) -> bool:
     """Returns whether a file name is that of an exported model rather than of weights."""
-    return os.fspath(file).endswith(SUFFIXES)
+    return os.fspath(file).endswith(tuple(BACKENDS))
 
 
 def name_classes(model: nn.Module, labels: Sequence[str]) -> None:
