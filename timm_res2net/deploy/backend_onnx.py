@@ -19,7 +19,7 @@ OPSETS = range(18, 24)  # that torch's exporter writes
 
 
 def write_onnx(program: Program, file: Path) -> None:
-    """Writes a program with torch's exporter, and quantizes it if it has images for calibration."""
+    """Writes a program with torch's exporter, quantized if the program has images to calibrate with."""
     opset = program.opset or OPSET
     if opset not in OPSETS:
         raise ValueError(f'opset must be from {OPSETS[0]} to {OPSETS[-1]}, got {opset}')
@@ -43,7 +43,7 @@ def write_onnx(program: Program, file: Path) -> None:
         quantize_onnx(unquantized, file, program.calibration, batch, program.symmetric)
     model = onnx.load(file)
     version = next(each.version for each in model.opset_import if each.domain in ('', 'ai.onnx'))
-    if version != opset:  # for which the exporter only logs a warning
+    if version != opset:  # the exporter only logs a warning
         raise ValueError(f'the exporter wrote opset {version}, not {opset}')
     onnx.helper.set_model_props(model, program.metadata)
     onnx.checker.check_model(model)
@@ -51,7 +51,7 @@ def write_onnx(program: Program, file: Path) -> None:
 
 
 def quantize_onnx(file: Path, out: Path, images: Tensor, batch: int, symmetric: bool) -> None:
-    """Quantizes a file to QDQ nodes, with a scale for each output channel of a weight.
+    """Quantizes a file to QDQ nodes, with one scale per output channel of a weight.
 
     With `symmetric`, activations are signed integers without zero points, and biases float32, as TensorRT requires.
     """
@@ -76,8 +76,8 @@ def quantize_onnx(file: Path, out: Path, images: Tensor, batch: int, symmetric: 
 def load_onnx(file: Path) -> tuple[str, Callable[[str], Run]]:
     """Loads a file; returns our record, and a function that starts onnxruntime.
 
-    The runtime gets the bytes, not the path: it would open any file that a tensor in the model refers to. A model that
-    refers to another file is a ValueError.
+    The runtime gets the bytes, not the path, because it would open any file that a tensor in the model refers to.
+    Raises a ValueError if the model refers to another file.
     """
     import onnx
 
@@ -94,7 +94,7 @@ def load_onnx(file: Path) -> tuple[str, Callable[[str], Run]]:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3  # errors only
-        # It would make signed files unsigned, and unsigned kernels saturate on processors without VNNI.
+        # It makes signed files unsigned, and unsigned kernels saturate on processors without VNNI.
         skipped = ['QDQS8ToU8Transformer']
         providers = ['CPUExecutionProvider']
         session = onnxruntime.InferenceSession(content, options, providers, disabled_optimizers=skipped)

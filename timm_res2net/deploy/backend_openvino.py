@@ -23,7 +23,7 @@ PRECISION_HINTS = {'float16': 'f16', 'bfloat16': 'bf16'}  # all others: f32, als
 
 
 def convert(model: nn.Module, example: Tensor, dynamic: tuple[int, ...], images: Tensor | None = None) -> Any:
-    """Converts a float32 model with free dimensions of the input, and quantizes it if given images for calibration."""
+    """Converts a float32 model, with `dynamic` dimensions of the input left free; quantizes it if given images."""
     import openvino
 
     converted = openvino.convert_model(model, example_input=example)
@@ -35,13 +35,13 @@ def convert(model: nn.Module, example: Tensor, dynamic: tuple[int, ...], images:
 
 
 def quantize_openvino(model: Any, images: Tensor) -> Any:
-    """Quantizes an OpenVINO model with NNCF, by ranges and a bias correction that suit cascades.
+    """Quantizes an OpenVINO model with NNCF, with ranges and a bias correction that suit cascades.
 
     The range of an activation is its largest value over all images. NNCF's default, the mean of each image's largest
-    value, clips, and a cascade accumulates the loss: res2net50_26w_4s with random weights is 8.1 % off with it (root
+    value, clips, and a cascade accumulates the errors: res2net50_26w_4s with random weights is 8.1 % off with it (root
     mean square of the logits) and 2.2 % without. NNCF's default bias correction is a fast one that looks at each layer
     alone. The slow one is better for the embedded digits model (2 % off, not 14 %), but worse for others, and fails for
-    deformable convolutions. So both are tried on some of the images.
+    deformable convolutions. So both are tried, and the one that is closer on some of the images is kept.
     """
     import nncf
     from nncf.quantization.range_estimator import RangeEstimatorParametersSet
@@ -64,10 +64,10 @@ def quantize_openvino(model: Any, images: Tensor) -> Any:
 
 
 def requantize_pools(model: Any) -> Any:
-    """Quantizes the outputs of max pools whose quantized input has other consumers, too; returns the model.
+    """Also quantizes the outputs of max pools, if their quantized input has other consumers; returns the model.
 
     Otherwise OpenVINO runs such a pool, and the convolutions after it, in float32: a fifth of the operations of a DLA,
-    in a third of its time. A maximum of quantized values is one of them, so the same scale leaves it unchanged.
+    and a third of its time. A maximum of quantized values is one of them, so the same scale leaves it unchanged.
     """
     from openvino import opset13
 
@@ -93,10 +93,10 @@ def run_last_output(model: Any, images: Tensor) -> Tensor:
 def compile_openvino(model: Any, precision: str) -> Run:
     """Compiles an OpenVINO model for the CPU, with as many threads as torch has.
 
-    It is compiled for the shape of the first call, and if others follow, once for all: 8 bits are 5 % faster with a
-    known shape. Each time takes less than a second, in a separate thread: OpenVINO sets an alternative signal stack in
-    the compiling thread, and leaves it dangling if several models are freed, the first one first. The next signal, such
-    as SIGCHLD, would then kill this process.
+    It is compiled for the shape of the first call, as int8 is 5 % faster with a known shape, and once more for all
+    shapes if another one follows. Either takes less than a second, in a separate thread: OpenVINO sets an alternative
+    signal stack in the compiling thread, and leaves it dangling if several models are freed, the first one first. The
+    next signal, such as SIGCHLD, would then kill this process.
     """
     import openvino
 
@@ -122,12 +122,12 @@ def compile_openvino(model: Any, precision: str) -> Run:
 
 
 def compile_for_openvino(model: nn.Module, example: Tensor, precision: str) -> Run:
-    """Compiles a float32 model for OpenVINO on the CPU, for any batch size; int8 is calibrated with the example."""
+    """Compiles a float32 model for OpenVINO on the CPU, for any batch size; the example calibrates int8."""
     return compile_openvino(convert(model, example[:2], (0,), example if precision == 'int8' else None), precision)
 
 
 def write_openvino(program: Program, file: Path) -> None:
-    """Writes an .xml file and its .bin file, quantized if the program has images for calibration."""
+    """Writes an .xml file and its .bin file, quantized if the program has images to calibrate with."""
     import openvino
 
     model = convert(program.module, program.example, program.dynamic, program.calibration)

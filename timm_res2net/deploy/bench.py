@@ -57,7 +57,7 @@ class Way:
     prepare: Callable[[Tensor, str], Run]  # for images (N, C, H, W), in a data type
 
     def __str__(self) -> str:
-        return f'{self.model} by {self.name} in {self.dtype}'
+        return f'{self.model} ({self.name}, {self.dtype})'
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Result:
     spread: float  # milliseconds between the quartiles
     images_per_second: float
     ratio: float | None  # to the throughput of timm's own, if timm has the model
-    peak_memory: int | None  # bytes beyond weights and input, where the system knows them
+    peak_memory: int | None  # bytes beyond weights and input, where the system reports them
 
 
 def inference_ways(model: str, dtypes: Sequence[str], against: Sequence[str]) -> list[Way]:
@@ -95,7 +95,7 @@ def inference_ways(model: str, dtypes: Sequence[str], against: Sequence[str]) ->
 
 
 def training_ways(model: str, dtypes: Sequence[str]) -> list[Way]:
-    """Returns the ways to compare in training, all with channels last, timm's own first if timm has the model."""
+    """Returns the ways to compare in training, timm's own first if timm has the model."""
     timms, ours = partial(make_timms, model), partial(make_ours, model)
     ways = []
     for dtype in dtypes:
@@ -119,7 +119,7 @@ def make_fused(name: str) -> nn.Module:
 
 
 def make_timms(name: str) -> nn.Module:
-    """Makes timm's own model, with the weights of ours: the same seed makes the same."""
+    """Makes timm's own model, with the weights of ours: the same seed gives the same."""
     make: Any = timm_entrypoint(name)
     torch.manual_seed(0)
     return make().eval()
@@ -146,7 +146,7 @@ def run_exported(make: Make, suffix: str, x: Tensor, dtype: str) -> Run:
 
 
 def run_step(make: Make, x: Tensor, dtype: str, checkpointing: bool = False) -> Run:
-    """Makes a training step with SGD that returns the loss."""
+    """Makes a training step with SGD, in channels-last memory format, that returns the loss."""
     model: Any = make().train().to(x.device).to(memory_format=torch.channels_last)
     if checkpointing:
         model.set_grad_checkpointing()
@@ -192,13 +192,19 @@ def bench(
     All ways to run a model must compute the same. Each has its own process: in a shared one, memory that others freed
     speeds up those that allocate much, as timm's own does, and threads of one runtime may still spin while another is
     measured. In each round, each has a turn, in random order, so that other load on the machine affects all alike. In a
-    turn, the second of two calls is measured: the first runs with the caches of another way.
+    turn, the second of two calls is measured: the first one fills the caches.
 
-    `sizes` are heights and widths in pixels, and `dtypes` those of optimized and exported models, in training of all
-    ways. Raises an UnknownModelError or ValueError if arguments do not fit each other, a way fails, or two compute
-    other outputs.
+    `sizes` are heights and widths in pixels. `dtypes` are those of optimized and exported models, and in training those
+    of all ways. Raises an UnknownModelError or ValueError if an argument is invalid, a way fails, or the outputs of two
+    ways differ.
     """
-    require_measurable(models, dtypes, against, train, device)
+    if unknown := sorted(set(models) - ARCHS.keys()):
+        raise UnknownModelError.among(unknown[0], ARCHS, ' in this package')
+    if unknown := sorted(set(against) - set(OPPONENTS)):
+        raise ValueError(f'unknown against={", ".join(unknown)}. Choose from {", ".join(OPPONENTS)}.')
+    inference_on_cpu = sorted({*RUNTIMES, 'int8'} & {*against, *dtypes})
+    if inference_on_cpu and (train or device.type != 'cpu'):
+        raise ValueError(f'only for inference on the CPU: {", ".join(inference_on_cpu)}. Leave this out.')
     results = []
     for model, size, batch in itertools.product(models, sizes, batches):
         ways = training_ways(model, dtypes) if train else inference_ways(model, dtypes, against)
@@ -224,23 +230,10 @@ def bench(
     return results
 
 
-def require_measurable(
-    models: Sequence[str], dtypes: Sequence[str], against: Sequence[str], train: bool, device: torch.device
-) -> None:
-    """Raises an error for arguments of `bench` that do not fit each other."""
-    if unknown := sorted(set(models) - ARCHS.keys()):
-        raise UnknownModelError.among(unknown[0], ARCHS, ' in this package')
-    if unknown := sorted(set(against) - set(OPPONENTS)):
-        raise ValueError(f'unknown against={", ".join(unknown)}. Choose from {", ".join(OPPONENTS)}.')
-    only_inference_on_cpu = sorted({*RUNTIMES, 'int8'} & {*against, *dtypes})
-    if only_inference_on_cpu and (train or device.type != 'cpu'):
-        raise ValueError(f'{" and ".join(only_inference_on_cpu)} is for inference on the CPU. Leave it out.')
-
-
 def measure(
     ways: Sequence[Way], shape: tuple[int, ...], train: bool, device: torch.device, rounds: int
 ) -> tuple[dict[Way, list[float]], dict[Way, int | None]]:
-    """Measures ways to run a model, in turns; returns the seconds of each, and its peak memory in bytes."""
+    """Measures ways to run a model, in turns; returns the seconds of each call, and the peak memory in bytes."""
     with ExitStack() as stack:
         workers = {way: stack.enter_context(ProcessPoolExecutor(1, get_context('spawn'))) for way in ways}
 
@@ -269,7 +262,7 @@ def require_agreement(outputs: Mapping[Way, Any]) -> None:
 
 
 def second_call(device: torch.device) -> float:
-    """Returns the seconds of a call right after another, in a worker process."""
+    """Returns the seconds that the second of two calls takes, in a worker process."""
     for _ in range(2):
         start = time.perf_counter()
         run()
@@ -279,7 +272,7 @@ def second_call(device: torch.device) -> float:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Returns the bytes that a call takes beyond those already taken; None where the system does not know them."""
+    """Returns the bytes that a call takes beyond those already taken; None where the system does not report them."""
     if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()

@@ -1,4 +1,4 @@
-"""Takes the images that 8-bit quantization is calibrated with from a tensor, a DataLoader or a folder."""
+"""Collects images from a tensor, a DataLoader or a folder, to calibrate 8 bits and to compare outputs."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -16,38 +16,34 @@ Images = Tensor | Iterable[Any] | str | Path
 
 
 def calibration_images(model: nn.Module, images: Images | None, shape: tuple[int, ...]) -> Tensor:
-    """Takes the first 300 images of a batch or loader, or 300 from all over a folder; `shape` is (C, H, W)."""
+    """Takes the first 300 images of a batch or loader, or 300 spread over a folder; `shape` is (C, H, W)."""
     if images is None:
-        raise ValueError('int8 requires images for calibration. Pass images: a folder, a DataLoader or a tensor.')
+        raise ValueError('int8 requires images to calibrate with. Pass images: a folder, a DataLoader or a tensor.')
     if isinstance(images, str | Path):
         images = read_folder(model, Path(images), shape)
     taken: list[Tensor] = []
     for batch in [images] if isinstance(images, Tensor) else images:
         x = batch[0] if isinstance(batch, tuple | list) and len(batch) else batch
         if not isinstance(x, Tensor):
-            raise ValueError(
-                f'batches for calibration must be tensors, or tuples that begin with one, got {type(batch).__name__}'
-            )
+            raise ValueError(f'images must be tensors, or tuples that start with one, got {type(batch).__name__}')
         if x.shape[1:] != shape or not x.is_floating_point():
-            raise ValueError(
-                f'images for calibration must be (N, {", ".join(map(str, shape))}), floating-point, '
-                f'got {tuple(x.shape)}, {x.dtype}'
-            )
+            expected = f'(N, {", ".join(map(str, shape))})'
+            raise ValueError(f'images must be {expected}, floating-point, got {tuple(x.shape)}, {x.dtype}')
         taken += x.detach().cpu().float()
         if len(taken) >= CALIBRATION_IMAGES:
             break
     if not taken:
-        raise ValueError('images for calibration are empty')
+        raise ValueError('images are empty. Pass at least one.')
     return torch.stack(taken[:CALIBRATION_IMAGES])
 
 
 def read_folder(model: nn.Module, folder: Path, shape: tuple[int, ...]) -> Iterator[Tensor]:
     """Reads images evenly spread over a folder, preprocessed for a model, as batches of one."""
     if not folder.is_dir():
-        raise ValueError(f'cannot read images for calibration: {str(folder)!r} is not a folder')
+        raise ValueError(f'cannot read images: {str(folder)!r} is not a folder')
     files = find_images([str(folder)]).files
     if not files:
-        raise ValueError(f'no image for calibration in {str(folder)!r}')
+        raise ValueError(f'no images in {str(folder)!r}')
     transform = image_transform({**image_config(model, shape[0]), 'input_size': shape})
     count = min(len(files), CALIBRATION_IMAGES)
     for i in range(count):
@@ -55,7 +51,7 @@ def read_folder(model: nn.Module, folder: Path, shape: tuple[int, ...]) -> Itera
         try:
             image = read_image(file)
         except ValueError as error:
-            raise ValueError(f'cannot calibrate with {str(file)!r}: {error}. Remove it from the folder.') from error
+            raise ValueError(f'cannot use {str(file)!r}: {error}. Remove it from the folder.') from error
         yield transform(image)[None]
 
 

@@ -31,8 +31,8 @@ from .program import Exportable, Program
 
 _logger = logging.getLogger(__name__)
 
-# Largest difference from the model, relative to its largest output, at which a file still counts as right. The loss by
-# 8 bits depends on the weights and on the images for calibration; a file that computes nonsense is far beyond it.
+# Largest difference from the model, relative to its largest output, at which a file still counts as correct. That of
+# int8 depends on the weights and on the images that calibrate it; a file that computes nonsense is far beyond it.
 TOLERANCES = {'float32': 1e-4, 'float16': 2e-2, 'bfloat16': 1e-1, 'int8': 5e-1}
 
 
@@ -44,7 +44,7 @@ class Export:
     bytes: int  # including the .bin
     largest_difference: float  # between outputs, relative to the largest output of the model
     mean_difference: float  # root mean square, relative to that of the model's outputs
-    agreement: float | None  # share of the images with the same predicted class; None for features
+    agreement: float | None  # share of images with the same predicted class; None for features
     images: int  # number of images compared
     path: str  # steps that made the file, such as 'fused, ONNX, float32'
 
@@ -63,20 +63,21 @@ def export(
 ) -> Export:
     """Exports a model, fused, to a file that is loaded and compared with the model before it appears.
 
-    The file takes preprocessed float32 images and returns float32. Its metadata, JSON under the key `timm_res2net`,
-    describe it: architecture, function, precision, preprocessing, class names, licence, origin, names and strides of
-    its outputs, SHA-256 of the weights (of the state dict sorted by name, as `safetensors.torch.save` writes it), and
-    the version of this package. Its own runtime runs it, at two batch sizes and three image sizes where those are free.
+    The file takes preprocessed float32 images and returns float32. The comparison uses the format's own runtime, at two
+    batch sizes and three image sizes where those are free. The file's metadata, JSON under the key `timm_res2net`,
+    records architecture, function, precision, preprocessing, class names, licence, origin, names and strides of the
+    outputs, the SHA-256 of the weights (of the state dict sorted by name, as `safetensors.torch.save` writes it), and
+    the version of this package.
 
     Args:
         model: Model of this package in evaluation mode, also with `features_only`. It is not changed.
         file: File to write: `.onnx`, `.xml` (with a `.bin`) for OpenVINO, or `.pt2` for torch. It must not exist.
         precision: 'float32', 'float16', 'bfloat16' (not in `.onnx`) or 'int8' (not in `.pt2`).
-        images: Images to calibrate int8 with and to compare outputs on: (N, C, H, W), a DataLoader, or a folder. Random
-            images are compared if None.
-        batch: The only batch size of the file; any if None.
+        images: Images to calibrate int8 with and to compare outputs on: (N, C, H, W), a DataLoader, or a folder. If
+            None, outputs are compared on random images.
+        batch: Fixed batch size; any if None.
         size: Height and width in pixels; those of the model's configuration if None.
-        dynamic_size: Leave height and width free; `size` is then the one to calibrate and preprocess with.
+        dynamic_size: Accept any height and width; `size` is then the one to calibrate and preprocess with.
         opset: Version of the ONNX operators, 18 to 23, 20 if None; `.onnx` only.
         symmetric: Quantize to signed 8 bits without zero points, as TensorRT requires; int8 in `.onnx` only.
 
@@ -84,7 +85,7 @@ def export(
         The `Export`: the file, its size, and its differences from the model.
 
     Raises:
-        ValueError: If an argument is not possible, the model cannot be exported, or the file's outputs are wrong.
+        ValueError: If an argument is invalid, the model cannot be exported, or the file's outputs are wrong.
         ImportError: If the format's runtime is not installed.
         OSError: If the file cannot be written.
 
@@ -105,16 +106,21 @@ def export(
     require_free(path)
     require_writable(path)
     if any(isinstance(module, ForInference) for module in model.modules()):
-        raise ValueError('cannot export an optimized or exported model. Export the model that it was made from.')
+        raise ValueError('cannot export an optimized or exported model. Export the original model.')
     require_finite_weights(model)
     fused = fuse(model)
     record = describe(model, backend, precision, batch, size, dynamic_size)
     record = parse_record(json.dumps(record))  # as when the file is loaded
     shape = record['pretrained_cfg']['input_size']
     given = calibration_images(model, images, tuple(shape)) if images is not None or precision == 'int8' else None
-    calibration = given if precision == 'int8' else None
-    example = torch.zeros(batch or 2, *shape)
-    program = Program(Exportable(fused, precision), example, record, calibration, opset, symmetric)
+    program = Program(
+        module=Exportable(fused, precision),
+        example=torch.zeros(batch or 2, *shape),
+        record=record,
+        calibration=given if precision == 'int8' else None,
+        opset=opset,
+        symmetric=symmetric,
+    )
     try:
         with temporary_folder(path.parent) as folder:
             write(backend, program, folder / path.name)
@@ -123,24 +129,24 @@ def export(
     except OSError as error:
         raise OSError(f'cannot write {str(path)!r}: {first_line(error)}') from error
     total = sum(part.stat().st_size for part in parts_of(path))
-    steps = ['fused', backend.format, precision, *(['symmetric'] if symmetric else [])]
-    return Export(file=path, bytes=total, path=', '.join(steps), **differences)
+    steps = f'fused, {backend.format}, {precision}{", symmetric" if symmetric else ""}'
+    return Export(file=path, bytes=total, path=steps, **differences)
 
 
 def parts_of(path: Path) -> list[Path]:
-    """Returns all files that are written for one."""
+    """Returns the files that an export consists of."""
     return [path, path.with_suffix('.bin')] if path.suffix == '.xml' else [path]
 
 
 def require_free(path: Path) -> None:
-    """Raises a ValueError if a file would replace another."""
+    """Raises a ValueError if an export would replace a file."""
     for part in parts_of(path):
         if os.path.lexists(part):
-            raise ValueError(f'cannot write {str(part)!r}: it exists. Move it away, or choose another name.')
+            raise ValueError(f'cannot write {str(part)!r}: it already exists. Move it away, or choose another name.')
 
 
 def write(backend: Backend, program: Program, file: Path) -> None:
-    """Writes a program with its backend; ValueError if the exporter cannot express it."""
+    """Writes a program with its backend; ValueError if the exporter fails."""
     try:
         with requires_extra(f'exporting to {file.suffix}'), warnings.catch_warnings():
             warnings.simplefilter('ignore')  # exporters warn about their own internals
@@ -172,7 +178,7 @@ def describe(
     size: int | tuple[int, int] | None,
     dynamic_size: bool,
 ) -> dict[str, Any]:
-    """Makes the record of an exported file, for its metadata."""
+    """Makes the record that goes into a file's metadata."""
     cfg: dict[str, Any] = getattr(model, 'pretrained_cfg', None) or {}
     channels = next(parameter.shape[1] for parameter in model.parameters() if parameter.dim() == 4)
     config = with_channels(resolve_model_data_config(model), channels)
@@ -212,25 +218,21 @@ def describe(
 
 @torch.no_grad()
 def verify(model: nn.Module, file: Path, record: dict[str, Any], images: Tensor | None) -> dict[str, Any]:
-    """Loads a file with its runtime and compares it with the model; returns the differences, as in `Export`.
+    """Loads a file and compares its outputs with the model's; returns the differences, as in `Export`.
 
     Raises a ValueError if they are larger than the precision explains.
     """
     loaded = load_exported(file, trust=True)
     batches = make_batches(record, images)
     found, expected = ([[y.flatten() for y in tree_leaves(run(x))] for x in batches] for run in (loaded, model))
-    if [[y.shape for y in outputs] for outputs in found] != [[y.shape for y in outputs] for outputs in expected]:
-        raise ValueError(f'{file.name} was discarded: its outputs have other shapes than those of the model')
     pairs = [(torch.cat(a), torch.cat(b)) for a, b in zip(zip(*found), zip(*expected))]  # for each output
     # Tensor.max() passes NaN on, Python's max() does not.
     largest = torch.stack([(a - b).abs().max() / b.abs().max() for a, b in pairs]).max().item()
     mean = torch.stack([((a - b).square().mean() / b.square().mean()).sqrt() for a, b in pairs]).max().item()
     tolerance = TOLERANCES[record['precision']]
     if not largest <= tolerance:
-        raise ValueError(
-            f'{file.name} was discarded: its outputs differ from the model by {largest:.2%} of the largest, more than '
-            f'{tolerance:.2%}'
-        )
+        difference = f'{largest:.2%} of the largest, more than {tolerance:.2%}'
+        raise ValueError(f"{file.name} was discarded: its outputs differ from the model's by {difference}")
     same = None
     if loaded.num_classes:
         classes = (predict_classes(each.reshape(-1, loaded.num_classes)) for each in pairs[0])
@@ -239,7 +241,7 @@ def verify(model: nn.Module, file: Path, record: dict[str, Any], images: Tensor 
 
 
 def make_batches(record: dict[str, Any], images: Tensor | None) -> list[Tensor]:
-    """Makes the batches to compare on: of two sizes, and of images of three sizes, where those are free."""
+    """Makes the batches to compare on: of two batch sizes and three image sizes, where those are free."""
     batch, _, *size = record['input']
     if images is None:
         shape = record['pretrained_cfg']['input_size']
@@ -257,5 +259,5 @@ def make_batches(record: dict[str, Any], images: Tensor | None) -> list[Tensor]:
 
 
 def predict_classes(logits: Tensor) -> Tensor:
-    """Returns the index of the largest logit; of a single one, whether it is positive."""
+    """Returns the index of the largest logit, or whether the only one is positive."""
     return logits.argmax(1) if logits.shape[1] > 1 else logits[:, 0] > 0

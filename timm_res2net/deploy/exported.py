@@ -46,36 +46,32 @@ class ExportedModel(ForInference):
         The outputs of an image with NaN or infinity are NaN.
 
         Raises:
-            ValueError: If the images have another shape than the model was exported for, or are integers.
-            CheckpointError: If the file fails to run, or its outputs are not those that its metadata describe.
+            ValueError: If the images are integers, or have a shape that the model was not exported for.
+            CheckpointError: If the file fails to run, or its outputs do not match its metadata.
         """
         outputs = run_batch(self.run_checked, images, self.record['input'])
         return finish(outputs if self.record['features'] else outputs[0], images.cpu().float())
 
     def run_checked(self, images: Tensor) -> list[Tensor]:
-        """Runs images, and raises a CheckpointError if that fails or gives other outputs than the record describes."""
+        """Runs images; CheckpointError if that fails, or if the outputs do not match the record."""
         try:
             outputs = self.run(images)
         except Exception as error:  # runtimes raise anything
             raise CheckpointError(f'cannot run {self.file.name!r}: {first_line(error)}') from error
-        is_described = len(outputs) == len(self.record['outputs']) and all(
-            output.dim() >= 2 and len(output) == len(images) for output in outputs
-        )
-        if not is_described or outputs[0].shape[1] != (self.num_classes or outputs[0].shape[1]):
-            shapes = ', '.join(str(tuple(output.shape)) for output in outputs[:8])
-            raise CheckpointError(f'outputs of {self.file.name!r} are not those that its metadata describe: {shapes}')
+        shapes = [tuple(output.shape) for output in outputs]
+        are_batches = [len(shape) >= 2 and shape[0] == len(images) for shape in shapes]
+        fits = are_batches == [True] * len(self.record['outputs'])
+        if not fits or (self.num_classes and shapes[0][1] != self.num_classes):
+            raise CheckpointError(f'outputs of {self.file.name!r} do not match its metadata: {sanitize(shapes)}')
         return outputs
-
-    def extra_repr(self) -> str:
-        return f'{self.record["architecture"]}: {self.path}'
 
 
 def load_exported(file: PathLike, *, trust: bool = False) -> ExportedModel:
     """Loads a file that `export` wrote, to be run by its own runtime on the CPU.
 
     `.onnx` and `.xml` files describe a network: no code in them runs, and no other file is opened. A `.pt2` file is a
-    program of torch, and loading it can run any code. Metadata are checked as an untrusted `config.json` is. A hostile
-    network can still take much time and memory to run.
+    program of torch, and loading it can run any code. The metadata is checked like an untrusted `config.json`. A
+    malicious network can still take a lot of time and memory to run.
 
     Args:
         file: .onnx, .xml with its .bin in the same folder, or .pt2.
@@ -108,7 +104,7 @@ def load_exported(file: PathLike, *, trust: bool = False) -> ExportedModel:
         with requires_extra(f'{str(path)!r}'):
             text, start = backend.load(path)
             if not text:
-                raise ValueError('its metadata do not describe a model. Was it written by timm_res2net.export?')
+                raise ValueError('it has no metadata of timm_res2net. Was it written by timm_res2net.export?')
             record = parse_record(text)
             return ExportedModel(path, start(record['precision']), record).eval()
     except ImportError:
@@ -118,30 +114,30 @@ def load_exported(file: PathLike, *, trust: bool = False) -> ExportedModel:
 
 
 def parse_record(text: str) -> dict[str, Any]:
-    """Parses the record in a file's metadata; ValueError names an entry that is not possible."""
+    """Parses the record in a file's metadata; ValueError names the first invalid entry."""
     record = json.loads(text)
     if not isinstance(record, dict):
-        raise ValueError('its metadata are not a mapping')
-    for key, is_possible in RECORD.items():
+        raise ValueError('its metadata is not a mapping')
+    for key, is_valid in RECORD.items():
         reason = sanitize(repr(record.get(key)), 80)
         try:
-            possible = is_possible(record)
+            valid = is_valid(record)
         except Exception as error:  # entries may be absent or of any type
-            possible, reason = False, first_line(error)
-        if not possible:
-            raise ValueError(f'{key} in its metadata is not possible: {reason}')
+            valid, reason = False, first_line(error)
+        if not valid:
+            raise ValueError(f'invalid {key!r} in its metadata: {reason}')
     return record
 
 
-def has_possible_input(record: dict[str, Any]) -> bool:
-    """Checks the shape of a batch, in which None is any size."""
+def has_valid_input(record: dict[str, Any]) -> bool:
+    """Checks the shape of a batch, in which None means any size."""
     sizes = [1 if size is None else size for size in record['input']]
     are_sizes = all(type(size) is int and 1 <= size <= LARGEST_SIZE for size in sizes)
     return len(sizes) == 4 and are_sizes and prod(sizes) <= LARGEST_INPUT
 
 
-def has_possible_cfg(record: dict[str, Any]) -> bool:
-    """Checks that the `pretrained_cfg` is complete and fits the other entries."""
+def has_valid_cfg(record: dict[str, Any]) -> bool:
+    """Checks that `pretrained_cfg` is complete and consistent with the other entries."""
     cfg = record['pretrained_cfg']
     settings, names = check_image_settings(cfg), cfg['label_names']
     size = settings['input_size']
@@ -165,7 +161,7 @@ RECORD: dict[str, Callable[[dict[str, Any]], bool]] = {
     'function': lambda record: isinstance(record['function'], dict) and bool(NetworkSpec.from_text(record['function'])),
     'precision': lambda record: record['precision'] in PRECISIONS,
     'features': lambda record: type(record['features']) is bool,
-    'input': has_possible_input,
+    'input': has_valid_input,
     'outputs': lambda record: len(record['outputs']) > 0 and are_strings([each['name'] for each in record['outputs']]),
-    'pretrained_cfg': has_possible_cfg,
+    'pretrained_cfg': has_valid_cfg,
 }

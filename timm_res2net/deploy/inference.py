@@ -22,7 +22,7 @@ class ForInference(nn.Module):
     path: str
 
     def train(self, mode: bool = True) -> 'ForInference':
-        """Stays in evaluation mode, also as a part of a model that is trained."""
+        """Stays in evaluation mode, even inside a model that is trained."""
         return super().train(False)
 
     def extra_repr(self) -> str:
@@ -30,7 +30,7 @@ class ForInference(nn.Module):
 
 
 def run_batch(run: Run, images: Tensor, shape: Sequence[int | None]) -> list[Tensor]:
-    """Runs images (N, C, H, W) in another runtime; ValueError unless they have a shape, where None is any size."""
+    """Runs images (N, C, H, W) in another runtime; ValueError unless they fit `shape`, where None means any size."""
     if images.dim() != 4 or any(size not in (None, have) for size, have in zip(shape, images.shape)):
         expected = ', '.join(name if size is None else str(size) for size, name in zip(shape, 'NCHW'))
         raise ValueError(f'images must be ({expected}), got {tuple(images.shape)}')
@@ -41,13 +41,13 @@ def run_batch(run: Run, images: Tensor, shape: Sequence[int | None]) -> list[Ten
 
 
 def require_floating_point(images: Tensor) -> None:
-    """Raises a ValueError for integer images: outputs are cast to the dtype of the images, and would wrap around."""
+    """Raises a ValueError for integer images: outputs would be cast to their dtype, and wrap around."""
     if not images.is_floating_point():
         raise ValueError(f'images must be floating-point, got {images.dtype}. Preprocess them with the timm transform.')
 
 
 def finish(outputs: Outputs, images: Tensor) -> Outputs:
-    """Casts outputs to the dtype of the images, and makes those of images with NaN or infinity NaN.
+    """Casts outputs to the dtype of the images, and replaces those of images with NaN or infinity by NaN.
 
     Compilers and OpenVINO compute max(NaN, 0) = 0, so a damaged image would otherwise get plausible scores.
     """
@@ -64,8 +64,8 @@ def finish(outputs: Outputs, images: Tensor) -> Outputs:
 def find_finite(images: Tensor) -> Tensor:
     """Returns for each image whether all of its values are finite, (N,).
 
-    Uses numpy where possible: torch's threads, once woken, spin for 4 ms while they wait for more work, and keep a core
-    busy for a quarter of the time that OpenVINO needs for an image in 8 bits.
+    Uses numpy where possible: torch's threads, once woken, spin for 4 ms while they wait for more work. That keeps a
+    core busy for a quarter of the time that OpenVINO takes for an image in int8.
     """
     if images.is_cpu and images.dtype != torch.bfloat16:  # numpy has no bfloat16
         return torch.from_numpy(np.isfinite(images.detach().numpy()).all(axis=(1, 2, 3)))

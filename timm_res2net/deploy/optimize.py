@@ -33,12 +33,12 @@ def optimize(
 
     The model is fused, converted to channels-last memory format and to `dtype`, and compiled by `torch.compile` as one
     graph with frozen weights. If no compiler works, it is left uncompiled, and a warning says why. The first call with
-    another batch size compiles again, for all other sizes; that takes seconds, with OpenVINO less than one.
+    another batch size compiles again, once for all other sizes: that takes seconds, with OpenVINO less than one.
 
     Args:
         model: Model of this package in evaluation mode. It is not changed.
-        example_input: Images (N, C, H, W) of the size that matters most, on the model's device. `torch.int8` is
-            calibrated with them: pass some 300 real ones.
+        example_input: Images (N, C, H, W) of the size that matters most, on the model's device. They calibrate
+            `torch.int8`: pass some 300 real ones.
         dtype: Data type to compute in; the model's if None. `torch.int8` is for CPUs.
         compile: Compile with torch.compile. OpenVINO and `torch.int8` always compile.
         backend: 'openvino' to run on the CPU with OpenVINO, for any batch size and the height and width of
@@ -51,7 +51,7 @@ def optimize(
 
     Raises:
         ValueError: If the model cannot be fused, the example is not a batch of images that it can run, or an argument
-            is not possible.
+            is invalid.
         ImportError: If OpenVINO, or for `torch.int8` NNCF or torchao, is not installed.
 
     Example:
@@ -68,12 +68,12 @@ def optimize(
     fused = fuse(model)
     dtype = dtype or next(fused.parameters()).dtype
     if dtype not in DTYPES:
-        raise ValueError(f'dtype={dtype} is not possible. Choose from {", ".join(map(str, DTYPES))}.')
+        raise ValueError(f'unsupported dtype={dtype}. Choose from {", ".join(map(str, DTYPES))}.')
     always_compiled = backend is not None or dtype == torch.int8
     if always_compiled and not compile:
         raise ValueError(f'compile=False has no effect with backend={backend!r}, dtype={dtype}. Leave it out.')
     if always_compiled and example_input.device.type != 'cpu':
-        raise ValueError(f'OpenVINO and torch.int8 run on the CPU, and example_input is on {example_input.device}')
+        raise ValueError(f'OpenVINO and torch.int8 run on the CPU, but example_input is on {example_input.device}')
     optimized: Optimized | OptimizedByOpenVINO
     if backend is not None:
         with requires_extra(f'backend={backend!r}'):
@@ -126,7 +126,7 @@ class Optimized(ForInference):
             return finish(self.model(images.clone() if images.is_inference() else images), x)
 
     def compile_or_warn(self, example_input: Tensor) -> None:
-        """Compiles by a first call with the fastest settings, else the default ones; logs why settings failed."""
+        """Compiles in a first call, with the fastest settings or else the default ones; logs why settings failed."""
         model = self.model
         for name in ('fastest', 'default'):
             try:
@@ -165,10 +165,10 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def fastest_settings(device: torch.device) -> dict[str, Any]:
-    """Returns settings of `torch.compile` that save a millisecond or two of each call, in torch 2.14.
+    """Returns settings of `torch.compile` that save a millisecond or two per call in torch 2.14; older versions fail.
 
     Kernels are called from C++, and a call does not check that the modules are still those that were compiled. That is
-    safe if no other model uses the compiled code, hence `isolate_recompiles`. Older versions raise an AttributeError.
+    safe if no other model uses the compiled code, hence `isolate_recompiles`.
     """
     skip = torch.compiler.skip_guard_on_inbuilt_nn_modules_unsafe
     return dict(isolate_recompiles=True, options=dict(cpp_wrapper=device.type == 'cpu', guard_filter_fn=skip))
@@ -177,7 +177,7 @@ def fastest_settings(device: torch.device) -> dict[str, Any]:
 def frozen_weights() -> AbstractContextManager[Any]:
     """Returns a context in which torch.compile treats weights as constants, and packs them for its kernels.
 
-    `torch.compile` has an option of that name, but torch 2.14 reads the global setting before it reads options.
+    As an option of `torch.compile` it has no effect in torch 2.14, which reads the global setting first.
     """
     from torch._inductor import config  # takes half a second to import
 
