@@ -131,12 +131,3 @@ def test_command_prints_a_table(monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert main(['bench', '--rounds', '3']) == 0
     row = capsys.readouterr().out.splitlines()[-1]
     assert row.split() == ['res2net50d', '8', '224', 'timm', 'float32', '1.0', '0.1', '8000.0', '1.00', '2']
-
-
-@pytest.mark.parametrize(('arguments', 'named'), [('--dtype int4', 'int4'), ('--batch 0', '0')])
-def test_command_with_a_wrong_argument_exits_with_its_value(
-    arguments: str, named: str, capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit, match='2'):
-        main(['bench', *arguments.split()])
-    assert named in capsys.readouterr().err

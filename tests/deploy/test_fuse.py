@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from torchvision.models._utils import IntermediateLayerGetter
 
 from timm_res2net import fuse
-from timm_res2net.models.block import Bottle2neck
 from timm_res2net.models.fold import fold_norm
 from timm_res2net.models.variants import ARCHS
 
@@ -87,11 +86,6 @@ def test_fuse_merges_first_blocks_into_one_convolution_where_exact(
     model = tiny(first_block, channels=(8, 16, 8, 16), **arguments)
     for fused in (fuse(model), reparameterize_model(model)):
         assert [len(fused.get_submodule(f'layer{i}.0.convs')) == 1 for i in range(1, 5)] == expected
-
-
-def test_fuse_scale_2_keeps_average_pool_beside_convolution() -> None:
-    blocks = [module for module in fuse(tiny(scale=2)).modules() if isinstance(module, Bottle2neck)]
-    assert [isinstance(block.pool, nn.AvgPool2d) for block in blocks] == [True, True, False, True, True]
 
 
 def test_reparameterize_model_leaves_norms_of_stem_also_of_a_model_in_training_mode(images: Tensor) -> None:
