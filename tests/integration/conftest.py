@@ -32,16 +32,11 @@ def digits(part: str, count: int) -> Tensor:
     return (enlarged.expand(-1, 3, -1, -1) - 0.5) / 0.5
 
 
-def step(model: nn.Module, loss: Tensor) -> list[Tensor]:
-    """Takes a step of gradient descent, which must change the backbone's first layer; returns the gradients."""
+def assert_gradient_reaches_first_layer(model: nn.Module, loss: Tensor) -> None:
     loss.backward()
     first = next(parameter for parameter in model.parameters() if parameter.ndim == 4)
     assert first.grad is not None
     assert first.grad.abs().sum() > 0
-    before = first.detach().clone()
-    torch.optim.SGD(model.parameters(), lr=0.01).step()
-    assert not torch.equal(first, before)
-    return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
 
 
 @pytest.fixture(params=KINDS)

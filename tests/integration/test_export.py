@@ -8,12 +8,14 @@ from typing import Any
 import pytest
 import timm
 import torch
+from eight_bits import cost
 from support import TRUNKS, assert_same, built, fitting, slow_but, tiny
 
 from integration.conftest import digits
-from timm_res2net import CheckpointError, export, load_exported, optimize
+from timm_res2net import CheckpointError, export, load_exported
 from timm_res2net._images import bundled_digits
 from timm_res2net.deploy.program import METADATA
+from timm_res2net.models.variants import ASSETS
 from timm_res2net.recipes.digits import main as write_digits
 from timm_res2net.vision.predict import predict, pretrained_model
 from timm_res2net.vision.validate import labelled_images, validate
@@ -24,15 +26,12 @@ pytest.importorskip('nncf')
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # of exporters about their own internals
 FORMATS = '.onnx', '.xml'
+CASES = [(name, suffix) for name in TRUNKS for suffix in FORMATS]
 
 
-CASES = [(name, suffix) for name in TRUNKS for suffix in FORMATS]  # torch's exporter of ONNX takes ten seconds each
-
-
+# torch's exporter of ONNX takes ten seconds for a model.
 @pytest.mark.parametrize('case', slow_but([CASES[0], *CASES[1::2]], CASES), ids=str)
-def test_export_every_trunk_runs_in_its_runtime_at_any_batch_and_image_size(
-    case: tuple[str, str], tmp_path: Path
-) -> None:
+def test_export_every_trunk_runs_at_any_batch_and_image_size(case: tuple[str, str], tmp_path: Path) -> None:
     name, suffix = case
     model = built(name)
     done = export(model, tmp_path / f'net{suffix}', size=32, dynamic_size=True)
@@ -41,6 +40,14 @@ def test_export_every_trunk_runs_in_its_runtime_at_any_batch_and_image_size(
     loaded = load_exported(done.file)
     for shape in ((5, 3, 32, 32), (1, 3, 32, 32), (2, 3, 40, 33)):
         assert_same(loaded, model, torch.randn(shape))
+
+
+def kernels_of_convolutions(file: Path) -> list[str]:
+    """Returns the kernels that OpenVINO runs a file's convolutions with, such as 'brgconv_avx512_i8'."""
+    compiled = openvino.Core().compile_model(file, 'CPU')
+    nodes = [node.get_rt_info() for node in compiled.get_runtime_model().get_ops()]
+    convolutions = [node for node in nodes if node['layerType'].astype(str) == 'Convolution']
+    return [node['primitiveType'].astype(str).lower() for node in convolutions]  # AMX writes i8, VNNI I8
 
 
 @pytest.mark.parametrize('case', slow_but([('dla60_res2net', '.xml')], CASES), ids=str)
@@ -58,9 +65,7 @@ def test_export_every_trunk_in_8_bits_is_close_and_a_third_as_large(case: tuple[
 
 
 @pytest.mark.parametrize('suffix', FORMATS)
-def test_export_deformable_model_in_8_bits_for_one_batch_size_is_close_and_takes_it(
-    suffix: str, tmp_path: Path
-) -> None:
+def test_export_deformable_model_in_8_bits_is_close_and_takes_its_batch_size(suffix: str, tmp_path: Path) -> None:
     model = tiny(deformable=(None, 'v2', 'v2', 'v2'), first_block='mmdet')
     images = torch.randn(5, 3, 32, 32)
     done = export(model, tmp_path / f'net{suffix}', precision='int8', images=images, size=32, batch=2)
@@ -70,14 +75,6 @@ def test_export_deformable_model_in_8_bits_for_one_batch_size_is_close_and_takes
     for wrong in (images[:3], images[:2, :, :8]):
         with pytest.raises(ValueError, match=r'images must be \(2, 3, 32, 32\)'):
             loaded(wrong)
-
-
-def kernels_of_convolutions(file: Path) -> list[str]:
-    """Returns the kernels that OpenVINO runs a file's convolutions with, such as 'brgconv_avx512_i8'."""
-    compiled = openvino.Core().compile_model(file, 'CPU')
-    nodes = [node.get_rt_info() for node in compiled.get_runtime_model().get_ops()]
-    convolutions = [node for node in nodes if node['layerType'].astype(str) == 'Convolution']
-    return [node['primitiveType'].astype(str).lower() for node in convolutions]  # AMX writes i8, VNNI I8
 
 
 @pytest.mark.parametrize('suffix', FORMATS)
@@ -121,12 +118,12 @@ def test_export_writes_metadata_and_names_of_the_format(suffix: str, tmp_path: P
 
 
 @pytest.mark.parametrize(('suffix', 'precision'), [('.onnx', 'float16'), ('.xml', 'float16'), ('.xml', 'bfloat16')])
-def test_export_in_half_precision_is_half_as_large(suffix: str, precision: str, tmp_path: Path) -> None:
+def test_export_in_half_precision_takes_two_bytes_for_a_weight(suffix: str, precision: str, tmp_path: Path) -> None:
     model = built('test_res2net')
-    whole = export(model, tmp_path / f'whole{suffix}', size=32)
-    half = export(model, tmp_path / f'half{suffix}', precision=precision, size=32)
-    assert half.bytes < 0.65 * whole.bytes
-    assert 1e-5 < half.largest_difference < 0.1
+    done = export(model, tmp_path / f'net{suffix}', precision=precision, size=32)
+    weights = sum(parameter.numel() for parameter in model.parameters())
+    assert done.bytes < 2 * weights + 500_000
+    assert 1e-5 < done.largest_difference < 0.1
 
 
 @pytest.mark.parametrize('suffix', FORMATS)
@@ -146,34 +143,7 @@ def test_export_digits_in_8_bits_loses_at_most_a_fifth_of_a_percent(suffix: str,
     assert sum(a == b for a, b in zip(*labels)) >= 59
 
 
-def test_optimize_int8_by_openvino_is_quantized_and_close() -> None:
-    model = timm.create_model('test_res2net.digits', pretrained=True).eval()
-    images = digits('train', 16)
-    optimized = optimize(model, images, dtype=torch.int8, backend='openvino')
-    assert optimized.path == 'fused, int8, OpenVINO'
-    assert_same(optimized, model, images[:8], 0.2)
-    with pytest.raises(AssertionError):
-        assert_same(optimized, model, images[:8], 1e-4)
-
-
-def test_openvino_model_is_compiled_for_the_first_batch_size_and_once_for_all_others(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    compile_model, shapes = openvino.Core.compile_model, []
-
-    def recorded(core: Any, model: Any, *args: Any) -> Any:
-        shapes.append(str(model.inputs[0].get_partial_shape()))
-        return compile_model(core, model, *args)
-
-    monkeypatch.setattr(openvino.Core, 'compile_model', recorded)
-    optimized = optimize(tiny(), torch.randn(2, 3, 32, 32), backend='openvino')
-    assert shapes == ['[2,3,32,32]']
-    for batch in (2, 1, 5, 2, 3):
-        assert len(optimized(torch.randn(batch, 3, 32, 32))) == batch
-    assert shapes == ['[2,3,32,32]', '[?,3,32,32]']
-
-
-def test_openvino_file_whose_weights_are_missing_or_a_pipe_is_refused(tmp_path: Path) -> None:
+def test_openvino_file_with_missing_weights_or_a_pipe_is_refused(tmp_path: Path) -> None:
     export(tiny(), tmp_path / 'net.xml', size=32)
     (tmp_path / 'net.bin').unlink()
     with pytest.raises(CheckpointError, match=r"cannot load '.*net\.xml': .*No such file"):
@@ -185,18 +155,15 @@ def test_openvino_file_whose_weights_are_missing_or_a_pipe_is_refused(tmp_path: 
 
 @pytest.mark.parametrize('place', ['graph', 'function'])
 def test_onnx_file_that_refers_to_another_file_is_refused_without_opening_it(place: str, tmp_path: Path) -> None:
-    export(tiny(), tmp_path / 'net.onnx', size=32)
     os.mkfifo(tmp_path / 'pipe')  # opening it would never return
-    model = onnx.load(tmp_path / 'net.onnx')
-    tensor = model.graph.initializer[0]
-    if place == 'function':
-        attribute = onnx.helper.make_attribute('value', tensor)
-        node = onnx.NodeProto(op_type='Constant', output=['y'], attribute=[attribute])
-        model.functions.append(onnx.helper.make_function('local', 'f', [], ['y'], [node], model.opset_import))
-        tensor = model.functions[0].node[0].attribute[0].t
-    tensor.ClearField('raw_data')
-    tensor.data_location = onnx.TensorProto.EXTERNAL
+    tensor = onnx.TensorProto(name='x', data_type=1, dims=[1], data_location=onnx.TensorProto.EXTERNAL)
     tensor.external_data.add(key='location', value='pipe')
+    model = onnx.helper.make_model(onnx.helper.make_graph([], 'graph', [], []))
+    if place == 'graph':
+        model.graph.initializer.append(tensor)
+    else:
+        node = onnx.helper.make_node('Constant', [], ['y'], value=tensor)
+        model.functions.append(onnx.helper.make_function('local', 'f', [], ['y'], [node], model.opset_import))
     (tmp_path / 'net.onnx').write_bytes(model.SerializeToString())
     with pytest.raises(CheckpointError, match='it refers to other files'):
         load_exported(tmp_path / 'net.onnx')
@@ -217,3 +184,12 @@ def test_export_symmetric_is_signed_without_zero_points_and_close(tmp_path: Path
 def test_export_writes_the_opset(opset: int, tmp_path: Path) -> None:
     export(tiny(), tmp_path / 'net.onnx', size=32, opset=opset)
     assert onnx.load(tmp_path / 'net.onnx').opset_import[0].version == opset
+
+
+@pytest.mark.slow
+def test_cost_of_8_bits_is_that_of_the_table() -> None:
+    rows = {row['model']: row for row in json.loads((ASSETS / 'int8.json').read_text())['results']}
+    name = 'res2next29_6c_24w_4s'
+    found = cost(name)
+    for runtime in ('openvino', 'onnx'):
+        assert found[runtime] == pytest.approx(rows[name][runtime], rel=0.25)  # other processors round differently
