@@ -1,21 +1,20 @@
-"""Measures the loss of 8 bits for every kind of trunk and scale, on photographs, and for the digits model its accuracy.
+"""Measures the error of int8 for every kind of trunk and scale, and the accuracy of the embedded digits model.
 
     python tests/eight_bits.py int8.json
 
-Exports full-size networks with random weights in 8 bits to OpenVINO and ONNX, and compares them with their float32
-models on crops of scikit-image's photographs, which also calibrate them; a minute or two each. Run again, it continues
-where it was stopped.
+Exports full-size networks with random weights in int8 to OpenVINO and ONNX, and compares them with their float32 models
+on crops of scikit-image's photographs, which also calibrate them. Each takes a minute or two; run again after an
+interruption, it continues with the next.
 """
 
-import argparse
 import json
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import timm
 import torch
-from PIL import Image
 from support import randomise
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
@@ -36,13 +35,7 @@ MODELS = (
     *('dla60_res2net', 'blres2net50_26w_4s', 'res2next29_6c_24w_4s'),  # the trunk
 )
 SUFFIXES = {'openvino': '.xml', 'onnx': '.onnx'}
-SIDE = 128  # pixels of a crop, of which each photograph gives two
-
-
-def random_model(name: str) -> nn.Module:
-    """Makes a full-size network with random weights and norms, always the same."""
-    torch.manual_seed(0)
-    return randomise(timm.create_model(name)).eval()
+SIDE = 128  # pixels of a crop
 
 
 def crops(model: nn.Module) -> Tensor:
@@ -50,18 +43,18 @@ def crops(model: nn.Module) -> Tensor:
     config = resolve_model_data_config(model)
     side = min(SIDE, config['input_size'][1])
     transform: Any = create_transform(**{**config, 'input_size': (3, side, side), 'crop_pct': 1.0})
-    return torch.stack([transform(corner) for photograph in whole_photographs('RGB') for corner in corners(photograph)])
+    found = []
+    for photograph in whole_photographs('RGB'):
+        width, height = photograph.size
+        for left, top in ((0, 0), (width - SIDE, height - SIDE)):
+            found.append(transform(photograph.crop((left, top, left + SIDE, top + SIDE))))
+    return torch.stack(found)
 
 
-def corners(photograph: Image.Image) -> list[Image.Image]:
-    """Crops the upper left and the lower right corner."""
-    width, height = photograph.size
-    return [photograph.crop((0, 0, SIDE, SIDE)), photograph.crop((width - SIDE, height - SIDE, width, height))]
-
-
-def cost(name: str) -> dict[str, Any]:
-    """Measures the root mean square difference of the logits in 8 bits, relative to the float32 logits."""
-    model = random_model(name)
+def measure(name: str) -> dict[str, Any]:
+    """Measures the root mean square difference of the logits in int8, relative to the float32 logits."""
+    torch.manual_seed(0)
+    model = randomise(timm.create_model(name)).eval()
     images = crops(model)
     found: dict[str, Any] = dict(model=name)
     with TemporaryDirectory() as folder:
@@ -71,7 +64,7 @@ def cost(name: str) -> dict[str, Any]:
     return found
 
 
-def cost_for_digits() -> dict[str, Any]:
+def measure_digits() -> dict[str, Any]:
     """Measures the same for the embedded model, and its accuracy on the held-out digits, in %."""
     model = timm.create_model(EMBEDDED, pretrained=True).eval()
     with TemporaryDirectory() as folder:
@@ -85,21 +78,15 @@ def cost_for_digits() -> dict[str, Any]:
     return found
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Measures the models that the file lacks, and prints all of it."""
-    parser = argparse.ArgumentParser(description='Measures the loss of 8 bits.')
-    parser.add_argument('file', type=Path, help='JSON to write to')
-    parser.add_argument('--models', nargs='+', choices=MODELS, default=MODELS, metavar='NAME', help='default: all')
-    args = parser.parse_args(argv)
-    results = json.loads(args.file.read_text())['results'] if args.file.exists() else []
-    for name in (*args.models, EMBEDDED):
+def main() -> None:
+    """Measures the models that the file lacks, and adds each to it."""
+    file = Path(sys.argv[1])
+    results = json.loads(file.read_text())['results'] if file.exists() else []
+    for name in (*MODELS, EMBEDDED):
         if name not in [each['model'] for each in results]:
-            results.append(cost_for_digits() if name == EMBEDDED else cost(name))
+            results.append(measure_digits() if name == EMBEDDED else measure(name))
             document = dict(environment=environment(), results=results)
-            atomic_write_text(args.file, json.dumps(document, indent=1) + '\n')
-    for each in results:
-        accuracy = f', {each["top1"]} %: {each["openvino_top1"]} %, {each["onnx_top1"]} %' if 'top1' in each else ''
-        print(f'{each["model"]}: OpenVINO {each["openvino"]:.1%}, ONNX {each["onnx"]:.1%}{accuracy}')
+            atomic_write_text(file, json.dumps(document, indent=1) + '\n')
 
 
 if __name__ == '__main__':

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from eight_bits import cost
+from eight_bits import measure
 from support import TRUNKS, assert_same, built, fitting, slow_but, tiny
 
 from integration.conftest import digits
@@ -187,9 +187,9 @@ def test_export_writes_the_opset(opset: int, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_cost_of_8_bits_is_that_of_the_table() -> None:
+def test_error_of_int8_is_that_of_the_table() -> None:
     rows = {row['model']: row for row in json.loads((ASSETS / 'int8.json').read_text())['results']}
     name = 'res2next29_6c_24w_4s'
-    found = cost(name)
+    found = measure(name)
     for runtime in ('openvino', 'onnx'):
         assert found[runtime] == pytest.approx(rows[name][runtime], rel=0.25)  # other processors round differently
