@@ -202,7 +202,7 @@ def test_two_exports_to_one_name_leave_the_files_of_the_first(tmp_path: Path) ->
 
 
 @pytest.mark.slow
-def test_export_torch_file_with_dynamic_size_takes_others_where_the_last_map_has_two_pixels(tmp_path: Path) -> None:
+def test_export_torch_file_with_dynamic_size_takes_sizes_that_leave_two_pixels_in_the_last_map(tmp_path: Path) -> None:
     model = tiny()
     done = export(model, tmp_path / 'net.pt2', size=64, dynamic_size=True)
     assert done.images == 5
@@ -216,7 +216,7 @@ def test_export_torch_file_with_dynamic_size_takes_others_where_the_last_map_has
         loaded(torch.zeros(1, 3, 32, 32))
 
 
-def test_export_compares_classes_of_a_single_logit_by_its_sign() -> None:
+def test_predicted_class_of_a_single_logit_is_its_sign() -> None:
     logits = torch.tensor([[-1.0], [2.0]])
     assert predict_classes(logits).tolist() == [False, True]
     assert predict_classes(torch.cat([logits, -logits], 1)).tolist() == [1, 0]

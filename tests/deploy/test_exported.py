@@ -1,4 +1,4 @@
-"""Exported files of strangers run no code, open no other file, and lie about nothing without a CheckpointError."""
+"""Untrusted exported files run no code, and false metadata is a CheckpointError."""
 
 import json
 import os
@@ -53,15 +53,12 @@ def test_torch_program_runs_no_code_without_trust(file: Path, tmp_path: Path) ->
     assert not (tmp_path / 'ran').exists()
 
 
-WRONG_OUTPUTS: list[Any] = [[], None, [{}], 'logits']
-
-
 @pytest.mark.parametrize(
     ('change', 'key'),
     [
         *((dict(input=[value, 3, 32, 32]), 'input') for value in (10**9, 0, 1.0, '2')),
         *((dict(input=value), 'input') for value in ([None, 3, 30_000, 30_000], [None, 3, 32], 3, None)),
-        *((dict(outputs=value), 'outputs') for value in WRONG_OUTPUTS),
+        *((dict(outputs=value), 'outputs') for value in ([], None, [{}], 'logits')),
         *((dict(precision=value), 'precision') for value in ('float8', None, ['int8'])),
         *((dict(features=value), 'features') for value in ('no', 0)),
         *((dict(architecture=value), 'architecture') for value in (7, None)),
@@ -80,7 +77,7 @@ WRONG_OUTPUTS: list[Any] = [[], None, [{}], 'logits']
     ],
     ids=str,
 )
-def test_record_with_an_impossible_value_is_refused_by_its_key(
+def test_record_with_an_invalid_value_is_refused_by_its_key(
     change: dict[str, Any], key: str, record: dict[str, Any]
 ) -> None:
     place = record if change.keys() <= record.keys() else record['pretrained_cfg']
@@ -104,7 +101,7 @@ def test_unknown_keys_of_a_record_do_not_reach_the_configuration(record: dict[st
 @pytest.mark.parametrize(
     'outputs', [[], [torch.zeros(2, 3)], [torch.zeros(1, 4)], [torch.zeros(2, 4)] * 2, [torch.zeros(2)]], ids=len
 )
-def test_outputs_that_the_record_does_not_describe_are_refused(outputs: list[torch.Tensor], record: Any) -> None:
+def test_outputs_that_do_not_match_the_record_are_refused(outputs: list[torch.Tensor], record: Any) -> None:
     model = ExportedModel(Path('net.onnx'), lambda x: outputs, record)
     with pytest.raises(CheckpointError, match=r"outputs of 'net\.onnx' do not match its metadata"):
         model(torch.zeros(2, 3, 32, 32))
@@ -118,7 +115,7 @@ def test_runtime_that_fails_is_a_checkpoint_error(record: dict[str, Any]) -> Non
         ExportedModel(Path('net.onnx'), fail, record)(torch.zeros(2, 3, 32, 32))
 
 
-def test_other_files_are_refused_with_the_reason(tmp_path: Path) -> None:
+def test_foreign_or_damaged_files_are_refused_with_the_reason(tmp_path: Path) -> None:
     program = torch.export.export(nn.Conv2d(3, 2, 1), (torch.zeros(1, 3, 4, 4),))
     torch.export.save(program, tmp_path / 'foreign.pt2')
     (tmp_path / 'broken.pt2').write_bytes(b'PK no archive')

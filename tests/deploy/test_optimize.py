@@ -1,4 +1,4 @@
-"""Optimized models compute the same, and refuse images that they cannot give right outputs for."""
+"""Optimized models compute the same, and refuse images for which they would return wrong outputs."""
 
 import logging
 import sys
@@ -110,7 +110,7 @@ def test_optimize_wrong_argument_raises_value_error(arguments: dict[str, Any], n
         optimize(tiny(), **{'example_input': images, **arguments})
 
 
-def test_optimize_example_of_wrong_channels_raises_error_of_model_without_log(
+def test_optimize_example_of_wrong_channels_raises_error_of_model(
     images: Tensor, log: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(ValueError, match=r'cannot run example_input, \(1, 4, 32, 32\): .*got 4 channels'):
@@ -141,7 +141,7 @@ def fast(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, images
     return lambda model: optimize(model, images, backend=request.param)
 
 
-def test_optimized_model_refuses_images_of_integers(fast: Optimize, images: Tensor) -> None:
+def test_optimized_model_refuses_integer_images(fast: Optimize, images: Tensor) -> None:
     with pytest.raises(ValueError, match=r'images must be floating-point, got torch\.uint8'):
         fast(tiny())(images.byte())
 
