@@ -118,7 +118,7 @@ def optimized() -> nn.Module:
         ('net.pt2', dict(images=[]), 'images are empty'),
         ('net.pt2', dict(images=torch.zeros(0, 3, 32, 32)), 'images are empty'),
         ('net.pt2', dict(images=[{'image': 1}]), 'must be tensors, .* got dict'),
-        ('net.pt2', dict(images='nowhere'), "'nowhere' is not a folder"),
+        ('net.pt2', dict(images='nowhere'), "cannot use 'nowhere': no such file"),
         ('net.pt2', dict(images=torch.zeros(1, 3, 32, 32).byte()), 'got .*torch.uint8'),
         *(('net.pt2', dict(batch=value), "invalid 'input' in its metadata") for value in (10**9, 0)),
         ('net.pt2', dict(size='32'), "invalid 'input' in its metadata"),

@@ -120,7 +120,7 @@ def test_foreign_or_damaged_files_are_refused_with_the_reason(tmp_path: Path) ->
     torch.export.save(program, tmp_path / 'foreign.pt2')
     (tmp_path / 'broken.pt2').write_bytes(b'PK no archive')
     for name, reason in (
-        ('foreign.pt2', 'it has no metadata of timm_res2net'),
+        ('foreign.pt2', 'it has no timm_res2net metadata'),
         ('broken.pt2', 'File is not a zip file'),
         ('none.pt2', 'no such file'),
     ):

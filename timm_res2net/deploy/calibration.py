@@ -39,8 +39,6 @@ def calibration_images(model: nn.Module, images: Images | None, shape: tuple[int
 
 def read_folder(model: nn.Module, folder: Path, shape: tuple[int, ...]) -> Iterator[Tensor]:
     """Reads images evenly spread over a folder, preprocessed for a model, as batches of one."""
-    if not folder.is_dir():
-        raise ValueError(f'cannot read images: {str(folder)!r} is not a folder')
     files = find_images([str(folder)]).files
     if not files:
         raise ValueError(f'no images in {str(folder)!r}')
@@ -51,7 +49,7 @@ def read_folder(model: nn.Module, folder: Path, shape: tuple[int, ...]) -> Itera
         try:
             image = read_image(file)
         except ValueError as error:
-            raise ValueError(f'cannot use {str(file)!r}: {error}. Remove it from the folder.') from error
+            raise ValueError(f'cannot use {str(file)!r}: {error}') from error
         yield transform(image)[None]
 
 

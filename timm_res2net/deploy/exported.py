@@ -20,7 +20,7 @@ STRINGS = 'architecture', 'license', 'origin_url', 'tag', 'hf_hub_id'  # in `pre
 
 
 class ExportedModel(ForInference):
-    """A model in an exported file, which its backend runs on the CPU.
+    """A model loaded from an exported file, which its own runtime runs on the CPU.
 
     Attributes:
         record: The file's metadata: `architecture`, `function`, `precision`, `pretrained_cfg`, `outputs` and more, see
@@ -75,7 +75,7 @@ def load_exported(file: PathLike, *, trust: bool = False) -> ExportedModel:
 
     Args:
         file: .onnx, .xml with its .bin in the same folder, or .pt2.
-        trust: Load a .pt2 file although it can run any code, because you know its author. Others need no trust.
+        trust: Load a .pt2 file even though it can run any code. Only pass it if you know the author.
 
     Returns:
         The model in evaluation mode, with its `record`.
@@ -104,7 +104,7 @@ def load_exported(file: PathLike, *, trust: bool = False) -> ExportedModel:
         with requires_extra(f'{str(path)!r}'):
             text, start = backend.load(path)
             if not text:
-                raise ValueError('it has no metadata of timm_res2net. Was it written by timm_res2net.export?')
+                raise ValueError('it has no timm_res2net metadata. Was it written by timm_res2net.export?')
             record = parse_record(text)
             return ExportedModel(path, start(record['precision']), record).eval()
     except ImportError:

@@ -19,14 +19,14 @@ SEQUENTIAL = nn.Sequential, DlaRoot, Trunk, FeatureDictNet, FeatureHookNet, Inte
 def fuse(model: nn.Module) -> nn.Module:
     """Returns a copy of a model for inference that computes the same, up to rounding (1e-5 of the largest output).
 
-    Folds every batch norm of this package's networks into the convolution before it, and those of modules that run
-    their children in order, as `nn.Sequential` does; modules of other code keep their norms. In blocks without a
-    cascade, the parallel convolutions and the pool become one grouped convolution where one can compute the same: not
-    with an activation other than ReLU, and not for Paddle's pool, which does not count the padding.
-    `timm.models.reparameterize_model` does the same to blocks only.
+    Folds every batch norm of this package's networks into the convolution before it, and also those of modules that
+    run their children in order, such as `nn.Sequential`; other modules keep their norms. In blocks without a cascade,
+    the parallel convolutions and the pool become one grouped convolution where that is exact: not with an activation
+    other than ReLU, and not for Paddle's pool, which does not count the padding. `timm.models.reparameterize_model`
+    does the same, but to blocks only.
 
-    The copy exports, scripts and gives features like the model. It always stays in evaluation mode: `train()` has no
-    effect on it, also as a part of another model, and gradients pass through it as through frozen norms.
+    The copy can be exported, scripted and asked for features like the model. It stays in evaluation mode: `train()` has
+    no effect on it, even inside another model, and gradients pass through it as through frozen norms.
 
     Args:
         model: A model of this package, or one that contains some, in evaluation mode. It is not changed.
@@ -46,7 +46,7 @@ def fuse(model: nn.Module) -> nn.Module:
     require_eval_mode(model)
     if not any(isinstance(module, Bottle2neck) for module in model.modules()):
         raise ValueError(f'{type(model).__name__} has no Res2Net block. Pass a model made by this package.')
-    wrapped = reparameterize_model(nn.Sequential(model))  # because timm fuses submodules, but not the model itself
+    wrapped = reparameterize_model(nn.Sequential(model))  # timm fuses submodules, but not the model itself
     fused = wrapped.get_submodule('0')
     for module in fused.modules():
         if isinstance(module, SEQUENTIAL):
@@ -56,5 +56,5 @@ def fuse(model: nn.Module) -> nn.Module:
 
 
 def stay_in_eval_mode(model: nn.Module, mode: bool = True) -> nn.Module:
-    """The `train` of a fused model, whose modules from other code would change their mode otherwise."""
+    """The `train` of a fused model, in which modules of other packages would change their mode otherwise."""
     return type(model).train(model, False)

@@ -1,4 +1,4 @@
-"""Makes models fast for inference: fused, in channels-last memory format, and compiled by torch or OpenVINO."""
+"""Optimizes models for inference: fuses them, and compiles them with torch or OpenVINO."""
 
 import logging
 from collections.abc import Callable
@@ -29,7 +29,7 @@ def optimize(
     compile: bool = True,
     backend: str | None = None,
 ) -> nn.Module:
-    """Makes the fastest form of a model for inference, compiled and warmed up.
+    """Optimizes a model for inference: fuses it, compiles it, and warms it up.
 
     The model is fused, converted to channels-last memory format and to `dtype`, and compiled by `torch.compile` as one
     graph with frozen weights. If no compiler works, it is left uncompiled, and a warning says why. The first call with
