@@ -99,14 +99,14 @@ def test_every_way_computes_what_the_model_does(prepare: Callable[..., Any]) -> 
     ('arguments', 'problem'),
     [
         (dict(models=['res2net50']), "no model 'res2net50' in this package. Did you mean res2next50"),
-        (dict(against=['timm', 'inductor']), 'unknown against=inductor. Choose from timm, openvino, onnxruntime'),
+        (dict(against=['timm', 'tensorrt']), 'unknown against=tensorrt. Choose from timm, openvino, onnxruntime'),
         (dict(against=['timm', 'openvino'], train=True), 'only for inference on the CPU: openvino'),
         (dict(against=['onnxruntime'], device=torch.device('meta')), 'only for inference on the CPU: onnxruntime'),
         (dict(dtypes=['int8'], train=True), 'only for inference on the CPU: int8'),
     ],
     ids=str,
 )
-def test_arguments_that_do_not_fit_raise_value_error(arguments: dict[str, Any], problem: str) -> None:
+def test_invalid_arguments_raise_value_error(arguments: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         bench(**{**ONE, **arguments})
 

@@ -5,24 +5,18 @@ from typing import Any
 import pytest
 import timm
 import torch
-from support import randomise
+from support import randomise, small
 from torch import Tensor, nn
 
 from timm_res2net.recipes.digits import split
 
-# One model of each trunk or stem, made small.
-KINDS: dict[str, dict[str, Any]] = {
-    'res2net50_26w_4s': dict(layers=(1, 2, 1, 1), base_width=8),
-    'res2net50_vd_26w_4s': dict(layers=(1, 2, 1, 1), base_width=8),
-    'dla60_res2net': dict(levels=(1, 1, 1, 2, 1, 1), base_width=8),
-    'blres2net50_26w_4s': dict(layers=(2, 2, 3, 1), base_width=8),
-}
+KINDS = 'res2net50_26w_4s', 'res2net50_vd_26w_4s', 'dla60_res2net', 'blres2net50_26w_4s'  # each trunk and stem
 
 
 def make(name: str, **arguments: Any) -> nn.Module:
-    """Makes a shallow model with randomised norms."""
+    """Makes a small model with randomised norms."""
     torch.manual_seed(0)
-    return randomise(timm.create_model(name, **{**KINDS.get(name, {}), **arguments}))
+    return randomise(timm.create_model(name, **small(name), **arguments))
 
 
 def digits(part: str, count: int) -> Tensor:

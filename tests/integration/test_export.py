@@ -26,10 +26,9 @@ pytest.importorskip('nncf')
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # of exporters about their own internals
 FORMATS = '.onnx', '.xml'
-CASES = [(name, suffix) for name in TRUNKS for suffix in FORMATS]
+CASES = [(name, suffix) for name in TRUNKS for suffix in FORMATS]  # an export to ONNX takes ten seconds
 
 
-# torch's exporter of ONNX takes ten seconds for a model.
 @pytest.mark.parametrize('case', slow_but([CASES[0], *CASES[1::2]], CASES), ids=str)
 def test_export_every_trunk_runs_at_any_batch_and_image_size(case: tuple[str, str], tmp_path: Path) -> None:
     name, suffix = case
@@ -100,7 +99,7 @@ def test_export_features_and_other_functions(arguments: dict[str, Any], suffix: 
 
 @pytest.mark.parametrize('suffix', FORMATS)
 def test_export_writes_metadata_and_names_of_the_format(suffix: str, tmp_path: Path) -> None:
-    model = timm.create_model('test_res2net.digits', pretrained=True, features_only=True).eval()
+    model = tiny(features_only=True)
     export(model, tmp_path / f'net{suffix}', size=32, batch=2)
     if suffix == '.onnx':
         file = onnx.load(tmp_path / 'net.onnx')
