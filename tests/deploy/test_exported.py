@@ -121,7 +121,7 @@ def test_foreign_or_damaged_files_are_refused_with_the_reason(tmp_path: Path) ->
     (tmp_path / 'broken.pt2').write_bytes(b'PK no archive')
     for name, reason in (
         ('foreign.pt2', 'it has no timm_res2net metadata'),
-        ('broken.pt2', 'File is not a zip file'),
+        ('broken.pt2', 'it is not a program of torch.export'),
         ('none.pt2', 'no such file'),
     ):
         with pytest.raises(CheckpointError, match=rf"cannot load '.*{name}': {reason}"):

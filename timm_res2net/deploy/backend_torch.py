@@ -1,6 +1,7 @@
 """Writes and loads programs of torch.export, and quantizes models with torchao."""
 
 import io
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +22,8 @@ def write_torch(program: Program, file: Path) -> None:
 
 def load_torch(file: Path) -> tuple[str, Callable[[str], Run]]:
     """Loads a file, which can run any code in it; returns our record, and a function that starts the program."""
+    if not zipfile.is_zipfile(file):  # torch would log a traceback
+        raise ValueError('it is not a program of torch.export')
     extra_files = {METADATA: ''}
     program = torch.export.load(file, extra_files=extra_files).module()
 
