@@ -26,7 +26,6 @@ import pytest
 import torch
 from filelock import FileLock
 from huggingface_hub import constants
-from PIL import Image
 from support import ROOT, built
 from torch import nn
 
@@ -121,10 +120,8 @@ def detection_set(fashion_mnist: Path, tmp_path_factory: pytest.TempPathFactory)
 def simple_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Writes a set that is learnt quickly: a bright or a dark square on each image of grey noise."""
     folder = tmp_path_factory.mktemp('sets') / 'simple'
-    (folder / 'train').mkdir(parents=True)
-    (folder / 'annotations').mkdir()
     rng = np.random.default_rng(0)
-    images, annotations = [], []
+    drawn = []
     for index in range(32):
         pixels = rng.integers(90, 160, (64, 64), dtype=np.uint8)
         mask = np.zeros((64, 64), bool)
@@ -132,10 +129,9 @@ def simple_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
         top, left = (int(start) for start in rng.integers(64 - side, size=2))
         mask[top : top + side, left : left + side] = True
         pixels[mask] = 255 * (index % 2)
-        Image.fromarray(pixels).save(folder / 'train' / f'{index}.png')
-        images.append(dict(id=index, file_name=f'{index}.png', width=64, height=64))
-        annotations.append(dict(id=index + 1, image_id=index, **multi_scale.annotation(index % 2, mask)))
-    categories = [dict(id=1, name='dark'), dict(id=2, name='bright')]
-    document = dict(images=images, annotations=annotations, categories=categories)
+        drawn.append(multi_scale.Canvas(pixels, [index % 2], [mask], [side]))
+    document = multi_scale.write_part(folder / 'train', drawn)
+    document['categories'] = [dict(id=1, name='dark'), dict(id=2, name='bright')]
+    (folder / 'annotations').mkdir()
     (folder / 'annotations' / 'instances_train.json').write_text(json.dumps(document))
     return folder

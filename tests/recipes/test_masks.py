@@ -1,17 +1,14 @@
-"""Masks of four kinds of data sets are read, and those that do not fit are reported."""
+"""Masks of labels and binary masks are read, and those that do not fit are reported."""
 
-import json
-import pickle
-from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from timm_res2net.recipes.coco import IGNORED
-from timm_res2net.recipes.masks import Masked, augment, open_part, require_foreground
+from timm_res2net.recipes.masks import IGNORED, MaskedImages, augment, require_foreground
 
 
 def write_pairs(images: Path, masks: Path, count: int = 3, suffix: str = '.png') -> None:
@@ -34,7 +31,7 @@ def test_folders_of_three_layouts_are_read_alike(tmp_path: Path) -> None:
     (voc / 'ImageSets' / 'Segmentation').mkdir(parents=True)
     (voc / 'ImageSets' / 'Segmentation' / 'val.txt').write_text('0\n1\n2\n')
     layouts = (('plain', 'val'), ('inner', 'deep/val'), ('voc', 'val'))
-    parts = [open_part(tmp_path / name, part, 3) for name, part in layouts]
+    parts = [MaskedImages(tmp_path / name, part, 3) for name, part in layouts]
     for index in range(3):
         first, *others = (part[index] for part in parts)
         for other in others:
@@ -50,21 +47,10 @@ def test_image_without_a_mask_is_reported_and_other_files_are_left_out(tmp_path:
         (images / name).write_bytes(b'')
         (masks / name).write_bytes(b'')
     (images / 'more.png').mkdir()
-    assert [Path(name).name for name in open_part(tmp_path, 'val', 3).files] == ['0.png', '1.png', '2.png']
+    assert [image.name for image, _ in MaskedImages(tmp_path, 'val', 3).pairs] == ['0.png', '1.png', '2.png']
     (masks / '1.png').unlink()
     with pytest.raises(ValueError, match=r'^1 of 3 images have no mask of the same name: .*1\.png'):
-        open_part(tmp_path, 'val', 3)
-
-
-def test_masks_of_a_coco_set_have_the_labels_of_its_objects(detection_set: Path) -> None:
-    dataset = open_part(detection_set, 'val', None)
-    assert len(dataset.names) == 11
-    document = json.loads((detection_set / 'annotations' / 'instances_val.json').read_text())
-    for index in range(3):
-        mask = dataset[index]['mask']
-        objects = [each for each in document['annotations'] if each['image_id'] == index]
-        assert set(mask.unique().tolist()) == {0} | {each['category_id'] for each in objects}
-        assert (mask > 0).sum() == sum(each['area'] for each in objects)
+        MaskedImages(tmp_path, 'val', 3)
 
 
 @pytest.mark.parametrize('suffix', ['.png', '.jpg', '.gif'])
@@ -77,64 +63,74 @@ def test_binary_masks_of_any_format_are_foreground_from_the_threshold_on(
     mask = np.full((40, 50), levels[0], np.uint8)
     mask[8:32, 16:32] = levels[1]
     Image.fromarray(mask).convert('RGB' if suffix == '.jpg' else 'L').save(tmp_path / 'val' / 'masks' / f'0{suffix}')
-    dataset = open_part(tmp_path, 'val', None, threshold=128)
+    dataset = MaskedImages(tmp_path, 'val', None, threshold=128)
     assert dataset.names == ['background', 'foreground']
     assert torch.equal(dataset[0]['mask'], torch.from_numpy(mask == levels[1]).long())
-    require_foreground(dataset, 128)
+    require_foreground(dataset)
     with pytest.raises(ValueError, match=r'no pixel of 1 masks reaches level 256. Use a smaller --threshold'):
-        require_foreground(open_part(tmp_path, 'val', None, threshold=256), 256)
+        require_foreground(MaskedImages(tmp_path, 'val', None, threshold=256))
 
 
 def test_threshold_itself_is_foreground(tmp_path: Path) -> None:
     write_pairs(tmp_path / 'val' / 'images', tmp_path / 'val' / 'masks', count=1)
     Image.fromarray(np.arange(200, dtype=np.uint8).reshape(4, 50)).save(tmp_path / 'val' / 'masks' / '0.png')
-    _, mask = open_part(tmp_path, 'val', None, threshold=77).read(0)
-    assert mask.sum() == 200 - 77
+    Image.new('L', (50, 4)).save(tmp_path / 'val' / 'images' / '0.png')
+    assert MaskedImages(tmp_path, 'val', None, threshold=77)[0]['mask'].sum() == 200 - 77
 
 
 def test_masks_of_0_and_255_are_for_binary(tmp_path: Path) -> None:
     write_pairs(tmp_path / 'images' / 'val', tmp_path / 'masks' / 'val')
-    require_foreground(open_part(tmp_path, 'val', 3), None)  # though the first mask has no other label
+    require_foreground(MaskedImages(tmp_path, 'val', 3))  # though the first mask has no other label
     for path in (tmp_path / 'masks').glob('*/*.png'):
         Image.fromarray(np.eye(40, 50, dtype=np.uint8) * 255).save(path)
     with pytest.raises(ValueError, match=r'3 masks have only the levels 0 and 255. For binary masks, use --binary'):
-        require_foreground(open_part(tmp_path, 'val', 3), None)
+        require_foreground(MaskedImages(tmp_path, 'val', 3))
 
 
-def test_masks_that_do_not_fit_are_reported(tmp_path: Path) -> None:
-    write_pairs(tmp_path / 'images' / 'val', tmp_path / 'masks' / 'val')
-    mask = tmp_path / 'masks' / 'val' / '0.png'
-    for arguments, error in (
-        (('val', None), 'has masks in files. Use either --classes N or --binary'),
-        (('val', 3, 128), 'has masks in files. Use either --classes N or --binary'),
+@pytest.mark.parametrize(
+    ('arguments', 'error'),
+    [
+        (('val', None), 'masks of labels need --classes N, binary masks need --binary. Use one of them'),
+        (('val', 3, 128), 'Use one of them'),
         (('test', 3), "has no part 'test': it needs test/images and test/masks"),
         (('val', 300), 'cannot use 300 classes: labels are 0 to 254'),
-    ):
-        with pytest.raises(ValueError, match=error):
-            open_part(tmp_path, *arguments)  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"mask of '.*2\.png' has label 2, but there are 2 classes"):
-        open_part(tmp_path, 'val', 2)[2]
-    for image, error in (
+        (('val', 2), r"mask of '.*2\.png' has label 2, but there are 2 classes"),
+    ],
+)
+def test_part_that_cannot_be_used_is_reported(tmp_path: Path, arguments: tuple[Any, ...], error: str) -> None:
+    write_pairs(tmp_path / 'images' / 'val', tmp_path / 'masks' / 'val')
+    with pytest.raises(ValueError, match=error):
+        MaskedImages(tmp_path, *arguments)[2]
+
+
+@pytest.mark.parametrize(
+    ('mask', 'error'),
+    [
         (Image.new('RGB', (50, 40)), r"0\.png' is not a mask: it needs one channel of integers"),
         (Image.new('L', (40, 40)), r"0\.png' has \(40, 50\) pixels, its mask \(40, 40\)"),
         (Image.fromarray(np.full((40, 50), 256, np.uint16)), r"0\.png' has label 256, but there are 3 classes"),
-    ):
-        image.save(mask)
-        with pytest.raises(ValueError, match=error):
-            open_part(tmp_path, 'val', 3)[0]
-    mask.write_bytes(b'no image')
-    with pytest.raises(ValueError, match=r"cannot read '.*0\.png'"):
-        open_part(tmp_path, 'val', 3)[0]
+        (None, r"cannot read '.*0\.png'"),
+    ],
+    ids=['channels', 'size', 'label', 'damaged'],
+)
+def test_mask_that_cannot_be_used_is_reported(tmp_path: Path, mask: Image.Image | None, error: str) -> None:
+    write_pairs(tmp_path / 'images' / 'val', tmp_path / 'masks' / 'val')
+    file = tmp_path / 'masks' / 'val' / '0.png'
+    if mask is None:
+        file.write_bytes(b'no image')
+    else:
+        mask.save(file)
+    with pytest.raises(ValueError, match=error):
+        MaskedImages(tmp_path, 'val', 3)[0]
 
 
 def test_augmentation_moves_masks_with_images_and_ignores_what_it_pads() -> None:
-    image, mask = torch.zeros(3, 40, 60), torch.zeros(40, 60, dtype=torch.uint8)
+    image, mask = torch.zeros(3, 40, 60), torch.zeros(40, 60, dtype=torch.int64)
     image[:, 10:30, 20:30], mask[10:30, 20:30] = 1.0, 1
-    dataset = Masked(lambda index: (image, mask), ['one'], ['no', 'yes'], partial(augment, 64))
     torch.manual_seed(0)
     left = set()
-    for item in (dataset[0] for _ in range(20)):
-        shown, labels = item['image'], item['mask']
+    for _ in range(20):
+        shown, labels = augment(64, image, mask)
         assert shown.shape == (3, 64, 64)
         assert labels.dtype == torch.int64
         for label in (0, 1):
@@ -147,16 +143,11 @@ def test_augmentation_moves_masks_with_images_and_ignores_what_it_pads() -> None
 
 
 @pytest.mark.parametrize('side', [60, 200])
-def test_augmentation_is_half_to_twice_the_own_size_of_an_image(side: int) -> None:
+def test_augmentation_scales_images_by_half_to_two(side: int) -> None:
     torch.manual_seed(0)
-    mask = torch.zeros(side, side, dtype=torch.uint8)
+    mask = torch.zeros(side, side, dtype=torch.int64)
     mask[:, :: side // 10] = 1  # lines at this distance
     shown = [augment(64, torch.zeros(3, side, side), mask)[1] for _ in range(100)]
     apart = torch.cat([each[0].eq(1).nonzero().diff(dim=0) for each in shown]).float()
     assert apart.min() < 0.6 * side // 10
     assert apart.max() > 1.7 * side // 10
-
-
-def test_datasets_go_to_workers_that_are_spawned(detection_set: Path) -> None:
-    dataset = pickle.loads(pickle.dumps(open_part(detection_set, 'val', None, change=partial(augment, 64))))
-    assert dataset[0]['image'].shape == (3, 64, 64)

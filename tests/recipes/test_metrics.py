@@ -11,72 +11,77 @@ import torch
 from test_coco import BIG, SQUARES, square, write_set
 from torch import Tensor, nn
 
-from timm_res2net.recipes.coco import IGNORED
+from timm_res2net.recipes.coco import CocoImages
+from timm_res2net.recipes.masks import IGNORED
 from timm_res2net.recipes.metrics import (
-    average_precision,
     average_scores,
     compute_iou,
+    compute_precision,
     count_pixels,
     pack_detections,
     score_binary,
-    unpack_detections,
 )
 
+Box = tuple[list[int], int, float]  # left, top, width and height, label, score
 
-def found(*boxes: tuple[list[int], int, float]) -> dict[str, Tensor]:
-    corners = [[left, top, left + width, top + height] for (left, top, width, height), _, _ in boxes]
-    return dict(
-        boxes=torch.tensor(corners, dtype=torch.float32).reshape(-1, 4),
-        labels=torch.tensor([label for _, label, _ in boxes]),
-        scores=torch.tensor([score for _, _, score in boxes]),
-    )
+
+class Detector(nn.Module):
+    """Finds given boxes in the images of a batch."""
+
+    detections_per_img = 5
+
+    def __init__(self, *found: list[Box]) -> None:
+        super().__init__()
+        self.found = found
+
+    def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        return [
+            dict(
+                boxes=torch.tensor([[x, y, x + w, y + h] for (x, y, w, h), _, _ in boxes]).reshape(-1, 4).float(),
+                labels=torch.tensor([label for _, label, _ in boxes]),
+                scores=torch.tensor([score for _, _, score in boxes]),
+            )
+            for boxes in self.found
+        ]
+
+
+def precision(dataset: CocoImages, *found: list[Box], areas: tuple[int, int] = (32, 96)) -> dict[str, float]:
+    """Computes the metrics of boxes that were found in each image."""
+    rows = pack_detections(Detector(*found), dict(image=[]))
+    return compute_precision(dataset, areas, SimpleNamespace(predictions=rows.numpy(), label_ids=range(len(found))))
 
 
 def test_average_precision_of_a_worked_case(tmp_path: Path) -> None:
     dataset = write_set(tmp_path, [square(BIG, 3), square(SQUARES['apart'], 3)])
     # One of two is found, before a false one: precision is 1 up to a recall of 0.5, the first 51 of 101 points.
-    boxes = found((BIG, 1, 0.9), ([30, 50, 9, 9], 1, 0.8))
-    scores = average_precision(dataset, [(10, boxes), (11, found())], areas=(20, 30))
+    scores = precision(dataset, [(BIG, 1, 0.9), ([30, 50, 9, 9], 1, 0.8)], [], areas=(20, 30))
     half = pytest.approx(100 * 51 / 101, abs=1e-3)
     assert scores == {'AP': half, 'AP50': half, 'AP75': half, 'APs': 0.0, 'APm': -1.0, 'APl': 100.0}
 
 
 def test_average_precision_counts_overlaps_above_each_threshold(tmp_path: Path) -> None:
     dataset = write_set(tmp_path, [square(BIG, 3)])
-    scores = average_precision(dataset, [(10, found(([0, 0, 40, 26], 1, 0.5)))])  # 0.65 of it
+    scores = precision(dataset, [([0, 0, 40, 26], 1, 0.5)])  # 0.65 of it
     assert (scores['AP'], scores['AP50'], scores['AP75']) == (40.0, 100.0, 0.0)  # at 0.5, 0.55, 0.6 and 0.65
-    wrong_class = average_precision(dataset, [(10, found((BIG, 2, 0.5)))])
-    nothing = average_precision(dataset, [(10, found()), (11, found())])
-    assert wrong_class['AP'] == nothing['AP'] == 0.0
+
+
+@pytest.mark.parametrize('found', [[], [(BIG, 2, 0.5)], [(BIG, 0, 0.5)]], ids=['nothing', 'wrong class', 'background'])
+def test_average_precision_is_0_if_no_object_is_found(tmp_path: Path, found: list[Box]) -> None:
+    assert precision(write_set(tmp_path, [square(BIG, 3)]), found, [])['AP'] == 0
 
 
 @pytest.mark.parametrize('ids', [(0, 1, 2), (5, 5, 5), ('a', 'b', 'c')], ids=['zero', 'repeated', 'strings'])
 def test_average_precision_of_all_objects_is_100_whatever_their_ids(tmp_path: Path, ids: tuple[Any, ...]) -> None:
     boxes = SQUARES.values()
     dataset = write_set(tmp_path, [square(box, 3, id=number) for box, number in zip(boxes, ids)])
-    assert average_precision(dataset, [(10, found(*((box, 1, 0.9) for box in boxes)))])['AP'] == 100
-    missed = average_precision(dataset, [(10, found((BIG, 1, 0.9)))])
-    assert missed['AP'] == pytest.approx(100 * 34 / 101, abs=1e-3)
+    assert precision(dataset, [(box, 1, 0.9) for box in boxes])['AP'] == 100
+    assert precision(dataset, [(BIG, 1, 0.9)])['AP'] == pytest.approx(100 * 34 / 101, abs=1e-3)
 
 
 def test_average_precision_needs_neither_area_nor_crowd_and_leaves_out_empty_boxes(tmp_path: Path) -> None:
     empty = [square([5, 5, 0, 9], 3), square([5, 5, 9, -1], 3)]
     dataset = write_set(tmp_path, [dict(category_id=3, bbox=BIG), *empty])
-    assert average_precision(dataset, [(10, found((BIG, 1, 0.9)))])['APm'] == 100
-
-
-def test_detections_are_unpacked_as_packed_without_background_and_low_scores() -> None:
-    class Detector(nn.Module):
-        detections_per_img = 5
-
-        def forward(self, images: list[Tensor]) -> list[dict[str, Tensor]]:
-            return [found((BIG, 1, 0.9), (BIG, 0, 0.8), (BIG, 2, 0.1)), found()]
-
-    rows = pack_detections(Detector(), dict(image=[torch.zeros(3, 8, 8)] * 2))
-    assert rows.shape == (2, 5, 6)
-    assert unpack_detections(rows[0])['labels'].tolist() == [1, 2]
-    assert unpack_detections(rows[0], score=0.5)['boxes'].tolist() == [[0, 0, 40, 40]]
-    assert unpack_detections(rows[1])['labels'].tolist() == []
+    assert precision(dataset, [(BIG, 1, 0.9)])['APm'] == 100
 
 
 class Recalling(nn.Module):

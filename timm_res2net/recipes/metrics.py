@@ -1,7 +1,7 @@
 """Metrics of detectors and segmenters, as pairs of functions for `RecipeTrainer`.
 
-The first of a pair measures the images of a batch, as a tensor (N, ...). The second computes the metrics from those of
-all images.
+The first of a pair measures the images of a batch, as a tensor (N, ...). The second computes the metrics from the
+measurements of all images.
 """
 
 import contextlib
@@ -14,12 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .coco import IGNORED, CocoImages
+from .coco import CocoImages
+from .masks import IGNORED
 
 AREAS = 32, 96  # sides, in pixels, of the squares from which objects are medium and large; COCO's own
 METRICS = 'AP', 'AP50', 'AP75', 'APs', 'APm', 'APl'
-
-Found = dict[str, Tensor]  # boxes (N, 4), labels (N,) from 1, scores (N,)
 
 
 def pack_detections(model: Any, batch: dict[str, Any]) -> Tensor:
@@ -29,22 +28,8 @@ def pack_detections(model: Any, batch: dict[str, Any]) -> Tensor:
     return torch.stack([F.pad(each, (0, 0, 0, most - len(each)), value=-1) for each in rows])
 
 
-def unpack_detections(rows: Tensor, score: float = 0.0) -> Found:
-    """Inverts `pack_detections` for an image, without FCOS's background class 0 and scores below a threshold."""
-    rows = rows[(rows[:, 4] >= score) & (rows[:, 5] > 0)]
-    return dict(boxes=rows[:, :4], scores=rows[:, 4], labels=rows[:, 5].long())
-
-
 def compute_precision(dataset: CocoImages, areas: Sequence[int], evaluation: Any) -> dict[str, float]:
-    """Computes average precision from the packed detections of all images."""
-    rows = torch.from_numpy(evaluation.predictions)
-    return average_precision(dataset, list(zip(evaluation.label_ids.tolist(), map(unpack_detections, rows))), areas)
-
-
-def average_precision(
-    dataset: CocoImages, found: Sequence[tuple[int, Found]], areas: Sequence[int] = AREAS
-) -> dict[str, float]:
-    """Computes COCO's average precision, in %, from the `image_id` and detections of each image.
+    """Computes COCO's average precision, in %, from the packed detections of images and their indices.
 
     Returns AP (mean over overlaps of 0.5 to 0.95), AP50, AP75, and AP of small, medium and large objects (APs, APm,
     APl): -1 where the set has none of that size, 0 if nothing was found. Boxes without area do not count. `areas` are
@@ -54,10 +39,12 @@ def average_precision(
     from pycocotools.cocoeval import COCOeval
 
     categories = {label: category for category, label in dataset.labels.items()}
+    ids = [dataset.ids[index] for index in evaluation.label_ids]
     results = [
         dict(image_id=image_id, category_id=categories[label], bbox=[x, y, right - x, bottom - y], score=score)
-        for image_id, each in found
-        for (x, y, right, bottom), label, score in zip(*(each[key].tolist() for key in ('boxes', 'labels', 'scores')))
+        for image_id, rows in zip(ids, evaluation.predictions.tolist())
+        for x, y, right, bottom, score, label in rows
+        if label > 0  # neither padding nor FCOS's background class
     ]
     if not results:
         return dict.fromkeys(METRICS, 0.0)
@@ -68,14 +55,14 @@ def average_precision(
         numbered = [{**each, 'id': number} for number, each in enumerate(shown, 1)]
         truth.dataset = {**dataset.coco.dataset, 'annotations': numbered}
         truth.createIndex()
-        evaluation: Any = COCOeval(truth, truth.loadRes(results), 'bbox')
+        evaluated: Any = COCOeval(truth, truth.loadRes(results), 'bbox')
         edges = 0, areas[0] ** 2, areas[1] ** 2, 1e10
-        evaluation.params.imgIds = sorted({image_id for image_id, _ in found})
-        evaluation.params.areaRng = [[0, 1e10], *map(list, pairwise(edges))]
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    return {name: round(100 * float(x), 3) if x >= 0 else -1.0 for name, x in zip(METRICS, evaluation.stats)}
+        evaluated.params.imgIds = sorted(set(ids))
+        evaluated.params.areaRng = [[0, 1e10], *map(list, pairwise(edges))]
+        evaluated.evaluate()
+        evaluated.accumulate()
+        evaluated.summarize()
+    return {name: round(100 * float(x), 3) if x >= 0 else -1.0 for name, x in zip(METRICS, evaluated.stats)}
 
 
 def count_pixels(model: Any, batch: dict[str, Any]) -> Tensor:

@@ -1,22 +1,25 @@
-"""Writes a detection set of objects that differ in size: items of Fashion-MNIST on cluttered photographs.
+"""Writes a data set of objects that differ in size: items of Fashion-MNIST on cluttered photographs.
 
     python -m timm_res2net.recipes.multi_scale data/multi_scale --fashion-mnist data
 
-A canvas has 96 x 96 pixels and shows one to six items, at half to three times their size of 28 x 28 pixels, hardly
-covering each other. The background is cut from one of scikit-image's photographs. The folder has COCO's format:
+A canvas has 96 x 96 pixels and shows one to six items, at half to three times their size of 28 x 28 pixels, with
+little overlap. The background is cut from one of scikit-image's photographs. The folder has boxes for `detect` and
+masks for `segment`, of the visible part of each item:
 
-    {train,val,unseen}/NUMBER.png and annotations/instances_{train,val,unseen}.json
+    {train,val,unseen}/images/NUMBER.png
+    {train,val,unseen}/masks/NUMBER.png                labels of the items from 1, and 0 for the background
+    annotations/instances_{train,val,unseen}.json      boxes in COCO's format
 
-with boxes and masks of the visible part of each item. `train` has items and backgrounds that the others do not have;
-items in `unseen` have sizes that the others do not have. The same seed makes the same bytes.
+No item and no background of `train` occurs in the other parts, and items in `unseen` have sizes that occur in no other
+part. Every run writes the same bytes.
 
 Fashion-MNIST (MIT, https://github.com/zalandoresearch/fashion-mnist) is read by torchvision from `FashionMNIST/raw/` in
-the given folder, and downloaded if it is not there. Without a network: unpack the files of Debian's package
+the given folder, and downloaded if it is not there. Without a network, unpack the files of Debian's package
 `dataset-fashion-mnist` there with gunzip.
 """
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -29,7 +32,7 @@ from tqdm import tqdm
 
 from .._errors import first_line
 from .._files import make_folder, temporary_folder
-from .arguments import make_parser, positive, report_errors
+from .arguments import make_parser, report_errors
 
 Bytes = NDArray[np.uint8]
 
@@ -54,9 +57,9 @@ PHOTOGRAPHS = (
 class Canvas:
     """An image with its items."""
 
-    image: Bytes  # (SIDE, SIDE)
+    image: Bytes  # (H, W)
     labels: list[int]  # of each item, an index of CLASSES
-    masks: list[NDArray[np.bool_]]  # (SIDE, SIDE), the visible part of each item
+    masks: list[NDArray[np.bool_]]  # (H, W), the visible part of each item
     sizes: list[int]  # of each item with its empty margin, in pixels across
 
 
@@ -72,7 +75,7 @@ def fashion_mnist(folder: Path, train: bool) -> tuple[Bytes, NDArray[np.int64]]:
 
 
 def whole_photographs(mode: str) -> Iterator[Image.Image]:
-    """Yields scikit-image's photographs, in one of Pillow's modes; ImportError if it is not installed."""
+    """Yields scikit-image's photographs in one of Pillow's modes; ImportError if it is not installed."""
     for name in PHOTOGRAPHS:
         with (files('skimage.data') / name).open('rb') as file:
             yield Image.open(file).convert(mode)
@@ -88,38 +91,34 @@ def photographs(train: bool) -> list[Image.Image]:
     return parts
 
 
-def canvases(folder: Path, part: str, items: tuple[int, int] = (1, 6), seed: int = 0) -> Callable[[int], Canvas]:
-    """Makes a function that draws the canvas of an index, always the same, with a random number of items.
+def draw_canvases(folder: Path, part: str, count: int, items: tuple[int, int] = (1, 6)) -> Iterator[Canvas]:
+    """Draws the first canvases of a part, always the same.
 
-    `folder` has Fashion-MNIST, `items` are the smallest and largest number of them, and `seed` changes all canvases.
+    `folder` contains Fashion-MNIST; `items` is the smallest and largest number of items on a canvas.
     """
     images, labels = fashion_mnist(folder, train=part == 'train')
     backgrounds, ranges = photographs(train=part == 'train'), MAGNIFICATIONS[part]
-    part_number = list(MAGNIFICATIONS).index(part)
-
-    def draw(index: int) -> Canvas:
-        rng = np.random.default_rng([seed, part_number, index])
-        canvas = cut_background(rng, backgrounds)
-        masks: list[NDArray[np.bool_]] = []
-        shown, sizes = [], []
+    for index in range(count):
+        rng = np.random.default_rng([0, list(MAGNIFICATIONS).index(part), index])
+        pixels = cut_background(rng, backgrounds)
+        canvas = Canvas(pixels, [], [], [])
         wanted = int(rng.integers(items[0], items[1] + 1))
-        for size in sorted((random_size(rng, ranges) for _ in range(wanted)), reverse=True):  # small fit in between
+        for size in sorted((random_size(rng, ranges) for _ in range(wanted)), reverse=True):  # small fit between large
             item = int(rng.integers(len(images)))
             grey, silhouette = magnify(images[item], size)
             while not silhouette.any() and size < ITEM:  # thin items vanish when shrunk
                 size += 1
                 grey, silhouette = magnify(images[item], size)
-            if silhouette.any() and (placed := find_place(rng, silhouette, masks)):
-                rows, columns = placed
+            if silhouette.any() and (place := find_place(rng, silhouette, canvas.masks)):
+                pixels[place][silhouette] = grey[silhouette]
                 mask = np.zeros((SIDE, SIDE), bool)
-                mask[rows, columns] = silhouette
-                canvas[rows, columns][silhouette] = grey[silhouette]
-                masks = [before & ~mask for before in masks] + [mask]
-                shown.append(int(labels[item]))
-                sizes.append(size)
-        return Canvas(canvas, shown, masks, sizes)
-
-    return draw
+                mask[place] = silhouette
+                for covered in canvas.masks:
+                    covered &= ~mask
+                canvas.masks.append(mask)
+                canvas.labels.append(int(labels[item]))
+                canvas.sizes.append(size)
+        yield canvas
 
 
 def cut_background(rng: np.random.Generator, photographs: Sequence[Image.Image]) -> Bytes:
@@ -148,7 +147,7 @@ def magnify(item: Bytes, size: int) -> tuple[Bytes, NDArray[np.bool_]]:
 def find_place(
     rng: np.random.Generator, silhouette: NDArray[np.bool_], masks: Sequence[NDArray[np.bool_]]
 ) -> tuple[slice, slice] | None:
-    """Finds rows and columns where an item hardly covers any other; None if all attempts fail."""
+    """Finds rows and columns where an item covers little of any other; None if all attempts fail."""
     size = len(silhouette)
     for _ in range(TRIES):
         top, left = (int(start) for start in rng.integers(SIDE - size + 1, size=2))
@@ -158,47 +157,47 @@ def find_place(
     return None
 
 
-def annotation(label: int, mask: NDArray[np.bool_]) -> dict[str, Any]:
+def annotate(label: int, mask: NDArray[np.bool_]) -> dict[str, Any]:
     """Returns the COCO annotation of an object, whose category is the label + 1."""
-    from pycocotools.mask import encode
-
     rows, columns = (np.flatnonzero(mask.any(axis=axis)) for axis in (1, 0))
     top, left = int(rows[0]), int(columns[0])
-    encoded = encode(np.asfortranarray(mask.astype(np.uint8)))
-    return dict(
-        category_id=label + 1,
-        bbox=[left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top],
-        area=int(mask.sum()),
-        segmentation=dict(size=encoded['size'], counts=encoded['counts'].decode()),
-        iscrowd=0,
-    )
+    box = [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top]
+    return dict(category_id=label + 1, bbox=box, area=int(mask.sum()), iscrowd=0)
 
 
-def write(folder: Path, source: Path, counts: dict[str, int], seed: int = 0) -> None:
-    """Writes the set completely or not at all; FileExistsError if the folder is not empty."""
+def write(folder: Path, source: Path, counts: Mapping[str, int]) -> None:
+    """Writes the whole set or nothing; FileExistsError if the folder is not empty."""
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f'{str(folder)!r} is not empty. Choose another folder.')
     with temporary_folder(make_folder(folder.parent)) as parent:
         temporary = parent / 'set'
         (temporary / 'annotations').mkdir(parents=True)
         for part, count in counts.items():
-            draw = canvases(source, part, seed=seed)
-            (temporary / part).mkdir()
-            images: list[dict[str, Any]] = []
-            annotations: list[dict[str, Any]] = []
-            for index in tqdm(range(count), desc=part, disable=None):
-                canvas = draw(index)
-                name = f'{index:05}.png'
-                Image.fromarray(canvas.image).save(temporary / part / name)
-                images.append(dict(id=index, file_name=name, width=SIDE, height=SIDE))
-                for label, mask in zip(canvas.labels, canvas.masks):
-                    annotations.append(dict(id=len(annotations) + 1, image_id=index, **annotation(label, mask)))
-            categories = [dict(id=i + 1, name=name) for i, name in enumerate(CLASSES)]
-            document = dict(images=images, annotations=annotations, categories=categories)
+            drawn = tqdm(draw_canvases(source, part, count), desc=part, total=count, disable=None)
+            document = write_part(temporary / part, drawn)
             (temporary / 'annotations' / f'instances_{part}.json').write_text(json.dumps(document))
         if folder.exists():
             folder.rmdir()
         temporary.rename(folder)
+
+
+def write_part(folder: Path, drawn: Iterable[Canvas]) -> dict[str, Any]:
+    """Writes images and masks of canvases, and returns their annotations in COCO's format."""
+    for kind in ('images', 'masks'):
+        (folder / kind).mkdir(parents=True)
+    images, annotations = [], []
+    for index, canvas in enumerate(drawn):
+        name = f'{index:05}.png'
+        labels = np.zeros_like(canvas.image)
+        for label, mask in zip(canvas.labels, canvas.masks):
+            labels[mask] = label + 1
+            annotations.append(dict(id=len(annotations) + 1, image_id=index, **annotate(label, mask)))
+        Image.fromarray(canvas.image).save(folder / 'images' / name)
+        Image.fromarray(labels).save(folder / 'masks' / name)
+        height, width = canvas.image.shape
+        images.append(dict(id=index, file_name=f'images/{name}', width=width, height=height))
+    categories = [dict(id=i + 1, name=name) for i, name in enumerate(CLASSES)]
+    return dict(images=images, annotations=annotations, categories=categories)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -206,12 +205,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     parser.add_argument('folder', type=Path, help='folder to write')
     parser.add_argument('--fashion-mnist', type=Path, required=True, help='folder of Fashion-MNIST', metavar='DIR')
-    for part, count in COUNTS.items():
-        parser.add_argument(f'--{part}', type=positive, default=count, help=f'number of canvases (default: {count})')
-    parser.add_argument('--seed', type=int, default=0, help='changes all canvases (default: 0)')
     args = parser.parse_args(argv)
     with report_errors(parser):
-        write(args.folder, args.fashion_mnist, {part: getattr(args, part) for part in COUNTS}, args.seed)
+        write(args.folder, args.fashion_mnist, COUNTS)
 
 
 if __name__ == '__main__':
