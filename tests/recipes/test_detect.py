@@ -9,7 +9,6 @@ from test_training import DETECT, last_metrics, run
 from torch import nn
 
 from timm_res2net.recipes import detect, pictures
-from timm_res2net.recipes.coco import CocoImages
 from timm_res2net.recipes.detect import create_backbone, create_detector, find_objects
 
 
@@ -23,7 +22,7 @@ def test_backbone_has_strides_8_16_32(name: str) -> None:
 
 
 def test_backbone_without_a_stride_is_an_error() -> None:
-    with pytest.raises(ValueError, match=r"cannot build a pyramid on 'res2next29_6c_24w_4s': .* without \[8, 16, 32\]"):
+    with pytest.raises(ValueError, match=r"cannot build a pyramid on 'res2next29_6c_24w_4s': .* not \[8, 16, 32\]"):
         create_backbone('res2next29_6c_24w_4s')
 
 
@@ -39,8 +38,6 @@ def test_detector_takes_normalisation_of_the_backbone_and_keywords_of_fcos() -> 
 class Finding(nn.Module):
     """Finds the same objects in each image."""
 
-    detections_per_img = 100
-
     def __init__(self, **found: torch.Tensor) -> None:
         super().__init__()
         self.found, self.weight = found, nn.Parameter(torch.zeros(()))
@@ -49,15 +46,22 @@ class Finding(nn.Module):
         return [self.found for _ in images]
 
 
-def test_objects_are_the_surest_of_each_place_and_none_that_is_unsure(simple_set: Path, tmp_path: Path) -> None:
+def test_objects_are_the_surest_of_each_place_and_none_that_is_unsure() -> None:
     boxes = torch.tensor([[1.0, 1, 20, 20], [2, 1, 20, 21], [30, 30, 40, 40], [40, 1, 60, 20], [1, 1, 20, 20]])
     scores = torch.tensor([0.7, 0.8, 0.2, 0.4, 0.9])
     model: Any = Finding(boxes=boxes, scores=scores, labels=torch.tensor([1, 2, 1, 1, 0]))  # 0 is the background
     found = find_objects(model, torch.zeros(3, 64, 64))
     assert found['labels'].tolist() == [2, 1]
     assert found['scores'].tolist() == pytest.approx([0.8, 0.4])
-    detect.draw_examples(model, CocoImages(simple_set, 'train'), tmp_path / 'found.png')
-    assert (tmp_path / 'found.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_objects_are_outlined_in_the_colour_of_their_class() -> None:
+    objects = dict(boxes=torch.tensor([[10.0, 20, 60, 80]]), labels=torch.tensor([2]))
+    drawn = pictures.draw_objects(torch.zeros(3, 400, 500), objects, ['cat', 'dog'])
+    color = torch.tensor(pictures.color_of(2)) / 255
+    torch.testing.assert_close(drawn[:, 50, 10], color, rtol=0, atol=0.01)
+    assert not drawn[:, 50, 61:].any()
+    assert pictures.draw_objects(torch.zeros(3, 96, 64), objects, ['cat', 'dog']).shape == (3, 288, 192)
 
 
 def test_no_two_of_80_classes_share_a_colour() -> None:

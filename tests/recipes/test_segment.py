@@ -1,6 +1,5 @@
 """A segmenter learns labels and binary masks, and segments new images."""
 
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,15 +7,16 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from test_training import RECIPES, last_metrics, run
+from test_training import SEGMENT, last_metrics, run
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from timm_res2net.recipes import segment
-from timm_res2net.recipes.coco import IGNORED, read_image
+from timm_res2net.recipes.coco import read_image
+from timm_res2net.recipes.masks import IGNORED
 from timm_res2net.recipes.segment import compute_loss, create_segmenter, load_segmenter
 
-SEGMENT = [*RECIPES['segment'][1], '--learning-rate', '0.01']
+POLYPS = [*SEGMENT, '--train', 'TrainDataset', '--val', 'TestDataset/CVC', '--binary']
 
 
 def write_polyps(folder: Path, count: int = 16) -> Path:
@@ -58,10 +58,9 @@ def test_ignored_pixels_add_nothing_to_the_loss(binary: bool) -> None:
     torch.testing.assert_close(some, nn.functional.cross_entropy(model(images)[:1, :, :4], masks[:1, :4]))
 
 
-def test_binary_run_scores_and_segments_new_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_binary_run_scores_and_segments_new_images(tmp_path: Path) -> None:
     data, out = write_polyps(tmp_path / 'polyps'), tmp_path / 'run'
-    parts = ['--data', str(data), '--train', 'TrainDataset', '--val', 'TestDataset/CVC', '--output-dir', str(out)]
-    assert run(segment, *parts, *SEGMENT, '--binary', '--num-train-epochs', '1') == 0
+    assert run(segment, *POLYPS, '--data', str(data), '--output-dir', str(out), '--num-train-epochs', '1') == 0
     metrics = last_metrics(out)
     assert 0 <= metrics['eval_mIoU'] <= metrics['eval_mDice'] <= 1
     assert 0 < metrics['eval_MAE'] < 1
@@ -77,25 +76,21 @@ def test_binary_run_scores_and_segments_new_images(tmp_path: Path, capsys: pytes
     torch.testing.assert_close(grey / 255, probability, rtol=0, atol=1 / 255)
 
 
-def test_image_that_a_worker_cannot_read_is_one_line(
-    detection_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    shutil.copytree(detection_set, tmp_path / 'set')
-    for path in (tmp_path / 'set' / 'train').iterdir():
+def test_image_that_a_worker_cannot_read_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write_polyps(tmp_path / 'polyps')
+    for path in (data / 'TrainDataset' / 'images').iterdir():
         path.write_bytes(b'no image')
-    data = ['--data', str(tmp_path / 'set'), '--output-dir', str(tmp_path / 'run')]
-    assert run(segment, *data, *SEGMENT, '--dataloader-num-workers', '1') == 2
+    out = ['--output-dir', str(tmp_path / 'run')]
+    assert run(segment, *POLYPS, '--data', str(data), *out, '--dataloader-num-workers', '1') == 2
     assert capsys.readouterr().err.splitlines()[-1].endswith("png': not an image in a format that Pillow reads")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize('binary', [False, True])
 def test_segmenter_learns(binary: bool, simple_set: Path, tmp_path: Path) -> None:
-    out, options = tmp_path / 'run', [*SEGMENT, '--num-train-epochs', '12', '--seed', '1']
+    parts = [*SEGMENT, '--data', str(simple_set), '--val', 'train', '--classes', '3']
     if binary:
-        data = write_polyps(tmp_path / 'polyps')
-        parts = ['--data', str(data), '--train', 'TrainDataset', '--val', 'TestDataset/CVC', '--binary']
-    else:
-        parts = ['--data', str(simple_set), '--val', 'train']
-    assert run(segment, *parts, '--output-dir', str(out), *options) == 0
-    assert last_metrics(out)['eval_mIoU'] > (0.8 if binary else 80)
+        parts = [*POLYPS, '--data', str(write_polyps(tmp_path / 'polyps'))]
+    options = ['--num-train-epochs', '12', '--learning-rate', '0.01', '--seed', '1']
+    assert run(segment, *parts, *options, '--output-dir', str(tmp_path / 'run')) == 0
+    assert last_metrics(tmp_path / 'run')['eval_mIoU'] > (0.8 if binary else 80)

@@ -20,7 +20,6 @@ from typing import Any
 import timm
 import torch
 from timm.data import resolve_model_data_config
-from timm.utils import ParseKwargs
 from torch import Tensor, nn
 from torchvision.models.detection import FCOS
 from torchvision.models.detection.transform import GeneralizedRCNNTransform
@@ -31,10 +30,10 @@ from torchvision.transforms import v2
 from .._files import atomic_write_text, make_folder
 from . import training
 from .coco import CocoImages, read_image
-from .metrics import AREAS, Found, compute_precision, pack_detections, unpack_detections
-from .pictures import SHOWN, Panel, draw_grid
+from .metrics import AREAS, compute_precision, pack_detections
+from .pictures import SHOWN, draw_objects, write_grid, write_picture
 
-STRIDES = 8, 16, 32  # of the features under the pyramid, which adds two more levels
+STRIDES = [8, 16, 32]  # of the features under the pyramid, which adds two more levels
 
 
 class Pyramid(nn.Module):
@@ -53,18 +52,15 @@ class Pyramid(nn.Module):
 
 
 def create_backbone(name: str, **kwargs: Any) -> nn.Module:
-    """Creates a timm model that computes features of strides 8, 16 and 32; ValueError if it lacks one of them."""
-    with torch.device('meta'):
-        whole: Any = timm.create_model(name, features_only=True, **{**kwargs, 'pretrained': False})
-    strides = [each['reduction'] for each in whole.feature_info.info]
-    if missing := sorted(set(STRIDES) - set(strides)):
-        raise ValueError(f'cannot build a pyramid on {name!r}: its features have strides {strides}, without {missing}')
-    indices = [len(strides) - 1 - strides[::-1].index(stride) for stride in STRIDES]  # the deepest of each
-    return timm.create_model(name, features_only=True, out_indices=indices, **kwargs)
+    """Creates a timm model that computes its last three features; ValueError if their strides are not 8, 16 and 32."""
+    body: Any = timm.create_model(name, features_only=True, out_indices=(-3, -2, -1), **kwargs)
+    if (strides := body.feature_info.reduction()) != STRIDES:
+        raise ValueError(f'cannot build a pyramid on {name!r}: its last features have strides {strides}, not {STRIDES}')
+    return body
 
 
 def create_detector(body: Any, classes: int, channels: int = 256, **kwargs: Any) -> FCOS:
-    """Creates a detector over a backbone; `classes` excludes the background, `channels` are those of a pyramid level.
+    """Creates a detector over a backbone. `classes` excludes the background; pyramid levels have `channels` channels.
 
     Keyword arguments are those of torchvision's FCOS, such as `min_size` and `score_thresh`; TypeError for others.
     """
@@ -95,47 +91,51 @@ def compute_loss(model: Any, batch: dict[str, Any]) -> Tensor:
 
 
 def make_trainer(
-    model: FCOS, args: Any, images: CocoImages, dataset: CocoImages, areas: Sequence[int]
+    model: FCOS, args: Any, train_set: CocoImages, val_set: CocoImages, areas: Sequence[int]
 ) -> training.RecipeTrainer:
-    """Makes the Trainer of a detector: it trains on `images` and evaluates on `dataset`."""
+    """Makes the Trainer of a detector; `areas` is an argument of `compute_precision`."""
     return training.RecipeTrainer(
         compute_loss,
         pack_detections,
         model=model,
         args=args,
-        train_dataset=images,
-        eval_dataset=dataset,
-        compute_metrics=partial(compute_precision, dataset, areas),
+        train_dataset=train_set,
+        eval_dataset=val_set,
+        compute_metrics=partial(compute_precision, val_set, areas),
     )
 
 
 @torch.no_grad()
-def find_objects(model: FCOS, image: Tensor, score: float = 0.3) -> Found:
-    """Finds objects in an image, (3, H, W) in 0..1: the best one at each place, whatever its class."""
-    batch = dict(image=[image.to(next(model.parameters()).device)])
-    found = unpack_detections(pack_detections(model, batch)[0].cpu(), score)
+def find_objects(model: FCOS, image: Tensor, score: float = 0.3) -> dict[str, Tensor]:
+    """Finds objects in an image, (3, H, W) in 0..1: the best one at each place, whatever its class.
+
+    Returns boxes (N, 4) as corners, labels (N,) from 1, and scores (N,), none below `score`, on the CPU.
+    """
+    found = model([image.to(next(model.parameters()).device)])[0]
+    sure = (found['scores'] >= score) & (found['labels'] > 0)  # 0 is FCOS's background class
+    found = {name: value[sure].cpu() for name, value in found.items()}
     kept = nms(found['boxes'], found['scores'], 0.5)  # the detector itself suppresses within each class
     return {name: value[kept] for name, value in found.items()}
 
 
 def draw_examples(model: FCOS, dataset: CocoImages, out: Path) -> None:
-    """Draws the first images with their true and found objects."""
-    panels = []
+    """Draws the first images, each with its true and its detected objects."""
+    pictures = []
     for index in range(min(SHOWN, len(dataset))):
         image, truth = dataset[index]['image'], dataset[index]['target']
-        for title, objects in (('truth', truth), ('found', find_objects(model, image))):
-            panels.append(Panel(f'{index + 1}: {title}', image, objects['boxes'].tolist(), objects['labels'].tolist()))
-    draw_grid(panels, dataset.names, str(out))
+        for objects in (truth, find_objects(model, image)):
+            pictures.append(draw_objects(image, objects, dataset.names))
+    write_grid(pictures, 4, out)
 
 
 def train(options: Namespace, args: Any) -> None:
     """Trains a detector, and draws the objects that it finds."""
-    images = CocoImages(options.data, options.train, v2.RandomHorizontalFlip())
-    dataset = CocoImages(options.data, options.val)
+    train_set = CocoImages(options.data, options.train, v2.RandomHorizontalFlip())
+    val_set = CocoImages(options.data, options.val)
     body = create_backbone(options.backbone, pretrained=options.pretrained, **options.model_kwargs)
     training.prepare_backbone(body, options)
-    model = create_detector(body, len(images.names), options.channels, **options.detector_kwargs)
-    training.train(make_trainer(model, args, images, dataset, options.areas), options, body, draw_examples)
+    model = create_detector(body, len(train_set.names), options.channels, **options.detector_kwargs)
+    training.train(make_trainer(model, args, train_set, val_set, options.areas), options, body, draw_examples)
 
 
 def predict(files: list[Path], options: Namespace, args: Any) -> None:
@@ -144,9 +144,9 @@ def predict(files: list[Path], options: Namespace, args: Any) -> None:
     out, results = make_folder(Path(args.output_dir, 'predictions')), []
     for file in files:
         image = read_image(file)
-        found = {name: value.tolist() for name, value in find_objects(model, image, options.score).items()}
-        boxes, labels, scores = (found[name] for name in ('boxes', 'labels', 'scores'))
-        draw_grid([Panel(file.name, image, boxes, labels)], names, str(out / f'{file.stem}.png'), columns=1)
+        found = find_objects(model, image, options.score)
+        write_picture(draw_objects(image, found, names), out / f'{file.stem}.png')
+        boxes, labels, scores = (found[name].tolist() for name in ('boxes', 'labels', 'scores'))
         objects = [
             dict(box=box, name=names[label - 1], score=score) for box, label, score in zip(boxes, labels, scores)
         ]
@@ -156,13 +156,12 @@ def predict(files: list[Path], options: Namespace, args: Any) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Trains a detector, or finds objects by a trained one."""
+    """Trains a detector, or finds objects with a trained one."""
     parser = training.make_parser(__doc__, metric='AP')
-    keywords: Any = dict(nargs='*', action=ParseKwargs, default={}, metavar='KEY=VALUE')
-    parser.add_argument('--model-kwargs', **keywords, help='arguments of timm.create_model')
+    parser.add_argument('--model-kwargs', **training.KEYWORDS, help='arguments of timm.create_model')
     parser.add_argument('--channels', type=int, default=256, help='channels of each pyramid level')
     parser.add_argument(
-        '--detector-kwargs', **keywords, help="arguments of torchvision's FCOS, such as min_size and max_size"
+        '--detector-kwargs', **training.KEYWORDS, help="arguments of torchvision's FCOS, such as min_size and max_size"
     )
     parser.add_argument(
         '--areas', nargs=2, type=int, default=list(AREAS), help='smallest sides of medium and large objects, in pixels'

@@ -19,16 +19,14 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from timm.data import resolve_model_data_config
-from timm.utils import ParseKwargs
 from torch import Tensor, nn
-from torchvision.transforms.v2.functional import to_pil_image
 
-from .._files import atomic_write, make_folder
+from .._files import make_folder
 from . import training
-from .coco import IGNORED, read_image
-from .masks import Masked, augment, open_part, require_foreground
+from .coco import read_image
+from .masks import IGNORED, MaskedImages, augment, require_foreground
 from .metrics import average_scores, compute_iou, count_pixels, score_binary
-from .pictures import SHOWN, Panel, draw_grid, paint_labels
+from .pictures import SHOWN, paint_labels, write_grid, write_picture
 
 STRIDE = 32  # decoders need images whose sides are multiples of it
 
@@ -92,28 +90,25 @@ def compute_loss(binary: bool, model: Any, batch: dict[str, Any]) -> Tensor:
 
 
 @torch.no_grad()
-def draw_examples(model: Segmenter, dataset: Masked, out: Path) -> None:
-    """Draws the first images with their true and found labels."""
-    panels = []
+def draw_examples(model: Segmenter, dataset: MaskedImages, out: Path) -> None:
+    """Draws the first images, each with its true and its predicted labels."""
+    pictures = []
     for index in range(min(SHOWN, len(dataset))):
         image, mask = dataset.read(index)
         found = model(image[None].to(model.mean.device))[0].argmax(dim=0).cpu()
-        panels.append(Panel(f'{index + 1}: image', image))
-        for title, labels in (('truth', mask), ('found', found)):
-            present = sorted(set(labels.unique().tolist()) - {0, IGNORED})
-            panels.append(Panel(f'{index + 1}: {title}', paint_labels(labels), labels=present))
-    draw_grid(panels, dataset.names[1:], str(out), columns=6)
+        pictures += [image, paint_labels(mask), paint_labels(found)]
+    write_grid(pictures, 6, out)
 
 
 def train(options: Namespace, args: Any) -> None:
-    """Trains a segmenter, and draws the labels that it finds."""
+    """Trains a segmenter, and draws the labels that it predicts."""
     if options.size % STRIDE:
-        raise ValueError(f'cannot use --size {options.size}: it is not a multiple of {STRIDE}')
+        raise ValueError(f'cannot use --size {options.size}: it must be a multiple of {STRIDE}')
     threshold = options.threshold if options.binary else None
-    images = open_part(options.data, options.train, options.classes, threshold, partial(augment, options.size))
-    dataset = open_part(options.data, options.val, options.classes, threshold)
-    require_foreground(dataset, threshold)
-    name, count = options.architecture, len(images.names)
+    train_set = MaskedImages(options.data, options.train, options.classes, threshold, partial(augment, options.size))
+    val_set = MaskedImages(options.data, options.val, options.classes, threshold)
+    require_foreground(val_set)
+    name, count = options.architecture, len(train_set.names)
     model = create_segmenter(name, options.backbone, count, options.pretrained, **options.architecture_kwargs)
     body = model.model.get_submodule('encoder.model')
     training.prepare_backbone(body, options)
@@ -122,8 +117,8 @@ def train(options: Namespace, args: Any) -> None:
         score_binary if options.binary else count_pixels,
         model=model,
         args=args,
-        train_dataset=images,
-        eval_dataset=dataset,
+        train_dataset=train_set,
+        eval_dataset=val_set,
         compute_metrics=average_scores if options.binary else compute_iou,
     )
     training.train(trainer, options, body, draw_examples)
@@ -131,27 +126,26 @@ def train(options: Namespace, args: Any) -> None:
 
 @torch.no_grad()
 def predict(files: list[Path], options: Namespace, args: Any) -> None:
-    """Writes a PNG per new image to predictions/: grey probabilities if binary, else labels in their colours."""
+    """Writes a PNG for each new image to predictions/: probabilities as grey levels if binary, else coloured labels."""
     run, model = training.read_run(args.output_dir), load_segmenter(args.output_dir).to(args.device)
     out = make_folder(Path(args.output_dir, 'predictions'))
     for file in files:
         logits = model(read_image(file)[None].to(args.device))[0].cpu()
-        picture = to_pil_image(logits.softmax(dim=0)[1] if run['binary'] else paint_labels(logits.argmax(dim=0)))
-        atomic_write(out / f'{file.stem}.png', partial(picture.save, format='PNG'))
+        picture = logits.softmax(dim=0)[1] if run['binary'] else paint_labels(logits.argmax(dim=0))
+        write_picture(picture, out / f'{file.stem}.png')
     print(f'Segmented {len(files)} images: {out}')
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Trains a segmenter, or segments new images by a trained one."""
+    """Trains a segmenter, or segments new images with a trained one."""
     parser = training.make_parser(__doc__, metric='mIoU')
-    parser.add_argument('--classes', type=int, help='number of labels in the masks, with the background; not for COCO')
-    parser.add_argument('--binary', action='store_true', help='masks are grey: foreground from --threshold on')
+    parser.add_argument('--classes', type=int, help='number of labels in the masks, including the background')
+    parser.add_argument('--binary', action='store_true', help='masks are grey, see --threshold')
     parser.add_argument(
-        '--threshold', type=int, default=128, help='with --binary: level, in 0..255, from which a pixel is foreground'
+        '--threshold', type=int, default=128, help='with --binary: lowest level of the foreground (0..255)'
     )
     parser.add_argument('--architecture', default='unet', help='architecture of segmentation_models_pytorch')
-    keywords: Any = dict(nargs='*', action=ParseKwargs, default={}, metavar='KEY=VALUE')
-    parser.add_argument('--architecture-kwargs', **keywords, help='arguments of that architecture')
+    parser.add_argument('--architecture-kwargs', **training.KEYWORDS, help='arguments of that architecture')
     parser.add_argument('--size', type=int, default=512, help='side of the square crops to train on, in pixels')
     training.run(parser, argv, train, predict)
 
