@@ -1,14 +1,13 @@
-"""Shared by `detect` and `segment`: their command line, a Trainer for any model, and the folder of a run.
+"""Shared by `detect` and `segment`: their command line, a Trainer for any model, and the output folder.
 
-run.json                    settings, to continue the run and to rebuild its model
-checkpoint-N/               the Trainer's checkpoints; checksums.json is written last, so one without is incomplete
-model.safetensors           the best model
-curves.png, examples.png    loss and metrics over epochs, and predictions next to the truth
+run.json             settings, to continue the run and to rebuild its model
+checkpoint-N/        the Trainer's checkpoints; those without a file `complete` are ignored
+model.safetensors    the best model
+examples.png         predictions next to the truth
 """
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,20 +16,20 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast
 from safetensors.torch import load_file, save_file
+from timm.utils import ParseKwargs
 from timm.utils.model import freeze, freeze_batch_norm_2d
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import HfArgumentParser, Trainer, TrainerCallback, TrainingArguments, set_seed
 
 from .._errors import first_line
-from .._files import atomic_write, atomic_write_text, make_folder, read_text, sha256
+from .._files import atomic_write, atomic_write_text, make_folder, read_text, sync
 from .._images import find_images
 from ..models.block import spec_of
-from ..vision.figures import new_figure, save
 from ..weights.loading import load_checkpoint
 from .arguments import report_errors
 
-CHECKSUMS, RUN, WEIGHTS = 'checksums.json', 'run.json', 'model.safetensors'
+RUN, COMPLETE, WEIGHTS = 'run.json', 'complete', 'model.safetensors'
 DEFAULTS: dict[str, Any] = dict(  # where they differ from the Trainer's
     eval_strategy='epoch',
     save_strategy='epoch',
@@ -45,13 +44,12 @@ DEFAULTS: dict[str, Any] = dict(  # where they differ from the Trainer's
     dataloader_pin_memory=torch.cuda.is_available(),
     remove_unused_columns=False,
 )
-FIXED = (  # the Trainer's options that a run keeps when it is continued
+FIXED = (  # the Trainer's options that must not change when a run is continued
     'num_train_epochs', 'max_steps', 'learning_rate', 'lr_scheduler_type', 'warmup_steps', 'optim', 'weight_decay',
     'per_device_train_batch_size', 'gradient_accumulation_steps', 'max_grad_norm', 'bf16', 'fp16', 'seed',
 )  # fmt: skip
-
-
-PREDICTION = {'--predict', '--output-dir', '--score', '--use-cpu'}  # options that have an effect there
+PREDICTING = {'--predict', '--output-dir', '--score', '--use-cpu'}  # options that --predict uses
+KEYWORDS: Any = dict(nargs='*', action=ParseKwargs, default={}, metavar='KEY=VALUE')  # for add_argument
 
 
 class Formatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -88,8 +86,8 @@ def run(parser: Any, argv: Sequence[str] | None, train: Any, predict: Any) -> No
         args, options = parser.parse_args_into_dataclasses(argv)
         if options.predict is not None:
             given = {each.partition('=')[0].replace('_', '-') for each in argv if each.startswith('--')}
-            if ignored := sorted(given - PREDICTION):
-                raise ValueError(f'{ignored[0]} has no effect on --predict. Leave it out.')
+            if unused := sorted(given - PREDICTING):
+                raise ValueError(f'cannot use {unused[0]} with --predict. Leave it out.')
             predict(find_pictures(options.predict), options, args)
         else:
             set_seed(args.seed)
@@ -116,42 +114,45 @@ def prepare_backbone(body: Any, options: argparse.Namespace) -> None:
         load_checkpoint(body, options.weights)
     root = getattr(body, 'model', body)  # timm has several kinds of feature extractors
     if options.frozen_stages >= 0:
-        features = [each['module'] for each in body.feature_info.info]
-        if options.frozen_stages >= len(features):
-            raise ValueError(f'cannot freeze stage {options.frozen_stages}: the last one is {len(features) - 1}')
-        freeze(root, modules_up_to(root, features[options.frozen_stages]))
+        stages = [each['module'] for each in body.feature_info.info]
+        if options.frozen_stages >= len(stages):
+            raise ValueError(f'cannot freeze stage {options.frozen_stages}: the last one is {len(stages) - 1}')
+        freeze_up_to(root, stages[options.frozen_stages])
     if options.frozen_norms:
         freeze_batch_norm_2d(root)
 
 
-def modules_up_to(root: nn.Module, last: str) -> list[str]:
-    """Lists the modules up to and including `last`, in the order of definition."""
-    names = [name for name, _ in root.named_modules() if name]
-    flat = [f'{name.replace(".", "_")}_' for name in names]  # timm joins some names by underscores
-    end = f'{last.replace(".", "_")}_'
-    stop = max(i for i, name in enumerate(flat) if name.startswith(end))
-    parents = {name for name in flat if end.startswith(name) and name != end}  # they also contain later modules
-    return [name for name, key in zip(names[: stop + 1], flat) if key not in parents]
+def freeze_up_to(root: nn.Module, last: str) -> None:
+    """Freezes the modules of a model in the order of definition, up to and including `last`, a dotted name."""
+    last = last.replace('_', '.')  # timm joins some names by underscores
+    for name, child in root.named_children():
+        prefix = f'{name.replace("_", ".")}.'
+        if last.startswith(prefix):
+            freeze_up_to(child, last.removeprefix(prefix))
+        else:
+            freeze(root, [name])
+        if f'{last}.'.startswith(prefix):
+            break
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Batches items as lists, as their images can have any size; only `image_id` becomes a tensor."""
+    """Batches items as lists, as their images can have any size; only `index` becomes a tensor."""
     batch: dict[str, Any] = {name: [each[name] for each in samples] for name in samples[0]}
-    return {**batch, 'image_id': torch.tensor(batch['image_id'])}
+    return {**batch, 'index': torch.tensor(batch['index'])}
 
 
 class RecipeTrainer(Trainer):
     """A Trainer for any model.
 
     `loss` and `measure` take the model and a batch. `measure` returns a tensor (N, ...) for the N images of the batch,
-    of one shape for all batches; `compute_metrics` gets those of all images as `predictions`, with their `image_id` as
-    `label_ids`.
+    of one shape for all batches; `compute_metrics` gets those of all images as `predictions`, with their indices in
+    the data set as `label_ids`.
     """
 
     def __init__(
         self, loss: Callable[[Any, Any], Tensor], measure: Callable[[Any, Any], Tensor], **kwargs: Any
     ) -> None:
-        super().__init__(**kwargs, data_collator=collate, callbacks=[WriteChecksums()])
+        super().__init__(**kwargs, data_collator=collate, callbacks=[MarkComplete()])
         self.loss, self.measure = loss, measure
 
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
@@ -181,48 +182,31 @@ class RecipeTrainer(Trainer):
     def prediction_step(self, model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> tuple[Any, ...]:
         inputs = self._prepare_inputs(inputs)
         with self.compute_loss_context_manager():
-            return None, self.measure(model, inputs), inputs['image_id']
+            return None, self.measure(model, inputs), inputs['index']
 
 
-class WriteChecksums(TrainerCallback):
-    """Adds the checksums of its files to a checkpoint, as a mark that it is complete."""
+class MarkComplete(TrainerCallback):
+    """Marks a checkpoint once all its files are on the disk."""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         args.distributed_state.wait_for_everyone()  # each process writes its own files
         if state.is_world_process_zero:
             folder = Path(args.output_dir, f'checkpoint-{state.global_step}')
-            atomic_write_text(folder / CHECKSUMS, json.dumps(checksums_of(folder)))
-
-
-def checksums_of(checkpoint: Path) -> dict[str, str]:
-    """Computes the checksums of the files in a checkpoint, '' for anything else, such as a pipe."""
-    # A process killed while it writes the checksums leaves a hidden temporary folder.
-    paths = [path for path in sorted(checkpoint.glob('[!.]*')) if path.name != CHECKSUMS]
-    return {path.name: sha256(path) if path.is_file() else '' for path in paths}
+            for path in folder.iterdir():
+                sync(path)
+            (folder / COMPLETE).touch()
 
 
 def find_checkpoint(folder: Path) -> str | None:
-    """Finds the newest complete checkpoint; ValueError if its files have changed since."""
-    complete = [path for path in folder.glob('checkpoint-*') if os.path.lexists(path / CHECKSUMS)]
-    if not complete:
-        return None
-    newest = max(complete, key=lambda path: int(path.name.removeprefix('checkpoint-')))
-    try:
-        is_intact = json.loads(read_text(newest / CHECKSUMS)) == checksums_of(newest)
-    except (ValueError, RecursionError):
-        is_intact = False
-    if not is_intact:
-        raise ValueError(
-            f'cannot continue from {str(newest)!r}: its files have changed. '
-            'Delete this folder to continue from the checkpoint before it.'
-        )
-    return str(newest)
+    """Finds the newest complete checkpoint in the folder of a run, if any."""
+    complete = [mark.parent for mark in folder.glob(f'checkpoint-*/{COMPLETE}')]
+    return str(max(complete, key=lambda path: int(path.name.removeprefix('checkpoint-')))) if complete else None
 
 
 def train(trainer: Any, options: argparse.Namespace, backbone: nn.Module, draw_examples: Any) -> None:
-    """Trains from the last checkpoint, if any, and saves the settings, the best model, curves and examples.
+    """Trains from the last checkpoint, if any, and saves the settings, the best model and examples.
 
-    Raises ValueError if the folder has a run with other settings or a damaged checkpoint, or if training diverges.
+    Raises ValueError if the folder has a run with other settings, or if training diverges.
     """
     args, folder, names = trainer.args, Path(trainer.args.output_dir), trainer.train_dataset.names
     if names != trainer.eval_dataset.names:
@@ -245,7 +229,6 @@ def train(trainer: Any, options: argparse.Namespace, backbone: nn.Module, draw_e
         spec = spec_of(backbone)
         state = {name: value.detach().cpu().contiguous() for name, value in trainer.model.state_dict().items()}
         atomic_write(folder / WEIGHTS, lambda path: save_file(state, path, spec.as_text() if spec else None))
-        plot_curves(trainer.state.log_history, folder / 'curves.png')
         draw_examples(trainer.model.eval(), trainer.eval_dataset, folder / 'examples.png')
 
 
@@ -276,20 +259,3 @@ def load_best(model: nn.Module, folder: str | Path) -> Any:
     except Exception as error:  # of safetensors, or torch's
         raise ValueError(f'cannot load {str(file)!r}: {first_line(error)}') from error
     return model.eval()
-
-
-def plot_curves(history: Sequence[dict[str, Any]], out: Path) -> None:
-    """Draws the training loss and the metrics over epochs; metrics below zero are undefined."""
-    figure = new_figure(9, 3.6)
-    left, right = figure.subplots(1, 2)
-    names = dict.fromkeys(name for entry in history for name in entry if name == 'loss' or name.startswith('eval_'))
-    for name in names:
-        points = [(each['epoch'], each[name]) for each in history if each.get(name, -1) >= 0]
-        if points and not name.endswith(('_runtime', '_per_second', '_time')):
-            panel = left if name == 'loss' else right
-            panel.plot(*zip(*points), marker='.', label=name.removeprefix('eval_'))
-    left.set(xlabel='epoch', ylabel='training loss')
-    right.set(xlabel='epoch', ylabel='validation metrics')
-    if right.lines:
-        right.legend()
-    save(figure, str(out))
