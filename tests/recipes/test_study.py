@@ -71,11 +71,11 @@ def test_readme_has_the_version_and_the_gains_of_the_study() -> None:
 def test_study_runs_only_what_is_missing(
     part: str, fashion_mnist: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setitem(PARTS, part, replace(PARTS[part], epochs=1, seeds=2))
+    monkeypatch.setattr(study, 'PARTS', {part: replace(PARTS[part], epochs=1, seeds=2)})
     monkeypatch.delitem(BASE_WIDTHS, 8)
     monkeypatch.setattr(study, 'CANVASES', {'train': 64, 'val': 32, 'unseen': 32})
     monkeypatch.setattr(multi_scale, 'COUNTS', {'train': 16, 'val': 8, 'unseen': 8})
-    arguments = [str(tmp_path), '--fashion-mnist', str(fashion_mnist), '--part', part]
+    arguments = [str(tmp_path), '--fashion-mnist', str(fashion_mnist)]
     study.main(arguments)
     shown = capsys.readouterr().out.partition(f'{part}\n')[2]
     lost, kept = (tmp_path / f'{part}_scale4_seed{seed}.json' for seed in (0, 1))

@@ -1,31 +1,29 @@
-"""Tests the claim of the Res2Net paper at the size of two CPU cores: do cascaded splits help where sizes differ?
+"""Tests the Res2Net paper's claim on two CPU cores: do cascaded splits help where objects differ in size?
 
     python -m timm_res2net.recipes.study runs/study --fashion-mnist data
 
-trains networks of equally many parameters (to 1 %) with one recipe: bottlenecks (scale 1) and Res2Net blocks at scales
-4 and 8 in the paper's trunk, narrow and eight blocks deep. There are three parts:
+trains networks with the same number of parameters (within 1 %) by the same recipe: bottlenecks (scale 1) and Res2Net
+blocks of scale 4 and 8 in the paper's trunk, narrow and eight blocks deep. There are three parts:
 
     sizes          one item of Fashion-MNIST on a canvas of 96 pixels, at half to three times its size, and at sizes
-                   never seen
+                   never seen in training
     detection      the set of `multi_scale`: one to six items on a canvas, found by `detect`
     fashion_mnist  Fashion-MNIST as published, cropped with a padding of 4 and mirrored; each pixel is shown as 2 x 2
 
-The criteria for support were written down before the first run. For a part: the 95 % interval of the paired
-differences between scale 4 and scale 1, and of those between scale 8 and scale 1, lies above zero (pairs have the same
-seed, and with it the same order of images). For the paper's explanation, receptive fields of several sizes: in `sizes`
-and `detection` the same holds for large objects, by a larger difference than for small ones, as in the paper's COCO
-table (AP of small, medium and large objects: +0.5, +2.9, +4.9). Figures are those of the last epoch: none is chosen by
-the test images. The optimizer and its learning rate were chosen on bottlenecks alone, with a seed that is not in the
-study.
+The criteria were written down before the first run. A part supports the claim if the 95 % interval of the paired
+differences between scale 4 and scale 1, and that of scale 8 and scale 1, lies above zero (pairs have the same seed, and
+with it the same order of images). The paper's explanation, receptive fields of several sizes, is supported if in
+`sizes` and `detection` the same holds for large objects, with a larger difference than for small ones, as in the
+paper's COCO table (AP of small, medium and large objects: +0.5, +2.9, +4.9). All results are from the last epoch, so
+test images select nothing. The optimizer and its learning rate were chosen on bottlenecks alone, with a seed that is
+not in the study.
 
-Run again, it continues where it was stopped, also in the middle of a run. The folder then holds a file for each run,
-`study.json` with all runs, and `study.md` with tables.
+To continue after an interruption, run the same command again. The folder gets a file for each run, `study.json` with
+all runs, and `study.md` with tables.
 """
 
 import json
 import math
-import shutil
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -53,7 +51,7 @@ from .arguments import make_parser, report_errors
 from .coco import CocoImages
 from .metrics import compute_precision
 from .multi_scale import ITEM, SIDE
-from .training import RecipeTrainer, find_checkpoint
+from .training import RecipeTrainer
 
 TRUNK: dict[str, Any] = dict(layers=(2, 2, 2, 2), channels=(16, 32, 64, 96))
 BASE_WIDTHS = {1: 64, 4: 26.2, 8: 14.75}  # of each scale, so that all have as many parameters as scale 1
@@ -109,7 +107,7 @@ class Items(Dataset[dict[str, Any]]):
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         image = self.change(torch.from_numpy(self.images[index])[None])
-        return dict(image=(image.float() / 255 - 0.5) / 0.25, label=int(self.labels[index]), image_id=index)
+        return dict(image=(image.float() / 255 - 0.5) / 0.25, label=int(self.labels[index]), index=index)
 
 
 @cache
@@ -124,8 +122,7 @@ def load_items(part: str, source: Path) -> dict[str, Items]:
             loaded[name] = Items(images, labels, np.full_like(labels, ITEM), change)
     else:
         for name, count in CANVASES.items():
-            draw = multi_scale.canvases(source, name, items=(1, 1))
-            drawn = [draw(index) for index in range(count)]
+            drawn = list(multi_scale.draw_canvases(source, name, count, items=(1, 1)))
             labels, sizes = (np.array([getattr(each, key)[0] for each in drawn]) for key in ('labels', 'sizes'))
             change = flip if name == 'train' else v2.Identity()
             loaded[name] = Items(np.stack([each.image for each in drawn]), labels, sizes, change)
@@ -148,40 +145,38 @@ def accuracy(sizes: NDArray[np.int64], ranges: dict[str, tuple[float, float]], e
     return {name: float(evaluation.predictions[mask].mean()) for name, mask in masks.items() if mask.any()}
 
 
-def train_classifier(model: nn.Module, part: str, args: Any, source: Path) -> dict[str, float]:
-    """Trains a classifier, and returns its accuracy by size."""
+Tests = list[tuple[Any, Callable[[Any], dict[str, float]]]]  # data sets, and what computes their metrics
+
+
+def prepare_classifier(model: nn.Module, part: str, args: Any, source: Path) -> tuple[RecipeTrainer, Tests]:
+    """Makes the Trainer of a classifier, and tests of its accuracy by size."""
     items = load_items(part, source)
-    metrics: dict[str, float] = {}
     trainer = RecipeTrainer(compute_loss, measure, model=model, args=args, train_dataset=items['train'])
-    trainer.train(resume_from_checkpoint=find_checkpoint(Path(args.output_dir)))
-    for name in items.keys() & SIZES.keys():
-        trainer.compute_metrics = partial(accuracy, items[name].sizes, SIZES[name])
-        metrics |= trainer.evaluate(items[name])
-    return metrics
+    return trainer, [
+        (items[name], partial(accuracy, items[name].sizes, ranges)) for name, ranges in SIZES.items() if name in items
+    ]
 
 
-def train_detector(body: nn.Module, args: Any, source: Path) -> dict[str, float]:
-    """Trains a detector on that backbone, and returns its AP by size."""
-    images = CocoImages(source, 'train', v2.RandomHorizontalFlip())
+def prepare_detector(body: nn.Module, args: Any, source: Path) -> tuple[RecipeTrainer, Tests]:
+    """Makes the Trainer of a detector over a backbone, and tests of its AP by size."""
+    train_set = CocoImages(source, 'train', v2.RandomHorizontalFlip())
     val, unseen = (CocoImages(source, name) for name in ('val', 'unseen'))
-    model = detect.create_detector(body, len(images.names), 64, min_size=SIDE, max_size=SIDE)
-    model.head = FCOSHead(64, 1, len(images.names) + 1, num_convs=2)
-    trainer = detect.make_trainer(model, args, images, val, AREAS)
-    trainer.train(resume_from_checkpoint=find_checkpoint(Path(args.output_dir)))
-    metrics = trainer.evaluate()
-    trainer.compute_metrics = partial(compute_precision, unseen, AREAS)
-    return metrics | {'eval_unseen': trainer.evaluate(unseen)['eval_AP']}
+    model = detect.create_detector(body, len(train_set.names), 64, min_size=SIDE, max_size=SIDE)
+    model.head = FCOSHead(64, 1, len(train_set.names) + 1, num_convs=2)
+    return detect.make_trainer(model, args, train_set, val, AREAS), [
+        (val, partial(compute_precision, val, AREAS)),
+        (unseen, lambda evaluation: {'unseen': compute_precision(unseen, AREAS, evaluation)['AP']}),
+    ]
 
 
 def run(part: str, scale: int, seed: int, source: Path, folder: Path) -> dict[str, Any]:
-    """Trains and tests one network, with checkpoints in `folder`."""
+    """Trains and tests one network."""
     args: Any = TrainingArguments(
         output_dir=str(folder),
         num_train_epochs=PARTS[part].epochs,
         seed=seed,
         per_device_eval_batch_size=64,
-        save_strategy='epoch',
-        save_total_limit=2,
+        save_strategy='no',
         lr_scheduler_type='cosine',
         warmup_steps=0.05,
         remove_unused_columns=False,
@@ -193,10 +188,16 @@ def run(part: str, scale: int, seed: int, source: Path, folder: Path) -> dict[st
     torch.manual_seed(seed)
     if part == 'detection':
         model = network(scale, features_only=True, out_indices=(2, 3, 4))
-        metrics = train_detector(model, args, source)
+        trainer, tests = prepare_detector(model, args, source)
     else:
         model = network(scale, in_chans=1, num_classes=10)
-        metrics = train_classifier(model, part, args, source)
+        trainer, tests = prepare_classifier(model, part, args, source)
+    trainer.train()
+    metrics: dict[str, float] = {}
+    for dataset, compute_metrics in tests:
+        trainer.compute_metrics = compute_metrics
+        metrics |= trainer.evaluate(dataset)
+
     model.eval()
     shape = (3 if part == 'detection' else 1), *[2 * ITEM if part == 'fashion_mnist' else SIDE] * 2
     noise = torch.randn(8, *shape, generator=torch.Generator().manual_seed(0))
@@ -219,20 +220,18 @@ def count_parameters(model: nn.Module) -> int:
     return sum(parameter.numel() for name, parameter in model.named_parameters() if not name.startswith('fc.'))
 
 
-def study(folder: Path, source: Path, parts: Sequence[str]) -> list[dict[str, Any]]:
-    """Runs whatever the folder lacks of these parts, and returns all their runs."""
+def study(folder: Path, source: Path) -> list[dict[str, Any]]:
+    """Runs what the folder does not have yet, and returns all runs."""
     data = make_folder(folder) / 'multi_scale'
-    if 'detection' in parts and not data.exists():
+    if 'detection' in PARTS and not data.exists():
         multi_scale.write(data, source, multi_scale.COUNTS)
     runs = []
-    for part in parts:
+    for part in PARTS:
         for seed, scale in product(range(PARTS[part].seeds), BASE_WIDTHS):
-            unfinished = folder / f'{part}_scale{scale}_seed{seed}'
-            result = unfinished.with_suffix('.json')
+            result = folder / f'{part}_scale{scale}_seed{seed}.json'
             if not result.exists():
-                record = run(part, scale, seed, data if part == 'detection' else source, unfinished)
+                record = run(part, scale, seed, data if part == 'detection' else source, folder)
                 atomic_write_text(result, json.dumps(record) + '\n')
-                shutil.rmtree(unfinished)
             runs.append(json.loads(result.read_text()))
     return runs
 
@@ -259,7 +258,7 @@ def table(runs: Sequence[dict[str, Any]], part: str) -> list[str]:
     for scale in BASE_WIDTHS:
         params, mmacs = (values_of(runs, part, scale, name)[0] for name in ('params', 'mmacs'))
         values = [values_of(runs, part, scale, name) for name in ('radius', *names)]
-        means = [f'{statistics.mean(each):.2f} ± {sem(each):.2f}' for each in values]
+        means = [f'{np.mean(each):.2f} ± {sem(each):.2f}' for each in values]
         rows.append([str(scale), f'{params:,}', f'{mmacs:.1f}', *means])
     for scale in list(BASE_WIDTHS)[1:]:
         differences = [difference(runs, part, scale, name) for name in names]
@@ -274,13 +273,12 @@ def main(argv: list[str] | None = None) -> None:
     parser = make_parser(__doc__)
     parser.add_argument('folder', type=Path, help='folder to write')
     parser.add_argument('--fashion-mnist', type=Path, required=True, help='folder of Fashion-MNIST', metavar='DIR')
-    parser.add_argument('--part', nargs='+', choices=PARTS, default=list(PARTS), help='(default: all)')
     args = parser.parse_args(argv)
     with report_errors(parser):
-        runs = study(args.folder, args.fashion_mnist, args.part)
+        runs = study(args.folder, args.fashion_mnist)
         document = dict(environment=environment(), runs=runs)
         atomic_write_text(args.folder / 'study.json', json.dumps(document, indent=1) + '\n')
-        text = '\n\n'.join('\n'.join([part, '', *table(runs, part)]) for part in args.part)
+        text = '\n\n'.join('\n'.join([part, '', *table(runs, part)]) for part in PARTS)
         atomic_write_text(args.folder / 'study.md', text + '\n')
         print(text)
 
