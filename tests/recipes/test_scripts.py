@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from sklearn.datasets import load_sample_image
 from support import ROOT
-from test_train_script import KINDS, options_of
+from test_train_script import KINDS
 
 SCRIPTS = Path(os.environ.get('TIMM_SCRIPTS', ''))
 pytestmark = pytest.mark.skipif(
@@ -33,6 +33,12 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp('digits')
     run('-m', 'timm_res2net.recipes.digits', str(folder), cwd=folder)
     return folder
+
+
+def options_of(name: str) -> list[str]:
+    """Returns the options of timm's scripts for a small network."""
+    kwargs = [f'{key}={value}'.replace(' ', '') for key, value in KINDS[name].items()]
+    return ['--model', name, '--model-kwargs', *kwargs]
 
 
 def script(name: str) -> tuple[str, ...]:
@@ -78,8 +84,8 @@ def test_every_command_has_the_accuracy_of_timm_train_script_with_its_preparatio
         assert [each['top1'] for each in results] == pytest.approx([accuracy] * len(results), abs=1e-3)
     assert len(results) == 1
     found = run(*program, 'predict', str(digits / 'val' / '7'), '--weights', file, '--topk', '1', cwd=tmp_path)
-    assert '24 x 24, nearest, crop 0.8, mean 0.2, 0.3, 0.4, std 0.1, 0.2, 0.3: as the file says' in found
-    assert f'10, named in {digits}: 0, 1, 2, ...' in found
+    assert '24 x 24, nearest, crop 0.8, mean 0.2, 0.3, 0.4, std 0.1, 0.2, 0.3: recorded in the file' in found
+    assert 'classes      10, without names' in found
 
 
 def test_readme_commands_fine_tune_on_a_folder_of_photos(tmp_path: Path) -> None:
@@ -104,7 +110,7 @@ def test_readme_commands_fine_tune_on_a_folder_of_photos(tmp_path: Path) -> None
             words += ['--device', 'cpu', '--workers', '0']
         found[words[2]] = run(*words, cwd=tmp_path)
     assert float(re.findall(r'([\d.]+) %', found['validate'])[0]) > 60
-    assert 'named in photos: china, flower, negative' in found['validate']
+    assert 'named by --labels: china, flower, negative' in found['predict']
     assert found['predict'].count('china') > 10
     config = json.loads((tmp_path / 'pushed' / 'config.json').read_text())
     assert config['label_names'] == ['china', 'flower', 'negative']
