@@ -24,6 +24,7 @@ all runs, and `study.md` with tables.
 
 import json
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -258,7 +259,7 @@ def table(runs: Sequence[dict[str, Any]], part: str) -> list[str]:
     for scale in BASE_WIDTHS:
         params, mmacs = (values_of(runs, part, scale, name)[0] for name in ('params', 'mmacs'))
         values = [values_of(runs, part, scale, name) for name in ('radius', *names)]
-        means = [f'{np.mean(each):.2f} ± {sem(each):.2f}' for each in values]
+        means = [f'{statistics.mean(each):.2f} ± {sem(each):.2f}' for each in values]
         rows.append([str(scale), f'{params:,}', f'{mmacs:.1f}', *means])
     for scale in list(BASE_WIDTHS)[1:]:
         differences = [difference(runs, part, scale, name) for name in names]
