@@ -457,14 +457,3 @@ def test_export_then_validate_and_predict_use_the_file(run: Run, tmp_path: Path,
     found = json.loads(run(*['predict', 'digits/3', '--weights', 'digits.pt2', '--trust', '--topk', '1', '--json']).out)
     assert [each['predictions'][0]['label'] for each in found['results']] == ['3'] * 3
     assert found['model'] == 'test_res2net'
-
-
-def test_list_plot_draws_what_is_listed(run: Run, tmp_path: Path, monkeypatch: Patch) -> None:
-    monkeypatch.chdir(tmp_path)
-    done = run('list', '*50*', '--pretrained', '--plot', 'c.png')
-    assert (done.status, done.out.splitlines()[0]) == (0, 'wrote c.png')
-    with Image.open('c.png') as image:
-        assert min(image.size) > 500
-    done = run('list', 'blresnet50', '--plot', 'd.png')
-    assert (done.status, 'no weights to draw' in done.err) == (1, True)
-    assert [path.name for path in tmp_path.iterdir()] == ['c.png']

@@ -2,13 +2,11 @@
 
 import argparse
 import json
-import sys
 from fnmatch import fnmatch
 from typing import Any
 
 from ..models.classifier import registered_cfg
 from ..models.variants import ARCHS, WEIGHTS
-from ..vision.figures import plot_catalogue, require_drawable
 from .output import print, print_table
 
 SORT_KEYS: dict[str, Any] = {
@@ -24,12 +22,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument('--max-params', type=float, metavar='M', help='at most M million parameters')
     command.add_argument('--sort', choices=SORT_KEYS, help='smallest first, or most accurate first')
     command.add_argument('--json', action='store_true', help='machine-readable output')
-    command.add_argument('--plot', metavar='PNG', help='draw accuracy on ImageNet over cost to this file')
 
 
 def run(args: argparse.Namespace) -> None:
-    if args.plot:
-        require_drawable(args.plot)
     found = [
         entry
         for entry in list_family()
@@ -42,9 +37,6 @@ def run(args: argparse.Namespace) -> None:
     if not found:
         budget = '' if args.max_params is None else f' with at most {args.max_params:g} M parameters'
         raise ValueError(f'no model matches {args.pattern}{budget}')
-    if args.plot:
-        plot_catalogue([entry for entry in found if entry['top1_on'] == 'imagenet-1k'], args.plot)
-        print(f'wrote {args.plot}\n', file=sys.stderr if args.json else sys.stdout)
     if args.json:
         print(json.dumps(found, indent=2))
         return

@@ -4,7 +4,7 @@ Each `plot_` function writes one file atomically. It raises ImportError if matpl
 cannot be written, and ValueError for a suffix that matplotlib does not know.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -39,32 +39,6 @@ def require_drawable(out: str) -> None:
     if (suffix := Path(out).suffix[1:] or 'png').lower() not in figure.canvas.get_supported_filetypes():
         raise ValueError(f'cannot draw {out!r}: {suffix!r} is not an image format. Name it .png, .pdf or .svg')
     require_writable(out)
-
-
-def plot_catalogue(weights: Sequence[Mapping[str, Any]], out: str) -> None:
-    """Draws accuracy over cost for sets of weights with `name`, `gmacs`, `params` and `top1` in %."""
-    if not weights:
-        raise ValueError('no weights to draw. Choose others by PATTERN')
-    figure = new_figure(10, 6.5)
-    panel = figure.subplots()
-    for tag in dict.fromkeys(each['name'].partition('.')[2] for each in weights):
-        tagged = [each for each in weights if each['name'].partition('.')[2] == tag]
-        gmacs, top1, params = ([each[key] for each in tagged] for key in ('gmacs', 'top1', 'params'))
-        panel.scatter(gmacs, top1, [count / 4e5 for count in params], alpha=0.6, label=tag)
-    # Neighbours are named on alternating sides.
-    for i, each in enumerate(sorted(weights, key=lambda each: (round(each['gmacs']), each['top1']))):
-        side: dict[str, Any] = dict(xytext=(7, -2), ha='left') if i % 2 else dict(xytext=(-7, -2), ha='right')
-        at = each['gmacs'], each['top1']
-        panel.annotate(each['name'].partition('.')[0], at, textcoords='offset points', fontsize=7, **side)
-    panel.set_xscale('log')
-    panel.set_xticks([3, 4, 6, 8, 12, 16], ['3', '4', '6', '8', '12', '16'])
-    panel.minorticks_off()
-    panel.set_xlim(2.4, 24)
-    panel.set_xlabel('GMACs at 224 x 224 (circle area: number of parameters)')
-    panel.set_ylabel('ImageNet-1k top-1, %')
-    panel.grid(alpha=0.3)
-    panel.legend(loc='lower right', title='weights')
-    save(figure, out)
 
 
 def plot_confusion(confusion: Tensor, names: Sequence[str], title: str, out: str) -> None:
