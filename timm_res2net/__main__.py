@@ -7,13 +7,12 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from huggingface_hub.errors import HfHubHTTPError
 
 from ._errors import UnknownModelError
 from .commands.output import print
 from .version import __version__
 
-COMMANDS = {  # a module in commands/ each, with an example
+COMMANDS = {  # the modules in commands/, with an example of each
     'predict': 'photo.jpg --model res2net50d',
     'validate': 'photos/val --weights model_best.pth.tar',
     'list': "'*50*' --pretrained --sort top1",
@@ -53,25 +52,16 @@ def main(argv: list[str] | None = None) -> int:
             args = parser().parse_args(argv or ['--help'])
             return args.run(args) or 0
         finally:
-            sys.stdout.flush()  # here, where a closed pipe is handled, not at the end of the interpreter
+            sys.stdout.flush()  # here, where a closed pipe is handled, not when the interpreter exits
     except BrokenPipeError:  # the reader has stopped reading, as in `timm-res2net list | head -3`
-        discard_output()
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes it again
         return 0
-    except (ValueError, TypeError, OSError, ImportError, HfHubHTTPError, torch.OutOfMemoryError) as error:
-        try:
-            sys.stdout.flush()
-        except OSError:  # a full disk, which the interpreter would report again at its end
-            discard_output()
+    except (ValueError, TypeError, OSError, ImportError, torch.OutOfMemoryError) as error:
         print(f'timm-res2net: {" ".join(str(error).split())}', file=sys.stderr)
         return 2 if isinstance(error, UnknownModelError) else 1
     except KeyboardInterrupt:
         print('timm-res2net: interrupted', file=sys.stderr)
         return 130
-
-
-def discard_output() -> None:
-    """Redirects stdout to /dev/null once it can no longer be written."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == '__main__':
