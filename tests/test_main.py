@@ -174,18 +174,15 @@ def test_predict_and_validate_name_what_they_leave_out(run: Run, tmp_path: Path,
     Path('data/8').mkdir()
     for name in ('a.heic', 'b.svg', 'c.pdf', 'd.txt'):
         Path('data/3', name).touch()
-    Path('data/3/lost.jpg').symlink_to('nowhere.jpg')
-    skipped = [
-        'timm-res2net: skipped, not an image format that Pillow reads: '
-        '4: data/3/a.heic, data/3/b.svg, data/3/c.pdf, ...',
-        'timm-res2net: skipped, broken link: 1: data/3/lost.jpg',
-    ]
+    skipped = (
+        'timm-res2net: skipped, as Pillow does not read them: 4: data/3/a.heic, data/3/b.svg, data/3/c.pdf, ...'
+    )
     done = run('predict', 'data', '--model', 'test_res2net.digits')
-    assert (done.status, done.err.splitlines()) == (0, skipped)
+    assert (done.status, done.err.splitlines()) == (0, [skipped])
     done = run('validate', 'data', '--model', 'test_res2net.digits')
-    assert (done.status, done.err.splitlines()) == (1, [*skipped, 'timm-res2net: data/8: no images in this folder'])
+    assert (done.status, done.err.splitlines()) == (1, [skipped, 'timm-res2net: data/8: no images in this folder'])
     found = json.loads(run('validate', 'data', '--model', 'test_res2net.digits', '--json').out)
-    assert [Path(each['file']).name for each in found['skipped']] == ['a.heic', 'b.svg', 'c.pdf', 'd.txt', 'lost.jpg']
+    assert [Path(file).name for file in found['skipped']] == ['a.heic', 'b.svg', 'c.pdf', 'd.txt']
     assert [each['file'] for each in found['failed']] == ['data/8']
 
 

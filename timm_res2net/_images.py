@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from PIL import Image, ImageOps
 from timm.data import create_transform
 from torch import Tensor, nn
@@ -50,11 +49,11 @@ DIGIT_SIZE = 8  # pixels; digits.png has a row of held-out digits for each of th
 
 @dataclass
 class Found:
-    """The image files that `find_images` found, and the paths that it could not use."""
+    """The image files that `find_images` found, and what it found instead of others."""
 
     files: list[Path] = field(default_factory=list)
     failed: list[tuple[str, str]] = field(default_factory=list)  # (path or pattern without an image, reason)
-    skipped: list[tuple[str, str]] = field(default_factory=list)  # (other file in a folder, reason)
+    skipped: list[str] = field(default_factory=list)  # files in folders that are not images by their suffix
 
 
 def find_images(patterns: Iterable[str]) -> Found:
@@ -62,41 +61,39 @@ def find_images(patterns: Iterable[str]) -> Found:
     found = Found()
     for pattern in patterns:
         if os.path.isdir(pattern):
-            before = len(found.files)
-            search_folder(pattern, found)
-            if len(found.files) == before:
-                found.failed.append((pattern, 'no images in this folder'))
+            files, problem = search_folder(pattern, found), 'no images in this folder'
         elif os.path.lexists(pattern) or not glob.has_magic(pattern):
-            found.files.append(Path(pattern))
+            files, problem = [Path(pattern)], ''
         else:
-            names = sorted(name for name in glob.glob(pattern, recursive=True) if os.path.isfile(name))
-            found.files += map(Path, names)
-            found.failed += [] if names else [(pattern, 'no file matches this pattern')]
+            names = filter(os.path.isfile, glob.glob(pattern, recursive=True))
+            files, problem = sorted(map(Path, names)), 'no file matches this pattern'
+        found.files += files
+        if not files:
+            found.failed.append((pattern, problem))
     return found
 
 
-def search_folder(folder: str, found: Found) -> None:
-    """Adds all images below a folder to `found`, in sorted order."""
+def search_folder(folder: str, found: Found) -> list[Path]:
+    """Returns all images below a folder, in sorted order; adds other files and unreadable folders to `found`."""
 
     def fail(error: OSError) -> None:
         found.failed.append((str(error.filename), f'cannot read this folder: {error.strerror}'))
 
+    images: list[Path] = []
     suffixes = readable_suffixes()
     seen: set[str] = set()  # a link may lead back to a parent folder
     for here, folders, names in os.walk(folder, followlinks=True, onerror=fail):
-        folders.sort()
         if os.path.realpath(here) in seen:
             folders.clear()
             continue
         seen.add(os.path.realpath(here))
-        for name in sorted(names):
-            file = Path(here, name)
-            if not os.path.isfile(file):
-                found.skipped.append((str(file), 'broken link' if file.is_symlink() else 'not a regular file'))
-            elif file.suffix.lower() not in suffixes:
-                found.skipped.append((str(file), 'not an image format that Pillow reads'))
+        folders.sort()
+        for file in sorted(Path(here, name) for name in names):
+            if file.suffix.lower() in suffixes:
+                images.append(file)
             else:
-                found.files.append(file)
+                found.skipped.append(str(file))
+    return images
 
 
 def readable_formats() -> list[str]:
@@ -111,19 +108,19 @@ def readable_suffixes() -> set[str]:
     return {suffix for suffix, name in Image.EXTENSION.items() if name in formats}
 
 
-def read_image(path: PathLike, rotate: bool = True, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Reads an image of any mode as 8-bit RGB.
+def read_image(path: PathLike, rotate: bool = True) -> Image.Image:
+    """Reads an image of any mode as 8-bit RGB; ValueError if that fails.
 
-    16-bit greys are scaled to 8 bits, and transparent pixels become white.
-
-    Args:
-        path: File to read; ValueError if that fails.
-        rotate: Apply the EXIF orientation. Pass False where boxes or masks refer to the pixels as stored.
-        max_pixels: Largest width times height to decode. `PIL.Image.MAX_IMAGE_PIXELS` also applies.
+    16-bit greys are scaled to 8 bits, and transparent pixels become white. The EXIF orientation is applied; pass
+    `rotate=False` where boxes or masks refer to the pixels as stored.
     """
     try:
         with open_regular(path) as file, Image.open(file, formats=readable_formats()) as opened:
-            require_reasonable_size(*opened.size, max_pixels)
+            width, height = opened.size
+            if width * height > MAX_PIXELS:
+                raise ValueError(f'{width} x {height} pixels are more than {MAX_PIXELS:,}. Shrink the image')
+            if max(width, height) > 100 * min(width, height):
+                raise ValueError(f'{width} x {height} pixels are too narrow to crop a square from')
             opened.load()
             if rotate:
                 ImageOps.exif_transpose(opened, in_place=True)
@@ -139,26 +136,14 @@ def read_image(path: PathLike, rotate: bool = True, max_pixels: int = MAX_PIXELS
     if image.mode == 'F':
         raise ValueError('pixels are floating-point numbers of unknown range. Save the image with 8 bits')
     if image.mode.startswith('I'):  # Pillow would clip these instead of scaling them
-        image = Image.fromarray(to_8_bits(np.asarray(image)))
+        greys = np.asarray(image)
+        if greys.min() < 0 or greys.max() > 65535:
+            raise ValueError('greys exceed 16 bits. Save the image with 8 bits')
+        image = Image.fromarray((greys // 257).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert('RGBA')
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
     return image.convert('RGB')
-
-
-def require_reasonable_size(width: int, height: int, max_pixels: int) -> None:
-    """Raises a ValueError for an image that would fill the memory, or that has no square to crop."""
-    if width * height > max_pixels:
-        raise ValueError(f'{width} x {height} pixels exceed max_pixels={max_pixels}. Shrink it, or raise --max-pixels')
-    if max(width, height) > 100 * min(width, height):
-        raise ValueError(f'{width} x {height} pixels are too narrow to crop a square from')
-
-
-def to_8_bits(greys: NDArray[Any]) -> NDArray[np.uint8]:
-    """Scales integer greys from 16 to 8 bits, without a larger copy of the image."""
-    if greys.min() < 0 or greys.max() > 65535:
-        raise ValueError('greys exceed 16 bits. Save the image with 8 bits')
-    return np.floor_divide(greys, 257, out=np.empty(greys.shape, np.uint8), casting='unsafe')
 
 
 def check_image_settings(cfg: Mapping[str, Any]) -> dict[str, Any]:

@@ -112,8 +112,8 @@ NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), d
         (b'', 'not an image'),
         (b'some text', 'not an image'),
         (saved(NOISE, 'jpeg')[:900], 'truncated'),
-        (png(60000, 60000), 'exceed|bomb'),
-        (png(8000, 7000), '8000 x 7000 pixels exceed max_pixels=50000000.*--max-pixels'),
+        (png(60000, 60000), 'more than|bomb'),
+        (png(8000, 7000), '8000 x 7000 pixels are more than 50,000,000'),
         (png(8, 8), 'cannot read this image'),
         (saved(Image.new('F', (4, 4))), 'floating-point'),
         (saved(Image.new('I', (4, 4), 1 << 20)), 'exceed 16 bits'),
@@ -128,13 +128,6 @@ def test_read_image_bad_file_raises_one_line(content: bytes, reason: str, tmp_pa
     assert '\n' not in str(error.value)
 
 
-def test_read_image_takes_exactly_max_pixels(tmp_path: Path) -> None:
-    Image.new('L', (30, 20)).save(tmp_path / 'small.png')
-    assert read_image(tmp_path / 'small.png', max_pixels=600).size == (30, 20)
-    with pytest.raises(ValueError, match='exceed max_pixels=599'):
-        read_image(tmp_path / 'small.png', max_pixels=599)
-
-
 def test_find_images_expands_folders_and_globs_and_lists_failures(tmp_path: Path) -> None:
     for name in ('a.png', 'b/c.jpg', 'b/d.txt', 'e/f.png'):
         (tmp_path / name).parent.mkdir(exist_ok=True)
@@ -144,7 +137,7 @@ def test_find_images_expands_folders_and_globs_and_lists_failures(tmp_path: Path
     found = find_images(named)
     assert [str(file.relative_to(tmp_path)) for file in found.files] == ['a.png', 'b/c.jpg', 'e/f.png', 'absent.png']
     assert [Path(name).name for name, _ in found.failed] == ['nothing*', 'empty']
-    assert [Path(name).name for name, _ in found.skipped] == ['d.txt']
+    assert [Path(name).name for name in found.skipped] == ['d.txt']
 
 
 def test_find_images_follows_linked_folders_once(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
-"""Prints what commands report: escaped lines, tables, files left out, and facts about weights."""
+"""Prints what commands report: escaped lines, tables, JSON, files left out, and facts about weights."""
 
+import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -37,19 +38,16 @@ def print_predictions(predictions: Sequence[Prediction]) -> None:
         print(f'  {each.probability:7.2%}  {each.label}')
 
 
-def left_out(failed: Sequence[tuple[str, str]], skipped: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    """Returns the files that were not classified, for JSON."""
-    return dict(
-        failed=[dict(file=file, error=error) for file, error in failed],
-        skipped=[dict(file=file, reason=reason) for file, reason in skipped],
-    )
+def print_json(results: list[Any], failed: Sequence[tuple[str, str]], skipped: Sequence[str], **more: Any) -> None:
+    """Prints results, and the files that were not classified."""
+    errors = [dict(file=file, error=error) for file, error in failed]
+    print(json.dumps(dict(**more, results=results, failed=errors, skipped=skipped), indent=2))
 
 
-def report_left_out(failed: Sequence[tuple[str, str]], skipped: Sequence[tuple[str, str]]) -> int:
-    """Prints the files that were not classified, with the reasons; returns the exit status, 1 if any failed."""
-    for reason in dict.fromkeys(reason for _, reason in skipped):
-        names = [file for file, why in skipped if why == reason]
-        print(f'timm-res2net: skipped, {reason}: {summarize_names(names)}', file=sys.stderr)
+def report_left_out(failed: Sequence[tuple[str, str]], skipped: Sequence[str]) -> int:
+    """Prints the files that were not classified to stderr; returns the exit status, 1 if any failed."""
+    if skipped:
+        print(f'timm-res2net: skipped, as Pillow does not read them: {summarize_names(skipped)}', file=sys.stderr)
     for file, error in failed:
         print(f'timm-res2net: {file}: {error}', file=sys.stderr)
     return 1 if failed else 0

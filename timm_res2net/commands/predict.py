@@ -1,21 +1,20 @@
 """Classifies images. A network with one logit gives the probability of its class by a sigmoid."""
 
 import argparse
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from PIL import Image
 from tqdm import tqdm
 
-from .._images import bundled_digits, find_images
+from .._images import bundled_digits, find_images, read_image
 from ..models.classifier import model_name
 from ..models.variants import EMBEDDED
 from ..recipes.arguments import positive
 from ..vision.predict import Prediction, is_exported, predict
 from .options import CLASSIFYING, add_options, add_weights, probability, refuse
-from .output import left_out, print, print_predictions, report_left_out
-from .sources import PHOTO, image_reader, make_classifier, read_weights
+from .output import print, print_json, print_predictions, report_left_out
+from .sources import PHOTO, make_classifier, read_weights
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -38,16 +37,14 @@ def run(args: argparse.Namespace) -> int:
     model = make_classifier(args, args.model or default, read_weights(args, args.weights), args.device)
     name = args.model or default or model_name(model)
     images = find_images(args.images)
-    names: Sequence[str] = [str(file) for file in images.files]
     sources: Sequence[Any] = images.files
-    read: Callable[[Any], Image.Image] = image_reader(args)
+    names: Sequence[str] = [str(file) for file in images.files]
     if not args.images:
-        digits, names = zip(*bundled_digits())
-        sources, read = digits, lambda digit: digit
+        sources, names = zip(*bundled_digits())
     found = predict(
         model,
         sources,
-        read,
+        read_image if args.images else Image.Image.copy,
         topk=args.topk or (None if args.multi_label else 5),
         threshold=(0.5 if args.multi_label else 0) if args.threshold is None else args.threshold,
         batch_size=args.batch_size,
@@ -65,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
             print_predictions(predictions)
     if args.json:
         items = [dict(file=file, predictions=[vars(each) for each in predictions]) for file, predictions in results]
-        print(json.dumps(dict(model=name, results=items, **left_out(images.failed, images.skipped)), indent=2))
+        print_json(items, images.failed, images.skipped, model=name)
     elif not args.images:
         show_digits(name, results)
     return report_left_out(images.failed, images.skipped)

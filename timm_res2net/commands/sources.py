@@ -3,8 +3,6 @@
 import argparse
 import os
 import sys
-from collections.abc import Callable
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,7 +10,6 @@ from PIL import Image
 from torch import nn
 
 from .._errors import UnknownModelError
-from .._files import PathLike
 from .._images import read_image
 from ..models.variants import ARCHS, WEIGHTS
 from ..vision.predict import is_exported, name_classes, pretrained_model
@@ -27,11 +24,11 @@ from .output import describe_training, print
 PHOTO = 'res2net50d.in1k'  # the default model for photos
 
 
-def read_weights(args: argparse.Namespace, path: str | None, parameters: bool = False) -> Checkpoint | str | None:
-    """Reads a value of --weights; the path of an exported model stays a path, or `parameters` refuses it."""
+def read_weights(args: argparse.Namespace, path: str | None, exported: bool = True) -> Checkpoint | str | None:
+    """Reads a value of --weights. The path of an exported model stays a path, or is refused unless `exported`."""
     if path is not None and not is_exported(path):
         return read_checkpoint(path, weights_from=args.weights_from)
-    if path is not None and parameters:
+    if path is not None and not exported:
         raise ValueError(f'{path} is an exported model, which hides its layers. Pass the weights it was made from')
     refuse(args, 'only a checkpoint can have averaged weights', '--weights-from')
     return path
@@ -40,7 +37,7 @@ def read_weights(args: argparse.Namespace, path: str | None, parameters: bool = 
 def make_classifier(
     args: argparse.Namespace, name: str | None, weights: Checkpoint | str | None, device: torch.device | str = 'cpu'
 ) -> nn.Module:
-    """Makes the model of a command from a name or from `read_weights`, and prints what the weights record."""
+    """Makes a command's model from a name or from `read_weights`, and prints to stderr what the weights record."""
     names = read_label_names(args)
     model: Any = pretrained_model(name, weights, device, getattr(args, 'trust', False))
     checkpoint = weights if isinstance(weights, Checkpoint) else None
@@ -78,15 +75,9 @@ def read_label_names(args: argparse.Namespace) -> list[str] | None:
     return sort_classes(names, args.class_order) if os.path.isdir(args.labels) else names
 
 
-def image_reader(args: argparse.Namespace) -> Callable[[PathLike], Image.Image]:
-    """Returns `read_image` with the limit of --max-pixels, which replaces the limit of Pillow."""
-    Image.MAX_IMAGE_PIXELS = None
-    return partial(read_image, max_pixels=args.max_pixels)
-
-
-def read_image_argument(args: argparse.Namespace) -> Image.Image:
+def read_image_argument(path: str) -> Image.Image:
     """Reads IMAGE; the ValueError names the file."""
     try:
-        return image_reader(args)(args.image)
+        return read_image(path)
     except ValueError as error:
-        raise ValueError(f'{args.image}: {error}') from error
+        raise ValueError(f'{path}: {error}') from error

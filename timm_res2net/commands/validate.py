@@ -1,7 +1,6 @@
 """Measures top-1 and top-5 accuracy. Compares several weights files, or a model and its 8-bit export."""
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -12,14 +11,13 @@ from ..vision.figures import plot_confusion, require_drawable
 from ..vision.predict import is_exported
 from ..vision.validate import decided_classes, labelled_images, validate
 from .options import CLASSIFYING, add_options, add_weights, refuse
-from .output import left_out, print, print_table, report_left_out
-from .sources import PHOTO, image_reader, make_classifier, read_weights
+from .output import print, print_json, print_table, report_left_out
+from .sources import PHOTO, make_classifier, read_weights
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.usage = (
-        'timm-res2net validate FOLDER [--model NAME] [--weights PATH ...] [OPTION ...]'  # FOLDER before PATH ...
-    )
+    # argparse's own usage has FOLDER after `--weights PATH ...`, which would take it.
+    command.usage = 'timm-res2net validate FOLDER [--model NAME] [--weights PATH ...] [OPTION ...]'
     command.add_argument('folder', metavar='FOLDER', help='holds a folder per class, or all images with --truth')
     add_weights(command, PHOTO, several=True)
     command.add_argument('--truth', metavar='FILE', help='one line per image: path, space, name or number of its class')
@@ -28,7 +26,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the accuracy of models; returns 1 if an image cannot be read or a class has none."""
+    """Prints the accuracy of models; returns 1 if an image cannot be read, or a class folder has none."""
     if args.confusion is not None:
         require_drawable(args.confusion)
     paths: list[str | None] = args.weights or [None]
@@ -39,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
         refuse(args, 'exported models run unchanged', '--compile')
     default = args.model or (None if args.weights else PHOTO)
     rows: list[Sequence[str]] = [('model', 'images', 'top-1', 'top-5')]
-    items, failed = [], []
+    results, failed = [], []
     for path in paths:
         model = make_classifier(
             args,
@@ -51,12 +49,12 @@ def run(args: argparse.Namespace) -> int:
         names = decided_classes(model)
         images = labelled_images(args.folder, names, args.truth, args.class_order)
         bar = partial(tqdm, total=len(images.files), desc=name, unit='image', disable=None, leave=False)
-        found = validate(model, images, args.batch_size, args.compile, bar, image_reader(args))
+        found = validate(model, images, args.batch_size, args.compile, bar)
         rows.append((name, str(found.images), f'{found.top1:.2f} %', f'{found.top5:.2f} %'))
-        items.append(dict(model=name, images=found.images, top1=found.top1, top5=found.top5))
+        results.append(dict(model=name, images=found.images, top1=found.top1, top5=found.top5))
         failed += [failure for failure in images.failed + found.unread if failure not in failed]
     if args.json:
-        print(json.dumps(dict(results=items, **left_out(failed, images.skipped)), indent=2))
+        print_json(results, failed, images.skipped)
     else:
         print_table(rows, left=(0,))
     if args.confusion is not None:
