@@ -15,8 +15,6 @@ from .options import add_options
 from .output import describe_training, load_call, print, summarize_names
 from .sources import read_label_names
 
-BACKBONES_ONLY = ('mmdet',)  # targets that have no classifier
-
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument('file', metavar='FILE', help='in any format of the code bases that --list-dialects shows')
@@ -28,7 +26,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument('--to', choices=EXPORTS, help='write a file for this code base instead of a folder for timm')
     command.add_argument('--dry-run', action='store_true', help='write nothing')
     command.add_argument('--list-dialects', action=ListDialects, nargs=0, help='list the known code bases')
-    command.add_argument('--first-block', choices=FIRST_BLOCKS, help='kind of its first blocks (default: detected)')
+    command.add_argument(
+        '--first-block', choices=FIRST_BLOCKS, help='computation of its first blocks (default: detected)'
+    )
     command.add_argument('--style', choices=STYLES, help='position of its strides (default: detected)')
     command.add_argument('--strides', type=int, nargs=4, metavar='N', help='stride of each stage (default: detected)')
     command.add_argument(
@@ -65,16 +65,12 @@ def run(args: argparse.Namespace) -> None:
 
 
 def write_for(target: str, done: Conversion, out: str | None) -> None:
-    """Writes the file for another code base, without a classifier if its networks have none."""
+    """Writes the file for another code base; for mmdet, whose networks are backbones, without the classifier."""
     path = out or f'{done.folder}{".pdparams" if target == "paddleclas" else ".pth"}'
     if os.path.lexists(path):
         raise ValueError(f'{path} already exists. Name another file with --out, or move it away')
-    drop = target in BACKBONES_ONLY and done.checkpoint.num_classes > 0
-    args = {**done.args, 'num_classes': 0} if drop else done.args
-    model = load_model(done.checkpoint, done.name, **args)
-    export_checkpoint(model, path, target)
-    if drop:
-        print(f'left out     the classifier: {target} has backbones only')
+    args = {**done.args, 'num_classes': 0} if target == 'mmdet' else done.args
+    export_checkpoint(load_model(done.checkpoint, done.name, **args), path, target)
     print(f'\nwrote {path}\n  sha256 {sha256(path)}')
 
 

@@ -3,7 +3,7 @@
 import argparse
 from typing import Any
 
-from ..vision.figures import has_too_few_pixels, plot_pyramid, require_drawable
+from ..vision.figures import plot_pyramid, require_drawable
 from ..vision.predict import feature_pyramid, pretrained_model
 from .options import add_weights
 from .output import print
@@ -28,8 +28,7 @@ def run(args: argparse.Namespace) -> None:
     print('module    stride  channels  width x height')
     for module, stride, feature in zip(info.module_name(), info.reduction(), features):
         channels, height, width = feature.shape
-        note = ', too few pixels to show a place' if has_too_few_pixels(feature) else ''
-        print(f'{module:8}  {stride:6}  {channels:8}  {width} x {height}{note}')
+        print(f'{module:8}  {stride:6}  {channels:8}  {width} x {height}')
     if args.out is not None:
         plot_pyramid(shown, features, info.reduction(), args.out)
         print(f'\nwrote {args.out}')

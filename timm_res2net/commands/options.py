@@ -18,7 +18,7 @@ def probability(text: str) -> float:
 
 
 def device(text: str) -> torch.device:
-    """Parses the name of a device of this machine."""
+    """Parses the name of a device that this machine has."""
     try:
         torch.empty(0, device=text).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -28,7 +28,7 @@ def device(text: str) -> torch.device:
 
 OPTIONS: dict[str, dict[str, Any]] = {
     '--weights-from': dict(
-        choices=('ema', 'model'), help='which weights to take from a checkpoint that has averaged (ema) and other ones'
+        choices=('ema', 'model'), help='which weights to take from a checkpoint that has averaged (ema) and latest ones'
     ),
     '--labels': dict(metavar='PATH', help='class names: a file with one per line, or a folder of class folders'),
     '--class-order': dict(
@@ -36,12 +36,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     ),
     '--multi-label': dict(action='store_true', help='an image can have several classes: use sigmoids, not a softmax'),
     '--trust': dict(action='store_true', help='run an exported .pt2, which can contain any code'),
-    '--compile': dict(action='store_true', help='compile first, which pays off for thousands of images'),
     '--device': dict(type=device, default='cpu', metavar='D', help='such as cuda (default: cpu)'),
     '--batch-size': dict(type=positive, default=16, metavar='N', help='images per forward pass (default: 16)'),
     '--json': dict(action='store_true', help='machine-readable output'),
 }
-CLASSIFYING = '--trust', '--compile', '--device', '--batch-size', '--json'  # of predict and validate
+CLASSIFYING = '--trust', '--device', '--batch-size', '--json'  # of predict and validate
 
 
 def add_options(command: argparse.ArgumentParser, *names: str) -> None:
@@ -52,13 +51,7 @@ def add_options(command: argparse.ArgumentParser, *names: str) -> None:
 
 def add_weights(command: argparse.ArgumentParser, default: str, several: bool = False) -> None:
     """Adds the options that select a model and its weights."""
-    help = 'use these instead of published ones: a weights file, or a folder that convert, push or pull wrote'
+    help = 'weights file, or folder that convert, push or pull wrote (default: published weights)'
     command.add_argument('--model', metavar='NAME', help=f'default: {default}, or the model that fits the weights')
     command.add_argument('--weights', nargs='+' if several else None, metavar='PATH', help=help)
     add_options(command, '--weights-from')
-
-
-def refuse(args: argparse.Namespace, why: str, *options: str) -> None:
-    """Exits with a usage error if one of these options is given, because it would have no effect."""
-    if given := [each for each in options if getattr(args, each.removeprefix('--').replace('-', '_'))]:
-        args.error(f'{" and ".join(given)} would have no effect: {why}')

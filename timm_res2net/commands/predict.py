@@ -11,8 +11,8 @@ from .._images import bundled_digits, find_images, read_image
 from ..models.classifier import model_name
 from ..models.variants import EMBEDDED
 from ..recipes.arguments import positive
-from ..vision.predict import Prediction, is_exported, predict
-from .options import CLASSIFYING, add_options, add_weights, probability, refuse
+from ..vision.predict import Prediction, predict
+from .options import CLASSIFYING, add_options, add_weights, probability
 from .output import print, print_json, print_predictions, report_left_out
 from .sources import PHOTO, make_classifier, read_weights
 
@@ -21,18 +21,14 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument('images', nargs='*', metavar='IMAGE', help='files, folders or globs (default: bundled digits)')
     add_weights(command, f'{PHOTO}, {EMBEDDED} for the bundled digits')
     add_options(command, '--labels', '--class-order', '--multi-label', *CLASSIFYING)
+    command.add_argument('--topk', type=positive, metavar='K', help='number of classes (default: 5; multi-label: all)')
     command.add_argument(
-        '--topk', type=positive, metavar='K', help='most classes to show (default: 5; multi-label: all)'
-    )
-    command.add_argument(
-        '--threshold', type=probability, metavar='P', help='least probability to show (default: 0; multi-label: 0.5)'
+        '--threshold', type=probability, metavar='P', help='lowest probability (default: 0; multi-label: 0.5)'
     )
 
 
 def run(args: argparse.Namespace) -> int:
     """Prints the classes of each image as they are found, or all together; returns 1 if any image fails."""
-    if args.weights and is_exported(args.weights):
-        refuse(args, 'an exported model runs unchanged', '--compile')
     default = None if args.weights else PHOTO if args.images else EMBEDDED
     model = make_classifier(args, args.model or default, read_weights(args, args.weights), args.device)
     name = args.model or default or model_name(model)
@@ -48,7 +44,6 @@ def run(args: argparse.Namespace) -> int:
         topk=args.topk or (None if args.multi_label else 5),
         threshold=(0.5 if args.multi_label else 0) if args.threshold is None else args.threshold,
         batch_size=args.batch_size,
-        compile=args.compile,
         multi_label=args.multi_label,
     )
     results: list[tuple[str, list[Prediction]]] = []

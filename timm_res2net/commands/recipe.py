@@ -4,7 +4,6 @@ import argparse
 from pathlib import Path
 
 from .._files import atomic_write_text
-from .options import refuse
 from .output import print, print_table
 
 RECIPES = Path(__file__).parents[1] / 'recipes'
@@ -18,7 +17,8 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     recipes = {path.stem: path.read_text() for path in sorted(RECIPES.glob('*.yaml'))}
     if args.name is None:
-        refuse(args, 'name the recipe to write', '--out')
+        if args.out is not None:
+            args.error('--out would have no effect: name the recipe to write')
         titles = {name: text.partition('\n')[0].removeprefix('# ').rstrip(':') for name, text in recipes.items()}
         print_table([*titles.items()], left=(0, 1))
         return

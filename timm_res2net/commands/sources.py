@@ -18,7 +18,6 @@ from ..weights.checkpoints import Checkpoint, read_checkpoint
 from ..weights.config import read_labels
 from ..weights.loading import load_folder, load_model
 from ..weights.matching import find_model
-from .options import refuse
 from .output import describe_training, print
 
 PHOTO = 'res2net50d.in1k'  # the default model for photos
@@ -30,7 +29,8 @@ def read_weights(args: argparse.Namespace, path: str | None, exported: bool = Tr
         return read_checkpoint(path, weights_from=args.weights_from)
     if path is not None and not exported:
         raise ValueError(f'{path} is an exported model, which hides its layers. Pass the weights it was made from')
-    refuse(args, 'only a checkpoint can have averaged weights', '--weights-from')
+    if args.weights_from is not None:
+        args.error('--weights-from would have no effect: only a checkpoint can have averaged weights')
     return path
 
 
@@ -59,7 +59,8 @@ def make_source(args: argparse.Namespace, **options: Any) -> tuple[Any, Checkpoi
         checkpoint = read_checkpoint(source, weights_from=args.weights_from)
         name, found, _ = find_model(checkpoint, args.model)
         return load_model(checkpoint, name, **found, **options).eval(), checkpoint
-    refuse(args, f'{source} already determines the model', '--model', '--weights-from')
+    if args.model is not None or args.weights_from is not None:
+        args.error(f'--model and --weights-from would have no effect: {source} already determines the model')
     if os.path.isdir(source):
         return load_folder(source, **options), None
     if ':' not in source and source.partition('.')[0] not in ARCHS:

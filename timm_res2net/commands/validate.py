@@ -10,7 +10,7 @@ from tqdm import tqdm
 from ..vision.figures import plot_confusion, require_drawable
 from ..vision.predict import is_exported
 from ..vision.validate import decided_classes, labelled_images, validate
-from .options import CLASSIFYING, add_options, add_weights, refuse
+from .options import CLASSIFYING, add_options, add_weights
 from .output import print, print_json, print_table, report_left_out
 from .sources import PHOTO, make_classifier, read_weights
 
@@ -33,8 +33,6 @@ def run(args: argparse.Namespace) -> int:
     exported = [path for path in paths if path and is_exported(path)]
     if exported == paths and args.model:
         paths = [None, *paths]  # the model itself, to compare its exports with
-    elif exported == paths:
-        refuse(args, 'exported models run unchanged', '--compile')
     default = args.model or (None if args.weights else PHOTO)
     rows: list[Sequence[str]] = [('model', 'images', 'top-1', 'top-5')]
     results, failed = [], []
@@ -49,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         names = decided_classes(model)
         images = labelled_images(args.folder, names, args.truth, args.class_order)
         bar = partial(tqdm, total=len(images.files), desc=name, unit='image', disable=None, leave=False)
-        found = validate(model, images, args.batch_size, args.compile, bar)
+        found = validate(model, images, args.batch_size, progress=bar)
         rows.append((name, str(found.images), f'{found.top1:.2f} %', f'{found.top5:.2f} %'))
         results.append(dict(model=name, images=found.images, top1=found.top1, top5=found.top5))
         failed += [failure for failure in images.failed + found.unread if failure not in failed]
