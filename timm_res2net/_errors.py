@@ -4,8 +4,6 @@ import difflib
 import re
 from collections.abc import Iterable
 
-MAX_MESSAGE = 2000  # characters
-
 
 class Res2NetError(Exception):
     """Base class of the errors that this package defines."""
@@ -15,7 +13,7 @@ class CheckpointError(Res2NetError, ValueError):
     """A weights file cannot be read, or does not fit the model."""
 
     def __init__(self, message: str = '') -> None:
-        super().__init__(sanitize(message, MAX_MESSAGE))  # it may quote names from the file
+        super().__init__(sanitize(message, limit=2000))  # it may quote names from the file
 
 
 class UnknownModelError(Res2NetError, ValueError):
@@ -36,10 +34,9 @@ def sanitize(text: object, limit: int = 200) -> str:
     shown = str(text)
     if len(shown) > limit:
         shown = f'{shown[: limit * 2 // 3]} ... {shown[-limit // 4 :]}'
-    escaped = (
+    return ''.join(
         each if each.isprintable() else each.encode('unicode_escape', 'surrogatepass').decode() for each in shown
     )
-    return ''.join(escaped)
 
 
 def first_line(error: BaseException) -> str:

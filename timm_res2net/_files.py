@@ -1,7 +1,6 @@
 """Safe reading, atomic writes and checksums."""
 
 import hashlib
-import io
 import os
 import shutil
 import stat
@@ -39,8 +38,8 @@ def open_regular(path: PathLike) -> BinaryIO:
 def read_text(path: PathLike) -> str:
     """Reads a UTF-8 text file, with or without a byte order mark; ValueError if that fails."""
     try:
-        with open_regular(path) as file, io.TextIOWrapper(file, encoding='utf-8-sig') as text:
-            return text.read()
+        with open_regular(path) as file:
+            return file.read().decode('utf-8-sig')
     except OSError as error:
         raise ValueError(f'cannot read {path}: {error.strerror}') from error
     except UnicodeDecodeError:

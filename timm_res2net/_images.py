@@ -134,11 +134,11 @@ def read_image(path: PathLike, rotate: bool = True) -> Image.Image:
         raise ValueError(f'cannot read this image: {reason}') from error
 
     if image.mode == 'F':
-        raise ValueError('pixels are floating-point numbers of unknown range. Save the image with 8 bits')
+        raise ValueError('pixels are floating-point values of unknown range. Save the image with 8 bits')
     if image.mode.startswith('I'):  # Pillow would clip these instead of scaling them
         greys = np.asarray(image)
         if greys.min() < 0 or greys.max() > 65535:
-            raise ValueError('greys exceed 16 bits. Save the image with 8 bits')
+            raise ValueError('pixel values exceed 16 bits. Save the image with 8 bits')
         image = Image.fromarray((greys // 257).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert('RGBA')
