@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> None:
         dry_run=args.dry_run or args.to is not None,
         **{name: value for name in vars(NetworkSpec()) if (value := getattr(args, name, None)) is not None},
     )
-    show_conversion(done, args.labels is not None)
+    show_conversion(done)
     if args.dry_run:
         print('\nnothing was written')
     elif args.to is None:
@@ -74,7 +74,7 @@ def write_for(target: str, done: Conversion, out: str | None) -> None:
     print(f'\nwrote {path}\n  sha256 {sha256(path)}')
 
 
-def show_conversion(done: Conversion, labels_given: bool) -> None:
+def show_conversion(done: Conversion) -> None:
     """Prints what a file was recognised as, how certain that is, and what happened to its tensors."""
     checkpoint, record = done.checkpoint, done.config[RECORD]
     spec = checkpoint.spec or NetworkSpec()
@@ -87,7 +87,7 @@ def show_conversion(done: Conversion, labels_given: bool) -> None:
     print(f'computes     {spec.as_keywords(shown)}')
     print(f'model        {format_create_model(done.name, done.args)}: certain, all tensors fit')
     cfg = {**done.config, **done.config['pretrained_cfg']}
-    print('\n'.join(describe_training(cfg, checkpoint.num_classes, checkpoint, labels_given)))
+    print('\n'.join(describe_training(cfg, checkpoint.num_classes, checkpoint)))
     for reason in sorted(set(checkpoint.dropped.values())):
         names = [name for name, why in checkpoint.dropped.items() if why == reason]
         print(f'dropped      {reason}: {summarize_names(names)}')

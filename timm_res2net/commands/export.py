@@ -46,5 +46,5 @@ def run(args: argparse.Namespace) -> None:
     if done.agreement is not None:
         print(f'  predicted class    the same for {done.agreement:.2%}')
     if checkpoint is not None:
-        lines = describe_training(model.pretrained_cfg, checkpoint.num_classes, checkpoint, labels_given=False)
+        lines = describe_training(model.pretrained_cfg, checkpoint.num_classes, checkpoint)
         print('\n'.join(lines[:1] if args.features else lines))

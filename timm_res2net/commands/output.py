@@ -12,7 +12,7 @@ from tqdm import tqdm
 from .._errors import sanitize
 from ..vision.predict import Prediction
 from ..weights.checkpoints import Checkpoint
-from ..weights.config import CONFIG_FILE, IMAGES
+from ..weights.config import IMAGES
 from ..weights.loading import describe_assumptions
 from ..weights.matching import format_create_model
 
@@ -59,26 +59,23 @@ def summarize_names(names: Sequence[str]) -> str:
     return f'{len(names)}' + (f': {", ".join(names[:3])}{more}' if names else '')
 
 
-def describe_training(
-    cfg: Mapping[str, Any], num_classes: int, checkpoint: Checkpoint | None, labels_given: bool
-) -> list[str]:
+def describe_training(cfg: Mapping[str, Any], num_classes: int, checkpoint: Checkpoint | None) -> list[str]:
     """Describes image settings and classes, and how each is known. An exported model, without a checkpoint, has all."""
     size = ' x '.join(map(str, cfg['input_size'][1:]))
     mean, std = (', '.join(f'{value:g}' for value in cfg[key]) for key in ('mean', 'std'))
     shown = f'{size}, {cfg["interpolation"]}, crop {cfg["crop_pct"]:g}, mean {mean}, std {std}'
     defaults = [] if checkpoint is None else [key for key in IMAGES if key not in checkpoint.images]
-    how = 'recorded in the file' + (f', except {", ".join(defaults)} (defaults)' if defaults else '')
+    how = 'recorded in the file'
     if len(defaults) == len(IMAGES):
         how = 'defaults, not recorded in the file'
-    names = tuple(cfg.get('label_names') or ())
-    named = ', without names'
-    if names:
-        recorded = 'in the file' if checkpoint is None else f'in {CONFIG_FILE}'
-        named = f', named {"by --labels" if labels_given else recorded}: '
-        named += f'{", ".join(names[:3])}{", ..." if len(names) > 3 else ""}'
+    elif defaults:
+        how += f', except {", ".join(defaults)} (defaults)'
+    named = 'without names'
+    if names := cfg.get('label_names'):
+        named = f'named {", ".join(names[:3])}{", ..." if len(names) > 3 else ""}'
     elif infer_imagenet_subset({'num_classes': num_classes}):
-        named = f", named as ImageNet's: assumed, as there are {num_classes}"
-    lines = [f'images       {shown}: {how}', f'classes      {num_classes}{named}']
+        named = f"named as ImageNet's: assumed, as there are {num_classes}"
+    lines = [f'images       {shown}: {how}', f'classes      {num_classes}, {named}']
     if checkpoint is None:
         return lines
     if chosen := checkpoint.weights_from:

@@ -54,7 +54,7 @@ def run(args: argparse.Namespace) -> None:
     print(f'\nwrote {pushed.folder}; nothing was sent' if pushed.folder else f'\n{pushed.url}')
     if checkpoint is not None:
         cfg = {**model.pretrained_cfg, **({'label_names': labels} if labels else {})}
-        print('\n'.join(describe_training(cfg, model.num_classes, checkpoint, labels is not None)))
+        print('\n'.join(describe_training(cfg, model.num_classes, checkpoint)))
 
 
 def result(text: str) -> tuple[str, float]:

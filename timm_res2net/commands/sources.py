@@ -47,7 +47,7 @@ def make_classifier(
     if names is not None:
         name_classes(model, names)
     if file is not None:
-        lines = describe_training(model.pretrained_cfg, model.num_classes, checkpoint, names is not None)
+        lines = describe_training(model.pretrained_cfg, model.num_classes, checkpoint)
         print('\n'.join([f'weights      {file}', *lines]), file=sys.stderr)
     return model
 
