@@ -45,7 +45,6 @@ def test_check_image_settings_accepts_what_timm_makes_transforms_of(interpolatio
         *(('interpolation', value) for value in ('cubic', 3, ['bicubic'], '')),
         *(('crop_mode', value) for value in ('centre', int, ['center'])),
     ],
-    ids=str,
 )
 def test_check_image_settings_refuses_an_impossible_value_by_its_key(key: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f'^{key} must be .*, got ') as caught:
