@@ -20,7 +20,7 @@ from .models.classifier import image_config
 from .models.variants import ASSETS
 
 MAX_PIXELS = 50_000_000  # of one image; reading takes at most 16 bytes a pixel
-# Pillow hands PostScript to Ghostscript, which runs it as a program, and recognises the others without a decoder.
+# Pillow hands PostScript to Ghostscript, which runs it as a program, and recognizes the others without a decoder.
 REFUSED_FORMATS = {'EPS', 'BUFR', 'GRIB', 'HDF5', 'MPEG'}
 # Images are resized to input_size / crop_pct; without limits a small file could ask for an image that fills all memory.
 LARGEST_SIZE, SMALLEST_CROP, LARGEST_CROP = 4096, 0.5, 2
@@ -49,11 +49,11 @@ DIGIT_SIZE = 8  # pixels; digits.png has a row of held-out digits for each of th
 
 @dataclass
 class Found:
-    """The image files that `find_images` found, and what it found instead of others."""
+    """The image files that `find_images` found, and the paths that it could not use."""
 
     files: list[Path] = field(default_factory=list)
     failed: list[tuple[str, str]] = field(default_factory=list)  # (path or pattern without an image, reason)
-    skipped: list[str] = field(default_factory=list)  # files in folders that are not images by their suffix
+    skipped: list[str] = field(default_factory=list)  # files in folders that do not have the suffix of an image
 
 
 def find_images(patterns: Iterable[str]) -> Found:
@@ -103,7 +103,7 @@ def readable_formats() -> list[str]:
 
 
 def readable_suffixes() -> set[str]:
-    """Returns the file suffixes of the readable formats; Pillow knows more, such as .pdf, which it only writes."""
+    """Returns the file suffixes of the readable formats, without formats that Pillow only writes, such as .pdf."""
     formats = readable_formats()
     return {suffix for suffix, name in Image.EXTENSION.items() if name in formats}
 
@@ -111,7 +111,7 @@ def readable_suffixes() -> set[str]:
 def read_image(path: PathLike, rotate: bool = True) -> Image.Image:
     """Reads an image of any mode as 8-bit RGB; ValueError if that fails.
 
-    16-bit greys are scaled to 8 bits, and transparent pixels become white. The EXIF orientation is applied; pass
+    Images of 16 bits are scaled to 8 bits, and transparent pixels become white. The EXIF orientation is applied; pass
     `rotate=False` where boxes or masks refer to the pixels as stored.
     """
     try:
@@ -136,10 +136,10 @@ def read_image(path: PathLike, rotate: bool = True) -> Image.Image:
     if image.mode == 'F':
         raise ValueError('pixels are floating-point values of unknown range. Save the image with 8 bits')
     if image.mode.startswith('I'):  # Pillow would clip these instead of scaling them
-        greys = np.asarray(image)
-        if greys.min() < 0 or greys.max() > 65535:
+        pixels = np.asarray(image)
+        if pixels.min() < 0 or pixels.max() > 65535:
             raise ValueError('pixel values exceed 16 bits. Save the image with 8 bits')
-        image = Image.fromarray((greys // 257).astype(np.uint8))
+        image = Image.fromarray((pixels // 257).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert('RGBA')
         image = Image.alpha_composite(Image.new('RGBA', image.size, 'white'), image)
@@ -147,9 +147,9 @@ def read_image(path: PathLike, rotate: bool = True) -> Image.Image:
 
 
 def check_image_settings(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns those of timm's settings for images that a configuration has, with lists as tuples.
+    """Returns the image settings in a configuration, which may be untrusted, with lists as tuples.
 
-    It may come from an untrusted file: a ValueError names the key of a value that is not possible.
+    Raises a ValueError that names the key of an impossible value.
     """
     settings: dict[str, Any] = {}
     for key, (is_possible, kind) in IMAGE_SETTINGS.items():

@@ -75,7 +75,7 @@ def write_for(target: str, done: Conversion, out: str | None) -> None:
 
 
 def show_conversion(done: Conversion) -> None:
-    """Prints what a file was recognised as, how certain that is, and what happened to its tensors."""
+    """Prints what a file was recognized as, and what happened to its tensors."""
     checkpoint, record = done.checkpoint, done.config[RECORD]
     spec = checkpoint.spec or NetworkSpec()
     under = f', prefix {checkpoint.prefix}' if checkpoint.prefix else ''

@@ -40,11 +40,11 @@ def run(args: argparse.Namespace) -> None:
     if args.json:
         print(json.dumps(found, indent=2))
         return
-    rows = [('name', 'params', 'GMACs', 'top-1', 'licence', 'weights')]
+    rows = [('name', 'params', 'GMACs', 'top-1', 'license', 'weights')]
     for entry in found:
         top1 = '-' if entry['top1'] is None else f'{entry["top1"]:.2f} %'
         cost = f'{entry["params"] / 1e6:.2f} M', f'{entry["gmacs"]:.3f}'
-        rows.append((entry['name'], *cost, top1, entry['licence'] or '-', entry['weights'] or '-'))
+        rows.append((entry['name'], *cost, top1, entry['license'] or '-', entry['weights'] or '-'))
     print_table(rows, left=(0, 4, 5))
     print('\nGMACs at 224 x 224; of the 29-layer CIFAR networks at 32 x 32.')
     print('Top-1 on ImageNet-1k at 224 x 224; of the digits on their held-out third.')
@@ -55,11 +55,12 @@ def list_family() -> list[dict[str, Any]]:
     entries = []
     for arch, variant in ARCHS.items():
         for name in [key for key in WEIGHTS if key.split('.')[0] == arch] or [arch]:
-            weights, cfg = WEIGHTS.get(name), registered_cfg(name)
-            entry = dict(name=name, arch=arch, params=variant.params, gmacs=variant.gmacs)
-            top1 = data = licence = source = None
-            if weights is not None:
-                top1, data = weights.top1, 'digits' if weights.top5 is None else 'imagenet-1k'
-                licence, source = cfg.license, 'in this package' if cfg.file else cfg.url or f'hf-hub:{cfg.hf_hub_id}'
-            entries.append(dict(**entry, top1=top1, top1_on=data, licence=licence, weights=source))
+            entry: dict[str, Any] = dict(name=name, arch=arch, params=variant.params, gmacs=variant.gmacs)
+            entry |= dict(top1=None, top1_on=None, license=None, weights=None)
+            if name in WEIGHTS:
+                weights, cfg = WEIGHTS[name], registered_cfg(name)
+                data = 'digits' if weights.top5 is None else 'imagenet-1k'
+                source = 'in this package' if cfg.file else cfg.url or f'hf-hub:{cfg.hf_hub_id}'
+                entry |= dict(top1=weights.top1, top1_on=data, license=cfg.license, weights=source)
+            entries.append(entry)
     return entries
