@@ -12,7 +12,7 @@ from ._errors import UnknownModelError
 from .commands.output import print
 from .version import __version__
 
-COMMANDS = {  # the modules in commands/, with an example of each
+COMMANDS = {  # modules in commands/, with an example of each
     'predict': 'photo.jpg --model res2net50d',
     'validate': 'photos/val --weights model_best.pth.tar',
     'list': "'*50*' --pretrained --sort top1",
@@ -45,7 +45,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command; returns 0, or 1 if something failed, or 2 for wrong arguments."""
+    """Runs a command; returns 0, or 1 if something failed, 2 for wrong arguments, 130 for Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         try:

@@ -17,7 +17,7 @@ from .sources import read_label_names
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument('file', metavar='FILE', help='in any format of the code bases that --list-dialects shows')
+    command.add_argument('file', metavar='FILE', help='weights file of a code base that --list-dialects shows')
     command.add_argument('--model', metavar='NAME', help='the model that it fits (default: detected)')
     command.add_argument('--out', metavar='DIR', help='folder to write, or file with --to (default: named after FILE)')
     command.add_argument('--dialect', choices=DIALECTS, help='code base of its tensor names (default: detected)')
@@ -26,9 +26,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument('--to', choices=EXPORTS, help='write a file for this code base instead of a folder for timm')
     command.add_argument('--dry-run', action='store_true', help='write nothing')
     command.add_argument('--list-dialects', action=ListDialects, nargs=0, help='list the known code bases')
-    command.add_argument(
-        '--first-block', choices=FIRST_BLOCKS, help='computation of its first blocks (default: detected)'
-    )
+    command.add_argument('--first-block', choices=FIRST_BLOCKS, help='kind of its first blocks (default: detected)')
     command.add_argument('--style', choices=STYLES, help='position of its strides (default: detected)')
     command.add_argument('--strides', type=int, nargs=4, metavar='N', help='stride of each stage (default: detected)')
     command.add_argument(

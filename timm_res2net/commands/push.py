@@ -14,7 +14,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument('repo', metavar='USER/NAME', help='repository, created if it does not exist')
     command.add_argument('--model', metavar='NAME', help='model that the file fits (default: detected)')
     command.add_argument('--tag', help='name of this set of weights')
-    command.add_argument('--result', type=result, action='append', metavar='METRIC=PERCENT', help='as accuracy=99.5')
+    command.add_argument('--result', type=result, action='append', metavar='METRIC=PERCENT', help='like accuracy=99.5')
     command.add_argument('--dataset', help='data for training and evaluation, such as imagenet-1k')
     command.add_argument('--license', metavar='ID', help='license ID from the Hub, such as apache-2.0')
     command.add_argument('--license-link', metavar='URL', help='address of a license that has no ID')

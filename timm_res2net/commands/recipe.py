@@ -10,7 +10,7 @@ RECIPES = Path(__file__).parents[1] / 'recipes'
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument('name', nargs='?', metavar='NAME', help='such as imagenet; all are listed without')
+    command.add_argument('name', nargs='?', metavar='NAME', help='such as imagenet (default: list all)')
     command.add_argument('--out', metavar='FILE', help='write it to this file')
 
 
