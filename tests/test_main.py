@@ -121,7 +121,7 @@ def test_predict_prints_files_with_their_labels(run: Run, photos: None) -> None:
         ('predict --threshold 50', 2, '50 is not between 0 and 1'),
         ('predict --device warp', 2, "cannot use device 'warp'"),
         ('validate nowhere --model test_res2net.digits', 1, 'nowhere is not a folder'),
-        ('list *101* --max-params 1', 1, 'no model matches *101* with at most 1 M parameters'),
+        ('list *101* --max-params 1', 1, 'no model matches. Choose another PATTERN'),
         ('features text.png --model test_res2net', 1, 'text.png: not an image'),
         ('features photo.jpg --weights absent.onnx', 1, 'absent.onnx is an exported model, which hides its layers'),
         ('convert text.png', 1, 'cannot read text.png: it is not a weights file'),

@@ -35,8 +35,7 @@ def run(args: argparse.Namespace) -> None:
     if args.sort:
         found.sort(key=SORT_KEYS[args.sort])
     if not found:
-        budget = '' if args.max_params is None else f' with at most {args.max_params:g} M parameters'
-        raise ValueError(f'no model matches {args.pattern}{budget}')
+        raise ValueError('no model matches. Choose another PATTERN, --max-params, or leave out --pretrained')
     if args.json:
         print(json.dumps(found, indent=2))
         return
