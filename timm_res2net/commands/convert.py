@@ -12,7 +12,7 @@ from ..weights.dialects import DIALECTS, EXPORTS
 from ..weights.loading import load_model
 from ..weights.matching import format_create_model
 from .options import add_options
-from .output import describe_training, load_call, print, summarize_names
+from .output import describe_training, first_names, load_call, print
 from .sources import read_label_names
 
 
@@ -88,9 +88,11 @@ def show_conversion(done: Conversion) -> None:
     print('\n'.join(describe_training(cfg, checkpoint.num_classes, checkpoint)))
     for reason in sorted(set(checkpoint.dropped.values())):
         names = [name for name, why in checkpoint.dropped.items() if why == reason]
-        print(f'dropped      {reason}: {summarize_names(names)}')
-    print(f'filled in    {summarize_names(checkpoint.filled)}')
-    print(f'cast         {", ".join(f"{count} of {kind} to float32" for kind, count in checkpoint.cast.items()) or 0}')
+        print(f'dropped      {len(names)} ({reason}): {first_names(names)}')
+    if checkpoint.filled:
+        print(f'filled in    {len(checkpoint.filled)}: {first_names(checkpoint.filled)}')
+    for kind, count in checkpoint.cast.items():
+        print(f'cast         {count} from {kind} to float32')
     if 'sha256' in record:
         print(f'\n{done.folder / WEIGHTS_FILE}\n  sha256 {record["sha256"]}')
 

@@ -47,16 +47,16 @@ def print_json(results: list[Any], failed: Sequence[tuple[str, str]], skipped: S
 def report_left_out(failed: Sequence[tuple[str, str]], skipped: Sequence[str]) -> int:
     """Prints the files that were not classified to stderr; returns the exit status, 1 if any failed."""
     if skipped:
-        print(f'timm-res2net: skipped, as Pillow does not read them: {summarize_names(skipped)}', file=sys.stderr)
+        what = f'{len(skipped)} files that Pillow does not read: {first_names(skipped)}'
+        print(f'timm-res2net: skipped {what}', file=sys.stderr)
     for file, error in failed:
         print(f'timm-res2net: {file}: {error}', file=sys.stderr)
     return 1 if failed else 0
 
 
-def summarize_names(names: Sequence[str]) -> str:
-    """Returns the number of names and the first three."""
-    more = ', ...' if len(names) > 3 else ''
-    return f'{len(names)}' + (f': {", ".join(names[:3])}{more}' if names else '')
+def first_names(names: Sequence[str]) -> str:
+    """Joins the first three names."""
+    return ', '.join([*names[:3], '...'] if len(names) > 3 else names)
 
 
 def describe_training(cfg: Mapping[str, Any], num_classes: int, checkpoint: Checkpoint | None) -> list[str]:
@@ -72,7 +72,7 @@ def describe_training(cfg: Mapping[str, Any], num_classes: int, checkpoint: Chec
         how += f', except {", ".join(defaults)} (defaults)'
     named = 'without names'
     if names := cfg.get('label_names'):
-        named = f'named {", ".join(names[:3])}{", ..." if len(names) > 3 else ""}'
+        named = f'named {first_names(names)}'
     elif infer_imagenet_subset({'num_classes': num_classes}):
         named = f"named as ImageNet's: assumed, as there are {num_classes}"
     lines = [f'images       {shown}: {how}', f'classes      {num_classes}, {named}']
