@@ -93,7 +93,9 @@ def normalise_arguments(name: str, kwargs: dict[str, Any], block_args: dict[str,
         raise ValueError(f'{name} has no {given[0]}: its {ARCHS[name].trunk.__name__} has one geometry only')
     if kwargs.get('output_stride', 32) is None:  # transformers passes this for the default
         del kwargs['output_stride']
+    feature_cfg = kwargs.pop('feature_cfg', None) or {}  # timm's other place for arguments of features
     if kwargs.get('features_only'):
+        kwargs = {**feature_cfg, **kwargs}
         require_features(name, kwargs.get('out_indices'), ARCHS[name].out_indices[-1] + 1)
         feature_cls = kwargs.get('feature_cls', 'list')
         kwargs['feature_cls'] = FEATURE_CLASSES.get(feature_cls, feature_cls)

@@ -67,6 +67,18 @@ def test_out_indices_beyond_feature_count_raise_value_error(name: str) -> None:
         assert len(model.feature_info.channels()) == number
 
 
+def test_feature_cfg_is_another_place_for_arguments_of_features() -> None:
+    model = timm.create_model(
+        'test_res2net', features_only=True, feature_cfg=dict(feature_cls='dict', out_indices=(1,))
+    )
+    assert type(model).__name__ == 'FeatureDict'
+    assert model.feature_info.channels() == [32]
+    for refused, error in ((dict(out_indices=(9,)), ValueError), (dict(unknown=1), TypeError)):
+        with pytest.raises(error, match=next(iter(refused))):
+            timm.create_model('test_res2net', features_only=True, feature_cfg=refused)
+    assert timm.create_model('test_res2net', feature_cfg=dict(out_indices=(1,)), device='meta').num_classes == 10
+
+
 # Norms
 
 
