@@ -12,6 +12,7 @@ from support import TRUNKS, assert_same, built, fitting, randomise, slow_but, sm
 from timm.layers import BatchNormAct2d
 from timm.models import reparameterize_model
 from torch import Tensor, nn
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from torchvision.models._utils import IntermediateLayerGetter
 
 from timm_res2net import fuse
@@ -166,6 +167,29 @@ def test_fuse_model_or_part_in_training_mode_raises_value_error(part: str) -> No
 def test_fuse_model_without_res2net_block_raises_value_error() -> None:
     with pytest.raises(ValueError, match='no Res2Net block'):
         fuse(timm.create_model('resnet18').eval())
+
+
+@pytest.mark.parametrize(
+    'reparametrize',
+    [
+        partial(prune.l1_unstructured, name='weight', amount=0.3),
+        weight_norm,
+        parametrizations.weight_norm,
+        spectral_norm,
+        parametrizations.spectral_norm,
+    ],
+)
+@pytest.mark.filterwarnings('ignore:.*weight_norm.* is deprecated:FutureWarning')
+def test_fuse_keeps_norms_after_convolutions_whose_weight_is_computed(
+    reparametrize: Callable[[nn.Module], Any], images: Tensor
+) -> None:
+    model = tiny()
+    for module in list(model.modules()):
+        if isinstance(module, nn.Conv2d):
+            reparametrize(module)
+    with torch.no_grad():
+        model.eval()(images)  # torch cannot copy some of these models before their first run without gradients
+    assert_same(fuse(model), model, images)
 
 
 def test_fold_norm_keeps_a_norm_with_an_activation() -> None:
