@@ -1,17 +1,19 @@
 """The DLA trunk: what timm's lacks."""
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import timm
 import torch
 from safetensors.torch import save_file
 from support import randomise
+from timm.layers import apply_test_time_pool
 from torch import Tensor, nn
 
 from timm_res2net import load_checkpoint
 from timm_res2net.models.dla import DlaBottle2neck, DlaRoot, Res2NetDla
 from timm_res2net.models.trunk import TrunkOptions
+from timm_res2net.res2net import timm_entrypoint
 
 SMALL: dict[str, Any] = dict(levels=(1, 1, 1, 2, 3, 1), channels=(8, 8, 32, 32, 64, 64))
 
@@ -68,6 +70,16 @@ def test_dla_projections_of_leaves_are_loaded(levels: tuple[int, ...], tmp_path:
     overlay = dict(state_dict=model.state_dict(), num_classes=3)
     loaded = timm.create_model('dla60_res2net', pretrained=True, pretrained_cfg_overlay=overlay, **options)
     torch.testing.assert_close(loaded.state_dict(), model.state_dict(), rtol=0, atol=0)
+
+
+def test_dla_with_test_time_pooling_computes_what_timms_own_does() -> None:
+    names = dict(num_classes=5)
+    ours = randomise(timm.create_model('dla60_res2net', **names)).eval()
+    theirs = cast(Any, timm_entrypoint('dla60_res2net'))(**names).eval()
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(1, 3, 256, 288)
+    pooled = [apply_test_time_pool(model, {'input_size': x.shape[1:]})[0] for model in (ours, theirs)]
+    torch.testing.assert_close(pooled[0](x), pooled[1](x), rtol=0, atol=0)
 
 
 def test_dla_shortcut_root_adds_the_first_input() -> None:

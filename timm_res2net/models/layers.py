@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
 torch.fx.wrap('deform_conv2d')  # tracing cannot follow its shape checks
+torch.fx.wrap('classify')
 
 VERSIONS = {  # channels of the offsets of nine taps
     'v1': 18,
@@ -89,11 +90,17 @@ class DeformableConv2d(nn.Conv2d):
         return deform_conv2d(x, offset, self.weight, self.bias, self.stride, self.padding, self.dilation, mask)
 
 
+def classify(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Classifies features, (N, C) to (N, classes), or those of each pixel, (N, C, H, W) to (N, classes, H, W)."""
+    return F.conv2d(x[:, :, None, None], weight, bias).flatten(1) if x.dim() == 2 else F.conv2d(x, weight, bias)
+
+
 class ConvClassifier(nn.Conv2d):
     """A 1x1 convolution that classifies pooled features, (N, C) to (N, classes), as files of DLA networks need it.
 
     Flat inputs and outputs let `nn.Sequential(*model.children())` run.
+    Maps are classified pixel by pixel, as timm's test-time pooling expects of every convolution that classifies.
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._conv_forward(x[:, :, None, None], self.weight, self.bias).flatten(1)
+        return classify(x, self.weight, self.bias)
