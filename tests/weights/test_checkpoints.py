@@ -361,6 +361,22 @@ def test_load_checkpoint_one_network_under_two_names_is_one_network(tmp_path: Pa
     torch.testing.assert_close(model.fc.weight, state['fc.weight'])
 
 
+def test_network_compiled_in_parts_has_its_own_names(tmp_path: Path, images: Tensor) -> None:
+    compile: Any = partial(torch.compile, backend='eager')
+    model, parts = tiny(), tiny()
+    parts.layer1 = compile(parts.layer1)
+    parts.layer3[0].conv1 = compile(parts.layer3[0].conv1)
+    compiled = compile(parts)
+    torch.save(compiled.state_dict(), tmp_path / 'compiled.pth')
+    torch.testing.assert_close(load_model(tmp_path / 'compiled.pth').state_dict(), model.state_dict())
+    torch.save(randomise(model).state_dict(), tmp_path / 'plain.pth')
+    load_checkpoint(compiled, tmp_path / 'plain.pth')
+    torch.testing.assert_close([*compiled.state_dict().values()], [*model.state_dict().values()], rtol=0, atol=0)
+    torch.save({**compiled.state_dict(), **model.state_dict()}, tmp_path / 'both.pth')
+    with pytest.raises(CheckpointError, match='compiled and not compiled'):
+        load_model(tmp_path / 'both.pth')
+
+
 def test_read_checkpoint_unknown_tensor_of_a_block_is_an_error(references: References, tmp_path: Path) -> None:
     weights = read_file(reference_file(references, 'paddle/detection_d.pdparams')).tensors
     extra = {'res3.blocks.1.branch2b.0.gate.weight': torch.ones(2), 'neck.gate.weight': torch.ones(2)}

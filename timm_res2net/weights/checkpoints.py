@@ -26,7 +26,7 @@ from .config import (
 from .dialects import DIALECTS
 from .projects import find_project
 from .readers import RawFile, read_file
-from .renaming import find_network, has_modules_around, rename_tensors, to_weight
+from .renaming import as_before_compile, find_network, has_modules_around, rename_tensors, to_weight
 
 FIELDS = ARGUMENTS['spec']
 Provenance = Literal['recorded', 'proved', 'inferred', 'default']
@@ -181,6 +181,8 @@ def identify(
         raise ValueError(f"weights_from must be 'ema' or 'model', got {weights_from!r}")
     config = config or {}
     try:
+        named, unreadable = as_before_compile(raw.tensors), as_before_compile(raw.unsupported)
+        raw = replace(raw, tensors=named, unsupported=unreadable)
         key, prefix, rows, chosen = find_network(raw.tensors, dialect, prefix, weights_from)
         state, dropped = rename_tensors(raw.tensors, raw.unsupported, key, prefix, rows)
         require_unfused(state)

@@ -21,7 +21,7 @@ from .checkpoints import Checkpoint, first_convolution, identify, read_checkpoin
 from .config import RECORD, WEIGHTS_FILE, read_config
 from .matching import arguments_for, build_outline, describe_mismatch, find_model, format_create_model
 from .readers import RawFile, read_file
-from .renaming import find_network
+from .renaming import as_before_compile, find_network
 
 _logger = logging.getLogger(__name__)
 
@@ -73,14 +73,14 @@ def load_checkpoint(
     if any(tensor.is_meta for tensor in wanted.values()):
         raise ValueError('cannot load weights: the model is on the meta device. Call model.to_empty(device=...) first')
     wrapper, state = fitting_state(model, checkpoint)
-    model.load_state_dict({name: state[name] for name in wanted})
+    model.load_state_dict(dict(zip(wanted, (state[name] for name in as_before_compile(wanted)))))
     lacking = {name: 'part that the model lacks' for name in checkpoint.state if wrapper + name not in state}
     return replace(checkpoint, dropped={**checkpoint.dropped, **lacking})
 
 
 def fitting_state(model: nn.Module, checkpoint: Checkpoint) -> tuple[str, dict[str, Tensor]]:
     """Returns the prefix of a model's names ('body.', 'module.' or '') and a checkpoint's tensors under these names."""
-    wanted = model.state_dict()
+    wanted = as_before_compile(model.state_dict())
     _, wrapper, _, _ = find_network(wanted, 'official')
     parts = {name.removeprefix(wrapper).partition('.')[0] for name in wanted}
     state = {wrapper + name: tensor for name, tensor in checkpoint.state.items() if name.partition('.')[0] in parts}

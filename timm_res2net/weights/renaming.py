@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Container, Iterable, Mapping
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,7 +21,7 @@ PARTS = {  # the top-level modules of this package's networks
 # Keys that wrap a network without making it part of a larger one.
 AVERAGED = {'state_dict_ema', 'model_ema', 'ema_state_dict', 'ema', 'ema_model', 'average_model_state'}
 LATEST = {'current_model_state'}  # of Lightning, where 'state_dict' is the average
-WRAPPERS = {'state_dict', 'model', 'model_state', 'module', '_orig_mod', 'net', *AVERAGED, *LATEST}
+WRAPPERS = {'state_dict', 'model', 'model_state', 'module', 'net', *AVERAGED, *LATEST}
 TRAINING = re.compile(r'(optim|sched|scaler|amp|loops|callbacks|rng|random|averaging_state|message_hub)', re.IGNORECASE)
 COUNTERS = 'total_ops', 'total_params'  # that thop adds to each module
 MAX_NETWORKS = 16  # in one file
@@ -38,6 +38,7 @@ TWIN = 'another copy of the weights'
 STATE = 'state of the training'
 UNUSED = 'part of a module that the network never runs'
 
+TensorT = TypeVar('TensorT')  # a tensor, or why it cannot be read
 FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int64, torch.int32)
 
@@ -88,6 +89,14 @@ def full_name(prefix: str, name: str) -> str:
         parent = prefix[:-1].rpartition('.')[0]
         prefix, name = parent + '.' if parent else '', name[3:]
     return prefix + name
+
+
+def as_before_compile(tensors: Mapping[str, TensorT]) -> dict[str, TensorT]:
+    """Returns tensors under the names that they have without torch.compile, of the whole network or of parts."""
+    renamed = {name.replace('_orig_mod.', ''): tensor for name, tensor in tensors.items()}
+    if len(renamed) < len(tensors):
+        raise CheckpointError('it holds tensors of the same name, compiled and not compiled')
+    return renamed
 
 
 # Finding the network
