@@ -277,6 +277,13 @@ def test_impossible_image_settings_are_ignored_with_one_warning(
     assert f'ignored image settings in {tmp_path}/last.pth.tar' in message
 
 
+def test_class_map_of_the_train_script_is_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    read_checkpoint(saved(tmp_path, class_map=''))
+    assert caplog.messages == []
+    read_checkpoint(saved(tmp_path, class_map='map.txt'))
+    assert 'order of map.txt (--class-map). Pass that file as --labels' in caplog.text
+
+
 @pytest.mark.parametrize('pool', ['warp', ['max'], 3], ids=str)
 def test_impossible_recorded_pool_is_a_checkpoint_error(pool: object, tmp_path: Path) -> None:
     for options in ({}, dict(name='test_res2net', **TINY)):

@@ -22,6 +22,7 @@ from .config import (
     recorded_labels,
     recorded_model,
     recorded_spec,
+    warn_of_class_map,
 )
 from .dialects import DIALECTS
 from .projects import find_project
@@ -191,6 +192,9 @@ def identify(
         state = {name: to_weight(name, tensor, cast) for name, tensor in state.items()}
         filled = zeros_for(state)
         part = has_modules_around(prefix, dropped, raw.tensors, 'fc.weight' in state)
+        labels = recorded_labels(config, len(state.get('fc.weight', ())))
+        if not labels:
+            warn_of_class_map(raw, file)
         return Checkpoint(
             file,
             key,
@@ -203,7 +207,7 @@ def identify(
             filled=tuple(filled),
             cast=dict(cast),
             images=recorded_images(raw, config, file),
-            labels=recorded_labels(config, len(state.get('fc.weight', ()))),
+            labels=labels,
         )
     except Exception as error:  # a hostile file can record anything, and have tensors of any shape
         raise CheckpointError(f'cannot use {file}: {first_line(error)}') from error

@@ -156,6 +156,14 @@ def recorded_images(raw: RawFile, config: Mapping[str, Any], source: str) -> dic
         return {}
 
 
+def warn_of_class_map(raw: RawFile, source: str) -> None:
+    """Logs that timm's train script took the order of the classes from a file, which only the user has."""
+    args = raw.values.get('args')
+    if isinstance(args, dict) and args.get('class_map'):
+        shown = sanitize(source), sanitize(str(args['class_map']))
+        _logger.warning('%s has its classes in the order of %s (--class-map). Pass that file as --labels.', *shown)
+
+
 def recorded_labels(config: Mapping[str, Any], num_classes: int) -> tuple[str, ...]:
     """Returns the class names in a configuration, if it has any; ValueError if they are invalid."""
     names = config.get('label_names') or (config.get('pretrained_cfg') or {}).get('label_names')
