@@ -151,6 +151,7 @@ def test_run_with_other_settings_is_refused_and_unchanged(
         (detect, ['--channels', '72'], 'num_channels (72) must be divisible by num_groups (32)'),
         (detect, ['--model', 'res2net50d'], 'not used by the HfArgumentParser'),
         (detect, ['--optim', 'sdg'], 'sdg'),
+        (detect, ['--label-smoothing-factor', '0.1'], 'has no effect on these losses'),
         (detect, ['--per-device-train-batch-size', '999'], '32 images do not fill one batch'),
         (segment, [], 'masks of labels need --classes N, binary masks need --binary'),
         (segment, ['--classes', '3', '--architecture', 'unett'], 'unett'),

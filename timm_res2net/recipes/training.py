@@ -90,6 +90,8 @@ def run(parser: Any, argv: Sequence[str] | None, train: Any, predict: Any) -> No
                 raise ValueError(f'cannot use {unused[0]} with --predict. Leave it out.')
             predict(find_pictures(options.predict), options, args)
         else:
+            if args.label_smoothing_factor:
+                raise ValueError('--label-smoothing-factor has no effect on these losses. Leave it out.')
             set_seed(args.seed)
             train(options, args)
 
