@@ -49,6 +49,11 @@ def test_export_torch_file_computes_what_the_model_does_at_any_batch_size(tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ['net.pt2']
 
 
+def test_export_of_a_compiled_model_is_that_of_the_model_inside(tmp_path: Path) -> None:
+    done = export(torch.compile(tiny(), backend='eager'), tmp_path / 'net.pt2', **SIZE)
+    assert done.agreement == 1
+
+
 def test_exported_file_describes_itself(tmp_path: Path) -> None:
     cfg = dict(
         input_size=(3, 32, 32), mean=(0.1, 0.2, 0.3), license='mit', origin_url='https://a.b', label_names=[*'abcd']

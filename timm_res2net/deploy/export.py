@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save
 from timm.data import resolve_model_data_config
+from timm.utils import unwrap_model
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
@@ -107,6 +108,7 @@ def export(
     require_writable(path)
     if any(isinstance(module, ForInference) for module in model.modules()):
         raise ValueError('cannot export an optimized or exported model. Export the original model.')
+    model = unwrap_model(model)
     require_finite_weights(model)
     fused = fuse(model)
     record = describe(model, backend, precision, batch, size, dynamic_size)
