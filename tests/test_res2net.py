@@ -405,6 +405,12 @@ def test_grad_checkpointing_halves_saved_activations(name: str, images: Tensor) 
     assert saved[True] < saved[False] / 2
 
 
+def test_grad_checkpointing_is_left_out_of_a_trace(images: Tensor) -> None:
+    model: Any = timm.create_model('test_res2net').eval()
+    model.set_grad_checkpointing()
+    torch.testing.assert_close(torch.jit.trace(model, images)(images), model(images))
+
+
 @pytest.mark.slow
 def test_grad_checkpointing_compiles_without_graph_break(images: Tensor) -> None:
     results = []

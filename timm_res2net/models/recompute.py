@@ -53,7 +53,7 @@ class Stage(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self:
-            if self.grad_checkpointing and not torch.jit.is_scripting():
+            if self.grad_checkpointing and not torch.jit.is_scripting() and not torch.jit.is_tracing():
                 x = recompute(block, x, buffers_of=block)
             else:
                 x = block(x)
