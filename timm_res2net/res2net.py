@@ -104,7 +104,7 @@ def normalise_arguments(name: str, kwargs: dict[str, Any], block_args: dict[str,
 
 def require_features(name: str, out_indices: int | Sequence[int] | None, count: int) -> None:
     """Raises ValueError if indices are not among the `count` features of a model; an int n means the last n."""
-    indices = range(-out_indices, 0) if isinstance(out_indices, int) else out_indices or ()
+    indices = range(-out_indices, 0) if isinstance(out_indices, int) else () if out_indices is None else out_indices
     if not all(-count <= index < count for index in indices):
         raise ValueError(
             f'out_indices={out_indices!r} goes beyond the features of {name}: it has {count}, 0 to {count - 1} or, '
