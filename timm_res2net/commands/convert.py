@@ -28,6 +28,17 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument('--list-dialects', action=ListDialects, nargs=0, help='list the known code bases')
     command.add_argument('--first-block', choices=FIRST_BLOCKS, help='kind of its first blocks (default: detected)')
     command.add_argument('--style', choices=STYLES, help='position of its strides (default: detected)')
+    command.add_argument('--strides', type=int, nargs=4, metavar='N', help='stride of each stage (default: detected)')
+    command.add_argument(
+        '--dilations', type=dilation, nargs=4, metavar='N', help='dilation of each stage, or of its blocks as in 4,8,16'
+    )
+    command.add_argument('--stem-ceil-mode', action='store_true', default=None, help='its max-pool rounds sizes up')
+
+
+def dilation(text: str) -> int | tuple[int, ...]:
+    """Parses the dilation of a stage, or those of its blocks."""
+    each = tuple(int(number) for number in text.split(','))
+    return each if len(each) > 1 else each[0]
 
 
 def run(args: argparse.Namespace) -> None:
@@ -40,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
         weights_from=args.weights_from,
         labels=read_label_names(args),
         dry_run=args.dry_run or args.to is not None,
-        **{name: value for name in ('first_block', 'style') if (value := getattr(args, name)) is not None},
+        **{name: value for name in vars(NetworkSpec()) if (value := getattr(args, name, None)) is not None},
     )
     show_conversion(done)
     if args.dry_run:
