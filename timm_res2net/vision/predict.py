@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 import timm
 import torch
 from PIL import Image
+from timm.models import parse_model_name
 from torch import Tensor, nn
 
 from .._errors import first_line
@@ -18,6 +19,7 @@ from .._images import image_transform, preprocess, read_image
 from ..deploy.backends import BACKENDS
 from ..deploy.exported import ExportedModel, load_exported
 from ..deploy.optimize import optimize
+from ..hub.pull import fetch_file
 from ..models.checks import require_eval_mode
 from ..models.classifier import class_names, image_config, registered_cfg
 from ..weights.checkpoints import Checkpoint
@@ -61,13 +63,24 @@ def pretrained_model(
     if ':' not in name and not registered_cfg(name).has_weights:
         raise ValueError(f'no published weights of {name}. Pass a weights file')
     try:
-        return timm.create_model(name, pretrained=True, **kwargs).to(device).eval()
+        source = pin_cached_commit(name, kwargs.get('cache_dir'))
+        return timm.create_model(source, pretrained=True, **kwargs).to(device).eval()
     except Exception as error:  # downloads fail in as many ways as there are libraries involved
         _logger.debug('no weights of %s', name, exc_info=True)
         problem = f'cannot load the weights of {name}: {first_line(error)}'
         if not name.startswith('local-dir:'):
             problem += '. If you are offline, pass a weights file, or use test_res2net.digits, which needs no network'
         raise ValueError(problem) from error
+
+
+def pin_cached_commit(name: str, cache_dir: PathLike | None) -> str:
+    """Adds the last commit to the name of a model on the Hub, after bringing its verified config into the cache.
+
+    timm then reads the cache; asked for a branch while offline, it would retry for half a minute.
+    """
+    source, hub_id = parse_model_name(name)
+    found = fetch_file(hub_id, CONFIG_FILE, cache_dir) if source == 'hf-hub' else None
+    return name if found is None else f'hf-hub:{hub_id.partition("@")[0]}@{found.parent.name}'
 
 
 def is_exported(file: PathLike) -> bool:
