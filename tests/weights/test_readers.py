@@ -131,6 +131,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     'HDF5': (b'\x89HDF\r\n\x1a\n', 'an HDF5 file of Keras'),
     'ONNX': (b'\x08\x07\x12\x04test', 'an ONNX model.* Give the weights it was made from'),
     'TFLite': (b'\x1c\0\0\0TFL3', 'a TFLite model. Give the weights it was made from'),
+    'TensorRT': (b'ptrt' + bytes(99), 'a TensorRT engine. Give the weights it was made from'),
     'pdiparams': (bytes(100), r"PaddlePaddle's inference parameters \(\.pdiparams\).* Give the \.pdparams"),
     'pdmodel': (field(1, field(1, 0)), r"PaddlePaddle's inference program \(\.pdmodel\)\. Give the \.pdparams"),
     'numpy archive': (numpy_archive(), 'an archive of numpy arrays'),

@@ -372,6 +372,8 @@ FORMATS: tuple[tuple[int, bytes, Any], ...] = (  # position of the magic bytes, 
     (0, b'\x89HDF', "an HDF5 file of Keras. The Res2Nets for Keras are timm's: use those"),
     (0, b'\x08', 'an ONNX model, or another protocol buffer. Give the weights it was made from'),
     (4, b'TFL3', 'a TFLite model. Give the weights it was made from'),
+    (0, b'ptrt', 'a TensorRT engine. Give the weights it was made from'),
+    (0, b'ftrt', 'a TensorRT engine. Give the weights it was made from'),
     (0, bytes(8), "PaddlePaddle's inference parameters (.pdiparams), without names. Give the .pdparams file instead"),
 )
 
