@@ -69,6 +69,8 @@ def write_for(target: str, done: Conversion, out: str | None) -> None:
         raise ValueError(f'{path} already exists. Name another file with --out, or move it away')
     args = {**done.args, 'num_classes': 0} if target == 'mmdet' else done.args
     export_checkpoint(load_model(done.checkpoint, done.name, **args), path, target)
+    if target == 'mmdet' and done.checkpoint.num_classes:
+        print('left out     the classifier: mmdet has backbones only')
     print(f'\nwrote {path}\n  sha256 {sha256(path)}')
 
 
