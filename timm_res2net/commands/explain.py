@@ -19,14 +19,14 @@ EXAMPLE = 20  # index of a 3 among the bundled digits
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument('image', nargs='?', metavar='IMAGE', help='a file (default: a bundled digit)')
     add_weights(command, f'{PHOTO}, {EMBEDDED} for the bundled digit')
-    add_options(command, '--labels', '--class-order', '--multi-label')
+    add_options(command, '--labels', '--class-order', '--multi-label', '--max-pixels')
     command.add_argument('--stage', type=positive, default=2, metavar='N', help='stage of the block (default: 2)')
     command.add_argument('--out', default='explain.png', metavar='PNG', help='file to draw (default: explain.png)')
 
 
 def run(args: argparse.Namespace) -> None:
     require_drawable(args.out)
-    image = read_image_argument(args.image) if args.image else bundled_digits()[EXAMPLE][0]
+    image = read_image_argument(args) if args.image else bundled_digits()[EXAMPLE][0]
     name = args.model or (None if args.weights else PHOTO if args.image else EMBEDDED)
     weights = read_weights(args, args.weights, exported=False)
     model = make_classifier(args, name, weights)

@@ -5,7 +5,7 @@ from typing import Any
 
 from ..vision.figures import plot_pyramid, require_drawable
 from ..vision.predict import feature_pyramid, pretrained_model
-from .options import add_weights
+from .options import add_options, add_weights
 from .output import print
 from .sources import PHOTO, read_image_argument, read_weights
 
@@ -13,13 +13,14 @@ from .sources import PHOTO, read_image_argument, read_weights
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument('image', metavar='IMAGE', help='a file')
     add_weights(command, PHOTO)
+    add_options(command, '--max-pixels')
     command.add_argument('--out', metavar='PNG', help='file to draw the maps to')
 
 
 def run(args: argparse.Namespace) -> None:
     if args.out is not None:
         require_drawable(args.out)
-    image = read_image_argument(args.image)
+    image = read_image_argument(args)
     name = args.model or (None if args.weights else PHOTO)
     model = pretrained_model(name, read_weights(args, args.weights, exported=False), features_only=True)
     shown, features = feature_pyramid(model, image)

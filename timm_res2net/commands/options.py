@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from .._errors import first_line
+from .._images import MAX_PIXELS
 from ..recipes.arguments import positive
 from ..vision.validate import CLASS_ORDERS
 
@@ -35,12 +36,15 @@ OPTIONS: dict[str, dict[str, Any]] = {
         choices=CLASS_ORDERS, help="order of class folders: timm's ('2' before '10', the default) or torchvision's"
     ),
     '--multi-label': dict(action='store_true', help='an image can have several classes: use sigmoids, not a softmax'),
+    '--max-pixels': dict(
+        type=positive, default=MAX_PIXELS, metavar='N', help=f'largest image to read (default: {MAX_PIXELS} pixels)'
+    ),
     '--trust': dict(action='store_true', help='run an exported .pt2, which can contain any code'),
     '--device': dict(type=device, default='cpu', metavar='D', help='such as cuda (default: cpu)'),
     '--batch-size': dict(type=positive, default=16, metavar='N', help='images per forward pass (default: 16)'),
     '--json': dict(action='store_true', help='machine-readable output'),
 }
-CLASSIFYING = '--trust', '--device', '--batch-size', '--json'  # of predict and validate
+CLASSIFYING = '--trust', '--device', '--batch-size', '--json', '--max-pixels'  # of predict and validate
 
 
 def add_options(command: argparse.ArgumentParser, *names: str) -> None:

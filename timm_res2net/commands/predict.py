@@ -7,14 +7,14 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from .._images import bundled_digits, find_images, read_image
+from .._images import bundled_digits, find_images
 from ..models.classifier import model_name
 from ..models.variants import EMBEDDED
 from ..recipes.arguments import positive
 from ..vision.predict import Prediction, predict
 from .options import CLASSIFYING, add_options, add_weights, probability
 from .output import print, print_json, print_predictions, report_left_out
-from .sources import PHOTO, make_classifier, read_weights
+from .sources import PHOTO, image_reader, make_classifier, read_weights
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     found = predict(
         model,
         sources,
-        read_image if args.images else Image.Image.copy,
+        image_reader(args) if args.images else Image.Image.copy,
         topk=args.topk or (None if args.multi_label else 5),
         threshold=(0.5 if args.multi_label else 0) if args.threshold is None else args.threshold,
         batch_size=args.batch_size,

@@ -3,6 +3,8 @@
 import argparse
 import os
 import sys
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from PIL import Image
 from torch import nn
 
 from .._errors import UnknownModelError
+from .._files import PathLike
 from .._images import read_image
 from ..models.variants import ARCHS, WEIGHTS
 from ..vision.predict import is_exported, name_classes, pretrained_model
@@ -76,9 +79,15 @@ def read_label_names(args: argparse.Namespace) -> list[str] | None:
     return sort_classes(names, args.class_order) if os.path.isdir(args.labels) else names
 
 
-def read_image_argument(path: str) -> Image.Image:
+def image_reader(args: argparse.Namespace) -> Callable[[PathLike], Image.Image]:
+    """Returns `read_image` with the limit of --max-pixels, which replaces the limit of Pillow."""
+    Image.MAX_IMAGE_PIXELS = None
+    return partial(read_image, max_pixels=args.max_pixels)
+
+
+def read_image_argument(args: argparse.Namespace) -> Image.Image:
     """Reads IMAGE; the ValueError names the file."""
     try:
-        return read_image(path)
+        return image_reader(args)(args.image)
     except ValueError as error:
-        raise ValueError(f'{path}: {error}') from error
+        raise ValueError(f'{args.image}: {error}') from error

@@ -12,7 +12,7 @@ from ..vision.predict import is_exported
 from ..vision.validate import decided_classes, labelled_images, validate
 from .options import CLASSIFYING, add_options, add_weights
 from .output import print, print_json, print_table, report_left_out
-from .sources import PHOTO, make_classifier, read_weights
+from .sources import PHOTO, image_reader, make_classifier, read_weights
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -47,7 +47,7 @@ def run(args: argparse.Namespace) -> int:
         names = decided_classes(model)
         images = labelled_images(args.folder, names, args.truth, args.class_order)
         bar = partial(tqdm, total=len(images.files), desc=name, unit='image', disable=None, leave=False)
-        found = validate(model, images, args.batch_size, progress=bar)
+        found = validate(model, images, args.batch_size, bar, image_reader(args))
         rows.append((name, str(found.images), f'{found.top1:.2f} %', f'{found.top5:.2f} %'))
         results.append(dict(model=name, images=found.images, top1=found.top1, top5=found.top5))
         failed += [failure for failure in images.failed + found.unread if failure not in failed]

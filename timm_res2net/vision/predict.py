@@ -133,7 +133,6 @@ def classify(
     images: Sequence[ImageT],
     read: Callable[[ImageT], Image.Image],
     batch_size: int = 16,
-    compile: bool = False,
     multi_label: bool = False,
 ) -> Iterator[Tensor | ValueError]:
     """Yields the probabilities (classes,) of each image, in order, or the error that prevented it.
@@ -151,9 +150,9 @@ def classify(
         fixed = model.record['input'][0]
     else:
         example = example.to(next(model.parameters()))  # its device and data type
-        if len(images) > HANDFUL or compile:
+        if len(images) > HANDFUL:
             try:
-                model = optimize(model, example, compile=compile)
+                model = optimize(model, example, compile=False)
             except ValueError as error:  # timm's other models have nothing to fuse
                 _logger.debug('%s runs unchanged: %s', type(model).__name__, error)
     size = fixed or batch_size

@@ -145,7 +145,6 @@ def validate(
     model: nn.Module,
     images: LabelledImages,
     batch_size: int = 16,
-    compile: bool = False,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     read: Callable[[PathLike], Image.Image] = read_image,
 ) -> Validation:
@@ -157,7 +156,7 @@ def validate(
     count = len(decided_classes(model))
     confusion = torch.zeros(count, count, dtype=torch.long)
     unread, among_five = [], 0
-    scores = progress(classify(model, images.files, read, batch_size, compile))
+    scores = progress(classify(model, images.files, read, batch_size))
     for file, truth, found in zip(images.files, images.classes, scores):
         if isinstance(found, ValueError):
             unread.append((str(file), str(found)))
