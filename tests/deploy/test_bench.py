@@ -113,7 +113,7 @@ def test_invalid_arguments_raise_value_error(arguments: dict[str, Any], problem:
 
 @pytest.mark.slow
 def test_command_measures_in_processes_and_writes_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = '--train --models test_res2net --size 32 --batch 1 --dtype float32 --rounds 1'
+    arguments = '--train --models test_res2net --size 32 --batch 2 --dtype float32 --rounds 1'
     assert main(['bench', *arguments.split(), '--json', str(tmp_path / 'speed.json')]) == 0
     document = json.loads((tmp_path / 'speed.json').read_text())
     assert [each['way'] for each in document['training']] == ['timm_res2net', 'timm_res2net, checkpointing']

@@ -25,7 +25,7 @@ def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
 @pytest.mark.slow
 def test_optimize_two_models_keep_their_own_outputs_without_recompiling(log: pytest.LogCaptureFixture) -> None:
     torch._dynamo.reset()
-    images = torch.randn(2, 8, 16, 16)
+    images = torch.randn(2, 16, 16, 16)
     # A single block compiles faster than a whole network.
     first, second = (nn.Sequential(model.layer1).eval() for model in (tiny(), randomise(tiny())))
     optimized = [optimize(model, images) for model in (first, second)]
