@@ -112,13 +112,14 @@ def read_image(path: PathLike, rotate: bool = True, max_pixels: int = MAX_PIXELS
     """Reads an image of any mode as 8-bit RGB; ValueError if that fails.
 
     Images of 16 bits are scaled to 8 bits, and transparent pixels become white. The EXIF orientation is applied; pass
-    `rotate=False` where boxes or masks refer to the pixels as stored. `PIL.Image.MAX_IMAGE_PIXELS` also limits the size.
+    `rotate=False` where boxes or masks refer to the pixels as stored.
+    `PIL.Image.MAX_IMAGE_PIXELS` is another limit of the size.
     """
     try:
         with open_regular(path) as file, Image.open(file, formats=readable_formats()) as opened:
             width, height = opened.size
             if width * height > max_pixels:
-                raise ValueError(f'{width} x {height} pixels exceed {max_pixels:,}. Shrink the image, or raise --max-pixels')
+                raise ValueError(f'{width} x {height} pixels exceed {max_pixels:,}. Shrink it, or raise --max-pixels')
             if max(width, height) > 100 * min(width, height):
                 raise ValueError(f'{width} x {height} pixels are too narrow to crop a square from')
             opened.load()

@@ -9,6 +9,7 @@ from test_training import DETECT, last_metrics, run
 from torch import nn
 
 from timm_res2net.recipes import detect, pictures
+from timm_res2net.recipes.coco import CocoImages
 from timm_res2net.recipes.detect import create_backbone, create_detector, find_objects
 
 
@@ -46,22 +47,15 @@ class Finding(nn.Module):
         return [self.found for _ in images]
 
 
-def test_objects_are_the_surest_of_each_place_and_none_that_is_unsure() -> None:
+def test_objects_are_the_surest_of_each_place_and_none_that_is_unsure(simple_set: Path, tmp_path: Path) -> None:
     boxes = torch.tensor([[1.0, 1, 20, 20], [2, 1, 20, 21], [30, 30, 40, 40], [40, 1, 60, 20], [1, 1, 20, 20]])
     scores = torch.tensor([0.7, 0.8, 0.2, 0.4, 0.9])
     model: Any = Finding(boxes=boxes, scores=scores, labels=torch.tensor([1, 2, 1, 1, 0]))  # 0 is the background
     found = find_objects(model, torch.zeros(3, 64, 64))
     assert found['labels'].tolist() == [2, 1]
     assert found['scores'].tolist() == pytest.approx([0.8, 0.4])
-
-
-def test_objects_are_outlined_in_the_colour_of_their_class() -> None:
-    objects = dict(boxes=torch.tensor([[10.0, 20, 60, 80]]), labels=torch.tensor([2]))
-    drawn = pictures.draw_objects(torch.zeros(3, 400, 500), objects, ['cat', 'dog'])
-    color = torch.tensor(pictures.color_of(2)) / 255
-    torch.testing.assert_close(drawn[:, 50, 10], color, rtol=0, atol=0.01)
-    assert not drawn[:, 50, 61:].any()
-    assert pictures.draw_objects(torch.zeros(3, 96, 64), objects, ['cat', 'dog']).shape == (3, 288, 192)
+    detect.draw_examples(model, CocoImages(simple_set, 'train'), tmp_path / 'found.png')
+    assert (tmp_path / 'found.png').read_bytes().startswith(b'\x89PNG')
 
 
 def test_no_two_of_80_classes_share_a_colour() -> None:

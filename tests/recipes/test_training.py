@@ -108,13 +108,14 @@ def test_killed_run_continues_to_the_same_weights_and_losses(finished: Path, sim
     assert_same_run(tmp_path, finished)
 
 
-def test_run_keeps_its_best_model_and_examples(finished: Path) -> None:
+def test_run_keeps_its_best_model_curves_and_examples(finished: Path) -> None:
     scores = {entry['step']: entry['eval_AP'] for entry in history_of(finished) if 'eval_AP' in entry}
     best = finished / f'checkpoint-{max(scores, key=lambda step: scores[step])}' / 'model.safetensors'
     kept = load_file(finished / 'model.safetensors')
     assert all(torch.equal(value, kept[name]) for name, value in load_file(best).items())
-    with Image.open(finished / 'examples.png') as picture:
-        assert picture.width > 1200
+    for name in ('curves.png', 'examples.png'):
+        with Image.open(finished / name) as picture:
+            assert picture.width > 500
 
 
 def test_newest_checkpoint_that_is_complete_is_found(tmp_path: Path) -> None:

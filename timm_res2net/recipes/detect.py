@@ -31,7 +31,7 @@ from .._files import atomic_write_text, make_folder
 from . import training
 from .coco import CocoImages, read_image
 from .metrics import AREAS, compute_precision, pack_detections
-from .pictures import SHOWN, draw_objects, write_grid, write_picture
+from .pictures import SHOWN, Panel, draw_grid
 
 STRIDES = [8, 16, 32]  # of the features under the pyramid, which adds two more levels
 
@@ -120,12 +120,12 @@ def find_objects(model: FCOS, image: Tensor, score: float = 0.3) -> dict[str, Te
 
 def draw_examples(model: FCOS, dataset: CocoImages, out: Path) -> None:
     """Draws the first images, each with its true and its detected objects."""
-    pictures = []
+    panels = []
     for index in range(min(SHOWN, len(dataset))):
         image, truth = dataset[index]['image'], dataset[index]['target']
-        for objects in (truth, find_objects(model, image)):
-            pictures.append(draw_objects(image, objects, dataset.names))
-    write_grid(pictures, 4, out)
+        for title, objects in (('truth', truth), ('found', find_objects(model, image))):
+            panels.append(Panel(f'{index + 1}: {title}', image, objects['boxes'].tolist(), objects['labels'].tolist()))
+    draw_grid(panels, dataset.names, str(out))
 
 
 def train(options: Namespace, args: Any) -> None:
@@ -145,8 +145,8 @@ def predict(files: list[Path], options: Namespace, args: Any) -> None:
     for file in files:
         image = read_image(file)
         found = find_objects(model, image, options.score)
-        write_picture(draw_objects(image, found, names), out / f'{file.stem}.png')
         boxes, labels, scores = (found[name].tolist() for name in ('boxes', 'labels', 'scores'))
+        draw_grid([Panel(file.name, image, boxes, labels)], names, str(out / f'{file.stem}.png'), columns=1)
         objects = [
             dict(box=box, name=names[label - 1], score=score) for box, label, score in zip(boxes, labels, scores)
         ]

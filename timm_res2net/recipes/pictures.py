@@ -1,62 +1,70 @@
-"""Draws images with their objects or labels, with a colour for each class."""
+"""Draws images with their truth and predictions on a grid of equal cells, with a colour for each class."""
 
 import colorsys
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional as F
-from torchvision.utils import draw_bounding_boxes, make_grid
 
-from .._files import atomic_write
+from ..vision.figures import new_figure, save
 from .masks import IGNORED
 
 SHOWN = 6  # images in examples.png
-CELL = 320  # pixels across of the space for each of them
 
 
-def color_of(label: int) -> tuple[int, int, int]:
-    """Returns the colour of a label. Hues are a golden ratio apart, so that no two classes look alike."""
+@dataclass(frozen=True)
+class Panel:
+    """One cell: an image (3, H, W) in 0..1, the boxes of objects as corners, and the labels (from 1) in it."""
+
+    title: str
+    image: Tensor
+    boxes: Sequence[Sequence[float]] = ()
+    labels: Sequence[int] = ()
+
+
+def color_of(label: int) -> tuple[float, float, float]:
+    """Returns the colour of a label, as hues a golden ratio apart, so that no two classes look alike."""
     if label == 0:
-        return 0, 0, 0
+        return 0.0, 0.0, 0.0
     if label == IGNORED:
-        return 128, 128, 128
-    color = colorsys.hsv_to_rgb(label * 0.618034 % 1, (1.0, 0.55)[label // 6 % 2], (1.0, 0.8)[label // 12 % 2])
-    red, green, blue = (round(255 * value) for value in color)
-    return red, green, blue
+        return 0.5, 0.5, 0.5
+    return colorsys.hsv_to_rgb(label * 0.618034 % 1, (1.0, 0.55)[label // 6 % 2], (1.0, 0.8)[label // 12 % 2])
 
 
 def paint_labels(mask: Tensor) -> Tensor:
-    """Turns a mask of labels, (H, W), into an image, (3, H, W) in 0..1."""
-    return torch.tensor([color_of(label) for label in range(256)])[mask.long()].permute(2, 0, 1) / 255
+    """Turns a mask of labels, (H, W), into an image, (3, H, W)."""
+    return torch.tensor([color_of(label) for label in range(256)])[mask.long()].permute(2, 0, 1)
 
 
-def draw_objects(image: Tensor, objects: Mapping[str, Tensor], names: Sequence[str]) -> Tensor:
-    """Outlines and names objects in an image, (3, H, W) in 0..1; `names` are those of labels from 1.
+def draw_grid(panels: Sequence[Panel], names: Sequence[str], out: str, columns: int = 4) -> None:
+    """Draws panels row by row, and below them a legend of the classes that occur; `names` are those of labels from 1.
 
-    Small images are enlarged, so that names are readable.
+    Objects are only outlined, so that nothing covers them.
     """
-    scale = max(1, CELL // max(image.shape))
-    image = image.repeat_interleave(scale, dim=1).repeat_interleave(scale, dim=2)
-    labels = objects['labels'].tolist()
-    if not labels:
-        return image
-    colors = [color_of(label) for label in labels]
-    return draw_bounding_boxes(image, objects['boxes'] * scale, [names[label - 1] for label in labels], colors, width=2)
+    from matplotlib.patches import Patch, Rectangle
+    from matplotlib.patheffects import Normal, Stroke
 
-
-def write_picture(image: Tensor, out: Path) -> None:
-    """Writes an image, (3, H, W) or (H, W) in 0..1, as PNG."""
-    picture = F.to_pil_image(image)
-    atomic_write(out, lambda path: picture.save(path, format='PNG'))
-
-
-def write_grid(images: Sequence[Tensor], columns: int, out: Path) -> None:
-    """Writes images of any size, (3, H, W) in 0..1, to equal cells of a PNG, row by row."""
-    cells = []
-    for image in images:
-        height, width = (max(1, side * CELL // max(image.shape)) for side in image.shape[1:])
-        resized = F.resize(image, [height, width])
-        cells.append(F.pad(resized, [0, 0, CELL - width, CELL - height], fill=1.0))
-    write_picture(make_grid(cells, columns, pad_value=1.0), out)
+    rows = -(-len(panels) // columns)
+    used = sorted({label for panel in panels for label in panel.labels})
+    figure = new_figure(2.6 * columns, 2.8 * rows + 0.25 * -(-len(used) // (2 * columns)))
+    cells: Any = figure.subplots(rows, columns, squeeze=False)
+    for cell in cells.flat:
+        cell.axis('off')
+    for cell, panel in zip(cells.flat, panels):
+        height, width = panel.image.shape[1:]
+        cell.imshow(panel.image.clamp(0, 1).permute(1, 2, 0).numpy(), interpolation='nearest')
+        side = max(height, width)  # a square around every image, so that cells have one size
+        cell.set(xlim=(width / 2 - side / 2 - 0.5, width / 2 + side / 2 - 0.5))
+        cell.set(ylim=(height / 2 + side / 2 - 0.5, height / 2 - side / 2 - 0.5))
+        cell.set_title(panel.title, fontsize=8)
+        for (left, top, right, bottom), label in zip(panel.boxes, panel.labels):
+            corner = (left - 0.5, top - 0.5)
+            box = Rectangle(corner, right - left, bottom - top, fill=False, edgecolor=color_of(label), linewidth=1.2)
+            box.set_path_effects([Stroke(linewidth=2.4, foreground='black'), Normal()])
+            cell.add_patch(box)
+    if used:
+        patches = [Patch(color=color_of(label), label=names[label - 1]) for label in used]
+        figure.legend(handles=patches, loc='outside lower center', ncols=2 * columns, fontsize=8)
+    save(figure, out)

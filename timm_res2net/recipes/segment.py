@@ -20,13 +20,14 @@ import torch
 import torch.nn.functional as F
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
+from torchvision.transforms.v2.functional import to_pil_image
 
-from .._files import make_folder
+from .._files import atomic_write, make_folder
 from . import training
 from .coco import read_image
 from .masks import IGNORED, MaskedImages, augment, require_foreground
 from .metrics import average_scores, compute_iou, count_pixels, score_binary
-from .pictures import SHOWN, paint_labels, write_grid, write_picture
+from .pictures import SHOWN, Panel, draw_grid, paint_labels
 
 STRIDE = 32  # decoders need images whose sides are multiples of it
 
@@ -92,12 +93,15 @@ def compute_loss(binary: bool, model: Any, batch: dict[str, Any]) -> Tensor:
 @torch.no_grad()
 def draw_examples(model: Segmenter, dataset: MaskedImages, out: Path) -> None:
     """Draws the first images, each with its true and its predicted labels."""
-    pictures = []
+    panels = []
     for index in range(min(SHOWN, len(dataset))):
         image, mask = dataset.read(index)
         found = model(image[None].to(model.mean.device))[0].argmax(dim=0).cpu()
-        pictures += [image, paint_labels(mask), paint_labels(found)]
-    write_grid(pictures, 6, out)
+        panels.append(Panel(f'{index + 1}: image', image))
+        for title, labels in (('truth', mask), ('found', found)):
+            present = sorted(set(labels.unique().tolist()) - {0, IGNORED})
+            panels.append(Panel(f'{index + 1}: {title}', paint_labels(labels), labels=present))
+    draw_grid(panels, dataset.names[1:], str(out), columns=6)
 
 
 def train(options: Namespace, args: Any) -> None:
@@ -131,8 +135,8 @@ def predict(files: list[Path], options: Namespace, args: Any) -> None:
     out = make_folder(Path(args.output_dir, 'predictions'))
     for file in files:
         logits = model(read_image(file)[None].to(args.device))[0].cpu()
-        picture = logits.softmax(dim=0)[1] if run['binary'] else paint_labels(logits.argmax(dim=0))
-        write_picture(picture, out / f'{file.stem}.png')
+        picture = to_pil_image(logits.softmax(dim=0)[1] if run['binary'] else paint_labels(logits.argmax(dim=0)))
+        atomic_write(out / f'{file.stem}.png', partial(picture.save, format='PNG'))
     print(f'Segmented {len(files)} images: {out}')
 
 

@@ -3,6 +3,7 @@
 run.json             settings, to continue the run and to rebuild its model
 checkpoint-N/        the Trainer's checkpoints; those without a file `complete` are ignored
 model.safetensors    the best model
+curves.png           loss and metrics over epochs
 examples.png         predictions next to the truth
 """
 
@@ -26,6 +27,7 @@ from .._errors import first_line
 from .._files import atomic_write, atomic_write_text, make_folder, read_text, sync
 from .._images import find_images
 from ..models.block import spec_of
+from ..vision.figures import new_figure, save
 from ..weights.loading import load_checkpoint
 from .arguments import report_errors
 
@@ -206,7 +208,7 @@ def find_checkpoint(folder: Path) -> str | None:
 
 
 def train(trainer: Any, options: argparse.Namespace, backbone: nn.Module, draw_examples: Any) -> None:
-    """Trains from the last checkpoint, if any, and saves the settings, the best model and examples.
+    """Trains from the last checkpoint, if any, and saves the settings, the best model, curves and examples.
 
     Raises ValueError if the folder has a run with other settings, or if training diverges.
     """
@@ -231,6 +233,7 @@ def train(trainer: Any, options: argparse.Namespace, backbone: nn.Module, draw_e
         spec = spec_of(backbone)
         state = {name: value.detach().cpu().contiguous() for name, value in trainer.model.state_dict().items()}
         atomic_write(folder / WEIGHTS, lambda path: save_file(state, path, spec.as_text() if spec else None))
+        plot_curves(trainer.state.log_history, folder / 'curves.png')
         draw_examples(trainer.model.eval(), trainer.eval_dataset, folder / 'examples.png')
 
 
@@ -261,3 +264,20 @@ def load_best(model: nn.Module, folder: str | Path) -> Any:
     except Exception as error:  # of safetensors, or torch's
         raise ValueError(f'cannot load {str(file)!r}: {first_line(error)}') from error
     return model.eval()
+
+
+def plot_curves(history: Sequence[dict[str, Any]], out: Path) -> None:
+    """Draws the training loss and the metrics over epochs; metrics below zero are undefined."""
+    figure = new_figure(9, 3.6)
+    left, right = figure.subplots(1, 2)
+    names = dict.fromkeys(name for entry in history for name in entry if name == 'loss' or name.startswith('eval_'))
+    for name in names:
+        points = [(each['epoch'], each[name]) for each in history if each.get(name, -1) >= 0]
+        if points and not name.endswith(('_runtime', '_per_second', '_time')):
+            panel = left if name == 'loss' else right
+            panel.plot(*zip(*points), marker='.', label=name.removeprefix('eval_'))
+    left.set(xlabel='epoch', ylabel='training loss')
+    right.set(xlabel='epoch', ylabel='validation metrics')
+    if right.lines:
+        right.legend()
+    save(figure, str(out))

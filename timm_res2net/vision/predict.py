@@ -23,7 +23,7 @@ from ..hub.pull import fetch_file
 from ..models.checks import require_eval_mode
 from ..models.classifier import class_names, image_config, registered_cfg
 from ..weights.checkpoints import Checkpoint
-from ..weights.config import require_labels
+from ..weights.config import CONFIG_FILE, require_labels
 from ..weights.loading import load_model, require_known
 
 _logger = logging.getLogger(__name__)
