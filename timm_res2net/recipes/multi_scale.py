@@ -185,7 +185,8 @@ def write_part(folder: Path, drawn: Iterable[Canvas]) -> dict[str, Any]:
     """Writes images and masks of canvases, and returns their annotations in COCO's format."""
     for kind in ('images', 'masks'):
         (folder / kind).mkdir(parents=True)
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for index, canvas in enumerate(drawn):
         name = f'{index:05}.png'
         labels = np.zeros_like(canvas.image)
