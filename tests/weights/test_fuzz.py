@@ -1,6 +1,6 @@
 """Mutated files are read or refused; nothing else ever happens.
 
-    pytest -m slow tests/weights/test_fuzz.py                             # 20 seconds
+    pytest -m slow tests/weights/test_fuzz.py                             # 10 seconds
     FUZZ_SECONDS=3600 FUZZ_SEED=1 pytest -m slow tests/weights/test_fuzz.py
 
 The sandbox's functions run in a forked worker without a new interpreter for each file, which is 50 times as fast.
@@ -37,7 +37,7 @@ from timm_res2net.weights import readers, sandbox
 from timm_res2net.weights.checkpoints import identify
 from timm_res2net.weights.matching import find_model
 
-SECONDS = float(os.environ.get('FUZZ_SECONDS', 20)) / len(FORMATS)
+SECONDS = float(os.environ.get('FUZZ_SECONDS', 10)) / len(FORMATS)
 SEED = int(os.environ.get('FUZZ_SEED', 0))
 INTEGERS = (0, 1, -1, 2, 255, 2**15, 2**31 - 1, -(2**31), 2**31, 2**32 - 1, 2**62, 2**63 - 1, -(2**63), 2**64 - 1)
 WORDS = ('', '.', '/', '..', 'a' * 300, 'a' * 5000, '\x1b[2J', '\0', '9' * 5000, '\u202e', 'layer1.0.convs.0.weight')
