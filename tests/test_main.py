@@ -1,4 +1,4 @@
-"""The command line: what each command prints and writes, and one line for each wrong call."""
+"""The command line: what each command prints and writes, and the one line that it prints for invalid arguments."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from PIL import Image
 from support import tiny
 
 from timm_res2net import card
-from timm_res2net.__main__ import COMMANDS, main, parser
+from timm_res2net.__main__ import COMMANDS, main, make_parser
 from timm_res2net._files import sha256
 from timm_res2net._images import bundled_digits
 from timm_res2net.models.variants import ARCHS, WEIGHTS
@@ -62,7 +62,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 @pytest.fixture
 def photos() -> None:
-    """Writes a photo, a digit, and two files that are not images."""
+    """Writes a photo, a digit, a truncated photo, and a text file named .png."""
     Image.effect_noise((200, 150), 50).convert('RGB').save('photo.jpg')
     bundled_digits()[20][0].save('three.png')
     Path('cut.jpg').write_bytes(Path('photo.jpg').read_bytes()[:5000])
@@ -137,7 +137,7 @@ def test_predict_prints_files_with_their_labels(run: Run, photos: None) -> None:
         ('recipe digits --out absent/digits.yaml', 1, 'no folder absent'),
     ],
 )
-def test_main_wrong_arguments_return_status_and_print_message(
+def test_main_failure_returns_status_and_prints_message(
     run: Run, command: str, status: int, message: str, photos: None
 ) -> None:
     before = os.listdir()
@@ -157,7 +157,7 @@ def test_main_prints_help_and_version(run: Run) -> None:
 @pytest.mark.parametrize('command', COMMANDS)
 def test_help_of_a_command_has_an_example_that_parses(run: Run, command: str) -> None:
     *_, example = run(f'{command} --help').out.split('example: timm-res2net ')
-    assert parser().parse_args(shlex.split(example)).command == command
+    assert make_parser().parse_args(shlex.split(example)).command == command
 
 
 def test_main_interrupted_ends_in_one_line(run: Run, monkeypatch: Patch) -> None:
@@ -350,7 +350,7 @@ def test_predict_and_explain_weights_without_model_use_the_model_that_they_fit(r
     assert re.search(r'\d+ of 60 are right', done.out)
     assert run('explain --weights mine.pth --out a.png').status == 0
     assert Path('a.png').exists()
-    geometry = dict(strides=(1, 2, 2, 1), dilations=(1, 1, 1, 2))  # which cannot be dilated further
+    geometry = dict(strides=(1, 2, 2, 1), dilations=(1, 1, 1, 2))  # a geometry that cannot be dilated further
     state = tiny(num_classes=10, **geometry).state_dict()
     torch.save(dict(state_dict=state, hyper_parameters=dict(backbone='test_res2net', **geometry)), 'dilated.pth')
     assert run('explain --weights dilated.pth --out b.png').status == 0
@@ -364,9 +364,7 @@ def test_weights_without_a_classifier_are_refused_in_one_line(command: str, run:
 
 
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')  # timm leaves image files open
-def test_weights_of_one_channel_are_exported_and_go_through_every_command(
-    run: Run,
-) -> None:
+def test_weights_of_one_channel_are_exported_and_go_through_every_command(run: Run) -> None:
     write_digits(range(0, 60, 2))
     torch.save(timm.create_model('test_res2net.digits', pretrained=True, in_chans=1).state_dict(), 'grey.pth')
     done = run('export grey.pth grey.pt2 --images digits')

@@ -1,4 +1,4 @@
-"""Every example in a README runs, every number in it equals the package's, and every relative link works."""
+"""Every example in a README runs, every number in it matches the package, and every relative link works."""
 
 import importlib
 import importlib.util
@@ -19,7 +19,7 @@ from support import ROOT, build_meta, strides, tiny
 from torch import Tensor
 
 import timm_res2net
-from timm_res2net.__main__ import parser
+from timm_res2net.__main__ import make_parser
 from timm_res2net.deploy.backend_onnx import OPSET, OPSETS
 from timm_res2net.deploy.backends import BACKENDS
 from timm_res2net.models.spec import NetworkSpec
@@ -39,12 +39,12 @@ EXAMPLES = {name: re.findall(r'```python\n(.*?)```', text, re.DOTALL) for name, 
 
 
 def run(readme: str, part: str, **replacements: str) -> dict[str, Any]:
-    """Runs the only example of a README that has this part in it, with small images and without downloads.
+    """Runs the only example of a README that contains `part`, with small images and without downloads.
 
     Args:
         readme: A key of `READMES`.
-        part: What only this example has in it.
-        **replacements: Words to replace in it.
+        part: Text that no other example of the README contains.
+        **replacements: Words to replace in the example.
 
     Returns:
         The variables that the example set.
@@ -79,7 +79,7 @@ def test_readme_relative_links_point_to_existing_files(readme: str) -> None:
 @pytest.mark.parametrize('readme', READMES)
 def test_readme_commands_and_options_exist(readme: str) -> None:
     text = TEXTS[readme].replace('\\\n', ' ')
-    commands: Any = next(action for action in parser()._actions if action.dest == 'command')
+    commands: Any = next(action for action in make_parser()._actions if action.dest == 'command')
     for name, arguments in re.findall(r'timm-res2net (\w+)([^\n`&#]*)', text):
         known = commands.choices[name]._option_string_actions
         assert set(re.findall(r'--[a-z][a-z-]*', arguments)) <= set(known), name
@@ -101,7 +101,7 @@ def test_readme_options_of_recipes_exist(recipe: str, capsys: pytest.CaptureFixt
 
 
 def test_readme_top_level_lists_every_command() -> None:
-    commands: Any = next(action for action in parser()._actions if action.dest == 'command')
+    commands: Any = next(action for action in make_parser()._actions if action.dest == 'command')
     assert set(commands.choices) == set(re.findall(r'^timm-res2net (\w+)', TEXTS['top'], re.MULTILINE))
 
 
@@ -110,7 +110,7 @@ def test_readme_top_level_lists_every_command() -> None:
 
 @pytest.fixture
 def workplace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Changes to a folder with the files that examples read, of small networks."""
+    """Changes to a folder with the files that examples read, made from small networks."""
     monkeypatch.chdir(tmp_path)
     create, small = timm.create_model, {'res2net50d', 'res2net101d', 'res2net50_26w_4s'}
     monkeypatch.setattr(
@@ -159,7 +159,7 @@ EXAMPLE_CHECKS: list[tuple[str, str, Callable[[dict[str, Any]], bool]]] = [
 
 
 @pytest.mark.parametrize(('readme', 'part', 'is_right'), EXAMPLE_CHECKS)
-def test_readme_example_makes_what_it_says(
+def test_readme_example_makes_what_it_documents(
     readme: str, part: str, is_right: Callable[[dict[str, Any]], bool], workplace: None
 ) -> None:
     assert is_right(run(readme, part))
@@ -171,12 +171,12 @@ def test_every_example_of_a_readme_is_tested() -> None:
     assert [code for codes in EXAMPLES.values() for code in codes if not any(part in code for part in parts)] == []
 
 
-def test_readme_model_examples_build_stated_models(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_readme_model_examples_build_documented_models(monkeypatch: pytest.MonkeyPatch) -> None:
     made: dict[str, Any] = {}
     create = timm.create_model
 
     def recorded(name: str, **kwargs: Any) -> torch.nn.Module:
-        device = {} if name.startswith('test_') else {'device': 'meta'}  # without time for weights
+        device = {} if name.startswith('test_') else {'device': 'meta'}  # makes no weights, to save time
         made[name] = create(name, **kwargs, **device)
         return made[name]
 
@@ -208,7 +208,7 @@ def test_readme_ultralytics_example_gives_the_documented_layers(monkeypatch: pyt
 def test_readme_transformers_example_loads_all_of_the_backbone() -> None:
     made = run('models', 'DetrConfig', res2net50d='test_res2net')
     loaded, pretrained = made['detector'].model.backbone.model, made['pretrained']
-    torch.nn.init.normal_(pretrained.layer4[0].bn3.running_mean)  # random weights have usual statistics
+    torch.nn.init.normal_(pretrained.layer4[0].bn3.running_mean)  # not the default that any model has
     loaded.load_state_dict(pretrained.state_dict())
     x = torch.randn(1, 3, 64, 64)
     found, expected = loaded.eval()(x), pretrained.eval()(x)[1:]
@@ -220,10 +220,10 @@ CHECKED = re.findall(r'^\|.*\| (default|`.*=.*`) \| `(.*/.*)` \|$', TEXTS['weigh
 
 
 @pytest.mark.parametrize(('arguments', 'file'), CHECKED)
-def test_readme_of_weights_says_what_each_checked_file_computes(arguments: str, file: str, references: Any) -> None:
+def test_readme_of_weights_documents_the_spec_of_each_checked_file(arguments: str, file: str, references: Any) -> None:
     archive, name = file.split('/')
-    stated = {} if arguments == 'default' else eval(f'dict({arguments.strip("`")})')
-    assert read_checkpoint(references(archive) / name).spec == NetworkSpec(**stated)
+    documented = {} if arguments == 'default' else eval(f'dict({arguments.strip("`")})')
+    assert read_checkpoint(references(archive) / name).spec == NetworkSpec(**documented)
     assert name in (ROOT / 'tests' / 'weights' / 'test_checkpoints.py').read_text()  # which compares the features
 
 
@@ -262,10 +262,10 @@ def test_readme_example_for_many_models_checks_all_before_it_pushes_any_and_repe
     assert commits[0] == commits[1]
 
 
-def test_readme_optimize_example_prints_stated_path(
+def test_readme_optimize_example_prints_documented_path(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(torch, 'compile', lambda model, **settings: model)  # ten seconds; see test_optimize.py
+    monkeypatch.setattr(torch, 'compile', lambda model, **settings: model)  # takes ten seconds; see test_optimize.py
     made = run('deploy', 'print(fast.path)')
     assert f'print(fast.path)  # {capsys.readouterr().out}' in TEXTS['deploy']
     assert (made['logits'].shape, made['logits'].dtype) == ((8, 1000), torch.float32)
@@ -281,7 +281,7 @@ def test_readme_example_of_8_bits_in_process_quantizes() -> None:
     torch.testing.assert_close(found, expected, rtol=0, atol=0.2 * float(expected.abs().max()))
 
 
-def test_readme_of_deploy_table_of_formats_is_that_of_the_code() -> None:
+def test_readme_of_deploy_table_of_formats_matches_the_code() -> None:
     for suffix, backend in BACKENDS.items():
         row = rf'^\| `{re.escape(suffix)}`.* \| {", ".join(backend.precisions)} \|$'
         assert re.search(row, TEXTS['deploy'], re.MULTILINE)
@@ -289,7 +289,7 @@ def test_readme_of_deploy_table_of_formats_is_that_of_the_code() -> None:
 
 
 def api_row(name: str) -> str:
-    """A row of the table of public names: how it is called, and the first line of its docstring."""
+    """A row of the table of public names: a name with its signature, and the first line of its docstring."""
     value = getattr(timm_res2net, name)
     if not callable(value):
         return f'| `{name}` | The version of the package. |'

@@ -1,6 +1,6 @@
 """The Res2Net family for timm.
 
-Importing this package registers its models, so that `timm.create_model('res2net50d')` builds ours.
+Importing this package registers its models, so that `timm.create_model('res2net50d')` builds the one in this package.
 """
 
 from ._errors import CheckpointError, Res2NetError, UnknownModelError

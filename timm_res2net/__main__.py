@@ -29,32 +29,32 @@ COMMANDS = {  # modules in commands/, with an example of each
 }
 
 
-def parser() -> argparse.ArgumentParser:
-    """Makes the parser of all commands."""
-    main = argparse.ArgumentParser(prog='timm-res2net', description='The Res2Net family for timm.')
-    main.add_argument('--version', action='version', version=f'timm_res2net {__version__}')
-    commands = main.add_subparsers(dest='command', metavar='COMMAND')
+def make_parser() -> argparse.ArgumentParser:
+    """Makes the argument parser with all commands."""
+    parser = argparse.ArgumentParser(prog='timm-res2net', description='The Res2Net family for timm.')
+    parser.add_argument('--version', action='version', version=f'timm_res2net {__version__}')
+    commands = parser.add_subparsers(dest='command', metavar='COMMAND')
     for name, example in COMMANDS.items():
         module: Any = import_module(f'.commands.{name}', __package__)
         summary = module.__doc__.partition('. ')[0].rstrip('.')
         epilog = f'example: timm-res2net {name} {example}'
         command = commands.add_parser(name, help=summary, description=module.__doc__, epilog=epilog)
         module.add_arguments(command)
-        command.set_defaults(run=module.run, error=command.error)  # run calls error for impossible combinations
-    return main
+        command.set_defaults(run=module.run, error=command.error)  # run calls error for options that exclude each other
+    return parser
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs a command; returns 0, or 1 if something failed, 2 for wrong arguments, 130 for Ctrl-C."""
+    """Runs a command; returns 0 on success, 1 if something failed, 2 for invalid arguments, 130 for Ctrl-C."""
     argv = sys.argv[1:] if argv is None else argv
     try:
         try:
-            args = parser().parse_args(argv or ['--help'])
+            args = make_parser().parse_args(argv or ['--help'])
             return args.run(args) or 0
         finally:
-            sys.stdout.flush()  # here, where a closed pipe is handled, not when the interpreter exits
+            sys.stdout.flush()  # here, because a closed pipe cannot be handled when the interpreter exits
     except BrokenPipeError:  # the reader has stopped reading, as in `timm-res2net list | head -3`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes it again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes stdout again at exit
         return 0
     except (ValueError, TypeError, OSError, ImportError, torch.OutOfMemoryError) as error:
         print(f'timm-res2net: {" ".join(str(error).split())}', file=sys.stderr)

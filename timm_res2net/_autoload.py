@@ -1,19 +1,19 @@
-"""Registers the family once timm is imported; runs at the startup of Python after `timm-res2net autoload --on`.
+"""Registers the family as soon as timm is imported. `timm-res2net autoload --on` makes Python run this at startup.
 
-It imports nothing before that, so that Python starts as fast as without it.
+Until then it imports only sys, so Python starts as fast as without it.
 """
 
-# Annotations would import typing.
+# There are no type annotations here, because they would import typing.
 # mypy: ignore-errors
 
 import sys
 
 
 class RegisterAfterTimm:
-    """Finds timm in place of the other finders, and imports timm_res2net right after it."""
+    """Import hook that finds timm through the other finders, and imports timm_res2net right after it."""
 
     def find_spec(self, name, path=None, target=None):
-        """Returns the spec of timm, with a loader that also registers the family, and None for any other module."""
+        """Returns the spec of timm, with a loader that also registers the family; None for any other module."""
         if name != 'timm':
             return None
         others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, 'find_spec'))
@@ -27,7 +27,7 @@ class RegisterAfterTimm:
             try:
                 import timm_res2net  # noqa: F401
             except Exception as error:
-                print(f'timm_res2net is not registered: {error}', file=sys.stderr)
+                print(f'timm_res2net could not register its models: {error}', file=sys.stderr)
 
         spec.loader.exec_module = execute_and_register
         return spec

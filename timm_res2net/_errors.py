@@ -1,4 +1,4 @@
-"""Errors of this package, and how a message quotes untrusted text."""
+"""Errors of this package, and functions that quote untrusted text in messages."""
 
 import difflib
 import re
@@ -21,16 +21,16 @@ class UnknownModelError(Res2NetError, ValueError):
 
     @classmethod
     def among(cls, name: str, known: Iterable[str], where: str = '', kind: str = 'model') -> 'UnknownModelError':
-        """Builds the error with the closest known names; `where` completes "no KIND NAME"."""
+        """Builds the error with the closest known names; `where` follows "no KIND NAME" in the message."""
         close = difflib.get_close_matches(name, list(known))
-        if v1b := re.fullmatch(r'(res2net\d+)_v1b_26w_4s', name):  # the authors' name; Paddle's are the closest to it
+        if v1b := re.fullmatch(r'(res2net\d+)_v1b_26w_4s', name):  # the authors' name; Paddle's would be closest
             close = [f'{v1b[1]}d']
         hint = f'Did you mean {" or ".join(close)}?' if close else 'Run `timm-res2net list` to see all names.'
         return cls(f'no {kind} {name!r}{where}. {hint}')
 
 
 def sanitize(text: object, limit: int = 200) -> str:
-    """Makes untrusted text safe to print: escapes control and bidirectional characters, shortens the middle."""
+    """Makes untrusted text safe to print: escapes control and bidirectional characters, shortens long text."""
     shown = str(text)
     if len(shown) > limit:
         shown = f'{shown[: limit * 2 // 3]} ... {shown[-limit // 4 :]}'
@@ -40,7 +40,7 @@ def sanitize(text: object, limit: int = 200) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Quotes an error in another message: its first line without the full stop, or its type if it has no text."""
+    """Returns an error's first line, without a full stop, to quote in another message; its type if it has no text."""
     line, *more = str(error).strip().split('\n')
     if more and line.endswith(':'):
         line = f'{line} {more[0].strip()}'

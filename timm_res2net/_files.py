@@ -54,7 +54,7 @@ def temporary_folder(parent: Path) -> Iterator[Path]:
 
 
 def sync(path: PathLike) -> None:
-    """Flushes a file, or the entries of a folder, to disk, so that a later rename cannot outlive its content."""
+    """Flushes a file, or the entries of a folder, to disk, so that no crash leaves a renamed file incomplete."""
     if os.name == 'nt' and os.path.isdir(path):  # Windows cannot open folders
         return
     handle = os.open(path, os.O_RDONLY)
@@ -65,11 +65,11 @@ def sync(path: PathLike) -> None:
 
 
 def output_path(out: PathLike) -> Path:
-    """Resolves links of an output path; OSError if no regular file can be written there."""
+    """Follows links at an output path; OSError if no regular file can be written there."""
     path = Path(os.path.realpath(out) if os.path.islink(out) else out)
     if not os.path.isdir(path.parent):
         raise FileNotFoundError(f'cannot write {path.name}: no folder {path.parent}')
-    if os.path.lexists(path) and not os.path.isfile(path):  # the only links left are those that point to themselves
+    if os.path.lexists(path) and not os.path.isfile(path):  # a link can remain only if it leads to itself
         raise OSError(f'cannot write {str(out)!r}: it is {"a folder" if os.path.isdir(path) else "not a regular file"}')
     return path
 
@@ -82,9 +82,9 @@ def require_writable(out: PathLike) -> None:
 
 @contextmanager
 def replacing(*paths: Path) -> Iterator[list[str]]:
-    """Yields an empty temporary file for each path, and renames all of them afterwards, or none after an error.
+    """Yields an empty temporary file for each path and afterwards renames all of them; after an error, none.
 
-    A file that is replaced keeps its permissions. Everything is on the disk before it gets its name.
+    A replaced file keeps its permissions. All content is flushed to disk before any file is renamed.
     """
     with ExitStack() as stack:
         folders = [stack.enter_context(temporary_folder(path.parent)) for path in paths]
@@ -105,7 +105,7 @@ def replacing(*paths: Path) -> Iterator[list[str]]:
 def atomic_write(out: PathLike, write: Callable[[str], object]) -> None:
     """Calls `write` with a temporary path and renames that file to `out`; links are followed.
 
-    The old file survives any failure, which is an OSError, or the ValueError that `write` raises.
+    If that fails, the old file remains, and the error is an OSError, or a ValueError if `write` raised one.
     """
     path = output_path(out)
     try:
@@ -123,21 +123,21 @@ def atomic_write_text(out: PathLike, text: str) -> None:
 
 
 def write_files(folder: PathLike, files: Mapping[str, bytes]) -> None:
-    """Writes several files to a folder: all of them, or none and an OSError. A new folder appears complete."""
-    place = Path(folder)
+    """Writes all of these files to a folder, or none and raises OSError. A new folder appears complete."""
+    target = Path(folder)
     try:
-        if place.is_dir():
-            with replacing(*[output_path(place / name) for name in files]) as temporary:
+        if target.is_dir():
+            with replacing(*[output_path(target / name) for name in files]) as temporary:
                 for path, content in zip(temporary, files.values()):
                     Path(path).write_bytes(content)
         else:
-            write_new_folder(place, files)
+            write_new_folder(target, files)
     except OSError as error:
         raise OSError(f'cannot write {folder}: {error.strerror or first_line(error)}') from error
 
 
 def write_new_folder(folder: Path, files: Mapping[str, bytes]) -> None:
-    """Writes files to a folder that gets its name when it is complete; OSError if another process was faster."""
+    """Writes files to a folder that gets its name when it is complete; OSError if another process created it first."""
     with temporary_folder(make_folder(folder.parent)) as temporary:
         complete = temporary / folder.name
         complete.mkdir()

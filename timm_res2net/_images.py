@@ -20,12 +20,12 @@ from .models.classifier import image_config
 from .models.variants import ASSETS
 
 MAX_PIXELS = 50_000_000  # of one image; reading takes at most 16 bytes a pixel
-# Pillow hands PostScript to Ghostscript, which runs it as a program, and recognizes the others without a decoder.
+# Pillow hands PostScript to Ghostscript, which runs it as a program. It recognizes the others, but cannot decode them.
 REFUSED_FORMATS = {'EPS', 'BUFR', 'GRIB', 'HDF5', 'MPEG'}
-# Images are resized to input_size / crop_pct; without limits a small file could ask for an image that fills all memory.
+# Images are resized to input_size / crop_pct; without limits, a config file could ask for more memory than there is.
 LARGEST_SIZE, SMALLEST_CROP, LARGEST_CROP = 4096, 0.5, 2
-INTERPOLATIONS = 'nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos'  # those that timm knows
-CROP_MODES = 'center', 'squash', 'border'  # timm silently takes any other value for 'center'
+INTERPOLATIONS = 'nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos'  # those that timm supports
+CROP_MODES = 'center', 'squash', 'border'  # timm silently treats any other value as 'center'
 LARGEST_NUMBER = torch.finfo(torch.float32).max
 IMAGE_SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
     'input_size': (
@@ -35,7 +35,7 @@ IMAGE_SETTINGS: dict[str, tuple[Callable[[Any], bool], str]] = {
     'interpolation': (INTERPOLATIONS.__contains__, f'one of {", ".join(INTERPOLATIONS)}'),
     'mean': (
         lambda means: 1 <= len(means) <= LARGEST_SIZE and all(0 <= each <= LARGEST_NUMBER for each in means),
-        'finite numbers, none negative',
+        'finite non-negative numbers',
     ),
     'std': (
         lambda stds: 1 <= len(stds) <= LARGEST_SIZE and all(0 < each <= LARGEST_NUMBER for each in stds),
@@ -52,12 +52,12 @@ class Found:
     """The image files that `find_images` found, and the paths that it could not use."""
 
     files: list[Path] = field(default_factory=list)
-    failed: list[tuple[str, str]] = field(default_factory=list)  # (path or pattern without an image, reason)
-    skipped: list[str] = field(default_factory=list)  # files in folders that do not have the suffix of an image
+    failed: list[tuple[str, str]] = field(default_factory=list)  # (path or pattern, reason)
+    skipped: list[str] = field(default_factory=list)  # files in folders, without an image suffix
 
 
 def find_images(patterns: Iterable[str]) -> Found:
-    """Finds image files by their names, by folders (searched recursively, links included) and by globs."""
+    """Finds image files given as file names, folders (searched recursively, following links) and globs."""
     found = Found()
     for pattern in patterns:
         if os.path.isdir(pattern):
@@ -113,7 +113,7 @@ def read_image(path: PathLike, rotate: bool = True, max_pixels: int = MAX_PIXELS
 
     Images of 16 bits are scaled to 8 bits, and transparent pixels become white. The EXIF orientation is applied; pass
     `rotate=False` where boxes or masks refer to the pixels as stored.
-    `PIL.Image.MAX_IMAGE_PIXELS` is another limit of the size.
+    Pillow's own limit, `PIL.Image.MAX_IMAGE_PIXELS`, applies as well.
     """
     try:
         with open_regular(path) as file, Image.open(file, formats=readable_formats()) as opened:
@@ -150,18 +150,18 @@ def read_image(path: PathLike, rotate: bool = True, max_pixels: int = MAX_PIXELS
 def check_image_settings(cfg: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the image settings in a configuration, which may be untrusted, with lists as tuples.
 
-    Raises a ValueError that names the key of an impossible value.
+    Raises a ValueError that names the key of an invalid value.
     """
     settings: dict[str, Any] = {}
-    for key, (is_possible, kind) in IMAGE_SETTINGS.items():
+    for key, (is_valid, kind) in IMAGE_SETTINGS.items():
         value = tuple(cfg[key]) if isinstance(cfg.get(key), list) else cfg.get(key)
         if value is None:
             continue
         try:
-            possible = is_possible(value)
-        except Exception:  # comparisons between values of any types
-            possible = False
-        if not possible:
+            valid = is_valid(value)
+        except Exception:  # values of the wrong type can raise anything
+            valid = False
+        if not valid:
             raise ValueError(f'{key} must be {kind}, got {sanitize(repr(value), 80)}')
         settings[key] = value
     return settings
@@ -174,7 +174,7 @@ def image_transform(config: Mapping[str, Any]) -> Callable[[Image.Image], Tensor
 
 
 def preprocess(model: nn.Module, image: Image.Image) -> tuple[Tensor, Tensor]:
-    """Returns a model's input (C, H, W) for an RGB image, and the same for display, (3, H, W) in 0..1."""
+    """Returns a model's input (C, H, W) for an RGB image, and the same pixels for display, (3, H, W) in 0..1."""
     config = image_config(model)
     x = image_transform(config)(image)
     mean, std = (torch.tensor(config[key])[:, None, None] for key in ('mean', 'std'))

@@ -44,7 +44,7 @@ cfgs: dict[str, dict[str, Any] | PretrainedCfg] = {
     **{name: default_cfg(name.split('.')[0], **weights.cfg) for name, weights in WEIGHTS.items()},
     **{name: default_cfg(name) for name in ARCHS if name not in with_weights},
 }
-default_cfgs = generate_default_cfgs(cfgs)  # timm's registry takes the configurations from this name
+default_cfgs = generate_default_cfgs(cfgs)  # timm's registry looks for this name
 
 
 def create(name: str, pretrained: bool = False, block_args: dict[str, Any] | None = None, **kwargs: Any) -> nn.Module:
@@ -53,7 +53,7 @@ def create(name: str, pretrained: bool = False, block_args: dict[str, Any] | Non
     Args:
         name: Key of `ARCHS`.
         pretrained: Load weights.
-        block_args: More keyword arguments, those of the blocks in timm.
+        block_args: More keyword arguments, which timm passes to the blocks; here they are merged into `kwargs`.
         **kwargs: Arguments of the trunk, which override those of `ARCHS`, and of timm's `build_model_with_cfg`.
     """
     arch = ARCHS[name]
@@ -68,7 +68,7 @@ def create(name: str, pretrained: bool = False, block_args: dict[str, Any] | Non
         checkpoint = read_weights(cfg, kwargs.get('cache_dir'))
     if checkpoint is None:
         return build_model_with_cfg(arch.trunk, name, pretrained, **options, **{**arch.args, **kwargs})
-    if not checkpoint.is_part:  # tensor names of a network alone do not show its spec; that of the model applies
+    if not checkpoint.is_part:  # what the file leaves open is assumed to be as in the model
         spec = spec or NetworkSpec.from_arguments({**arch.args, **kwargs})
         checkpoint = checkpoint.with_spec(**{field: getattr(spec, field) for field in checkpoint.assumed})
     # timm loads the checkpoint's tensors, and adapts them to other channels and classes.
@@ -85,15 +85,15 @@ def create(name: str, pretrained: bool = False, block_args: dict[str, Any] | Non
 
 
 def normalise_arguments(name: str, kwargs: dict[str, Any], block_args: dict[str, Any]) -> dict[str, Any]:
-    """Merges both kinds of arguments, drops `output_stride=None`, and checks those of `features_only`."""
+    """Merges `block_args` into `kwargs`, drops `output_stride=None`, and checks those of `features_only`."""
     if twice := sorted(kwargs.keys() & block_args.keys()):
         raise TypeError(f'{name} got {", ".join(twice)} both as a keyword and in block_args. Pass it once.')
     kwargs = {**kwargs, **block_args}
     if ARCHS[name].trunk is not Res2Net and (given := [key for key in GEOMETRY if key in kwargs]):
-        raise ValueError(f'{name} has no {given[0]}: its {ARCHS[name].trunk.__name__} has one geometry only')
-    if kwargs.get('output_stride', 32) is None:  # transformers passes this for the default
+        raise ValueError(f'{name} does not support {given[0]}: the geometry of {ARCHS[name].trunk.__name__} is fixed')
+    if kwargs.get('output_stride', 32) is None:  # transformers passes None for the default
         del kwargs['output_stride']
-    feature_cfg = kwargs.pop('feature_cfg', None) or {}  # timm's other place for arguments of features
+    feature_cfg = kwargs.pop('feature_cfg', None) or {}  # timm takes the arguments of features_only from here, too
     if kwargs.get('features_only'):
         kwargs = {**feature_cfg, **kwargs}
         require_features(name, kwargs.get('out_indices'), ARCHS[name].out_indices[-1] + 1)
@@ -107,13 +107,13 @@ def require_features(name: str, out_indices: int | Sequence[int] | None, count: 
     indices = range(-out_indices, 0) if isinstance(out_indices, int) else () if out_indices is None else out_indices
     if not all(-count <= index < count for index in indices):
         raise ValueError(
-            f'out_indices={out_indices!r} goes beyond the features of {name}: it has {count}, 0 to {count - 1} or, '
-            f'from the end, -{count} to -1'
+            f'out_indices={out_indices!r} is out of range: {name} has {count} features, '
+            f'0 to {count - 1} or, from the end, -{count} to -1'
         )
 
 
 def require_published_spec(arch: Arch, cfg: PretrainedCfg, kwargs: dict[str, Any]) -> NetworkSpec | None:
-    """Returns the spec of published weights, None for others; ValueError if the model computes something else."""
+    """Returns the spec of published weights, None for others; ValueError if the model would compute something else."""
     overlay = kwargs.get('pretrained_cfg_overlay') or {}
     if overlay.keys() & {'url', 'file', 'hf_hub_id', 'state_dict'}:
         return None
@@ -129,9 +129,10 @@ def require_published_spec(arch: Arch, cfg: PretrainedCfg, kwargs: dict[str, Any
 
 
 def read_weights(cfg: PretrainedCfg, cache_dir: str | Path | None) -> Checkpoint | None:
-    """Reads weights from a file, a URL, a folder or the Hub; returns None if timm can read them itself.
+    """Reads weights from a file, a URL, a folder or the Hub; returns None if reading is left to timm.
 
-    timm's own reader keeps a partial file when a connection breaks, and crashes if a safetensors file shrinks.
+    timm's reader is the last resort: it keeps a partial file when a connection breaks, and crashes if a safetensors
+    file shrinks while it is read.
     """
     if cfg.state_dict:
         return None
@@ -176,9 +177,10 @@ def entrypoint(name: str, arch: Arch) -> Callable[..., nn.Module]:
     The network is `{arch.trunk.__name__}({args})`.
 
     Args:
-        pretrained: Load weights, those of the tag if the name has one: `timm.list_models('{name}.*', pretrained=True)`.
+        pretrained: Load weights, those of the tag if the model name has one. They are listed by
+            `timm.list_models('{name}.*', pretrained=True)`.
         **kwargs: Arguments of `{arch.trunk.__name__}`, which override the ones above: `num_classes`, `in_chans`,
-            `output_stride`, `drop_path_rate` and others; and of timm's `build_model_with_cfg`, as `features_only`.
+            `output_stride`, `drop_path_rate` and others; and of timm's `build_model_with_cfg`, such as `features_only`.
 
     Example:
         >>> model = timm.create_model('{name}', num_classes=10).eval()
@@ -195,18 +197,18 @@ for name, arch in ARCHS.items():
 def register() -> None:
     """Registers the family with timm, replacing timm's models of the same names. Importing the package does this."""
     with warnings.catch_warnings():
-        warnings.simplefilter('ignore')  # timm warns about names that it already has, which are replaced on purpose
+        warnings.simplefilter('ignore')  # timm warns about names that it already has; we replace them on purpose
         for name in ARCHS:
             register_model(globals()[name])
 
 
 def timm_entrypoint(name: str) -> Callable[..., nn.Module] | None:
-    """Returns the function that makes timm's own model of that name, or None if timm has none."""
+    """Returns the function that makes timm's own model of this name, or None if timm has none."""
     return getattr(timm.models.res2net, name, None) or getattr(timm.models.dla, name, None)
 
 
 def unregister() -> None:
-    """Restores timm's own models and removes the others from its registry."""
+    """Restores timm's own models and removes the rest of the family from timm's registry."""
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         for name in ARCHS:

@@ -5,8 +5,8 @@
     python -m timm_res2net.run some-console-script ...
     torchrun --nproc-per-node 2 -m timm_res2net.run train.py ...
 
-Python processes that the program starts do not inherit this. Start each of them with `-m timm_res2net.run`, or register
-the family in the whole environment with `timm-res2net autoload --on`.
+Python processes that the program starts do not inherit the registration. Start each of them with
+`-m timm_res2net.run`, or register the family in the whole environment with `timm-res2net autoload --on`.
 """
 
 import os
@@ -18,7 +18,7 @@ import timm_res2net  # noqa: F401 - registers the models
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the program that the first arguments name as `__main__`, with the other arguments in `sys.argv`."""
+    """Runs the program named by the first arguments as `__main__`, with the remaining arguments in `sys.argv`."""
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] in (['-h'], ['--help']):
         print(__doc__)

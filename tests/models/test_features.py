@@ -17,7 +17,7 @@ from timm_res2net.models.variants import ARCHS
 
 
 def exact(name: str, output_stride: int) -> dict[str, Any]:
-    """Arguments of a dilated network that is exact."""
+    """Arguments for a dilated network that computes exactly what the undilated one does."""
     return {**ARCHS[name].trunk.densest, 'output_stride': output_stride}
 
 
@@ -61,14 +61,14 @@ def test_output_stride_none_equals_default(name: str) -> None:
 def test_out_indices_beyond_feature_count_raise_value_error(name: str) -> None:
     count = ARCHS[name].out_indices[-1] + 1
     for indices in ((0, count), (-count - 1,), count + 1):
-        with pytest.raises(ValueError, match=f'it has {count}, 0 to {count - 1} or, from the end, -{count} to -1'):
+        with pytest.raises(ValueError, match=f'has {count} features, 0 to {count - 1} or, .*, -{count} to -1'):
             timm.create_model(name, features_only=True, out_indices=indices, device='meta', **small(name))
     for indices, number in (((0, count - 1), 2), ((-count, -1), 2), (np.array([0, 1]), 2), (2, 2), (count, count)):
         model = timm.create_model(name, features_only=True, out_indices=indices, device='meta', **small(name))
         assert len(model.feature_info.channels()) == number
 
 
-def test_feature_cfg_is_another_place_for_arguments_of_features() -> None:
+def test_feature_cfg_takes_the_arguments_of_features_only() -> None:
     model = timm.create_model(
         'test_res2net', features_only=True, feature_cfg=dict(feature_cls='dict', out_indices=(1,))
     )

@@ -51,14 +51,14 @@ def test_spec_of_every_trunk_has_activation_and_eps(name: str) -> None:
 
 
 @pytest.mark.parametrize('name', [name for name in TRUNKS if name != 'test_res2net'])
-def test_geometry_of_a_trunk_with_only_one_raises_value_error(name: str) -> None:
+def test_geometry_argument_of_a_trunk_with_fixed_geometry_raises_value_error(name: str) -> None:
     for field, value in GEOMETRY.items():
-        with pytest.raises(ValueError, match=f'{name} has no {field}: its Res2Net.* has one geometry only'):
+        with pytest.raises(ValueError, match=f'{name} does not support {field}: the geometry of Res2Net.* is fixed'):
             timm.create_model(name, device='meta', **{field: value})
 
 
 def test_output_stride_is_not_part_of_the_spec_but_strides_are() -> None:
-    channels = (8, 16, 24, 32)  # with equal ones timm makes no shortcut in a dilated stage
+    channels = (8, 16, 24, 32)  # with equal channels, timm makes no projection in a dilated stage
     plain, dilated = (tiny(channels=channels, output_stride=stride) for stride in (32, 8))
     assert spec_of(dilated) == spec_of(plain)
     assert [stage[0].cascade for stage in (dilated.layer3, dilated.layer4)] == [False, False]
@@ -105,7 +105,7 @@ def test_activation_name_is_timms_and_shows_arguments_of_a_partial(name: str) ->
         (dict(norm_eps=torch.zeros(2)), 'must be a number'),
     ],
 )
-def test_impossible_spec_raises_value_error(fields: dict[str, Any], message: str) -> None:
+def test_invalid_spec_raises_value_error(fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         NetworkSpec(**fields)
 
@@ -125,9 +125,9 @@ def test_arguments_with_a_norm_have_its_eps(layer: Any, eps: float) -> None:
 
 
 @pytest.mark.parametrize('layer', [5, [1], '', 'warp', torch.zeros(2)], ids=repr)
-@pytest.mark.parametrize(('field', 'kind'), [('norm_layer', 'a norm'), ('act_layer', 'an activation')])
+@pytest.mark.parametrize(('field', 'kind'), [('norm_layer', 'norm'), ('act_layer', 'activation')])
 def test_layer_of_another_kind_raises_value_error(field: str, kind: str, layer: object) -> None:
-    with pytest.raises(ValueError, match=f'{field}=.* is not {kind} of timm'):
+    with pytest.raises(ValueError, match=f'{field}=.* is not a timm {kind}'):
         NetworkSpec.from_arguments({field: layer})
 
 

@@ -213,7 +213,7 @@ def test_predict_equals_the_model_on_the_images_of_timm_at_any_batch_size(batch_
 
 
 def test_predict_with_a_model_of_four_channels_raises_with_reason() -> None:
-    with pytest.raises(ValueError, match='test_res2net takes images of 4 channels, but image files have 3, or 1'):
+    with pytest.raises(ValueError, match='test_res2net takes images with 4 channels, but image files have 3, or 1'):
         next(predict(tiny(in_chans=4), [NOISE], identity))
 
 

@@ -630,5 +630,5 @@ def test_file_with_an_activation_that_timm_lacks_loads_into_its_model_only(
     with pytest.raises(CheckpointError, match=f"act_layer='{re.escape(name)}'.*No model of this package fits it"):
         load_checkpoint(tiny(), file)
     for options in ({}, dict(name='test_res2net', **TINY)):
-        with pytest.raises(CheckpointError, match=f"act_layer='{re.escape(name)}' is not an activation of timm"):
+        with pytest.raises(CheckpointError, match=f"act_layer='{re.escape(name)}' is not a timm activation"):
             load_model(file, **options)

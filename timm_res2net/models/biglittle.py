@@ -1,6 +1,6 @@
 """Big-Little trunk with Res2Net blocks.
 
-Papers: `Big-Little Net` - https://arxiv.org/abs/1807.03848, and Res2Net's own, whose bLRes2Net-50 this is.
+Papers: `Big-Little Net` - https://arxiv.org/abs/1807.03848, and Res2Net's own for bLRes2Net-50.
 """
 
 from collections.abc import Sequence
@@ -18,7 +18,7 @@ from .trunk import Trunk, TrunkOptions
 
 
 class BigLittleStem(nn.Module):
-    """Two branches at stride 2, one convolution and three with 1 / `alpha` of its channels, added and mixed."""
+    """Adds two branches of stride 2, one convolution and three with 1 / `alpha` of its channels, and mixes the sum."""
 
     def __init__(self, opts: TrunkOptions, chs: int, alpha: int) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ class BigLittleModule(nn.Module):
         """Runs both branches and the fusion, (N, in_chs, H, W) to (N, out_chs, H / stride, W / stride)."""
         big = self.big(x)  # (N, out_chs, H / 2, W / 2); runs first because FullGrad relies on the order of modules
         little = self.little_e(self.little(x))  # (N, out_chs, H, W)
-        return self.fusion(self.act(F.interpolate(big, size=little.shape[2:]) + little))  # nearest neighbors of big
+        return self.fusion(self.act(F.interpolate(big, size=little.shape[2:]) + little))  # nearest pixels of big
 
 
 def make_stage(
@@ -81,9 +81,9 @@ class Res2NetBigLittle(Trunk):
     """Big-Little Net with Res2Net blocks: many blocks at half the resolution, and a few thin blocks at full resolution.
 
     Maps images (N, in_chans, H, W) to logits (N, num_classes). The paper says only that bLRes2Net-50 replaces the
-    bottleneck with the Res2Net module. It leaves open whether the block of a little branch that changes channels, at
-    stride 1, is a first block, without a cascade. No tensor depends on that. Here, as in the authors' DLA, first blocks
-    are those with stride 2.
+    bottleneck with the Res2Net module. It leaves open whether a little branch's block that changes the channels, at
+    stride 1, counts as a first block, without a cascade. No tensor shows that. Here, as in the authors' DLA, only
+    blocks of stride 2 are first blocks.
 
     Args:
         layers: Blocks of each stage.
@@ -129,7 +129,7 @@ class Res2NetBigLittle(Trunk):
         self.layer2 = module(256, 512, layers[1], stride=2)
         self.layer3 = module(512, 1024, layers[2], stride=1)
         self.layer4 = make_stage(opts, 1024, 2048, layers[3], stride, dilation=2 // stride)
-        self.feature_info = [  # without layer2, at stride 16 as layer3: necks expect each stride once
+        self.feature_info = [  # not layer2, which has stride 16 like layer3: necks expect each stride once
             dict(num_chs=64, reduction=2, module='act1'),
             dict(num_chs=64, reduction=4, module='bl_init'),
             dict(num_chs=256, reduction=8, module='layer1'),

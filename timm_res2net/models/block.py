@@ -1,4 +1,4 @@
-"""The Res2Net block, the one idea that every network of this package is built from.
+"""The Res2Net block, from which every network of this package is built.
 
 A bottleneck's 3x3 convolution over `scale * width` channels becomes a cascade of `scale - 1` convolutions over `width`
 channels each. The output of each convolution is added to the next split; the last split is not convolved. Output i
@@ -46,7 +46,7 @@ class Bottle2neck(Foldable):
         dilate_pool: Dilate the average pool of the last split like the convolutions. timm does not.
         act_layer: Activation class. Each site gets its own instance, because hooks and attribution methods need that.
         norm_layer: Norm class.
-        attn_layer: Attention class or its name in timm, right before the residual add, where the paper (3.2.2) has SE.
+        attn_layer: Attention class or its name in timm, right before the residual addition, as in the paper (3.2.2).
         device, dtype: Device and data type of the tensors.
 
     Raises:
@@ -93,7 +93,7 @@ class Bottle2neck(Foldable):
         stride_1x1, stride_3x3 = (stride, 1) if style == 'caffe' else (1, stride)
         first_dilation = first_dilation or dilation
         splits = LATER_BLOCK
-        if first:  # its kind depends on the stride of the 3x3 convolutions in training, which dilation may replace
+        if first:  # its kind depends on the stride that the 3x3 convolutions had in training; dilation may replace it
             trained_stride = 1 if style == 'caffe' else stride * dilation // first_dilation
             at_stride_1, at_stride_2 = FIRST_BLOCKS[first_block]
             splits = at_stride_1 if trained_stride == 1 else at_stride_2
@@ -127,7 +127,7 @@ class Bottle2neck(Foldable):
         self.drop_path: nn.Module = nn.Identity()
         self.act3 = act_layer(inplace=True)
         self.spec = NetworkSpec(
-            first_block=first_block if scale > 1 else NetworkSpec.first_block,  # the same without splits
+            first_block=first_block if scale > 1 else NetworkSpec.first_block,  # without splits, all kinds are the same
             style=style,
             act_layer=activation_name(act_layer),
             norm_eps=getattr(self.bn1, 'eps', NetworkSpec.norm_eps),
@@ -145,7 +145,7 @@ class Bottle2neck(Foldable):
         """Returns a block for inference that computes the same; `timm.models.reparameterize_model` calls this.
 
         Folds batch norms into the convolutions before them. In a block without a cascade, the convolutions and the pool
-        of the last split become one grouped convolution where one can compute the same. Folds running statistics even
+        of the last split become one grouped convolution if one can compute the same. Folds running statistics even
         in training mode, because timm calls this before `eval()`.
         """
         block = copy.deepcopy(self)

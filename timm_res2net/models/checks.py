@@ -11,7 +11,7 @@ DIFFER_IN_TRAINING = _NormBase, _DropoutNd, DropPath, DropBlock2d
 
 
 def require_eval_mode(model: nn.Module) -> None:
-    """Raises ValueError for a model, norm or dropout in training mode; other layers compute the same in both modes."""
+    """Raises ValueError if a model, or a norm or dropout in it, is in training mode; other layers ignore the mode."""
     if model.training or any(each.training and isinstance(each, DIFFER_IN_TRAINING) for each in model.modules()):
         raise ValueError(
             f'{type(model).__name__} is in training mode: its norms would use the statistics of each batch. '

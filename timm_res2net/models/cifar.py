@@ -14,18 +14,18 @@ class Res2NetCifar(Trunk):
     """ResNeXt-29 with Res2Net blocks, for images of 32 x 32 pixels: a 3x3 stem without pooling and three stages.
 
     Maps images (N, in_chans, H, W) to logits (N, num_classes). The literature allows two definitions. With
-    `first_block='group'`, where each stage begins with a grouped convolution, as the authors describe their code for
-    CIFAR, convolutions and classifier have the sizes printed in the paper (table 4): 24.3 M for 6c 24w 4s, 33.8 M for
-    8c 25w 4s, 36.7 M for 6c 24w 6s; exactly 24,302,116, 33,829,172 and 36,718,372. The published block,
-    `first_block='official'`, gives 23,705,732, 32,957,436 and 36,146,180 parameters, norms included, which the paper
-    does not mention.
+    `first_block='group'`, each stage begins with a grouped convolution, as the authors describe their code for CIFAR.
+    Convolutions and classifier then have 24,302,116 parameters (6c 24w 4s), 33,829,172 (8c 25w 4s) and 36,718,372 (6c
+    24w 6s), which are the 24.3, 33.8 and 36.7 M of the paper's table 4. With the published block,
+    `first_block='official'`, the networks have 23,705,732, 32,957,436 and 36,146,180 parameters, norms included; these
+    sizes are not in the paper.
 
     The paper's sizes with SE (26.0, 34.0 and 36.9 M) cannot be reproduced: they exceed those without SE by 1.7, 0.2 and
     0.2 M, but attention with the default reduction by 16 adds 521,808 parameters to each.
 
     Args:
         layers: Blocks of each stage.
-        channels: Planes of each stage; it has four times as many output channels.
+        channels: Planes of each stage, a quarter of its output channels.
         base_width: Channels of one split and group for 64 planes.
         cardinality: Groups of the 3x3 convolutions.
         first_block: How the first block of a stage computes its splits, a key of `FIRST_BLOCKS`.

@@ -49,7 +49,7 @@ def registered_cfg(name: str) -> PretrainedCfg:
 
 
 def class_names(model: nn.Module) -> list[str]:
-    """Returns the class names of a model: its own, else those of an ImageNet of that size, else numbers."""
+    """Returns the class names of a model: its own, else those of the ImageNet subset of that size, else numbers."""
     net = cast(Classifier, model)
     num_classes, names = net.num_classes, net.pretrained_cfg.get('label_names')
     if names and len(names) == num_classes:
@@ -81,7 +81,7 @@ def image_config(model: nn.Module, channels: int | None = None) -> dict[str, Any
     channels = channels or getattr(model, 'in_chans', config['input_size'][0])
     if channels not in (1, 3):
         raise ValueError(
-            f'{model_name(model)} takes images of {channels} channels, but image files have 3, or 1 in grayscale. '
+            f'{model_name(model)} takes images with {channels} channels, but image files have 3, or 1 in grayscale. '
             'Call it with tensors.'
         )
     return with_channels(config, channels)

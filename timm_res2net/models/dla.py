@@ -1,6 +1,6 @@
 """DLA trunk with Res2Net blocks.
 
-Papers: `Deep Layer Aggregation` - https://arxiv.org/abs/1707.06484, and Res2Net's own, whose Res2Net-DLA-60 this is.
+Papers: `Deep Layer Aggregation` - https://arxiv.org/abs/1707.06484, and Res2Net's own for Res2Net-DLA-60.
 """
 
 from collections.abc import Sequence
@@ -23,7 +23,7 @@ class DlaBottle2neck(Bottle2neck):
 
 
 class DlaRoot(nn.Module):
-    """Aggregates the outputs of a tree: concatenation, 1x1 convolution, norm, first input if `shortcut`, activation."""
+    """Aggregates the outputs of a tree: concatenation, 1x1 convolution, norm, addition if `shortcut`, activation."""
 
     def __init__(self, opts: TrunkOptions, in_chs: int, out_chs: int, shortcut: bool) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class DlaLeaf(nn.Module):
     """The smallest tree: two blocks joined by a root.
 
     The first leaf of a level has the stride of the level. With `level_root`, the root also gets the input of the leaf,
-    at the resolution of its output. `root_chs` is the number of channels that the root gets from outside the leaf.
+    pooled to the output's resolution. `root_chs` is the number of channels that the root gets from outside the leaf.
     """
 
     def __init__(
@@ -91,7 +91,7 @@ class DlaLeaf(nn.Module):
 
 
 class DlaTree(nn.Module):
-    """Two trees in sequence, of depth 2 or more. The last root of the second also gets the output of the first."""
+    """A tree of depth 2 or more: two trees in sequence. The last root of the second also gets the first's output."""
 
     def __init__(
         self,
@@ -127,7 +127,7 @@ def make_tree(depth: int, *args: Any, **kwargs: Any) -> nn.Module:
 def make_pool(grid: Grid) -> nn.Module:
     """Makes the 2x2 max-pool that brings the input of a level to the resolution of its output.
 
-    In a dilated level (stride 1), its pixels are as far apart as those that the strided pool sees.
+    In a dilated level (stride 1), the pool is dilated and sees the same pixels as the strided pool.
     """
     if grid.stride == 1:
         pad = nn.ConstantPad2d((0, grid.first_dilation, 0, grid.first_dilation), float('-inf'))
@@ -139,11 +139,11 @@ class Res2NetDla(Trunk):
     """DLA with Res2Net blocks and timm's tensor names: a stem, two levels of convolutions and four of nested trees.
 
     Maps images (N, in_chans, H, W) to logits (N, num_classes). Unlike timm's DLA it supports dilation, checkpointing,
-    stochastic depth, other layer classes, and odd image sizes. Dilated networks (`output_stride`) compute exactly the
-    undilated one, on a denser grid.
+    stochastic depth, other layer classes, and odd image sizes. A dilated network (`output_stride`) computes exactly
+    what the undilated one does, on a denser grid.
 
     Args:
-        levels: Depth of each level: convolutions in the first two, depth of the tree in the others.
+        levels: Number of convolutions in each of the first two levels, depth of the tree in each of the others.
         channels: Output channels of each level.
         base_width: Channels of one split for 64 planes; a block has half as many planes as output channels.
         output_stride: 8, 16 or 32; levels beyond it are dilated.

@@ -18,8 +18,8 @@ from .layers import DeformableConv2d, DilatedAvgPool2d
 class Foldable(nn.Module):
     """Mixin for networks with norms that can be folded, after which the network stays in evaluation mode.
 
-    `train()` is ignored then, not an error, because many programs call it on a model that contains a fused one: to use
-    it as a teacher, for instance, or to trace it. Gradients are those of a network with frozen norms.
+    `train()` then has no effect, and raises no error because many programs call it on a model that contains a fused
+    one: to use it as a teacher, for instance, or to trace it. Gradients are those of a network with frozen norms.
     """
 
     def train(self, mode: bool = True) -> Any:
@@ -31,12 +31,12 @@ class FoldedNorm(Foldable, nn.Identity):
 
 
 def fold_norm(conv: nn.Module | None, norm: nn.Module) -> nn.Module:
-    """Folds a norm into the convolution before it and returns a `FoldedNorm`; returns the norm if it cannot."""
+    """Folds a norm into the convolution before it and returns a `FoldedNorm`, or the norm itself if it cannot."""
     if not isinstance(conv, nn.Conv2d) or not isinstance(norm, nn.BatchNorm2d | nn.SyncBatchNorm | FrozenBatchNorm2d):
         return norm
     if norm.running_mean is None or norm.running_var is None:
         return norm
-    if 'weight' not in dict(conv.named_parameters(recurse=False)):  # pruned or normalised: computed at each call
+    if 'weight' not in dict(conv.named_parameters(recurse=False)):  # pruned or normalised: recomputed at each call
         return norm
     if not isinstance(getattr(norm, 'act', None), nn.Identity | None):  # timm has norms that include an activation
         return norm
@@ -55,11 +55,11 @@ def fold_norms(module: nn.Module) -> None:
 
 
 def merge_convs(modules: Iterable[nn.Module], scale: int, pool: nn.Module, act: nn.Module) -> nn.Conv2d | None:
-    """Makes one grouped convolution of parallel 3x3 convolutions and the pool of the last split, or returns None.
+    """Merges parallel 3x3 convolutions and the pool of the last split into one grouped convolution, or returns None.
 
-    One activation follows the grouped convolution, so the last split passes through it, too. ReLU does not change that
-    split, pooled or not, because it is the output of a ReLU. No convolution computes the same with another activation,
-    with deformable convolutions, or with a pool that does not count the padding or has another dilation.
+    One activation follows the grouped convolution, so the last split passes through it, too. A ReLU does not
+    change that split, pooled or not, because the split is the output of a ReLU. Merging is impossible with another
+    activation, with deformable convolutions, and with a pool that does not count the padding or has another dilation.
     """
     convs = [cast(nn.Conv2d, module) for module in modules]
     if len(convs) == 1 or any(isinstance(each, DeformableConv2d) for each in convs):

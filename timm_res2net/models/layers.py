@@ -11,7 +11,7 @@ from torchvision.ops import deform_conv2d
 torch.fx.wrap('deform_conv2d')  # tracing cannot follow its shape checks
 torch.fx.wrap('classify')
 
-VERSIONS = {  # channels of the offsets of nine taps
+VERSIONS = {  # channels of the offsets, (y, x) for each of nine taps
     'v1': 18,
     'v2': 27,  # with a mask
 }
@@ -20,8 +20,8 @@ VERSIONS = {  # channels of the offsets of nine taps
 class DilatedAvgPool2d(nn.Module):
     """Average over neighbors that are `dilation` pixels apart, at stride 1.
 
-    The window of 3 x 3 pixels is centered; that of 2 x 2 extends to the right and below. Positions beyond the border
-    count as zeros if `count_include_pad`, else not at all.
+    A 3 x 3 window is centered; a 2 x 2 window extends to the right and down. Positions beyond the border count as zeros
+    if `count_include_pad`; otherwise they do not count.
     """
 
     def __init__(self, dilation: int, count_include_pad: bool = True, kernel_size: int = 3) -> None:
@@ -50,7 +50,7 @@ class DeformableConv2d(nn.Conv2d):
     """A 3x3 convolution that moves its taps by offsets (y, x), in pixels, which another convolution computes.
 
     Uses torchvision's operator and the tensor names of mmcv. Offsets start at zero: version 1 then computes the plain
-    convolution, up to rounding. Version 2 also multiplies every tap by a mask, the sigmoid of zero at first, so it
+    convolution, up to rounding. Version 2 also multiplies every tap by a mask, which starts at sigmoid(0), so it
     starts with half of that output, as in mmcv. All groups share the offsets.
 
     Papers: `Deformable Convolutional Networks` - https://arxiv.org/abs/1703.06211, and, for version 2,
@@ -96,10 +96,10 @@ def classify(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class ConvClassifier(nn.Conv2d):
-    """A 1x1 convolution that classifies pooled features, (N, C) to (N, classes), as files of DLA networks need it.
+    """A 1x1 convolution that classifies pooled features, (N, C) to (N, classes), as DLA weight files require.
 
     Flat inputs and outputs let `nn.Sequential(*model.children())` run.
-    Maps are classified pixel by pixel, as timm's test-time pooling expects of every convolution that classifies.
+    Maps are classified pixel by pixel, as timm's test-time pooling expects of a convolutional classifier.
     """
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Gradient checkpointing that leaves norm statistics exact.
 
 Checkpointing runs a part of the network again in the backward pass instead of keeping its activations. timm's version
-updates the running statistics of norms in both runs, this one only in the first. So a training step gives the same
+updates the running statistics of norms in both runs, this one only in the first, so a training step gives the same
 model with and without checkpointing.
 """
 
@@ -68,7 +68,7 @@ class ExactCheckpointing(Foldable):
         """Turns gradient checkpointing of the blocks on or off. Unlike in timm, norm statistics stay exact."""
         for module in self.modules():
             is_part = 'grad_checkpointing' in vars(module) and not hasattr(module, 'set_grad_checkpointing')
-            if is_part:  # not a feature extractor, where this would turn on timm's own
+            if is_part:  # not a feature extractor, in which the flag would turn on timm's version
                 vars(module)['grad_checkpointing'] = enable
 
 

@@ -1,4 +1,4 @@
-"""ResNet trunk with Res2Net blocks, on timm's tensor names."""
+"""ResNet trunk with Res2Net blocks, under timm's tensor names."""
 
 from collections.abc import Sequence
 from typing import Any, ClassVar
@@ -63,12 +63,12 @@ class Res2Net(Trunk):
 
     Args:
         layers: Blocks of each of the four stages.
-        channels: Planes of each stage; it has four times as many output channels.
+        channels: Planes of each stage, a quarter of its output channels.
         stem_type: '' for one 7x7 convolution, 'deep' for three of 3x3, 'deep_tiered' for three of growing width.
-        stem_width: Channels of the first convolutions of a deep stem, half of those of the last. Otherwise the stem has
-            64 channels.
+        stem_width: Channels of the first convolutions of a deep stem; its last has twice as many. A plain stem has 64
+            channels.
         replace_stem_pool: Replace the stem's max-pool with a strided convolution.
-        stem_ceil_mode: Round the size of the stem's max-pool up.
+        stem_ceil_mode: Round up the output size of the stem's max-pool.
         down_kernel_size: Kernel size of shortcuts that have a stride or dilation.
         avg_down: Move the stride of shortcuts into an average pool before their convolution.
         style: Where stages have their stride: 'pytorch' (3x3 convolutions) or 'caffe' (first 1x1 convolution).
@@ -139,7 +139,7 @@ class Res2Net(Trunk):
         if len(layers) != 4 or len(channels) != 4 or min(layers) < 1:
             raise ValueError(f'layers={layers} and channels={channels} must have a positive entry for each of 4 stages')
         if stem_ceil_mode and replace_stem_pool:
-            raise ValueError('stem_ceil_mode=True has no effect on the convolution of replace_stem_pool')
+            raise ValueError('stem_ceil_mode=True has no effect: replace_stem_pool=True removes the max-pool')
         if not default_grid and (output_stride != 32 or dilate_pool or down_kernel_size != 1):
             raise ValueError(
                 'strides and dilations set the whole geometry: do not pass output_stride, dilate_pool or '

@@ -1,4 +1,4 @@
-"""The part of a network's function that its weights do not show.
+"""Choices that change what a network computes but leave no trace in its weights.
 
 Weights load strictly into any network with the same tensor names and shapes. Whether that network also computes what
 they were trained to compute depends on the choices in this file.
@@ -41,7 +41,7 @@ FIRST_BLOCKS = {
 }
 # fmt: on
 STYLES = 'pytorch', 'caffe'  # position of a block's stride: its 3x3 convolutions, or its first 1x1 convolution
-HIDDEN_ATTENTION = ('ceca',)  # attention layers of timm with the tensors of another one ('eca')
+HIDDEN_ATTENTION = ('ceca',)  # timm's attention layers with the same tensors as another one ('eca')
 
 Dilation = int | tuple[int, ...]  # of all blocks of a stage, or of each (multi-grid)
 
@@ -50,11 +50,11 @@ Dilation = int | tuple[int, ...]  # of all blocks of a stage, or of each (multi-
 class NetworkSpec:
     """Choices that change what a network computes, but not the names and shapes of its tensors.
 
-    Networks with equal specs and equal weights compute the same. A model has a spec (`spec_of`), and so has a file of
-    weights, as far as it is recorded or known. Weights are loaded only if both specs agree.
+    Networks with equal specs and equal weights compute the same. A model has a spec (`spec_of`), and so does a
+    weights file, as far as its spec is recorded or known. Weights are loaded only if both specs agree.
 
     Every field is also a keyword of `timm.create_model`. Strides and dilations are those of training: `output_stride`,
-    which runs a trained network on a denser grid, is not a field. `ARGUMENTS` lists all other keywords.
+    which runs a trained network on a denser grid, is not a field. `ARGUMENTS` groups all keywords by their effect.
 
     Attributes:
         first_block: How the first block of a stage computes its splits, a key of `FIRST_BLOCKS`.
@@ -67,11 +67,11 @@ class NetworkSpec:
         shortcut_root: Whether the roots of a DLA add their first input to their output.
         act_layer: timm's name of the activation.
         norm_eps: Epsilon that norms add to variances.
-        attn_layer: 'ceca' for circular ECA, which has the tensors of ECA. None without attention, and for any other
-            kind, because its tensors show it.
+        attn_layer: 'ceca' for circular ECA, which has the same tensors as ECA. None for every other kind, which its
+            tensors show, and for no attention.
 
     Raises:
-        ValueError: If a value is not possible.
+        ValueError: If a value is invalid.
 
     Example:
         >>> spec = NetworkSpec('mmdet', style='caffe')
@@ -134,7 +134,7 @@ class NetworkSpec:
 
     @staticmethod
     def from_text(text: Mapping[str, str]) -> 'NetworkSpec':
-        """Parses the output of `as_text` and ignores other keys; ValueError if a value is not JSON, or not possible."""
+        """Parses the output of `as_text` and ignores other keys; ValueError if a value is not JSON, or invalid."""
         values: dict[str, Any] = {name: text[name] for name in vars(NetworkSpec()) if name in text}
         try:
             for name in values.keys() - {'first_block', 'style', 'act_layer', 'attn_layer'}:
@@ -145,7 +145,7 @@ class NetworkSpec:
 
     @staticmethod
     def from_arguments(args: Mapping[str, Any]) -> 'NetworkSpec':
-        """Returns the spec of the model that `timm.create_model` makes; ValueError if an argument is not possible."""
+        """Returns the spec of the model that `timm.create_model` makes with these; ValueError if one is invalid."""
         given = {name: args[name] for name in vars(NetworkSpec()) if args.get(name) is not None}
         given['attn_layer'] = hidden_attention(args.get('attn_layer'))
         if 'act_layer' in given:
@@ -156,8 +156,8 @@ class NetworkSpec:
 
 
 # Every argument of the trunks, by its effect. To rebuild a network from a file, arguments of the first kind must be
-# recorded or known, and those of the second can be found from the tensors. Of norm_layer, tensors show only whether it
-# has running statistics, as all kinds of batch norm do.
+# recorded or known; those of the second can be inferred from the tensors. For norm_layer, tensors show only whether it
+# has running statistics, as every kind of batch norm does.
 # fmt: off
 ARGUMENTS = {
     'spec':      tuple(field.name for field in fields(NetworkSpec)),
@@ -172,14 +172,14 @@ ARGUMENTS = {
 
 
 def simplify(value: Any) -> Any:
-    """Returns a list as a tuple, or as its value if all its values are equal."""
+    """Returns a list as a tuple, or as one of its values if all are equal; anything else unchanged."""
     if not isinstance(value, list | tuple):
         return value
     return value[0] if value and value.count(value[0]) == len(value) else tuple(value)
 
 
 def require_one_of(name: str, value: object, choices: Iterable[object]) -> None:
-    """Raises a ValueError for a value that is not among the choices."""
+    """Raises ValueError if a value is not among the choices."""
     choices = list(choices)
     if value not in choices:
         raise ValueError(f'{name}={value!r} is not known: choose from {", ".join(map(repr, choices))}')
@@ -190,7 +190,7 @@ def default_eps(norm_layer: Any) -> float:
     try:
         parameters = inspect.signature(get_norm_layer(norm_layer)).parameters
     except (KeyError, TypeError, AssertionError) as error:  # raised by timm
-        raise ValueError(f'norm_layer={norm_layer!r} is not a norm of timm') from error
+        raise ValueError(f'norm_layer={norm_layer!r} is not a timm norm') from error
     eps = parameters['eps'].default if 'eps' in parameters else None
     return eps if isinstance(eps, int | float) else NetworkSpec.norm_eps
 
@@ -205,8 +205,8 @@ def activation_name(act_layer: str | Callable[..., nn.Module]) -> str:
     except KeyError:
         layer = None
     if not callable(layer):
-        raise ValueError(f'act_layer={act_layer!r} is not an activation of timm')
-    name = getattr(layer, 'func', layer).__name__.removesuffix('Me')  # timm's memory-efficient ones
+        raise ValueError(f'act_layer={act_layer!r} is not a timm activation')
+    name = getattr(layer, 'func', layer).__name__.removesuffix('Me')  # suffix of timm's memory-efficient classes
     name = re.sub(r'(?<=[a-z]{2})(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z]{2})', '_', name).lower()
     keywords = sorted((key, value) for key, value in getattr(layer, 'keywords', {}).items() if key != 'inplace')
     arguments = [*map(repr, getattr(layer, 'args', ())), *(f'{key}={value!r}' for key, value in keywords)]
@@ -214,7 +214,7 @@ def activation_name(act_layer: str | Callable[..., nn.Module]) -> str:
 
 
 def hidden_attention(layer: object) -> str | None:
-    """Returns timm's name of an attention layer that tensors do not show (`HIDDEN_ATTENTION`), None for all others."""
+    """Returns timm's name of an attention layer that tensors do not show (`HIDDEN_ATTENTION`), else None."""
     if isinstance(layer, str):
         return layer.lower() if layer.lower() in HIDDEN_ATTENTION else None
     layer_class = getattr(layer, 'func', layer)

@@ -1,4 +1,4 @@
-"""The base of all trunks: their common arguments, their stages, the head, and features from their parts."""
+"""The base of all trunks: common arguments, stages, the head, and extraction of features."""
 
 import inspect
 from collections.abc import Callable, Sequence
@@ -26,9 +26,9 @@ from .recompute import ExactCheckpointing, Stage
 
 @dataclass(frozen=True)
 class TrunkOptions:
-    """Keyword arguments that all trunks share. The signature of a trunk lists those with another default.
+    """Keyword arguments that all trunks share. A trunk lists those with another default in its own signature.
 
-    `scale`, `base_width`, `cardinality`, `first_block` and `attn_layer` are those of every `Bottle2neck`.
+    `scale`, `base_width`, `cardinality`, `first_block` and `attn_layer` are documented in `Bottle2neck`.
 
     Args:
         num_classes: Number of classes, 0 for features instead of logits.
@@ -107,15 +107,15 @@ class TrunkOptions:
 class Grid(NamedTuple):
     """Stride and dilations of a stage."""
 
-    trained_stride: int  # with which the weights were trained; above `stride` if the stage is dilated instead
+    trained_stride: int  # stride in training; above `stride` if the stage is dilated instead
     stride: int
     first_dilation: int  # of the 3x3 convolutions in the first block
-    dilations: tuple[int, ...]  # of each block; the first entry is that of the stage
+    dilations: tuple[int, ...]  # of each block; the first block itself has `first_dilation`
     reduction: int  # stride of the stage's output, in pixels of the image
 
 
 def dense_grids(layers: Sequence[int], strides: Sequence[int], output_stride: int, reduction: int) -> list[Grid]:
-    """Returns the grids of stages after a stem of stride `reduction`; beyond the output stride they are dilated."""
+    """Returns the grids of stages after a stem of stride `reduction`; those beyond the output stride are dilated."""
     grids, dilation = [], 1
     for depth, trained_stride in zip(layers, strides):
         stride = trained_stride if reduction < output_stride else 1
@@ -129,7 +129,7 @@ def dense_grids(layers: Sequence[int], strides: Sequence[int], output_stride: in
 def make_stage(
     block: Callable[..., Bottle2neck], inplanes: int, planes: int, grid: Grid, shortcut: nn.Module | None
 ) -> Stage:
-    """Makes the blocks of a stage. As in timm, a first block is one with a projection for its shortcut."""
+    """Makes the blocks of a stage. As in timm, only a block with a projected shortcut counts as a first block."""
     first = dict(first=shortcut is not None, dilation=grid.dilations[0], first_dilation=grid.first_dilation)
     blocks = [block(inplanes, planes, grid.stride, shortcut, **first)]
     blocks += [block(planes * Bottle2neck.expansion, planes, dilation=each) for each in grid.dilations[1:]]
@@ -191,7 +191,7 @@ class Trunk(ExactCheckpointing):
 
     @torch.jit.ignore
     def init_weights(self, zero_init_last: bool = True) -> None:
-        """Initializes convolutions for ReLU by fan-out, offsets of deformable ones with zero.
+        """Initializes convolutions for ReLU by fan-out, and the offsets of deformable ones to zero.
 
         With `zero_init_last`, every block starts as the identity.
         """
@@ -215,7 +215,7 @@ class Trunk(ExactCheckpointing):
         return 'fc' if name_only else self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Replaces the classifier, with an identity for 0 classes, and the pooling unless it is None."""
+        """Replaces the classifier, with an identity for 0 classes, and the pooling unless `global_pool` is None."""
         self.num_classes = num_classes
         global_pool = self.global_pool.pool_type if global_pool is None else global_pool
         self._make_classifier(global_pool, get_device_dtype(self))
@@ -259,7 +259,7 @@ class Trunk(ExactCheckpointing):
             ValueError: If a feature does not exist, or `output_fmt` is not 'NCHW'.
         """
         if output_fmt != 'NCHW':
-            raise ValueError(f"output_fmt={output_fmt!r} is not possible: choose 'NCHW'")
+            raise ValueError(f"output_fmt={output_fmt!r} is not supported. Choose 'NCHW'.")
         take, end = self._select_features(indices)
         modules = [self.feature_info[index]['module'] for index in take]
         intermediates = []
@@ -274,7 +274,7 @@ class Trunk(ExactCheckpointing):
     ) -> list[int]:
         """Removes parts that the given features do not need, and returns the indices counted from 0.
 
-        Removes the classifier if `prune_head`, and always along with the last part. No trunk has a final norm.
+        Removes the classifier if `prune_head` or if the last part is removed. `prune_norm` has no effect.
         """
         take, end = self._select_features(indices)
         for part in self.parts[end:]:

@@ -14,7 +14,7 @@ from .resnet import Res2Net
 from .trunk import Trunk
 
 ASSETS = Path(__file__).parents[1] / 'assets'
-EMBEDDED = 'test_res2net.digits'  # whose weights this package contains
+EMBEDDED = 'test_res2net.digits'  # the only weights that this package contains
 
 
 @dataclass(frozen=True)
@@ -22,10 +22,10 @@ class Arch:
     """One architecture: its cost, trunk, arguments of the trunk, and timm configuration."""
 
     params: int  # with the classes of its default weights
-    gmacs: float  # 10^9 multiply-adds of convolutions and classifier, for one image of 224 x 224, on CIFAR of 32 x 32
+    gmacs: float  # 10^9 multiply-adds of convolutions and classifier, for one image of 224 x 224 (CIFAR: 32 x 32)
     trunk: type[Res2Net | Trunk]
     args: dict[str, Any]
-    out_indices: tuple[int, ...]  # default of features_only; ends with the last feature
+    out_indices: tuple[int, ...]  # default of timm's features_only; ends with the last feature
     cfg: dict[str, Any]
 
 
