@@ -1,4 +1,4 @@
-"""What all tests share."""
+"""Environment and fixtures of all tests."""
 
 import atexit
 import json
@@ -39,7 +39,7 @@ atexit.register(shutil.rmtree, os.environ['HF_HOME'], ignore_errors=True)
 
 @pytest.fixture
 def build() -> Callable[..., nn.Module]:
-    """Builds a registered model, small unless `full`, once for all tests of a process: leave it as it is."""
+    """Builds a registered model, small unless `full`, once for all tests of a process: do not change it."""
     return built
 
 
@@ -88,7 +88,7 @@ def hub(hub_server: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
 
 @pytest.fixture(scope='session')
 def fashion_mnist(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Writes a hundred images like Fashion-MNIST's: its classes are discs, rings, bars, ..., in ten brightnesses."""
+    """Writes a hundred images in Fashion-MNIST's format: discs, rings, bars, ... as classes, in ten brightnesses."""
     folder = tmp_path_factory.mktemp('fashion-mnist')
     y, x = np.mgrid[-13.5:14, -13.5:14]
     radius = np.hypot(x, y)
@@ -110,7 +110,7 @@ def fashion_mnist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope='session')
 def detection_set(fashion_mnist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Writes a small set of `multi_scale`."""
+    """Writes a small dataset with the recipe `multi_scale`."""
     folder = tmp_path_factory.mktemp('sets') / 'detection'
     multi_scale.write(folder, fashion_mnist, {'train': 48, 'val': 16, 'unseen': 16})
     return folder
@@ -118,7 +118,7 @@ def detection_set(fashion_mnist: Path, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture(scope='session')
 def simple_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Writes a set that is learnt quickly: a bright or a dark square on each image of grey noise."""
+    """Writes a dataset that is quick to learn: a bright or a dark square on each image of grey noise."""
     folder = tmp_path_factory.mktemp('sets') / 'simple'
     rng = np.random.default_rng(0)
     drawn = []

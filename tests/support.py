@@ -1,4 +1,4 @@
-"""What tests share: small models with randomised norms, and helpers to run programs."""
+"""Shared by tests: small models with randomised norms, comparisons, and a helper to run programs."""
 
 import subprocess
 import sys
@@ -25,8 +25,7 @@ ROOT = Path(__file__).parents[1]
 # A network with 9,000 parameters, for tests that build or run many networks.
 TINY: dict[str, Any] = dict(layers=(1, 2, 1, 1), channels=(8, 8, 8, 8), stem_width=8, base_width=32, scale=3)
 
-
-# Arguments that shrink a registered model to the few blocks and channels that still show all that its trunk does.
+# Arguments that shrink a registered model to the fewest blocks and channels that still test all of its trunk.
 SMALL: dict[type[nn.Module], dict[str, Any]] = {
     Res2Net: dict(layers=(1, 2, 1, 1), channels=(16, 24, 32, 40)),
     Res2NetDla: dict(levels=(1, 1, 1, 2, 1, 1), channels=(16, 32, 64, 128, 128, 192)),
@@ -36,19 +35,19 @@ SMALL: dict[type[nn.Module], dict[str, Any]] = {
 
 
 def small(name: str) -> dict[str, Any]:
-    """Arguments that make a registered model small; test_res2net is."""
+    """Arguments that make a registered model small; none for test_res2net, which is small already."""
     return {} if name == 'test_res2net' else SMALL[ARCHS[name].trunk]
 
 
 def shallow(name: str) -> dict[str, Any]:
-    """Arguments that make a registered model shallow, as wide as it is, for what depends on the sizes of features."""
+    """Arguments that make a registered model shallow without making it narrow, for tests of its feature sizes."""
     return {key: value for key, value in small(name).items() if key in ('layers', 'levels')}
 
 
 def randomise(model: nn.Module) -> nn.Module:
     """Gives every norm random statistics, weights and biases, as training would.
 
-    timm zero-initialises the last norm of a block: a fresh network is a chain of shortcuts, whatever its branches do.
+    timm zero-initialises the last norm of each block, so a fresh network computes only its shortcuts.
     """
     norm: Any
     for norm in model.modules():
@@ -66,7 +65,7 @@ def built(name: str, full: bool = False) -> nn.Module:
     return build_full(name) if full else build_small(name)
 
 
-@lru_cache(maxsize=1)  # of up to 300 MB
+@lru_cache(maxsize=1)  # a model takes up to 300 MB
 def build_full(name: str) -> nn.Module:
     torch.manual_seed(0)
     return randomise(timm.create_model(name)).eval()
@@ -74,7 +73,7 @@ def build_full(name: str) -> nn.Module:
 
 @cache
 def build_meta(name: str) -> Any:
-    """Makes a registered model without values, for tests of its sizes."""
+    """Makes a registered model on the meta device, for tests of its sizes."""
     return timm.create_model(name, device='meta')
 
 
@@ -85,7 +84,7 @@ def build_small(name: str) -> nn.Module:
 
 
 def fitting(name: str, images: Tensor) -> Tensor:
-    """Images for a model: the networks for CIFAR, which hardly shrink them, get a corner."""
+    """Images that suit a model: a corner for the networks for CIFAR, which hardly downsample."""
     return images[..., :16, :16] if ARCHS[name].trunk is Res2NetCifar else images
 
 
@@ -94,12 +93,12 @@ TRUNKS = 'test_res2net', 'dla60_res2net', 'blres2net50_26w_4s', 'res2next29_6c_2
 
 
 def strides(name: str) -> tuple[int, ...]:
-    """Output strides that a model can have."""
+    """Output strides that a model supports."""
     return {Res2NetCifar: (1, 2, 4), Res2NetBigLittle: (16, 32)}.get(ARCHS[name].trunk, (8, 16, 32))
 
 
 def slow_but(fast: Sequence[Any], values: Iterable[Any]) -> list[Any]:
-    """Values for `parametrize`, all of them slow but some."""
+    """Values for `parametrize`, marked slow unless they are in `fast`."""
     return [value if value in fast else pytest.param(value, marks=pytest.mark.slow) for value in values]
 
 
@@ -124,7 +123,7 @@ def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def assert_computes(model: nn.Module, reference: Path, tolerance: float = 1e-5) -> None:
-    """Compares a model with what a framework computed, to a relative tolerance, on an even and an odd size."""
+    """Compares a model's outputs, or features, with those that a framework computed, on an even and an odd size."""
     with np.load(reference) as file:
         arrays = dict(file)
     for size in (64, 65):

@@ -1,4 +1,4 @@
-"""Settings of images from untrusted files are possible, or refused by their key."""
+"""Image settings from untrusted files are valid, or refused with an error that names the key."""
 
 import math
 from typing import Any
@@ -18,7 +18,7 @@ SETTINGS: dict[str, Any] = dict(
 )
 
 
-def test_check_image_settings_returns_those_that_are_present_with_tuples() -> None:
+def test_check_image_settings_returns_known_settings_with_tuples() -> None:
     assert check_image_settings({}) == {}
     assert check_image_settings({'crop_pct': None, 'classifier': 'fc', 'mean': [0.5]}) == {'mean': (0.5,)}
     assert check_image_settings(SETTINGS) == {
@@ -28,7 +28,7 @@ def test_check_image_settings_returns_those_that_are_present_with_tuples() -> No
 
 @pytest.mark.parametrize('interpolation', INTERPOLATIONS)
 @pytest.mark.parametrize('crop_mode', CROP_MODES)
-def test_check_image_settings_accepts_what_timm_makes_transforms_of(interpolation: str, crop_mode: str) -> None:
+def test_check_image_settings_accepts_every_mode_of_timms_transforms(interpolation: str, crop_mode: str) -> None:
     create_transform(**check_image_settings({**SETTINGS, 'interpolation': interpolation, 'crop_mode': crop_mode}))
 
 
@@ -46,7 +46,7 @@ def test_check_image_settings_accepts_what_timm_makes_transforms_of(interpolatio
         *(('crop_mode', value) for value in ('centre', int, ['center'])),
     ],
 )
-def test_check_image_settings_refuses_an_impossible_value_by_its_key(key: str, value: Any) -> None:
+def test_check_image_settings_refuses_an_invalid_value_and_names_its_key(key: str, value: Any) -> None:
     with pytest.raises(ValueError, match=f'^{key} must be .*, got ') as caught:
         check_image_settings({**SETTINGS, key: value})
     assert len(str(caught.value)) < 200

@@ -203,7 +203,7 @@ def test_keywords_that_set_layers_and_drop_rates_take_effect(name: str) -> None:
         (dict(attn_layer='sea'), ValueError, "attn_layer='sea'"),
     ],
 )
-def test_create_model_impossible_argument_raises_an_error_with_its_name(
+def test_create_model_invalid_argument_raises_an_error_with_its_name(
     name: str, arguments: dict[str, Any], error: type[Exception], message: str
 ) -> None:
     with pytest.raises(error, match=message):
@@ -355,7 +355,7 @@ def test_model_scripted_traced_exported_or_compiled_keeps_output(name: str, imag
 
 
 def step(model: nn.Module, images: Tensor) -> tuple[list[Tensor], dict[str, Tensor]]:
-    """A forward and a backward pass: gradients, and the model's buffers after it."""
+    """Runs a forward and a backward pass; returns the gradients, and the model's buffers after it."""
     model.train().zero_grad()
     outputs = model(images)
     outputs = outputs.values() if isinstance(outputs, dict) else outputs
@@ -387,7 +387,7 @@ def test_grad_checkpointing_keeps_exact_gradients_and_norm_statistics(
 @every_trunk
 def test_grad_checkpointing_halves_saved_activations(name: str, images: Tensor) -> None:
     model = timm.create_model(name, **shallow(name)).train()
-    size = 32 if name.startswith('res2next29') else 64  # for CIFAR, without a stride in the stem
+    size = 32 if name.startswith('res2next29') else 64  # networks for CIFAR have no stride in the stem
     parameters = {p.data_ptr() for p in model.parameters()}
     saved: dict[bool, int] = {}
     for enable in (False, True):

@@ -47,7 +47,7 @@ def test_run_command_on_path_is_main(tmp_path: Path, monkeypatch: pytest.MonkeyP
 @pytest.mark.slow
 def test_run_under_torchrun_registers_models_in_every_process() -> None:
     line = "os.environ['RANK'] + ' ' + str(timm.is_model('res2net50_vd_26w_4s'))"
-    # Each process writes at one go, as they share a pipe.
+    # Each process writes its line in one call, because they share a pipe.
     Path('script.py').write_text(f'import os, timm; os.write(1, ({line} + os.linesep).encode())')
     done = torchrun('-m', 'timm_res2net.run', 'script.py')
     assert sorted(done.stdout.splitlines()) == ['0 True', '1 True'], done.stderr

@@ -38,11 +38,11 @@ def conv(x: Tensor, layers: Any, at: int, stride: int = 1) -> Tensor:
 
 
 def block(x: Tensor, module: Bottle2neck, stride: int, last_relu: bool = True) -> Tensor:
-    """A block of Big-Little Net from the equations: a first one, without cascade, if and only if it has stride 2."""
+    """A block of Big-Little Net from the equations; a block of stride 2 is a first block, without a cascade."""
     shortcut = pooled(x, 2, True) if stride == 2 else x
     layers = [layer for layer in module.downsample or [] if not isinstance(layer, nn.AvgPool2d)]
     shortcut = conv(shortcut, layers, 0) if layers else shortcut
-    y = branch(module, x, 'official', 'later stage' if stride == 2 else 'later', stride) + shortcut
+    y = branch(module, x, 'official', 'later stage' if stride == 2 else 'later block', stride) + shortcut
     return F.relu(y) if last_relu else y
 
 

@@ -21,30 +21,30 @@ def normalised(x: Tensor, norm: Any) -> Tensor:
 
 
 def pooled(x: Tensor, stride: int, count_include_pad: bool) -> Tensor:
-    """3x3 average."""
+    """Average over windows of 3 x 3 pixels."""
     return F.avg_pool2d(x, 3, stride, padding=1, count_include_pad=count_include_pad)
 
 
-def branch(block: Any, x: Tensor, function: str, position: str, stride: int, style: str = 'pytorch') -> Tensor:
-    """The residual branch from the equations of every code base at each position of a block, in the plainest form."""
+def branch(block: Any, x: Tensor, first_block: str, position: str, stride: int, style: str = 'pytorch') -> Tensor:
+    """The residual branch, written out from the equations of a code base for a block at this position."""
     first_stride, stride = (stride, 1) if style == 'caffe' else (1, stride)
     if style == 'caffe' and position == 'later stage':
         position = 'first stage'  # the stride of the 3x3 convolutions decides
     y = F.relu(normalised(F.conv2d(x, block.conv1.weight, stride=first_stride), block.bn1))
     splits = y.chunk(block.scale, 1)
     outs: list[Tensor] = []
-    convolves_all = function == 'group' and position != 'later'
+    convolves_all = first_block == 'group' and position != 'later block'
     for i in range(block.scale if convolves_all else max(1, block.scale - 1)):
         z = splits[i]
-        cascades = position == 'later' or (function == 'paddle' and position == 'first stage')
+        cascades = position == 'later block' or (first_block == 'paddle' and position == 'first stage')
         if cascades and i > 0:
             z = z + outs[i - 1]
         z = F.conv2d(z, block.convs[i].weight, stride=stride, padding=1, groups=block.convs[i].groups)
         outs.append(F.relu(normalised(z, block.bns[i])))
     if block.scale > 1 and not convolves_all:
         last = splits[-1]
-        if position == 'later stage' or (position == 'first stage' and function == 'official'):
-            last = pooled(last, stride, count_include_pad=function != 'paddle')
+        if position == 'later stage' or (position == 'first stage' and first_block == 'official'):
+            last = pooled(last, stride, count_include_pad=first_block != 'paddle')
         outs.append(last)
     return normalised(F.conv2d(torch.cat(outs, 1), block.conv3.weight), block.bn3)
 
@@ -54,22 +54,24 @@ def projection(inplanes: int, outplanes: int, stride: int) -> nn.Sequential:
 
 
 @pytest.mark.parametrize(
-    ('function', 'position', 'scale', 'cardinality', 'style'),
-    [*product(FIRST_BLOCKS, ('first stage', 'later stage', 'later'), (1, 2, 4), (1, 2), STYLES)],
+    ('first_block', 'position', 'scale', 'cardinality', 'style'),
+    [*product(FIRST_BLOCKS, ('first stage', 'later stage', 'later block'), (1, 2, 4), (1, 2), STYLES)],
 )
 def test_block_and_its_fused_form_compute_the_published_equations(
-    function: str, position: str, scale: int, cardinality: int, style: str
+    first_block: str, position: str, scale: int, cardinality: int, style: str
 ) -> None:
     stride = 2 if position == 'later stage' else 1
-    inplanes = 64 if position == 'later' else 32
-    downsample = None if position == 'later' else projection(inplanes, 64, stride)
+    inplanes = 64 if position == 'later block' else 32
+    downsample = None if position == 'later block' else projection(inplanes, 64, stride)
     torch.manual_seed(0)
-    options = dict(cardinality=cardinality, scale=scale, first=position != 'later', first_block=function, style=style)
+    options = dict(
+        cardinality=cardinality, scale=scale, first=position != 'later block', first_block=first_block, style=style
+    )
     block = Bottle2neck(inplanes, 16, stride, downsample, **options)
     randomise(block.double()).eval()
     x = torch.randn(2, inplanes, 7, 8, dtype=torch.double)
     shortcut = x if downsample is None else downsample(x)
-    expected = F.relu(branch(block, x, function, position, stride, style) + shortcut)
+    expected = F.relu(branch(block, x, first_block, position, stride, style) + shortcut)
     torch.testing.assert_close(block(x), expected)
     torch.testing.assert_close(block.fuse()(x), expected)
 

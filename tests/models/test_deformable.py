@@ -24,7 +24,7 @@ def with_offsets(model: nn.Module) -> nn.Module:
 
 
 @pytest.mark.parametrize(('version', 'factor'), [('v1', 1.0), ('v2', 0.5)])
-def test_deformable_conv_begins_as_the_plain_one_times_its_mask(version: str, factor: float) -> None:
+def test_deformable_conv_starts_as_a_plain_one_times_its_mask(version: str, factor: float) -> None:
     torch.manual_seed(0)
     conv = DeformableConv2d(6, 8, stride=2, groups=2, version=version).double()
     x = torch.randn(2, 6, 9, 8, dtype=torch.double)
@@ -44,8 +44,6 @@ def test_res2net_deformable_gradients_reach_offsets_and_checkpointing_keeps_them
     gradients = []
     for checkpointing in (False, True):
         model: Any = with_offsets(tiny(**DEFORMABLE)).train()
-        torch.manual_seed(0)
-        with_offsets(model)
         model.set_grad_checkpointing(checkpointing)
         model(images).square().sum().backward()
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})

@@ -1,4 +1,4 @@
-"""The DLA trunk: what timm's lacks."""
+"""The DLA trunk: options that timm's DLA lacks, and the authors' files."""
 
 from typing import Any, cast
 
@@ -35,7 +35,7 @@ DEAD = {'level3.project': (32, 32), 'level4.project': (32, 64), 'level4.tree1.pr
 
 
 def make_official_state() -> tuple[nn.Module, dict[str, Tensor]]:
-    """Makes a model, and its tensors as in the authors' files, with three projections (18 tensors) that are unused."""
+    """Makes a model, and its tensors as in the authors' files: with the 18 tensors of three unused projections."""
     torch.manual_seed(0)
     model = randomise(timm.create_model('dla60_res2net', **SMALL))
     state = dict(model.state_dict())
@@ -73,9 +73,9 @@ def test_dla_projections_of_leaves_are_loaded(levels: tuple[int, ...], tmp_path:
 
 
 def test_dla_with_test_time_pooling_computes_what_timms_own_does() -> None:
-    names = dict(num_classes=5)
-    ours = randomise(timm.create_model('dla60_res2net', **names)).eval()
-    theirs = cast(Any, timm_entrypoint('dla60_res2net'))(**names).eval()
+    options = dict(num_classes=5)
+    ours = randomise(timm.create_model('dla60_res2net', **options)).eval()
+    theirs = cast(Any, timm_entrypoint('dla60_res2net'))(**options).eval()
     theirs.load_state_dict(ours.state_dict())
     x = torch.randn(1, 3, 256, 288)
     pooled = [apply_test_time_pool(model, {'input_size': x.shape[1:]})[0] for model in (ours, theirs)]

@@ -1,4 +1,4 @@
-"""The ResNet trunk: sizes, dilations and ceiling mode that timm's lacks."""
+"""The ResNet trunk: its size, and the dilations and ceil mode that timm's ResNet lacks."""
 
 from typing import Any
 
@@ -18,12 +18,12 @@ def test_resnet_scale_1_width_64_has_parameter_count_of_plain_resnet() -> None:
     assert sum(p.numel() for p in model.parameters()) == 25_557_032
 
 
-@pytest.mark.parametrize('function', FIRST_BLOCKS)
-def test_resnet_explicit_dilation_without_first_block_equals_timms_output_stride(function: str, images: Tensor) -> None:
+@pytest.mark.parametrize('first_block', FIRST_BLOCKS)
+def test_resnet_dilated_except_in_first_blocks_equals_timms_output_stride(first_block: str, images: Tensor) -> None:
     torch.manual_seed(0)
-    dilated = randomise(Res2Net(output_stride=16, first_block=function, **SHALLOW)).eval()
+    dilated = randomise(Res2Net(output_stride=16, first_block=first_block, **SHALLOW)).eval()
     geometry: dict[str, Any] = dict(strides=(1, 2, 2, 1), dilations=(1, 1, 1, 2), dilate_first=False)
-    explicit = Res2Net(first_block=function, **geometry, **SHALLOW).eval()
+    explicit = Res2Net(first_block=first_block, **geometry, **SHALLOW).eval()
     explicit.load_state_dict(dilated.state_dict())
     torch.testing.assert_close(explicit(images), dilated(images), rtol=0, atol=0)
     assert explicit.feature_info == dilated.feature_info

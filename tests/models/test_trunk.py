@@ -113,8 +113,6 @@ GEOMETRY = 'do not pass output_stride, dilate_pool or'
         (Res2NetCifar, dict(channels=(8, 8)), 'channels='),
     ],
 )
-def test_impossible_argument_raises_value_error_with_its_name(
-    trunk: Any, arguments: dict[str, Any], message: str
-) -> None:
+def test_invalid_argument_raises_value_error_with_its_name(trunk: Any, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         trunk(device='meta', **arguments)
