@@ -1,7 +1,7 @@
-"""A local Hub for the genuine huggingface_hub: everything that push and pull need, in memory, with injected faults.
+"""A local stand-in for the Hub, in memory: everything that push and pull need, with injected faults.
 
-Its responses are those that huggingface_hub 2.4 reads. Like the real Hub, it serves large files from another host
-(`localhost` instead of `127.0.0.1`).
+The tests use the real huggingface_hub with it; its responses are those that huggingface_hub 2.4 expects. Like the real
+Hub, it serves large files from another host (`localhost` instead of `127.0.0.1`).
 """
 
 import base64
@@ -29,7 +29,7 @@ def free_port() -> int:
 
 @dataclass
 class Fault:
-    """A fault of the next `times` requests that match, such as 'GET /_cdn'.
+    """A fault to inject into the next `times` requests that match a pattern, such as 'GET /_cdn'.
 
     Kinds: 'status', 'drop' (hang up), 'cut' (hang up halfway), 'corrupt' (flip a bit),
     'lost' (commit, then hang up), 'nonsense' (a web page).
@@ -240,7 +240,7 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(409, message='You already created this model repo', url=url)
         if repo_id.split('/')[0] != user:
             raise Refusal(403, message="You don't have the rights to create a model under this name")
-        private = wanted.get('visibility') == 'private' or wanted.get('private', False)  # the latter before 2.0
+        private = wanted.get('visibility') == 'private' or wanted.get('private', False)  # the latter: before 2.0
         self.server.put(repo_id, {'.gitattributes': b'*.safetensors filter=lfs -text\n'}, private=private)
         self.answer({'url': url})
 

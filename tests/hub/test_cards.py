@@ -1,4 +1,4 @@
-"""Cards and the catalogue are correct, current and valid, and examples in them print what they say."""
+"""Cards and the catalogue are correct, current and valid, and the examples print what their comments show."""
 
 import contextlib
 import html
@@ -65,7 +65,7 @@ def test_catalogue_is_current() -> None:
 # Examples
 
 
-def created_without_download(create: Any) -> Any:
+def stub_create_model(create: Any) -> Any:
     """Makes a `timm.create_model` that uses constant weights instead of downloading pretrained ones."""
 
     def stub(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
@@ -96,7 +96,7 @@ def run_examples(text: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> in
 
 @pytest.mark.parametrize('name', slow_but(['test_res2net.digits'], ONE_OF_EACH_TAG.values()))
 def test_examples_of_a_card_print_their_comments(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timm, 'create_model', created_without_download(timm.create_model))
+    monkeypatch.setattr(timm, 'create_model', stub_create_model(timm.create_model))
     assert run_examples((FOLDER / f'{name}.md').read_text(), tmp_path, monkeypatch) == 4
 
 
@@ -110,7 +110,7 @@ def test_examples_of_a_pushed_card_print_their_comments(
 
 
 @pytest.mark.parametrize(('num_classes', 'function'), [(0, None), (1, 'sigmoid()  # one logit'), (2, 'softmax(dim=1)')])
-def test_card_turns_logits_into_probabilities_by_their_number(num_classes: int, function: str | None) -> None:
+def test_card_uses_sigmoid_for_one_class_and_softmax_for_more(num_classes: int, function: str | None) -> None:
     text = card(tiny(num_classes=num_classes))
     assert ('### Classify an image' in text) == (function is not None)
     assert function is None or f'.{function}' in text
@@ -172,9 +172,9 @@ def test_fact_that_cannot_be_on_a_card_is_refused(facts: dict[str, Any], message
 @pytest.mark.parametrize(
     ('model', 'facts', 'message'),
     [
-        ('res2net50d.in22k', {}, r"in22k'\. Published are res2net50d\.in1k, res2net50d\.mindcv_in1k"),
+        ('res2net50d.in22k', {}, r"in22k'\. Choose from res2net50d\.in1k, res2net50d\.mindcv_in1k"),
         ('res2net152d', {}, r"weights 'res2net152d'\. `timm-res2net list --pretrained` shows all names"),
-        ('test_res2net.digits', dict(license='mit'), 'fixed facts: do not pass license'),
+        ('test_res2net.digits', dict(license='mit'), 'fixed facts, as it is published. Omit license'),
         (nn.Identity(), dict(licence='mit'), 'licence'),
         (timm.create_model('test_resnet'), {}, "'test_resnet': it is not a model of this package"),
     ],

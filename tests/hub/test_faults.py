@@ -1,4 +1,4 @@
-"""After a fault at any step, nothing is half done, no wrong bytes are used, and the next call works: one table."""
+"""After a fault at any step, nothing is half done, no damaged bytes are used, and the next call works."""
 
 import logging
 import tempfile
@@ -39,8 +39,8 @@ STEPS = {
         'weights': 'GET /_cdn',
     },
 }
-# Two letters: the outcome if the fault occurs once, and if it stays. A dot is success, the letters are in ERRORS, and a
-# dash stands for a fault that this step cannot have.
+# Each cell has two characters: the outcome if the fault occurs once, and if it persists. A dot is success, a letter is
+# an error in ERRORS, and a single dash is a fault that cannot occur at this step.
 TABLE = """
                    403 429 503 drop nonsense cut corrupt lost
 push check          HH  .H  .H   .C       .C   -       -    -
@@ -60,7 +60,7 @@ ERRORS: dict[str, type[Exception]] = {
     'H': HfHubHTTPError,
     'C': ConnectionError,
     'D': CheckpointError,
-    'X': ConnectionError,  # and the Hub has changed what it was sent
+    'X': ConnectionError,  # after a commit in which the Hub has damaged a file
 }
 TEXT = '---\nlibrary_name: timm\ntags: [timm]\n---\n\n# A net'
 CARD = f'{TEXT}\n{sign(TEXT)}\n'
@@ -73,7 +73,7 @@ CELLS = {
     for times, outcome in zip((1, 100), outcomes)
     if outcomes != '-'
 }
-FAST = [  # one of each step; together they show every kind of fault, and every outcome
+FAST = [  # at least one for each step; together they cover every kind of fault, and every outcome
     'push check 503 100',
     'push head 503 1',
     'push create 403 100',
@@ -93,7 +93,7 @@ FAST = [  # one of each step; together they show every kind of fault, and every 
 
 @pytest.fixture
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Removes huggingface_hub's pauses, and the steps of a push that need no Hub."""
+    """Skips huggingface_hub's pauses, and the steps of a push that need no Hub."""
     clock = SimpleNamespace(sleep=lambda seconds: None, time=time.time, monotonic=time.monotonic)
     for module in (_http, file_download):
         monkeypatch.setattr(module, 'time', clock)
@@ -170,7 +170,7 @@ def test_lost_response_of_a_pull_request_opens_no_second_one_and_says_where_to_l
     assert list(hub.repos['user/net'].branches) == ['main', 'refs/pr/1']
 
 
-def test_commit_of_somebody_else_is_not_overwritten(hub: Hub, hasty: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_commit_is_not_overwritten(hub: Hub, hasty: None, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.put('user/net', old_files())
     commit = timm_res2net.hub.push.commit
 

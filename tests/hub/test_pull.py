@@ -38,7 +38,7 @@ def test_private_repository_is_hidden_without_a_token(hub: Hub, tmp_path: Path) 
     assert_tiny(pull('user/net', token='hf_read', cache_dir=tmp_path))
 
 
-def test_refusal_is_an_error_of_huggingface_hub_and_leaves_no_weights(hub: Hub, tmp_path: Path) -> None:
+def test_refusal_raises_the_error_of_huggingface_hub_and_leaves_no_weights(hub: Hub, tmp_path: Path) -> None:
     hub.put('user/net', old_files(), gated=True)
     for error, repo_id, options in (
         (RevisionNotFoundError, 'user/net', dict(revision='v9')),
@@ -74,7 +74,7 @@ def test_repository_that_cannot_be_pulled_is_a_checkpoint_error(
     assert not any('pytorch_model.bin' in line for line in hub.log)
 
 
-def test_weights_of_another_config_are_refused(net: Hub, tmp_path: Path) -> None:
+def test_weights_that_do_not_match_the_config_are_refused(net: Hub, tmp_path: Path) -> None:
     for weights in (b'\x80\x04N.', save(randomise(tiny()).state_dict())):
         net.put('user/net', {'model.safetensors': weights})
         with pytest.raises(CheckpointError, match=r'model\.safetensors of user/net'):
@@ -114,7 +114,7 @@ def test_offline_pull_uses_the_cache_or_names_the_missing_model(
     assert net.log == []
 
 
-def test_pull_without_a_network_is_one_line_within_five_seconds(
+def test_pull_without_a_network_fails_in_one_line_within_five_seconds(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def resolve(host: str, *args: object, **kwargs: object) -> None:
@@ -139,7 +139,8 @@ def test_pull_into_a_cache_that_cannot_be_written_is_an_os_error(net: Hub, tmp_p
 # Weights that timm loads
 
 
-def of_hub(repo_id: str, cache: Path, **overlay: Any) -> dict[str, Any]:
+def hub_options(repo_id: str, cache: Path, **overlay: Any) -> dict[str, Any]:
+    """Returns arguments of `timm.create_model` that load the weights of a repository."""
     overlay = dict(hf_hub_id=repo_id, file=None, num_classes=4, **overlay)
     return dict(pretrained=True, num_classes=4, pretrained_cfg_overlay=overlay, cache_dir=str(cache), **TINY)
 
@@ -149,31 +150,32 @@ def test_create_model_without_the_hub_uses_the_cache_or_fails_in_one_line(
 ) -> None:
     net.faults = down = [Fault('.*', 'drop', times=1000)]
     with pytest.raises(ConnectionError, match=r'^cannot download model\.safetensors of user/net: '):
-        timm.create_model('test_res2net', **of_hub('user/net', tmp_path))
+        timm.create_model('test_res2net', **hub_options('user/net', tmp_path))
     net.faults = []
-    hf_hub_download('user/net', 'model.safetensors', cache_dir=tmp_path)  # by another program
+    hf_hub_download('user/net', 'model.safetensors', cache_dir=tmp_path)  # as another program would
     net.faults = down
-    assert_tiny(timm.create_model('test_res2net', **of_hub('user/net', tmp_path)))
+    assert_tiny(timm.create_model('test_res2net', **hub_options('user/net', tmp_path)))
     assert 'Using the copy in the cache' in caplog.text
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', True)
-    assert_tiny(timm.create_model('test_res2net', **of_hub('user/net', tmp_path)))
+    assert_tiny(timm.create_model('test_res2net', **hub_options('user/net', tmp_path)))
 
 
 def test_create_model_uses_the_latest_weights_or_those_of_a_revision(hub: Hub, tmp_path: Path) -> None:
     first = hub.put('user/net', old_files())
-    timm.create_model('test_res2net', **of_hub('user/net', tmp_path))
+    timm.create_model('test_res2net', **hub_options('user/net', tmp_path))
     changed = randomise(tiny())
     push(changed, 'user/net', token='hf_write')
-    model = timm.create_model('test_res2net', **of_hub('user/net', tmp_path))
+    model = timm.create_model('test_res2net', **hub_options('user/net', tmp_path))
     torch.testing.assert_close(model.state_dict(), changed.state_dict(), rtol=0, atol=0)
-    assert_tiny(timm.create_model('test_res2net', **of_hub(f'user/net@{first}', tmp_path / 'new')))
+    assert_tiny(timm.create_model('test_res2net', **hub_options(f'user/net@{first}', tmp_path / 'new')))
 
 
 @pytest.mark.parametrize('name', ['test_res2net', 'hf-hub:user/net'])
 def test_create_model_refuses_damaged_downloads_and_the_next_call_succeeds(name: str, net: Hub, tmp_path: Path) -> None:
-    options = of_hub('user/net', tmp_path) if name == 'test_res2net' else dict(pretrained=True, cache_dir=str(tmp_path))
+    options: dict[str, Any] = dict(pretrained=True, cache_dir=str(tmp_path))
+    options |= hub_options('user/net', tmp_path) if name == 'test_res2net' else {}
     net.faults = [Fault('GET /_cdn', 'corrupt', times=100)]
-    with pytest.raises(CheckpointError, match=r'model\.safetensors of user/net: its checksum differs'):
+    with pytest.raises(CheckpointError, match=r'model\.safetensors of user/net: checksum differs'):
         timm.create_model(name, **options)
     assert not list(tmp_path.rglob('model.safetensors'))
     net.faults = []

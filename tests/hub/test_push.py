@@ -138,7 +138,7 @@ def test_transformers_round_trip_keeps_the_fine_tuned_weights(
     tuned = transformers.AutoModelForImageClassification.from_pretrained('user/net')
     assert tuned.config.id2label == {0: 'a', 1: 'b', 2: 'c'}
     x = torch.randn(2, 1, 32, 32)
-    torch.testing.assert_close(tuned.eval()(x).logits, pull('user/net')(x))  # with another memory format
+    torch.testing.assert_close(tuned.eval()(x).logits, pull('user/net')(x))  # `tuned` has another memory format
     optimizer = torch.optim.SGD(tuned.train().parameters(), lr=0.01)
     tuned(x, labels=torch.tensor([0, 1])).loss.backward()
     optimizer.step()
@@ -147,7 +147,7 @@ def test_transformers_round_trip_keeps_the_fine_tuned_weights(
         torch.testing.assert_close(model(x), tuned(x).logits)
     push(pull('user/tuned'), 'user/again')
     torch.testing.assert_close(pull('user/again')(x), tuned(x).logits)
-    assert '91.50' not in hub.files('user/again')['README.md'].decode()  # the accuracy of other weights
+    assert '91.50' not in hub.files('user/again')['README.md'].decode()  # that was the accuracy before fine-tuning
 
 
 CODE = """if True:
@@ -160,7 +160,7 @@ CODE = """if True:
 """
 
 
-@pytest.mark.slow  # it starts a process, which imports transformers
+@pytest.mark.slow  # it starts a process that imports transformers
 def test_transformers_loads_a_pushed_model_with_trust_remote_code(tmp_path: Path) -> None:
     pytest.importorskip('transformers')
     push(tiny(), 'user/net', dry_run=tmp_path / 'folder')

@@ -1,4 +1,4 @@
-"""Model cards: what a set of weights is, what it costs, how to use it, and its license. One template for all."""
+"""Renders model cards from one template: what a model is, what it costs, how to use it, and its license."""
 
 import hashlib
 import re
@@ -30,11 +30,11 @@ def card(model: str | nn.Module, *, repo_id: str | None = None, **facts: Any) ->
         **facts: Fields of `ModelFacts`: `tag`, `results`, `dataset`, `license`, `base_model` and `recipe`.
 
     Returns:
-        Markdown with the Hub's metadata.
+        Markdown that starts with the Hub's metadata.
 
     Raises:
         ValueError: If no weights of this name are published, or a fact cannot appear on a card.
-        TypeError: If facts are given for published weights, or one has no such name.
+        TypeError: If facts are given for published weights, or a fact is unknown.
 
     Example:
         text = timm_res2net.card('res2net50d.in1k')
@@ -42,7 +42,7 @@ def card(model: str | nn.Module, *, repo_id: str | None = None, **facts: Any) ->
     """
     if isinstance(model, str):
         if given := [key for key, value in {'repo_id': repo_id, **facts}.items() if value is not None]:
-            raise TypeError(f'the card of published weights has fixed facts: do not pass {", ".join(given)}')
+            raise TypeError(f'the card of {model!r} has fixed facts, as it is published. Omit {", ".join(given)}')
         return render_published(model)
     known = ModelFacts(**facts)
     if repo_id is not None:
@@ -51,16 +51,16 @@ def card(model: str | nn.Module, *, repo_id: str | None = None, **facts: Any) ->
     if name not in ARCHS:
         raise ValueError(f'cannot make a card of {name!r}: it is not a model of this package')
     args = {key: value for key, value in get_model_args(model).items() if key != 'global_pool'}
-    images = dict(input_size=as_classifier(model).pretrained_cfg['input_size'])
-    outline = timm.create_model(name, device='meta', pretrained_cfg_overlay=images, **args)
-    return render(outline, known, repo_id or name, repo_id)
+    overlay = dict(input_size=as_classifier(model).pretrained_cfg['input_size'])
+    meta_model = timm.create_model(name, device='meta', pretrained_cfg_overlay=overlay, **args)
+    return render(meta_model, known, repo_id or name, repo_id)
 
 
 def render_published(name: str) -> str:
     """Renders the card of published weights."""
     if name not in WEIGHTS:
         tags = [key for key in WEIGHTS if key.split('.')[0] == name.split('.')[0]]
-        hint = f'Published are {", ".join(tags)}' if tags else '`timm-res2net list --pretrained` shows all names'
+        hint = f'Choose from {", ".join(tags)}' if tags else '`timm-res2net list --pretrained` shows all names'
         raise UnknownModelError(f'no published weights {name!r}. {hint}')
     weights, cfg = WEIGHTS[name], registered_cfg(name)
     results, dataset = {'top-1 accuracy': weights.top1}, "scikit-learn's handwritten digits"
@@ -78,7 +78,7 @@ def render(
     weights: Weights | None = None,
     cfg: PretrainedCfg | None = None,
 ) -> str:
-    """Fills in the template for a model on the meta device; `weights` and `cfg` are those of published weights."""
+    """Fills in the template for a model on the meta device. Published weights also pass `weights` and `cfg`."""
     import jinja2
 
     network = as_classifier(model.eval())
@@ -119,7 +119,7 @@ def measure(model: Classifier, size: int) -> tuple[float, float]:
 
     def count(layer: nn.Module, inputs: object, output: Tensor) -> None:
         nonlocal macs, activations
-        macs += output.numel() * layer.get_parameter('weight')[0].numel()  # multiply-adds of each output
+        macs += output.numel() * layer.get_parameter('weight')[0].numel()  # multiply-adds per output value
         activations += output.numel()
 
     layers = [module for module in model.modules() if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear)]
@@ -131,10 +131,10 @@ def measure(model: Classifier, size: int) -> tuple[float, float]:
 
 
 def escape(text: str) -> str:
-    """Escapes Markdown in one line of plain text, but not underscores within words."""
+    """Joins the lines of a plain text and escapes Markdown in it, except for underscores within words."""
     escaped = re.sub(r'([\\`*\[\]<>|&~$]|(?<![^\W_])_|_(?![^\W_])|!(?=\[))', r'\\\1', ' '.join(text.split()))
-    escaped = re.sub(r'^([#+=-])', r'\\\1', escaped)  # a heading or a list
-    return re.sub(r'^(\d+)(?=[.)])', r'\1\\', escaped)
+    escaped = re.sub(r'^([#+=-])', r'\\\1', escaped)  # would start a heading or a list
+    return re.sub(r'^(\d+)(?=[.)])', r'\1\\', escaped)  # would start a numbered list
 
 
 def make_metadata(facts: ModelFacts, title: str) -> ModelCardData:

@@ -1,4 +1,4 @@
-"""Calls huggingface_hub: a few retries, and every failure as one line without the token."""
+"""Calls huggingface_hub with a few retries, and turns each failure into a one-line error without the token."""
 
 import re
 import time
@@ -18,7 +18,7 @@ from .._errors import CheckpointError, Res2NetError, first_line, sanitize
 T = TypeVar('T')
 
 PAUSES = 1, 2  # seconds between attempts
-TRANSIENT = {408, 416, 422, 429, 500, 502, 503, 504}  # HTTP status codes; 422 is an upload with damaged bytes
+TRANSIENT = {408, 416, 422, 429, 500, 502, 503, 504}  # HTTP status codes; 422: an upload arrived damaged
 TOKEN = re.compile(r'[A-Za-z0-9._~+/-]+=*')  # https://www.rfc-editor.org/rfc/rfc6750
 REVISION = re.compile(r'(?!.*\.\.)[\w][^\s~^:?*\[\\\x00-\x20\x7f]*')  # a valid Git name
 
@@ -38,7 +38,7 @@ def hub_api(token: str | bool | None) -> HfApi:
 
 
 def require_repo_id(repo_id: str, revision: str | None = None) -> None:
-    """Raises ValueError unless the names can be those of a repository and of a revision."""
+    """Raises ValueError if the name of the repository or of the revision is invalid."""
     try:
         validate_repo_id(repo_id)
         if '/' not in str(repo_id):
@@ -50,12 +50,12 @@ def require_repo_id(repo_id: str, revision: str | None = None) -> None:
 
 
 def call_hub(action: str, function: Callable[[], T], retries: int = len(PAUSES)) -> T:
-    """Calls huggingface_hub, and again after transient errors; `action` completes "cannot ..." in an error.
+    """Calls huggingface_hub, and retries after transient errors. Error messages start with "cannot {action}".
 
     Raises:
         ConnectionError: If the Hub cannot be reached or sends an unexpected response.
         HfHubHTTPError: If the Hub refuses.
-        CheckpointError: If `function` finds a file damaged at every attempt.
+        CheckpointError: If `function` finds a damaged file in every attempt.
         OSError: If a local file cannot be written.
     """
     pauses = iter(PAUSES[:retries])
@@ -83,7 +83,7 @@ def is_transient(error: BaseException) -> bool:
     if refusals := [each for each in chain if isinstance(each, HfHubHTTPError)]:
         return refusals[-1].response.status_code in TRANSIENT
     is_broken = any(isinstance(each, CheckpointError | HTTPError | ConnectionError | TimeoutError) for each in chain)
-    return is_broken or 'Consistency check failed' in str(error)  # huggingface_hub's OSError for another size
+    return is_broken or 'Consistency check failed' in str(error)  # huggingface_hub's OSError for a wrong size
 
 
 def explain(action: str, error: BaseException) -> BaseException:

@@ -23,8 +23,8 @@ class ModelFacts:
     Args:
         tag: Name of this set of weights, such as 'in1k'.
         results: Measured accuracy in percent, such as `{'accuracy': 99.5}`.
-        dataset: Data for training and evaluation: a dataset on the Hub ('imagenet-1k') or a description.
-        license: License ID from the Hub ('apache-2.0', in any case), or name and URL of another license.
+        dataset: Training and evaluation data: a dataset on the Hub ('imagenet-1k') or a description.
+        license: License ID from the Hub ('apache-2.0', case-insensitive), or name and URL of another license.
         base_model: Repository of the model that this one was fine-tuned from, 'user/name'.
         recipe: How the model was trained.
 
@@ -53,7 +53,7 @@ class ModelFacts:
         if self.base_model is not None and not REPOSITORY.fullmatch(self.base_model):
             raise ValueError(f'invalid base_model {self.base_model!r}: pass the name of a repository, USER/NAME')
         if self.results is not None:
-            object.__setattr__(self, 'results', percentages(self.results))
+            object.__setattr__(self, 'results', normalize_results(self.results))
         if self.license is not None:
             object.__setattr__(self, 'license', normalize_license(self.license))
 
@@ -62,7 +62,7 @@ class ModelFacts:
         return {key: value for key, value in vars(self).items() if value is not None}
 
     def completed_by(self, record: Mapping[str, Any]) -> 'ModelFacts':
-        """Adds missing facts from the record in a `config.json`; if one of them is invalid, logs that and adds none."""
+        """Adds missing facts from the record in a `config.json`; if one of those is invalid, logs it and adds none."""
         recorded = {key: record.get(key) for key in vars(self)}
         try:
             return ModelFacts(**{**recorded, **self.as_dict()})
@@ -71,11 +71,11 @@ class ModelFacts:
             return self
 
 
-def percentages(results: Mapping[str, float]) -> dict[str, float]:
+def normalize_results(results: Mapping[str, float]) -> dict[str, float]:
     """Returns results as floats; ValueError unless they are percentages."""
     for metric, value in results.items():
         if not (isinstance(metric, str) and metric.strip()):
-            raise ValueError(f'invalid metric {metric!r} in results: name what was measured')
+            raise ValueError(f'invalid metric {metric!r} in results: pass the name of the metric')
         if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value <= 100:
             raise ValueError(f'invalid results: {metric} is {value!r}. Pass a percentage from 0 to 100')
     return {metric: float(value) for metric, value in results.items()}
@@ -89,5 +89,5 @@ def normalize_license(license: str | tuple[str, str]) -> str | tuple[str, str]:
         raise ValueError(f"invalid license {license!r}: pass a license ID such as 'apache-2.0', or a name and a URL")
     name, url = license
     if not str(name).strip() or not URL.fullmatch(str(url)):
-        raise ValueError(f'invalid license {license!r}: pass a name, and a URL with https://')
+        raise ValueError(f'invalid license {license!r}: pass a name, and a URL that starts with https://')
     return str(name).strip(), str(url)

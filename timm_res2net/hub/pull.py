@@ -32,19 +32,20 @@ def pull(
     Args:
         repo_id: 'user/name'.
         revision: Branch, tag or commit. The model's `pretrained_cfg['hf_hub_id']` records the commit.
-        token: For private and gated repositories; by default that of `hf auth login`.
-        cache_dir: Replaces huggingface_hub's cache.
+        token: Hub token for private and gated repositories; by default that of `hf auth login`.
+        cache_dir: Folder to use instead of huggingface_hub's cache.
         **kwargs: Passed to `timm.create_model`, such as `num_classes` or `features_only`.
 
     Returns:
         The model in evaluation mode.
 
     Raises:
-        CheckpointError: If the repository has no safetensors, a file is damaged, the configuration is invalid or
-            names a model of another package, or the weights do not fit it.
+        CheckpointError: If the repository has no safetensors, a file is damaged, the configuration is invalid or is
+            for a model of another package, or the weights do not fit the configuration.
         ValueError: If an argument is invalid.
         ConnectionError: If the Hub cannot be reached and the model is not in the cache.
-        HfHubHTTPError: If the Hub refuses: the repository or revision does not exist, is private, or is gated.
+        HfHubHTTPError: If the Hub refuses because the repository or revision does not exist, is private, or is gated,
+            and the model is not in the cache.
         OSError: If the cache cannot be written.
 
     Example:
@@ -71,7 +72,7 @@ def fetch_model(
 
 
 def fetch_file(hub_id: str, name: str, cache_dir: PathLike | None = None) -> Path | None:
-    """Returns the verified file of 'user/name' or 'user/name@revision', None if it does not exist; raises as `pull`."""
+    """Returns a verified file of 'user/name' or 'user/name@revision', or None if there is none. Raises like `pull`."""
     repo_id, _, revision = hub_id.partition('@')
     file = fetch(repo_id, (name,), revision or None, cache_dir=cache_dir) / name
     return file if file.is_file() else None
@@ -102,21 +103,21 @@ def fetch(
         for name in damaged:
             (folder / name).resolve().unlink(missing_ok=True)  # or the next call would use it
         if damaged:
-            raise CheckpointError(f'cannot use {damaged[0]} of {repo_id}: its checksum differs on the Hub. Try again')
+            raise CheckpointError(f"cannot use {damaged[0]} of {repo_id}: checksum differs from the Hub's. Try again")
         return folder
 
     cached = find_in_cache(download, names)
     try:
         return call_hub(f'download {" and ".join(names)} of {repo_id}', attempt, retries=1 if cached else 2)
     except (ConnectionError, HfHubHTTPError) as error:
-        if cached is None or find_in_cache(download, names) is None:  # it was damaged
+        if cached is None or find_in_cache(download, names) is None:  # or no longer, as it was damaged
             raise
         _logger.warning('%s. Using the copy in the cache', error)
         return cached
 
 
 def find_in_cache(download: Callable[..., str], names: Sequence[str]) -> Path | None:
-    """Returns the folder in the cache if it has all files."""
+    """Returns the folder in the cache, or None if it lacks one of the files."""
     try:
         folder = Path(download(local_files_only=True))
     except FileNotFoundError:

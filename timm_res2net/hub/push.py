@@ -42,8 +42,8 @@ _logger = logging.getLogger(__name__)
 
 CARD_FILE, CODE_FILE = 'README.md', 'register.py'
 FILES = WEIGHTS_FILE, CONFIG_FILE, CARD_FILE, CODE_FILE
-OF_WEIGHTS = 'description', 'notes', 'license', 'origin_url', 'tag', 'label_names', 'label_descriptions'
-AUTO_MAP = {  # transformers' classes and those of `CODE_FILE`
+ABOUT_WEIGHTS = 'description', 'notes', 'license', 'origin_url', 'tag', 'label_names', 'label_descriptions'
+AUTO_MAP = {  # transformers' auto classes, and the classes in `CODE_FILE` that they load
     'AutoConfig': 'register.Res2NetConfig',
     'AutoModel': 'register.Res2NetModel',
     'AutoModelForImageClassification': 'register.Res2NetForImageClassification',
@@ -85,7 +85,7 @@ def push(
     """Uploads a model: safetensors, the configuration that recreates it, a model card, and code for transformers.
 
     Before uploading, loads the written files and requires the same outputs, bit for bit. Afterwards, compares the
-    Hub's checksums with the files. A card that somebody wrote keeps its text and gets the new metadata. An unchanged
+    files with the Hub's checksums. A card that somebody wrote keeps its text and gets the new metadata. An unchanged
     model from `pull`, or from `load_model` of a file next to its `config.json`, keeps the recorded facts unless new
     ones are given.
 
@@ -96,7 +96,7 @@ def push(
         private: Whether a new repository is private; by default the Hub's setting decides.
         revision: Branch to push to, created if it does not exist; by default 'main'.
         create_pr: Open a pull request instead.
-        commit_message: Commit message.
+        commit_message: Commit message; by default 'Push' and the model's name.
         token: Hub token; by default that of `hf auth login`.
         overwrite_card: Replace a card that somebody wrote.
         dry_run: Folder to write to instead of the Hub. It must not contain a model. A card in it is treated like a
@@ -104,7 +104,7 @@ def push(
         **facts: Fields of `ModelFacts`: `tag`, `results`, `dataset`, `license`, `base_model` and `recipe`.
 
     Raises:
-        ValueError: If an argument is invalid, or a configuration cannot recreate the model. Nothing was sent.
+        ValueError: If an argument is invalid, or a configuration cannot recreate the model. Nothing was uploaded.
         TypeError: If the model is not a classification model, or an argument has the wrong type.
         ConnectionError: If the Hub cannot be reached, or somebody else pushed at the same time. Nothing was committed,
             or the error says where to look.
@@ -160,7 +160,7 @@ def write_model(model: Classifier, folder: Path, labels: Sequence[str] | None) -
     args = {key: value for key, value in get_model_args(model).items() if defaults.get(key) != value}
     known = model.pretrained_cfg.get('label_names') or ()
     labels = list(labels or (known if len(known) == model.num_classes else ()))
-    inherited = {*PretrainedCfg.__dataclass_fields__} - {*OF_WEIGHTS}
+    inherited = {*PretrainedCfg.__dataclass_fields__} - {*ABOUT_WEIGHTS}
     cfg = {key: value for key, value in model.pretrained_cfg.items() if key in inherited}
     config = make_config(model, name, args, PretrainedCfg(**cfg).to_dict(remove_source=True), labels)
     config.update(auto_map=AUTO_MAP)
@@ -177,7 +177,7 @@ def write_model(model: Classifier, folder: Path, labels: Sequence[str] | None) -
 
 
 def write_facts(folder: Path, config: dict[str, Any], facts: ModelFacts) -> None:
-    """Writes a configuration with facts about the weights."""
+    """Adds facts to a configuration, and writes it to a folder."""
     record = facts.as_dict()
     config[RECORD] |= {key: value for key, value in record.items() if key != 'tag'}
     config['pretrained_cfg'] |= {key: record[key] for key in ('tag', 'license') if isinstance(record.get(key), str)}
@@ -186,7 +186,7 @@ def write_facts(folder: Path, config: dict[str, Any], facts: ModelFacts) -> None
 
 @torch.inference_mode()
 def require_round_trip(model: Classifier, folder: Path) -> None:
-    """Raises ValueError unless the model in a folder computes the same as the given one."""
+    """Raises ValueError unless the model in a folder returns the same outputs as the given one."""
     x = torch.linspace(-2, 2, model.in_chans * 64 * 64).sin().reshape(1, model.in_chans, 64, 64)
     original = copy.deepcopy(model).to('cpu', torch.float32).to(memory_format=torch.contiguous_format).eval()
     try:
@@ -230,7 +230,7 @@ def prepare_branch(api: HfApi, repo_id: str, branch: str, private: bool | None) 
 
 
 def fetch_card(repo_id: str, head: str, token: str | None) -> bytes:
-    """Downloads the card of a commit, empty if it has none. Any failure is an error: a push would replace the card."""
+    """Downloads the card of a commit, empty if it has none. Never ignores an error: a push would replace the card."""
     with tempfile.TemporaryDirectory() as cache:
         file = fetch(repo_id, (CARD_FILE,), head, token, cache) / CARD_FILE
         return file.read_bytes() if file.is_file() else b''
@@ -240,7 +240,7 @@ def commit(api: HfApi, repo_id: str, folder: Path, branch: str, head: str, creat
     """Commits the files of a folder on top of `head`.
 
     Every attempt names the same parent. If only the response was lost, huggingface_hub finds nothing left to commit; if
-    somebody else pushed in the meantime, the Hub refuses. A pull request gets one attempt: a second would open another.
+    somebody else pushed in the meantime, the Hub refuses. Opening a pull request is not retried: that could open two.
     """
 
     def attempt() -> CommitInfo:
@@ -269,4 +269,4 @@ def verify(api: HfApi, repo_id: str, folder: Path, done: CommitInfo) -> None:
         f'verify {done.commit_url}', lambda: api.verify_repo_checksums(repo_id, local_dir=folder, revision=done.oid)
     )
     if found.mismatches or found.extra_paths:
-        raise ConnectionError(f'the files in {done.commit_url} differ from those that were sent. Push again')
+        raise ConnectionError(f'the files in {done.commit_url} differ from the uploaded ones. Push again')
