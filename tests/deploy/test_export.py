@@ -49,7 +49,7 @@ def test_export_torch_file_computes_what_the_model_does_at_any_batch_size(tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ['net.pt2']
 
 
-def test_export_of_a_compiled_model_is_that_of_the_model_inside(tmp_path: Path) -> None:
+def test_export_of_a_compiled_model_exports_the_model_inside(tmp_path: Path) -> None:
     done = export(torch.compile(tiny(), backend='eager'), tmp_path / 'net.pt2', **SIZE)
     assert done.agreement == 1
 
@@ -120,8 +120,8 @@ def optimized() -> nn.Module:
         ('there.pt2', {}, "cannot write '.*there.pt2': it already exists"),
         ('there.xml', {}, "cannot write '.*there.bin': it already exists"),
         ('net.pt2', dict(images=torch.zeros(2, 3, 16, 16)), r'\(N, 3, 32, 32\).*\(2, 3, 16, 16\)'),
-        ('net.pt2', dict(images=[]), 'images are empty'),
-        ('net.pt2', dict(images=torch.zeros(0, 3, 32, 32)), 'images are empty'),
+        ('net.pt2', dict(images=[]), 'images is empty'),
+        ('net.pt2', dict(images=torch.zeros(0, 3, 32, 32)), 'images is empty'),
         ('net.pt2', dict(images=[{'image': 1}]), 'must be tensors, .* got dict'),
         ('net.pt2', dict(images='nowhere'), "cannot use 'nowhere': no such file"),
         ('net.pt2', dict(images=torch.zeros(1, 3, 32, 32).byte()), 'got .*torch.uint8'),

@@ -1,4 +1,4 @@
-"""Untrusted exported files run no code, and false metadata is a CheckpointError."""
+"""Untrusted exported files run no code, and invalid metadata is refused."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from timm_res2net import CheckpointError, export, load_exported
 from timm_res2net.deploy.exported import ExportedModel, parse_record
 from timm_res2net.deploy.program import METADATA
 
-pytestmark = pytest.mark.filterwarnings('ignore')  # of torch.export about its own internals
+pytestmark = pytest.mark.filterwarnings('ignore')  # torch.export warns about its own internals
 HUGE = 10**12
 
 
@@ -77,7 +77,7 @@ def test_torch_program_runs_no_code_without_trust(file: Path, tmp_path: Path) ->
     ],
     ids=str,
 )
-def test_record_with_an_invalid_value_is_refused_by_its_key(
+def test_error_for_an_invalid_value_in_a_record_names_its_key(
     change: dict[str, Any], key: str, record: dict[str, Any]
 ) -> None:
     place = record if change.keys() <= record.keys() else record['pretrained_cfg']
@@ -109,9 +109,9 @@ def test_outputs_that_do_not_match_the_record_are_refused(outputs: list[torch.Te
 
 def test_runtime_that_fails_is_a_checkpoint_error(record: dict[str, Any]) -> None:
     def fail(images: torch.Tensor) -> Any:
-        raise MemoryError('no more of it\nat line 3')
+        raise MemoryError('out of memory\nat line 3')
 
-    with pytest.raises(CheckpointError, match=r"^cannot run 'net\.onnx': no more of it$"):
+    with pytest.raises(CheckpointError, match=r"^cannot run 'net\.onnx': out of memory$"):
         ExportedModel(Path('net.onnx'), fail, record)(torch.zeros(2, 3, 32, 32))
 
 
@@ -121,7 +121,7 @@ def test_foreign_or_damaged_files_are_refused_with_the_reason(tmp_path: Path) ->
     (tmp_path / 'broken.pt2').write_bytes(b'PK no archive')
     for name, reason in (
         ('foreign.pt2', 'it has no timm_res2net metadata'),
-        ('broken.pt2', 'it is not a program of torch.export'),
+        ('broken.pt2', 'it is not a torch.export program'),
         ('none.pt2', 'no such file'),
     ):
         with pytest.raises(CheckpointError, match=rf"cannot load '.*{name}': {reason}"):

@@ -1,4 +1,4 @@
-"""Fused models compute the same with fewer operators, and are not trained."""
+"""Fused models compute the same without norms, and stay in evaluation mode."""
 
 import copy
 from collections.abc import Callable
@@ -39,7 +39,7 @@ def test_fuse_every_model_leaves_no_norm(
     torch.testing.assert_close(model.state_dict(), before, rtol=0, atol=0)
 
 
-# Which convolutions of a first block merge depends on its function and on these.
+# Whether the convolutions of a first block merge depends on its function and on these arguments.
 MERGING: list[dict[str, Any]] = [
     *({}, dict(scale=1), dict(scale=2), dict(act_layer='silu')),
     *(dict(output_stride=8), dict(output_stride=8, dilate_pool=True)),
@@ -70,9 +70,9 @@ def test_fuse_every_block_function_and_argument_keeps_output(arguments: dict[str
     ('first_block', 'arguments', 'expected'),
     [
         ('official', {}, [True, True, True, True]),
-        ('official', dict(scale=2), [True, True, True, True]),  # with one convolution before it was fused
+        ('official', dict(scale=2), [True, True, True, True]),  # has only one convolution even before fusing
         ('official', dict(act_layer='silu'), [False, False, False, False]),
-        ('official', dict(output_stride=8), [True, True, True, False]),  # convolutions dilated, pool not
+        ('official', dict(output_stride=8), [True, True, True, False]),  # dilated convolutions, undilated pool
         ('official', dict(output_stride=8, dilate_pool=True), [True, True, True, True]),
         ('official', dict(norm_layer='groupnorm1'), [False, False, False, False]),
         ('paddle', {}, [False, False, False, False]),
@@ -89,7 +89,7 @@ def test_fuse_merges_first_blocks_into_one_convolution_where_exact(
         assert [len(fused.get_submodule(f'layer{i}.0.convs')) == 1 for i in range(1, 5)] == expected
 
 
-def test_reparameterize_model_leaves_norms_of_stem_also_of_a_model_in_training_mode(images: Tensor) -> None:
+def test_reparameterize_model_keeps_norms_of_stem_even_in_training_mode(images: Tensor) -> None:
     model = tiny()
     fused = reparameterize_model(tiny().train()).eval()  # the order of timm's scripts, and of timmx
     assert_same(fused, model, images)
@@ -126,7 +126,7 @@ def test_fuse_features_and_models_around_a_backbone_keep_output_and_leave_no_nor
     model = {**FEATURES, **WRAPPERS}[kind]()
     fused = fuse(model)
     assert_same(fused, model, fitting(kind, images) if kind in FEATURES else images)
-    assert count_norms(fused) == 0 or kind == 'getter'  # which traces the model
+    assert count_norms(fused) == 0 or kind == 'getter'  # this wrapper traces the model
 
 
 def test_fuse_keeps_forward_intermediates(images: Tensor) -> None:

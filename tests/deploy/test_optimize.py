@@ -35,7 +35,7 @@ def test_optimize_two_models_keep_their_own_outputs_without_recompiling(log: pyt
     for each, model in zip(optimized, (first, second)):
         assert_same(each, model, images)
     frames = torch._dynamo.utils.counters['frames']['total']
-    with torch.inference_mode():  # none of these compiles again
+    with torch.inference_mode():  # none of these calls compiles again
         optimized[0](images.clone())
         optimized[0](images.to(memory_format=torch.channels_last))
         optimized[0](images.double())
@@ -110,7 +110,7 @@ def test_optimize_wrong_argument_raises_value_error(arguments: dict[str, Any], n
         optimize(tiny(), **{'example_input': images, **arguments})
 
 
-def test_optimize_example_of_wrong_channels_raises_error_of_model(
+def test_optimize_example_with_wrong_channels_raises_error_of_model(
     images: Tensor, log: pytest.LogCaptureFixture
 ) -> None:
     with pytest.raises(ValueError, match=r'cannot run example_input, \(1, 4, 32, 32\): .*got 4 channels'):

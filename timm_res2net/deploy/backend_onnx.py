@@ -15,7 +15,7 @@ from .inference import Run
 from .program import METADATA, Program
 
 OPSET = 20  # supported by runtimes since the end of 2023
-OPSETS = range(18, 24)  # that torch's exporter writes
+OPSETS = range(18, 24)  # those that torch's exporter can write
 
 
 def write_onnx(program: Program, file: Path) -> None:
@@ -64,7 +64,7 @@ def quantize_onnx(file: Path, out: Path, images: Tensor, batch: int, symmetric: 
     quantize_static(
         prepared,
         out,
-        SimpleNamespace(get_next=partial(next, batches, None)),
+        SimpleNamespace(get_next=partial(next, batches, None)),  # acts as a CalibrationDataReader
         quant_format=QuantFormat.QDQ,
         per_channel=True,
         weight_type=QuantType.QInt8,
@@ -74,7 +74,7 @@ def quantize_onnx(file: Path, out: Path, images: Tensor, batch: int, symmetric: 
 
 
 def load_onnx(file: Path) -> tuple[str, Callable[[str], Run]]:
-    """Loads a file; returns our record, and a function that starts onnxruntime.
+    """Loads a file; returns its record, and a function that starts onnxruntime.
 
     The runtime gets the bytes, not the path, because it would open any file that a tensor in the model refers to.
     Raises a ValueError if the model refers to another file.
@@ -85,7 +85,7 @@ def load_onnx(file: Path) -> tuple[str, Callable[[str], Run]]:
         content = opened.read()
     model = onnx.load_model_from_string(content)
     if any(tensor.external_data or tensor.data_location == tensor.EXTERNAL for tensor in find_tensors(model)):
-        raise ValueError('it refers to other files, and an exported model is a single one')
+        raise ValueError('it refers to other files, but an exported model is a single file')
     record = next((each.value for each in model.metadata_props if each.key == METADATA), '')
 
     def start(precision: str) -> Run:
@@ -94,7 +94,7 @@ def load_onnx(file: Path) -> tuple[str, Callable[[str], Run]]:
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3  # errors only
-        # It makes signed files unsigned, and unsigned kernels saturate on processors without VNNI.
+        # This optimizer makes signed quantization unsigned, which saturates on processors without VNNI.
         skipped = ['QDQS8ToU8Transformer']
         providers = ['CPUExecutionProvider']
         session = onnxruntime.InferenceSession(content, options, providers, disabled_optimizers=skipped)

@@ -19,7 +19,7 @@ from .program import METADATA, Program
 
 _logger = logging.getLogger(__name__)
 
-PRECISION_HINTS = {'float16': 'f16', 'bfloat16': 'bf16'}  # all others: f32, also for layers that are not quantized
+PRECISION_HINTS = {'float16': 'f16', 'bfloat16': 'bf16'}  # otherwise 'f32', also for unquantized layers in int8
 
 
 def convert(model: nn.Module, example: Tensor, dynamic: tuple[int, ...], images: Tensor | None = None) -> Any:
@@ -41,7 +41,7 @@ def quantize_openvino(model: Any, images: Tensor) -> Any:
     value, clips, and a cascade accumulates the errors: res2net50_26w_4s with random weights is 8.1 % off with it (root
     mean square of the logits) and 2.2 % without. NNCF's default bias correction is a fast one that looks at each layer
     alone. The slow one is better for the embedded digits model (2 % off, not 14 %), but worse for others, and fails for
-    deformable convolutions. So both are tried, and the one that is closer on some of the images is kept.
+    deformable convolutions. So both are tried, and the one closer to the model on some of the images is kept.
     """
     import nncf
     from nncf.quantization.range_estimator import RangeEstimatorParametersSet
@@ -56,7 +56,7 @@ def quantize_openvino(model: Any, images: Tensor) -> Any:
         try:
             with open(os.devnull, 'w') as nowhere, contextlib.redirect_stdout(nowhere):  # progress bars
                 candidates.append(requantize_pools(nncf.quantize(model, data, **options)))
-        except Exception:  # NNCF raises anything for a graph that it does not know
+        except Exception:  # NNCF can raise anything for an unsupported graph
             if fast:
                 raise
             _logger.debug('the slow bias correction failed', exc_info=True)
@@ -67,7 +67,8 @@ def requantize_pools(model: Any) -> Any:
     """Also quantizes the outputs of max pools, if their quantized input has other consumers; returns the model.
 
     Otherwise OpenVINO runs such a pool, and the convolutions after it, in float32: a fifth of the operations of a DLA,
-    and a third of its time. A maximum of quantized values is one of them, so the same scale leaves it unchanged.
+    and a third of its time. The maximum of quantized values is one of them, so quantizing it with the same scale does
+    not change it.
     """
     from openvino import opset13
 
@@ -78,9 +79,9 @@ def requantize_pools(model: Any) -> Any:
         if quantizer.get_type_name() == 'FakeQuantize' and len(quantizer.output(0).get_target_inputs()) > 1:
             consumers = pool.output(0).get_target_inputs()
             limits = [quantizer.input_value(i) for i in range(1, 5)]
-            again = opset13.fake_quantize(pool.output(0), *limits, levels=quantizer.get_attributes()['levels'])
+            requantized = opset13.fake_quantize(pool.output(0), *limits, levels=quantizer.get_attributes()['levels'])
             for consumer in consumers:
-                consumer.replace_source_output(again.output(0))
+                consumer.replace_source_output(requantized.output(0))
     return model
 
 
@@ -93,10 +94,10 @@ def run_last_output(model: Any, images: Tensor) -> Tensor:
 def compile_openvino(model: Any, precision: str) -> Run:
     """Compiles an OpenVINO model for the CPU, with as many threads as torch has.
 
-    It is compiled for the shape of the first call, as int8 is 5 % faster with a known shape, and once more for all
-    shapes if another one follows. Either takes less than a second, in a separate thread: OpenVINO sets an alternative
-    signal stack in the compiling thread, and leaves it dangling if several models are freed, the first one first. The
-    next signal, such as SIGCHLD, would then kill this process.
+    The first call compiles it for its own shape, as int8 is 5 % faster with a known shape; the first call with another
+    shape compiles it for all shapes. Either takes less than a second, in a separate thread: OpenVINO sets an alternate
+    signal stack in the compiling thread, and leaves it dangling if several models are freed, oldest first. The next
+    signal, such as SIGCHLD, would then kill this process.
     """
     import openvino
 
@@ -142,7 +143,7 @@ def write_openvino(program: Program, file: Path) -> None:
 
 
 def load_openvino(file: Path) -> tuple[str, Callable[[str], Run]]:
-    """Loads an .xml file and its .bin file; returns our record, and a function that compiles the model.
+    """Loads an .xml file and its .bin file; returns its record, and a function that compiles the model.
 
     OpenVINO gets the bytes, not the path, so it cannot open any other file.
     """

@@ -1,4 +1,4 @@
-"""Writes and loads programs of torch.export, and quantizes models with torchao."""
+"""Writes and loads torch.export programs, and quantizes models with torchao."""
 
 import io
 import zipfile
@@ -13,17 +13,17 @@ from .program import METADATA, Program
 
 
 def write_torch(program: Program, file: Path) -> None:
-    """Writes a program of torch.export."""
+    """Writes a torch.export program."""
     exported = torch.export.export(program.module, (program.example,), dynamic_shapes=program.dynamic_shapes)
-    content = io.BytesIO()  # on a full disk, torch's own writer ends the process
+    content = io.BytesIO()  # torch's own writer aborts the process if the disk is full
     torch.export.save(exported, content, extra_files=program.metadata)
     file.write_bytes(content.getbuffer())
 
 
 def load_torch(file: Path) -> tuple[str, Callable[[str], Run]]:
-    """Loads a file, which can run any code in it; returns our record, and a function that starts the program."""
+    """Loads a file, which can run any code in it; returns its record, and a function that returns its `Run`."""
     if not zipfile.is_zipfile(file):  # torch would log a traceback
-        raise ValueError('it is not a program of torch.export')
+        raise ValueError('it is not a torch.export program')
     extra_files = {METADATA: ''}
     program = torch.export.load(file, extra_files=extra_files).module()
 
@@ -36,10 +36,10 @@ def load_torch(file: Path) -> tuple[str, Callable[[str], Run]]:
 
 @torch.no_grad()
 def quantize_torch(model: nn.Module, images: Tensor) -> nn.Module:
-    """Quantizes a fused model with torchao for x86; it is slow until torch.compile compiles it."""
+    """Quantizes a fused model with torchao for x86; the result is slow until torch.compile compiles it."""
     from torch._inductor import config
 
-    with config.patch(pre_grad_custom_pass=config.pre_grad_custom_pass):  # the import sets it, for all models
+    with config.patch(pre_grad_custom_pass=config.pre_grad_custom_pass):  # the import changes it globally
         from torchao.quantization.pt2e import allow_exported_model_train_eval
         from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
         from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86

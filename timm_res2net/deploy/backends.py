@@ -20,7 +20,7 @@ class Backend:
     format: str
     precisions: tuple[str, ...]
     write: Callable[[Program, Path], None]
-    load: Callable[[Path], tuple[str, Callable[[str], Run]]]  # file -> its record, and a function: precision -> run
+    load: Callable[[Path], tuple[str, Callable[[str], Run]]]  # file -> its record, and: precision -> run
     runs_code: bool = False  # loading a file can run any code that its author put there
 
 
@@ -42,7 +42,7 @@ def find_backend(file: PathLike) -> Backend:
 
 @contextmanager
 def requires_extra(what: str) -> Iterator[None]:
-    """Adds to an ImportError inside what requires the package, and how to install it."""
+    """Makes an ImportError inside say what requires the package, and how to install it."""
     try:
         yield
     except ImportError as error:

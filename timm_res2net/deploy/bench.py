@@ -35,9 +35,9 @@ from .optimize import optimize
 from .program import Exportable, Program
 
 MODELS = 'res2net50_26w_4s', 'res2net50d', 'res2next50', 'dla60_res2net'
-RUNTIMES = {'openvino': '.xml', 'onnxruntime': '.onnx'}  # and the files that they run
+RUNTIMES = {'openvino': '.xml', 'onnxruntime': '.onnx'}  # and the suffixes of their files
 OPPONENTS = 'timm', *RUNTIMES
-TIMM, OURS = 'timm', 'timm_res2net'  # ratios are to timm's own as people run it: eager, float32, NCHW
+TIMM, OURS = 'timm', 'timm_res2net'  # ratios are to timm's own model as people run it: eager, float32, NCHW
 INSTRUCTION_SETS = 'avx2', 'avx512f', 'avx512_bf16', 'amx_bf16', 'avx_vnni', 'avx512_vnni', 'amx_int8'
 # Differences between outputs, relative to the largest; int8 is calibrated with random images.
 TOLERANCES = {'float32': 1e-3, 'bfloat16': 5e-2, 'float16': 1e-2, 'int8': 5e-1}
@@ -119,7 +119,7 @@ def make_fused(name: str) -> nn.Module:
 
 
 def make_timms(name: str) -> nn.Module:
-    """Makes timm's own model, with the weights of ours: the same seed gives the same."""
+    """Makes timm's own model, with the same weights as ours, because the seed is the same."""
     make: Any = timm_entrypoint(name)
     torch.manual_seed(0)
     return make().eval()
@@ -189,10 +189,10 @@ def bench(
 ) -> list[Result]:
     """Measures models side by side with timm's own.
 
-    All ways to run a model must compute the same. Each has its own process: in a shared one, memory that others freed
-    speeds up those that allocate much, as timm's own does, and threads of one runtime may still spin while another is
-    measured. In each round, each has a turn, in random order, so that other load on the machine affects all alike. In a
-    turn, the second of two calls is measured: the first one fills the caches.
+    All ways to run a model must return the same outputs. Each has its own process: in a shared one, memory freed by one
+    way speeds up those that allocate much, such as timm's own, and threads of one runtime may still spin while another
+    is measured. Each round runs every way once, in random order, so that other load on the machine affects all alike. A
+    run is two calls, and the second is measured: the first fills the caches.
 
     `sizes` are heights and widths in pixels. `dtypes` are those of optimized and exported models, and in training those
     of all ways. Raises an UnknownModelError or ValueError if an argument is invalid, a way fails, or the outputs of two
@@ -204,7 +204,7 @@ def bench(
         raise ValueError(f'unknown against={", ".join(unknown)}. Choose from {", ".join(OPPONENTS)}.')
     inference_on_cpu = sorted({*RUNTIMES, 'int8'} & {*against, *dtypes})
     if inference_on_cpu and (train or device.type != 'cpu'):
-        raise ValueError(f'only for inference on the CPU: {", ".join(inference_on_cpu)}. Leave this out.')
+        raise ValueError(f'cannot measure {", ".join(inference_on_cpu)}: only for inference on the CPU. Leave it out.')
     results = []
     for model, size, batch in itertools.product(models, sizes, batches):
         ways = training_ways(model, dtypes) if train else inference_ways(model, dtypes, against)
@@ -240,7 +240,7 @@ def measure(
         def ask(way: Way, function: Callable[..., Any], *args: Any) -> Any:
             try:
                 return workers[way].submit(function, *args).result()
-            except Exception as error:  # libraries raise anything, and a process may run out of memory
+            except Exception as error:  # libraries can raise anything, and a process may run out of memory
                 raise ValueError(f'cannot measure {way}: {first_line(error)}') from error
 
         outputs = {way: ask(way, start, way, shape, train, device) for way in ways}
@@ -272,14 +272,14 @@ def second_call(device: torch.device) -> float:
 
 
 def peak_memory(device: torch.device) -> int | None:
-    """Returns the bytes that a call takes beyond those already taken; None where the system does not report them."""
+    """Returns the peak memory of a call in bytes, beyond that in use before; None if the system does not report it."""
     if device.type == 'cuda':
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run()
         return torch.cuda.max_memory_allocated() - before
     try:
-        ctypes.CDLL(None).malloc_trim(0)  # returns memory of earlier calls, which glibc keeps
+        ctypes.CDLL(None).malloc_trim(0)  # returns memory that glibc has kept from earlier calls
         Path('/proc/self/clear_refs').write_text('5')  # resets the peak
         resident = read_fields('/proc/self/status')['VmRSS']  # such as '123 kB'
         run()

@@ -1,4 +1,4 @@
-"""Collects images from a tensor, a DataLoader or a folder, to calibrate 8 bits and to compare outputs."""
+"""Collects images from a tensor, a DataLoader or a folder, to calibrate int8 and to compare outputs."""
 
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from .._images import find_images, image_transform, read_image
 from ..models.classifier import image_config
 
-CALIBRATION_IMAGES = 300  # NNCF's own number; more of them change little
+CALIBRATION_IMAGES = 300  # NNCF's default; more change little
 
 Images = Tensor | Iterable[Any] | str | Path
 
@@ -33,7 +33,7 @@ def calibration_images(model: nn.Module, images: Images | None, shape: tuple[int
         if len(taken) >= CALIBRATION_IMAGES:
             break
     if not taken:
-        raise ValueError('images are empty. Pass at least one.')
+        raise ValueError('images is empty. Pass at least one image.')
     return torch.stack(taken[:CALIBRATION_IMAGES])
 
 

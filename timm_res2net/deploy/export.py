@@ -32,8 +32,8 @@ from .program import Exportable, Program
 
 _logger = logging.getLogger(__name__)
 
-# Largest difference from the model, relative to its largest output, at which a file still counts as correct. That of
-# int8 depends on the weights and on the images that calibrate it; a file that computes nonsense is far beyond it.
+# Largest difference from the model, relative to its largest output, at which a file still counts as correct. In int8,
+# the difference depends on the weights and calibration images; a file that computes nonsense exceeds the limit by far.
 TOLERANCES = {'float32': 1e-4, 'float16': 2e-2, 'bfloat16': 1e-1, 'int8': 5e-1}
 
 
@@ -65,8 +65,8 @@ def export(
     """Exports a model, fused, to a file that is loaded and compared with the model before it appears.
 
     The file takes preprocessed float32 images and returns float32. The comparison uses the format's own runtime, at two
-    batch sizes and three image sizes where those are free. The file's metadata, JSON under the key `timm_res2net`,
-    records architecture, function, precision, preprocessing, class names, licence, origin, names and strides of the
+    batch sizes and three image sizes where those are not fixed. The file's metadata, JSON under the key `timm_res2net`,
+    records architecture, function, precision, preprocessing, class names, license, origin, names and strides of the
     outputs, the SHA-256 of the weights (of the state dict sorted by name, as `safetensors.torch.save` writes it), and
     the version of this package.
 
@@ -112,7 +112,7 @@ def export(
     require_finite_weights(model)
     fused = fuse(model)
     record = describe(model, backend, precision, batch, size, dynamic_size)
-    record = parse_record(json.dumps(record))  # as when the file is loaded
+    record = parse_record(json.dumps(record))  # checks it as when the file is loaded
     shape = record['pretrained_cfg']['input_size']
     given = calibration_images(model, images, tuple(shape)) if images is not None or precision == 'int8' else None
     program = Program(
@@ -155,14 +155,14 @@ def write(backend: Backend, program: Program, file: Path) -> None:
             backend.write(program, file)
     except (OSError, ImportError):
         raise
-    except Exception as error:  # exporters raise anything
+    except Exception as error:  # exporters can raise anything
         name, precision = program.record['architecture'], program.record['precision']
         _logger.debug('cannot export %s', name, exc_info=True)
         raise ValueError(f'cannot export {name} to {file.suffix}, {precision}: {first_line(error)}') from error
 
 
 def publish(folder: Path, path: Path) -> None:
-    """Moves verified files to their names, the .bin first: an .xml never appears without its weights."""
+    """Moves verified files to their final names, the .bin first: an .xml never appears without its weights."""
     parts = parts_of(path)
     for part in parts:
         sync(folder / part.name)
@@ -228,12 +228,12 @@ def verify(model: nn.Module, file: Path, record: dict[str, Any], images: Tensor 
     batches = make_batches(record, images)
     found, expected = ([[y.flatten() for y in tree_leaves(run(x))] for x in batches] for run in (loaded, model))
     pairs = [(torch.cat(a), torch.cat(b)) for a, b in zip(zip(*found), zip(*expected))]  # for each output
-    # Tensor.max() passes NaN on, Python's max() does not.
+    # Tensor.max() propagates NaN, Python's max() does not.
     largest = torch.stack([(a - b).abs().max() / b.abs().max() for a, b in pairs]).max().item()
     mean = torch.stack([((a - b).square().mean() / b.square().mean()).sqrt() for a, b in pairs]).max().item()
     tolerance = TOLERANCES[record['precision']]
     if not largest <= tolerance:
-        difference = f'{largest:.2%} of the largest, more than {tolerance:.2%}'
+        difference = f'{largest:.2%} of the largest output, more than {tolerance:.2%}'
         raise ValueError(f"{file.name} was discarded: its outputs differ from the model's by {difference}")
     same = None
     if loaded.num_classes:
@@ -243,7 +243,7 @@ def verify(model: nn.Module, file: Path, record: dict[str, Any], images: Tensor 
 
 
 def make_batches(record: dict[str, Any], images: Tensor | None) -> list[Tensor]:
-    """Makes the batches to compare on: of two batch sizes and three image sizes, where those are free."""
+    """Makes the batches to compare on: of two batch sizes and three image sizes, where those are not fixed."""
     batch, _, *size = record['input']
     if images is None:
         shape = record['pretrained_cfg']['input_size']

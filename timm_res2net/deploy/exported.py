@@ -15,12 +15,12 @@ from ..models.spec import NetworkSpec
 from .backends import PRECISIONS, find_backend, requires_extra
 from .inference import ForInference, Run, finish, run_batch
 
-LARGEST_INPUT = 2**28  # values in a batch, 1 GB: callers make whole batches of the size that a file asks for
+LARGEST_INPUT = 2**28  # values in a batch, 1 GB: callers allocate batches of the size in the metadata
 STRINGS = 'architecture', 'license', 'origin_url', 'tag', 'hf_hub_id'  # in `pretrained_cfg`
 
 
 class ExportedModel(ForInference):
-    """A model loaded from an exported file, which its own runtime runs on the CPU.
+    """A model loaded from an exported file, run on the CPU by the runtime of its format.
 
     Attributes:
         record: The file's metadata: `architecture`, `function`, `precision`, `pretrained_cfg`, `outputs` and more, see
@@ -56,7 +56,7 @@ class ExportedModel(ForInference):
         """Runs images; CheckpointError if that fails, or if the outputs do not match the record."""
         try:
             outputs = self.run(images)
-        except Exception as error:  # runtimes raise anything
+        except Exception as error:  # runtimes can raise anything
             raise CheckpointError(f'cannot run {self.file.name!r}: {first_line(error)}') from error
         shapes = [tuple(output.shape) for output in outputs]
         are_batches = [len(shape) >= 2 and shape[0] == len(images) for shape in shapes]
@@ -109,7 +109,7 @@ def load_exported(file: PathLike, *, trust: bool = False) -> ExportedModel:
             return ExportedModel(path, start(record['precision']), record).eval()
     except ImportError:
         raise
-    except Exception as error:  # runtimes raise anything for a damaged file
+    except Exception as error:  # runtimes can raise anything for a damaged file
         raise CheckpointError(f'cannot load {str(path)!r}: {first_line(error)}') from error
 
 

@@ -21,15 +21,15 @@ def fuse(model: nn.Module) -> nn.Module:
 
     Folds every batch norm of this package's networks into the convolution before it, and also those of modules that
     run their children in order, such as `nn.Sequential`; other modules keep their norms. In blocks without a cascade,
-    the parallel convolutions and the pool become one grouped convolution where that is exact: not with an activation
-    other than ReLU, and not for Paddle's pool, which does not count the padding. `timm.models.reparameterize_model`
-    does the same, but to blocks only.
+    the parallel convolutions and the pool become one grouped convolution where that is exact: a pooled or unchanged
+    split requires ReLU, and a pool must count the padding, unlike Paddle's. `timm.models.reparameterize_model` does the
+    same, but to blocks only.
 
-    The copy can be exported, scripted and asked for features like the model. It stays in evaluation mode: `train()` has
-    no effect on it, even inside another model, and gradients pass through it as through frozen norms.
+    The copy can be exported, scripted and asked for features like the original. It stays in evaluation mode: `train()`
+    has no effect on it, even inside another model, and gradients pass through it as through frozen norms.
 
     Args:
-        model: A model of this package, or one that contains some, in evaluation mode. It is not changed.
+        model: A model of this package, or a module that contains one, in evaluation mode. It is not changed.
 
     Returns:
         The fused copy.
@@ -45,7 +45,7 @@ def fuse(model: nn.Module) -> nn.Module:
     """
     require_eval_mode(model)
     if not any(isinstance(module, Bottle2neck) for module in model.modules()):
-        raise ValueError(f'{type(model).__name__} has no Res2Net block. Pass a model made by this package.')
+        raise ValueError(f'cannot fuse a {type(model).__name__}: it has no Res2Net block. Pass a Res2Net.')
     wrapped = reparameterize_model(nn.Sequential(model))  # timm fuses submodules, but not the model itself
     fused = wrapped.get_submodule('0')
     for module in fused.modules():
@@ -56,5 +56,5 @@ def fuse(model: nn.Module) -> nn.Module:
 
 
 def stay_in_eval_mode(model: nn.Module, mode: bool = True) -> nn.Module:
-    """The `train` of a fused model, in which modules of other packages would change their mode otherwise."""
+    """Replaces `train` of a fused model, as modules of other packages in it would otherwise change their mode."""
     return type(model).train(model, False)

@@ -1,4 +1,4 @@
-"""Shared parts of models that can only be run: optimized models and exported files."""
+"""Shared parts of inference-only models: optimized models and exported files."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +13,7 @@ Outputs = Any  # a tensor, or a list or dict of features
 
 
 class ForInference(nn.Module):
-    """A model that can only be run: it has no gradient, and stays in evaluation mode.
+    """An inference-only model: it has no gradients, and stays in evaluation mode.
 
     Attributes:
         path: The steps that made it, such as 'fused, channels last, bfloat16, compiled'.
@@ -47,12 +47,12 @@ def require_floating_point(images: Tensor) -> None:
 
 
 def finish(outputs: Outputs, images: Tensor) -> Outputs:
-    """Casts outputs to the dtype of the images, and replaces those of images with NaN or infinity by NaN.
+    """Casts outputs to the dtype of the images, and sets those of images with NaN or infinity to NaN.
 
     Compilers and OpenVINO compute max(NaN, 0) = 0, so a damaged image would otherwise get plausible scores.
     """
     finite = find_finite(images)
-    all_finite = finite.is_cpu and bool(finite.all())  # on a GPU, asking would wait for all pending work
+    all_finite = finite.is_cpu and bool(finite.all())  # on a GPU, this would wait for all pending work
 
     def finish_one(output: Tensor) -> Tensor:
         output = output.to(images.dtype)

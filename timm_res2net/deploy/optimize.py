@@ -33,7 +33,7 @@ def optimize(
 
     The model is fused, converted to channels-last memory format and to `dtype`, and compiled by `torch.compile` as one
     graph with frozen weights. If no compiler works, it is left uncompiled, and a warning says why. The first call with
-    another batch size compiles again, once for all other sizes: that takes seconds, with OpenVINO less than one.
+    another batch size compiles again, once for all other sizes: that takes seconds, or less than one with OpenVINO.
 
     Args:
         model: Model of this package in evaluation mode. It is not changed.
@@ -126,7 +126,7 @@ class Optimized(ForInference):
             return finish(self.model(images.clone() if images.is_inference() else images), x)
 
     def compile_or_warn(self, example_input: Tensor) -> None:
-        """Compiles in a first call, with the fastest settings or else the default ones; logs why settings failed."""
+        """Compiles in a first call, with the fastest settings or else the defaults; logs why settings failed."""
         model = self.model
         for name in ('fastest', 'default'):
             try:
@@ -134,7 +134,7 @@ class Optimized(ForInference):
                 self.model = torch.compile(model, fullgraph=True, **settings)  # type: ignore[assignment]
                 self.context = frozen_weights
                 self(example_input)
-            except Exception as error:  # compilers raise anything
+            except Exception as error:  # compilers can raise anything
                 _logger.warning('torch.compile with %s settings failed: %s', name, first_line(error))
             else:
                 self.path += ', compiled'
@@ -165,7 +165,7 @@ def name_of(dtype: torch.dtype) -> str:
 
 
 def fastest_settings(device: torch.device) -> dict[str, Any]:
-    """Returns settings of `torch.compile` that save a millisecond or two per call in torch 2.14; older versions fail.
+    """Returns settings of `torch.compile` that save one to two milliseconds a call in torch 2.14; older versions fail.
 
     Kernels are called from C++, and a call does not check that the modules are still those that were compiled. That is
     safe if no other model uses the compiled code, hence `isolate_recompiles`.

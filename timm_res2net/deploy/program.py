@@ -13,7 +13,7 @@ METADATA = 'timm_res2net'  # the key of our record in a file's own metadata
 
 
 class Exportable(nn.Module):
-    """A copy of a model on the CPU that takes float32 images and returns a tuple of float32, in any precision."""
+    """A copy of a model on the CPU that computes in a given precision, but takes and returns float32, in a tuple."""
 
     def __init__(self, model: nn.Module, precision: str) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class Program:
 
     @property
     def dynamic_shapes(self) -> tuple[dict[int, Any]] | None:
-        """The same for torch's exporters."""
+        """The free dimensions, as torch's exporters expect them."""
         dims = {0: torch.export.Dim('batch', min=1), 2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
         return ({i: dims[i] for i in self.dynamic},) if self.dynamic else None
 
