@@ -12,7 +12,7 @@ from timm_res2net.models.classifier import registered_cfg
 from timm_res2net.models.variants import ARCHS, EMBEDDED, WEIGHTS
 
 FOLDER = Path(__file__).parent
-AUTHORS = {  # by a part of the weights' URL
+AUTHORS = {  # a part of the weights' origin URL, and the name to show
     'github.com/Res2Net': 'the authors',
     'PaddleClas': 'PaddleClas',
     'mindcv': 'MindCV',
@@ -40,7 +40,7 @@ distilled by PaddleClas.
 
 All numbers describe the architecture as registered; a test recomputes each of them. GMACs are at 224 x 224, except for
 the 29-layer CIFAR-100 networks, which take 32 x 32. Top-1 is that of the default weights. `blresnet50` and
-`resnext29_8c_64w` are plain bottleneck networks in the same code, as baselines that timm lacks. The docstrings of
+`resnext29_8c_64w` are plain bottleneck networks from the same code, as baselines that timm lacks. The docstrings in
 `timm_res2net/models/cifar.py` and `biglittle.py` list which of the paper's numbers each network reproduces, and which
 cannot be reproduced.
 
@@ -64,7 +64,7 @@ the held-out third of scikit-learn's handwritten digits, Apache-2.0.
 
 
 def render_catalogue() -> str:
-    """Renders the tables of all architectures and of all published weights, with links to the cards."""
+    """Renders the catalogue: all architectures, and all published weights with links to their cards."""
     defaults = {name.partition('.')[0]: weights for name, weights in reversed(WEIGHTS.items())}  # the first of each
     architectures = []
     for name, arch in ARCHS.items():

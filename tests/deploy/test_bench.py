@@ -59,7 +59,7 @@ def test_against_adds_ways(against: list[str], dtype: str, added: list[str]) -> 
     assert [way.name for way in inference_ways('res2net50d', [dtype], against)] == plain + added
 
 
-def test_model_that_timm_lacks_is_measured_without_it() -> None:
+def test_model_that_timm_lacks_is_measured_without_timm() -> None:
     for ways in (training_ways('test_res2net', ['float32']), inference_ways('test_res2net', ['float32'], ['openvino'])):
         assert ways
         assert all(way.name.startswith('timm_res2net') for way in ways)
@@ -80,7 +80,7 @@ def test_way_that_fails_in_its_process_is_named() -> None:
         measure([way], (1, 3, 32, 32), False, CPU, 1)
 
 
-@pytest.mark.filterwarnings('ignore')  # of exporters about their own internals
+@pytest.mark.filterwarnings('ignore')  # exporters warn about their own internals
 @pytest.mark.parametrize(
     'prepare',
     [

@@ -1,4 +1,4 @@
-"""Models do no more work than timm's own, and fused ones far less."""
+"""Models run no more operators and allocate no more memory than timm's own, and fused ones far less."""
 
 from typing import Any
 
@@ -32,7 +32,7 @@ class Counter(TorchDispatchMode):
 
 
 def find_storages(values: Any) -> dict[int, Any]:
-    """Finds the storages of the tensors among values, also in lists and tuples, by address."""
+    """Returns the storages of tensors, also of those in lists and tuples, by address."""
     if isinstance(values, Tensor):
         storage = values.untyped_storage()
         return {storage.data_ptr(): storage}

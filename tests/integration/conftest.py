@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from timm_res2net.recipes.digits import split
 
-KINDS = 'res2net50_26w_4s', 'res2net50_vd_26w_4s', 'dla60_res2net', 'blres2net50_26w_4s'  # each trunk and stem
+KINDS = 'res2net50_26w_4s', 'res2net50_vd_26w_4s', 'dla60_res2net', 'blres2net50_26w_4s'  # one for each trunk and stem
 
 
 def make(name: str, **arguments: Any) -> nn.Module:
@@ -35,5 +35,5 @@ def assert_gradient_reaches_first_layer(model: nn.Module, loss: Tensor) -> None:
 
 @pytest.fixture(params=KINDS)
 def kind(request: pytest.FixtureRequest) -> str:
-    """The name of a model."""
+    """The name of a model, one for each trunk and stem."""
     return request.param

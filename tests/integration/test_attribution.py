@@ -1,4 +1,4 @@
-"""captum's attributions sum to differences of scores."""
+"""captum's attributions sum to the difference between the scores of input and baseline."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ captum = pytest.importorskip('captum.attr')
 
 
 def require_sum_equals_score_difference(method: Any, model: nn.Module, tolerance: float, **options: Any) -> None:
-    """Compares the sum of the attributions of a score with the difference between scores that it must equal."""
+    """Compares the sum of a score's attributions with the difference between the scores of input and baseline."""
     x, baseline = torch.randn(2, 3, 32, 32, dtype=torch.double), torch.zeros(2, 3, 32, 32, dtype=torch.double)
     x.requires_grad_()
     parts = method(model).attribute(x, baseline, target=1, **options)

@@ -25,7 +25,7 @@ onnx = pytest.importorskip('onnx')
 openvino = pytest.importorskip('openvino')
 pytest.importorskip('nncf')
 
-pytestmark = pytest.mark.filterwarnings('ignore')  # of exporters about their own internals
+pytestmark = pytest.mark.filterwarnings('ignore')  # exporters warn about their own internals
 FORMATS = '.onnx', '.xml'
 CASES = [(name, suffix) for name in TRUNKS for suffix in FORMATS]  # an export to ONNX takes ten seconds
 
@@ -118,7 +118,7 @@ def test_export_writes_metadata_names_and_opset_of_the_format(suffix: str, opset
 
 
 @pytest.mark.parametrize(('suffix', 'precision'), [('.onnx', 'float16'), ('.xml', 'float16'), ('.xml', 'bfloat16')])
-def test_export_in_half_precision_takes_two_bytes_for_a_weight(suffix: str, precision: str, tmp_path: Path) -> None:
+def test_export_in_half_precision_takes_two_bytes_per_weight(suffix: str, precision: str, tmp_path: Path) -> None:
     model = built('test_res2net')
     done = export(model, tmp_path / f'net{suffix}', precision=precision, size=32)
     weights = sum(parameter.numel() for parameter in model.parameters())
@@ -129,7 +129,7 @@ def test_export_in_half_precision_takes_two_bytes_for_a_weight(suffix: str, prec
 @pytest.mark.parametrize('suffix', FORMATS)
 def test_export_digits_in_8_bits_loses_at_most_a_fifth_of_a_percent(suffix: str, tmp_path: Path) -> None:
     model = timm.create_model('test_res2net.digits', pretrained=True).eval()
-    signed = suffix == '.onnx'  # unsigned 8 bits saturate on processors without VNNI
+    signed = suffix == '.onnx'  # unsigned kernels saturate on processors without VNNI
     done = export(model, tmp_path / f'net{suffix}', precision='int8', images=digits('train', 100), symmetric=signed)
     assert done.mean_difference < (0.06 if signed else 0.035)
     if suffix == '.xml':
@@ -181,7 +181,7 @@ def test_export_symmetric_is_signed_without_zero_points_and_close(tmp_path: Path
 
 
 @pytest.mark.slow
-def test_error_of_int8_is_that_of_the_table() -> None:
+def test_error_of_int8_matches_the_table() -> None:
     rows = {row['model']: row for row in json.loads((ASSETS / 'int8.json').read_text())['results']}
     name = 'res2next29_6c_24w_4s'
     found = measure(name)

@@ -1,4 +1,4 @@
-"""ExecuTorch and LiteRT compute what fused models compute in torch; Core ML converts them, and runs on a Mac only."""
+"""ExecuTorch and LiteRT compute what fused models compute in torch; Core ML converts them, but runs on a Mac only."""
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from integration.conftest import make
 from timm_res2net import fuse
 
 IMAGES = torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
-pytestmark = pytest.mark.filterwarnings('default')  # libraries about their own internals
+pytestmark = pytest.mark.filterwarnings('default')  # libraries warn about their own internals
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def test_litert_computes_the_same(fused: nn.Module) -> None:
     assert_same(lambda x: torch.as_tensor(converted(x)), fused, IMAGES)
 
 
-def test_core_ml_takes_the_model(fused: nn.Module) -> None:
+def test_core_ml_converts_the_model(fused: nn.Module) -> None:
     coremltools = pytest.importorskip('coremltools')
     program = torch.export.export(fused, (IMAGES,)).run_decompositions({})
     assert coremltools.convert(program).get_spec().WhichOneof('Type') == 'mlProgram'

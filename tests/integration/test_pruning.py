@@ -1,4 +1,4 @@
-"""torch_pruning prunes these models around the convolutions between splits, as timm's."""
+"""torch_pruning prunes these models, as timm's, except for the layers that depend on the splits."""
 
 import pytest
 import timm
@@ -7,7 +7,7 @@ import torch
 torch_pruning = pytest.importorskip('torch_pruning')
 
 
-def test_every_kind_of_trunk_is_pruned_around_the_layers_that_the_readme_ignores(kind: str) -> None:
+def test_every_trunk_is_pruned_if_the_layers_listed_in_the_readme_are_ignored(kind: str) -> None:
     model = timm.create_model(kind)
     whole = sum(parameter.numel() for parameter in model.parameters())
     blocks = [module for module in model.modules() if hasattr(module, 'convs')]

@@ -1,4 +1,4 @@
-"""segmentation_models_pytorch makes encoders from these models by name."""
+"""segmentation_models_pytorch builds encoders from these models by name."""
 
 import re
 
@@ -46,7 +46,7 @@ def test_smp_encoder_equals_intermediates_and_model_trains(
     assert_gradient_reaches_first_layer(model.encoder, loss)
 
 
-def test_readme_smp_example_gives_mask() -> None:
+def test_readme_smp_example_returns_a_mask() -> None:
     readme = (ROOT / 'timm_res2net' / 'models' / 'README.md').read_text()
     (example,) = (block for block in re.findall(r'```python\n(.*?)```', readme, re.DOTALL) if 'smp.Unet' in block)
     exec(example.replace('224, 224', '64, 64'), made := {})

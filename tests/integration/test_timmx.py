@@ -19,7 +19,7 @@ def test_timmx_exports_and_verifies(
     backend: str, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     torch.manual_seed(0)
-    for name in ('argv', 'path'):  # which `main` changes, as for its own process
+    for name in ('argv', 'path'):  # `main` changes both, as if it owned the process
         monkeypatch.setattr(sys, name, [*getattr(sys, name)])
     with pytest.raises(SystemExit) as ended:
         main(['-m', 'timmx', 'export', backend, 'test_res2net', '--output', str(tmp_path / file)])

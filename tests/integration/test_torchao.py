@@ -1,4 +1,4 @@
-"""Models in 8 bits by torchao stay close to float32."""
+"""Models quantized by torchao stay close to float32."""
 
 import sys
 

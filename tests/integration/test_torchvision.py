@@ -1,4 +1,4 @@
-"""torchvision's feature extractors and detectors take these backbones."""
+"""torchvision's feature extractors and detectors work with these backbones."""
 
 import pytest
 import torch
