@@ -133,7 +133,7 @@ def optimized() -> nn.Module:
         ('net.pt2', dict(model=optimized), 'cannot export an optimized or exported model'),
     ],
 )
-def test_export_wrong_argument_raises_one_line_and_writes_nothing(
+def test_export_with_a_wrong_argument_raises_one_line_and_writes_nothing(
     name: str, arguments: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     there = [tmp_path / 'there.bin', tmp_path / 'there.pt2']
@@ -154,7 +154,7 @@ def test_export_wrong_argument_raises_one_line_and_writes_nothing(
         (KeyboardInterrupt(), None),
     ],
 )
-def test_export_interrupted_leaves_nothing(
+def test_interrupted_export_leaves_nothing(
     fault: BaseException, message: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(program: Any, file: Path) -> None:
@@ -228,7 +228,7 @@ def test_predicted_class_of_a_single_logit_is_its_sign() -> None:
 
 
 @pytest.mark.parametrize(('package', 'suffix'), [('onnx', '.onnx'), ('onnxscript', '.onnx'), ('openvino', '.xml')])
-def test_export_missing_package_names_the_extra(
+def test_export_without_a_package_names_the_extra(
     package: str, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)

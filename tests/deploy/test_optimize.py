@@ -23,7 +23,7 @@ def log(caplog: pytest.LogCaptureFixture) -> Iterator[pytest.LogCaptureFixture]:
 
 
 @pytest.mark.slow
-def test_optimize_two_models_keep_their_own_outputs_without_recompiling(log: pytest.LogCaptureFixture) -> None:
+def test_two_optimized_models_keep_their_own_outputs_without_recompiling(log: pytest.LogCaptureFixture) -> None:
     torch._dynamo.reset()
     images = torch.randn(2, 16, 16, 16)
     # A single block compiles faster than a whole network.

@@ -92,7 +92,7 @@ FAST = [  # at least one for each step; together they cover every kind of fault,
 
 
 @pytest.fixture
-def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Skips huggingface_hub's pauses, and the steps of a push that need no Hub."""
     clock = SimpleNamespace(sleep=lambda seconds: None, time=time.time, monotonic=time.monotonic)
     for module in (_http, file_download):
@@ -119,7 +119,7 @@ def old_files() -> dict[str, bytes]:
 
 @pytest.mark.parametrize('cell', slow_but(FAST, CELLS))
 def test_fault_has_the_expected_outcome_leaves_nothing_behind_and_the_next_call_succeeds(
-    cell: str, hub: Hub, hasty: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    cell: str, hub: Hub, no_pauses: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     action, step, kind, number = cell.split()
     times, outcome = int(number), CELLS[cell]
@@ -162,7 +162,7 @@ def test_fault_has_the_expected_outcome_leaves_nothing_behind_and_the_next_call_
 # The commit
 
 
-def test_lost_response_of_a_pull_request_opens_no_second_one_and_says_where_to_look(hub: Hub, hasty: None) -> None:
+def test_lost_response_of_a_pull_request_opens_no_second_one_and_says_where_to_look(hub: Hub, no_pauses: None) -> None:
     hub.put('user/net', old_files())
     hub.faults = [Fault('POST .*/commit/', 'lost')]
     with pytest.raises(ConnectionError, match=r'If the response was lost, the commit exists: see .*/discussions$'):
@@ -170,7 +170,7 @@ def test_lost_response_of_a_pull_request_opens_no_second_one_and_says_where_to_l
     assert list(hub.repos['user/net'].branches) == ['main', 'refs/pr/1']
 
 
-def test_concurrent_commit_is_not_overwritten(hub: Hub, hasty: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_commit_is_not_overwritten(hub: Hub, no_pauses: None, monkeypatch: pytest.MonkeyPatch) -> None:
     hub.put('user/net', old_files())
     commit = timm_res2net.hub.push.commit
 
@@ -198,7 +198,7 @@ def test_license_unknown_to_the_hub_is_refused_before_a_repository_is_created(hu
     [('hf_read', 'write permission'), ('hf_other', 'rights'), ('hf_bad', 'Invalid credentials'), (False, 'token|401')],
 )
 def test_push_without_permission_changes_nothing_and_hides_the_token(
-    token: Any, message: str, hub: Hub, hasty: None, caplog: pytest.LogCaptureFixture
+    token: Any, message: str, hub: Hub, no_pauses: None, caplog: pytest.LogCaptureFixture
 ) -> None:
     hub.put('user/net', old_files())
     with caplog.at_level(logging.DEBUG), pytest.raises(HfHubHTTPError, match=message) as error:
@@ -215,7 +215,7 @@ def test_token_is_in_no_file_and_no_log(hub: Hub, caplog: pytest.LogCaptureFixtu
 
 
 def test_error_shows_no_token_and_no_terminal_codes_from_the_hub(
-    hub: Hub, hasty: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    hub: Hub, no_pauses: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv('HF_TOKEN', 'hf_write')
     hub.put('user/net', {'config.json': b'{}'})

@@ -42,7 +42,7 @@ def find_backend(file: PathLike) -> Backend:
 
 @contextmanager
 def requires_extra(what: str) -> Iterator[None]:
-    """Makes an ImportError inside say what requires the package, and how to install it."""
+    """Re-raises an ImportError with what requires the package, and how to install it."""
     try:
         yield
     except ImportError as error:

@@ -59,9 +59,9 @@ class ExportedModel(ForInference):
         except Exception as error:  # runtimes can raise anything
             raise CheckpointError(f'cannot run {self.file.name!r}: {first_line(error)}') from error
         shapes = [tuple(output.shape) for output in outputs]
-        are_batches = [len(shape) >= 2 and shape[0] == len(images) for shape in shapes]
-        fits = are_batches == [True] * len(self.record['outputs'])
-        if not fits or (self.num_classes and shapes[0][1] != self.num_classes):
+        is_complete = len(shapes) == len(self.record['outputs'])
+        are_batches = all(len(shape) >= 2 and shape[0] == len(images) for shape in shapes)
+        if not (is_complete and are_batches) or (self.num_classes and shapes[0][1] != self.num_classes):
             raise CheckpointError(f'outputs of {self.file.name!r} do not match its metadata: {sanitize(shapes)}')
         return outputs
 
