@@ -110,7 +110,7 @@ def test_predict_prints_files_with_their_labels(run: Run, photos: None) -> None:
         ('predikt', 2, 'invalid choice'),
         ('predict --model res2nt50_26w_4s', 2, 'Did you mean res2net50_26w_4s'),
         ('predict --model res2net101_v1b_26w_4s', 2, 'Did you mean res2net101d?'),
-        ('predict --model res2net152d', 1, 'no published weights of res2net152d'),
+        ('predict --model res2net152d', 1, 'no published weights for res2net152d'),
         ('predict --model local-dir:.', 1, 'cannot load the weights of local-dir:.: Config file not found'),
         ('predict photo.jpg --model res2net50d', 1, 'cannot load the weights of res2net50d'),
         ('predict --weights absent.pth', 1, 'cannot read absent.pth: No such file'),

@@ -1,4 +1,4 @@
-"""Explanations: class activation maps sum to scores, receptive fields are those of the paper."""
+"""Class activation maps average to the logits, and receptive fields have the paper's sizes."""
 
 from pathlib import Path
 from typing import Any
@@ -46,12 +46,12 @@ def test_class_activation_map_dilated_equals_undilated_on_denser_grid(images: Te
 
 def test_class_activation_map_without_classifier_on_average_pooling_raises(images: Tensor) -> None:
     for options in (dict(num_classes=0), dict(global_pool='max')):
-        with pytest.raises(ValueError, match='it has no classifier on average pooling'):
+        with pytest.raises(ValueError, match='it has no classifier after average pooling'):
             class_activation_map(tiny(**options), images)
 
 
 class SingleBlock(nn.Module):
-    """A block with nothing around it, whose weights are all one and whose norms do nothing."""
+    """A model that is only one block. Its weights are all one, and its norms do nothing."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__()
@@ -64,7 +64,7 @@ class SingleBlock(nn.Module):
 
 
 def supports(fields: np.ndarray) -> list[int]:
-    """How many pixels across each field is not zero; it must be a full square."""
+    """Returns the side of the square that each field covers; fails if it is not a full square."""
     sizes = []
     for field in fields:
         rows, columns = np.nonzero(field)
@@ -113,7 +113,7 @@ def test_explanations_refuse_training_mode(explainer: Any, images: Tensor) -> No
 
 
 @pytest.mark.parametrize(('rows', 'columns', 'expected'), [([], [], 0), ([4], [4], 0), ([1, 7, 4, 4], [4, 4, 1, 7], 3)])
-def test_radius_of_nothing_and_of_a_pixel_is_zero_and_of_a_ring_is_its_own(
+def test_radius_is_zero_for_an_empty_field_or_one_pixel_and_exact_for_a_ring(
     rows: list[int], columns: list[int], expected: int
 ) -> None:
     field = np.zeros((9, 9), np.float32)
@@ -130,7 +130,7 @@ def test_receptive_field_leaves_model_unchanged(images: Tensor) -> None:
     torch.testing.assert_close(model(images), before, rtol=0, atol=0)
 
 
-def test_receptive_field_and_explain_of_absent_parts_raise_and_list_choices(images: Tensor) -> None:
+def test_receptive_field_and_explain_of_unknown_parts_raise_and_list_choices(images: Tensor) -> None:
     with pytest.raises(ValueError, match=r"no block 'layer9\.0' in this model\. Its blocks: layer1\.0, layer2\.0, "):
         receptive_field(tiny(), 'layer9.0', images)
     with pytest.raises(ValueError, match=r'no stage 5 in this model\. Choose 1 to 4: layer1, layer2, layer3, layer4'):
@@ -148,7 +148,7 @@ def test_plot_explanation_draws_coloured_picture_of_every_trunk(name: str, tmp_p
     with Image.open(tmp_path / 'out.png') as picture:
         pixels = np.asarray(picture.convert('RGB')).astype(int)
     assert pixels.shape[0] > 700
-    assert (np.ptp(pixels, axis=2) > 60).mean() > 0.05  # there is colour: a map, bars, receptive fields
+    assert (np.ptp(pixels, axis=2) > 60).mean() > 0.05  # the map, the bars and the receptive fields have colours
 
 
 def test_explain_command_draws_bundled_digit(

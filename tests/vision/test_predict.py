@@ -35,7 +35,7 @@ def identity(image: Image.Image) -> Image.Image:
 
 
 def constant(logits: list[float]) -> Any:
-    """A classifier whose logits are the same for every image."""
+    """Makes a classifier that returns the same logits for every image."""
     model: Any = timm.create_model('test_res2net', num_classes=len(logits)).eval()
     torch.nn.init.zeros_(model.fc.weight)
     model.fc.bias.data = torch.tensor(logits, dtype=torch.float32)
@@ -73,7 +73,7 @@ def test_read_image_transparency_becomes_white(tmp_path: Path) -> None:
 
 def test_read_image_applies_exif_rotation(tmp_path: Path) -> None:
     exif = Image.Exif()
-    exif[0x0112] = 6  # turn clockwise by a quarter
+    exif[0x0112] = 6  # rotate by a quarter turn clockwise
     Image.fromarray(GREY).save(tmp_path / 'turned.png', exif=exif)
     np.testing.assert_array_equal(np.asarray(read_image(tmp_path / 'turned.png').convert('L')), np.rot90(GREY, -1))
 
@@ -128,7 +128,7 @@ def test_read_image_bad_file_raises_one_line(content: bytes, reason: str, tmp_pa
     assert '\n' not in str(error.value)
 
 
-def test_read_image_takes_exactly_max_pixels(tmp_path: Path) -> None:
+def test_read_image_accepts_exactly_max_pixels(tmp_path: Path) -> None:
     Image.new('L', (30, 20)).save(tmp_path / 'small.png')
     assert read_image(tmp_path / 'small.png', max_pixels=600).size == (30, 20)
     with pytest.raises(ValueError, match='exceed 599'):
@@ -177,7 +177,7 @@ def test_preprocess_returns_the_image_as_it_looks(digits_model: Any) -> None:
     torch.testing.assert_close(visible, torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255, rtol=0, atol=1e-6)
 
 
-def test_preprocess_for_one_channel_returns_greys() -> None:
+def test_preprocess_for_one_channel_returns_grey_images() -> None:
     x, visible = preprocess(tiny(in_chans=1), NOISE.resize((32, 32)))
     greys = torch.from_numpy(np.array(NOISE.resize((32, 32)).convert('L')))[None] / 255
     torch.testing.assert_close(x, (greys - 0.5) / 0.5)
@@ -203,7 +203,7 @@ def test_predict_in_training_mode_raises_and_changes_nothing() -> None:
 
 
 @pytest.mark.parametrize('batch_size', [1, 7])
-def test_predict_equals_the_model_on_the_images_of_timm_at_any_batch_size(batch_size: int, digits_model: Any) -> None:
+def test_predict_equals_the_model_with_timm_preprocessing_at_any_batch_size(batch_size: int, digits_model: Any) -> None:
     digits = [image for image, _ in bundled_digits()[:9]]
     x = torch.stack([create_transform(**resolve_model_data_config(digits_model))(digit) for digit in digits])
     expected = digits_model(x).softmax(1).max(1)
@@ -275,4 +275,4 @@ def test_plot_pyramid_has_panel_for_image_and_each_stride(tmp_path: Path) -> Non
     with Image.open(tmp_path / 'pyramid.png') as image:
         panels = np.asarray(image.convert('L'))[60:-10].std(axis=0) > 0  # columns that are not blank
     starts = np.flatnonzero(np.diff(panels.astype(int)) == 1)
-    assert len(starts) + panels[0] >= 5  # the last panel is one pixel, so of one colour
+    assert len(starts) + panels[0] >= 5  # the last panel shows a single pixel, hence no contrast

@@ -1,4 +1,4 @@
-"""`validate` counts the images that a model classifies correctly, and names those it cannot count."""
+"""`validate` counts the images that a model classifies correctly, and lists those that it cannot read."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from timm_res2net._images import bundled_digits
 from timm_res2net.models.variants import WEIGHTS
 from timm_res2net.recipes.digits import main as write_digits
 from timm_res2net.vision.figures import plot_confusion
-from timm_res2net.vision.predict import HANDFUL, classify, predict
+from timm_res2net.vision.predict import FEW_IMAGES, classify, predict
 from timm_res2net.vision.validate import LabelledImages, decided_classes, labelled_images, validate
 
 
@@ -29,7 +29,7 @@ def write_images(folder: Path, names: list[str]) -> None:
         Image.new('RGB', (10, 10)).save(folder / name)
 
 
-def test_validate_accuracy_of_digits_is_that_of_the_weights_table(digits: nn.Module, tmp_path: Path) -> None:
+def test_validate_finds_the_accuracy_of_digits_in_the_weights_table(digits: nn.Module, tmp_path: Path) -> None:
     write_digits([str(tmp_path)])
     found = validate(digits, labelled_images(tmp_path / 'val', [str(i) for i in range(10)]))
     assert (found.images, round(found.top1, 3), found.unread) == (599, WEIGHTS['test_res2net.digits'].top1, [])
@@ -101,7 +101,7 @@ def test_truth_file_may_have_spaces_in_paths_and_names_or_numbers_of_classes(tmp
     [
         (['a/x.png', 'b/x.png', 'c/x.png'], None, "3 folders of .* with 2 classes: 'a' is not the name"),
         (['dog/a.png', 'wolf/b.png'], None, "'wolf' is not the name of exactly one"),
-        (['x.png'], None, 'no images in the subfolders of .*list the images with --truth'),
+        (['x.png'], None, 'no images in the subfolders of .*list images with --truth'),
         (['x.png'], b'x.png 2', "line 1 of .*: '2', the class of x.png, is not the name or number of exactly one"),
         (['x.png'], b'x.png', "'', the class of x.png"),
         (['a b.png'], b'a b.png 2', "'2', the class of a b.png"),
@@ -123,7 +123,7 @@ def test_images_that_do_not_match_the_classes_raise_with_reason(
         labelled_images(tmp_path / 'data', ['cat', 'dog'], truth and tmp_path / 'truth.txt')
 
 
-def test_name_of_two_classes_is_refused_but_not_their_numbers(tmp_path: Path) -> None:
+def test_name_shared_by_two_classes_is_refused_but_their_numbers_are_not(tmp_path: Path) -> None:
     names = ['crane', 'dog', 'crane']  # as in ImageNet, the bird and the machine
     write_images(tmp_path / 'data', ['crane/x.png', 'dog/y.png'])
     with pytest.raises(ValueError, match=r"'crane' is not the name of exactly one"):
@@ -141,7 +141,7 @@ def test_name_of_two_classes_is_refused_but_not_their_numbers(tmp_path: Path) ->
     [
         ([0.0, float('nan')], 'a.png', 'The first: the model returns NaN or infinity for this image'),
         ([0.0, float('inf')], 'a.png', 'The first: the model returns NaN or infinity for this image'),
-        ([1.0, 0.0], 'none.png', 'could not read any of 1 images. The first: no such file'),
+        ([1.0, 0.0], 'none.png', 'could not classify any of 1 images. The first: no such file'),
     ],
 )
 def test_validate_without_any_result_raises(scores: list[float], name: str, message: str, tmp_path: Path) -> None:
@@ -151,7 +151,7 @@ def test_validate_without_any_result_raises(scores: list[float], name: str, mess
 
 
 def test_predict_many_images_equals_few_in_order_with_errors(digits: nn.Module, tmp_path: Path) -> None:
-    files = [tmp_path / f'{i}.png' for i in range(2 * HANDFUL)]
+    files = [tmp_path / f'{i}.png' for i in range(2 * FEW_IMAGES)]
     for file, (image, _) in zip(files, bundled_digits()):
         image.save(file)
     files[5].write_bytes(b'no image')
@@ -167,13 +167,13 @@ def test_predict_many_images_equals_few_in_order_with_errors(digits: nn.Module, 
 
 def test_classify_runs_a_model_without_splits_unchanged() -> None:
     model = timm.create_model('test_resnet', num_classes=2).eval()
-    images = [Image.new('RGB', (10, 10))] * (HANDFUL + 1)
+    images = [Image.new('RGB', (10, 10))] * (FEW_IMAGES + 1)
     scores = torch.stack([*classify(model, images, identity, batch_size=8)])
-    torch.testing.assert_close(scores.sum(dim=1), torch.ones(HANDFUL + 1))
+    torch.testing.assert_close(scores.sum(dim=1), torch.ones(FEW_IMAGES + 1))
 
 
 @pytest.mark.parametrize('count', [3, 60])
-def test_plot_confusion_draws_a_picture_of_any_number_of_classes(count: int, tmp_path: Path) -> None:
+def test_plot_confusion_draws_any_number_of_classes(count: int, tmp_path: Path) -> None:
     names = [f'class number {i} of many, many classes' for i in range(count)]
     plot_confusion(torch.eye(count, dtype=torch.long) * 3, names, 'a', str(tmp_path / 'c.png'))
     with Image.open(tmp_path / 'c.png') as image:

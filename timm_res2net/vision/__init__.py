@@ -1,1 +1,1 @@
-"""Images in, predictions and pictures out."""
+"""Classifies images, measures accuracy, and explains and draws the results."""

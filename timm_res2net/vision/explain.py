@@ -1,4 +1,4 @@
-"""Explains a prediction: class activation maps and receptive fields."""
+"""Explains predictions: class activation maps and receptive fields."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,17 +23,17 @@ Array = NDArray[np.float32]
 def class_activation_map(model: nn.Module, images: Tensor, classes: Sequence[int] | None = None) -> Array:
     """Computes how much each position of an image contributes to the logit of a class.
 
-    The classifier of these networks is linear in the mean of the features, so the logit is the mean of the map:
-    `map.mean((1, 2)) + bias`. Paper: `Learning Deep Features for Discriminative Localization` -
+    The classifier of these networks is linear in the mean of the features, so a logit is the mean of its map plus the
+    bias: `map.mean((1, 2)) + bias`. Paper: `Learning Deep Features for Discriminative Localization` -
     https://arxiv.org/abs/1512.04150
 
     Args:
-        model: A model of this package with a classifier on average pooling, in evaluation mode.
+        model: A model of this package with average pooling and a classifier, in evaluation mode.
         images: (N, in_chans, H, W), preprocessed.
         classes: A class index for each image; the most likely class if None.
 
     Returns:
-        (N, H / stride, W / stride), rounded up, in units of logits. The stride is 32, or less with `output_stride`.
+        (N, H / stride, W / stride), rounded up, in units of logits. The stride is that of the last features, mostly 32.
 
     Raises:
         ValueError: If the model is in training mode, or its classifier is not linear in the mean of the features.
@@ -48,8 +48,8 @@ def class_activation_map(model: nn.Module, images: Tensor, classes: Sequence[int
     net = as_classifier(model)
     weight = getattr(net.get_classifier(), 'weight', None)
     if weight is None or net.global_pool.pool_type != 'avg':
-        raise ValueError(f'cannot explain this {type(model).__name__}: it has no classifier on average pooling')
-    features = net.forward_features(images)  # (N, num_features, H / 32, W / 32)
+        raise ValueError(f'cannot explain this {type(model).__name__}: it has no classifier after average pooling')
+    features = net.forward_features(images)  # (N, num_features, H / stride, W / stride)
     if classes is None:
         classes = net.forward_head(features).argmax(dim=1).tolist()
     wanted = weight.flatten(1)[list(classes)]  # (N, num_features)
@@ -65,13 +65,13 @@ def receptive_field(model: nn.Module, block: str, images: Tensor, of_block: bool
 
     Args:
         model: A model of this package in evaluation mode.
-        block: Name of one of its blocks, such as 'layer2.1'.
-        images: (N, in_chans, H, W); the result is the mean over them. Noise shows the network itself best.
-        of_block: Measure in the block's input instead of in the image.
+        block: Name of a block of the model, such as 'layer2.1'.
+        images: (N, in_chans, H, W). The result is their mean. Use noise to measure the network apart from any photo.
+        of_block: Measure the influence of the block's input instead of the image's.
 
     Returns:
         (splits, H, W), or (splits, h, w) at the resolution of the block's input; each split sums to 1. The last split
-        is the one that the block does not convolve, except with `first_block='group'`, which convolves all.
+        is not convolved, unless it is the only one or the block is a first block of the kind 'group'.
 
     Raises:
         ValueError: If the model is in training mode, or has no such block.
@@ -82,7 +82,7 @@ def receptive_field(model: nn.Module, block: str, images: Tensor, of_block: bool
         (4, 96, 96)
     """
     require_eval_mode(model)
-    names = blocks_in(model, '')
+    names = block_names(model, '')
     if block not in names:
         raise ValueError(f'no block {block!r} in this model. Its blocks: {", ".join(names) or "none"}')
     unit = model.get_submodule(block)
@@ -109,7 +109,7 @@ def receptive_field(model: nn.Module, block: str, images: Tensor, of_block: bool
 
 
 def center_of_mass(field: Array) -> NDArray[Any]:
-    """Returns row and column of a field's center of mass, in pixels; for a dead split, all zeros, the middle."""
+    """Returns the row and column of a field's center of mass, in pixels; the middle if the field is all zeros."""
     weights = field if field.any() else np.ones_like(field)
     return (np.indices(field.shape) * weights).sum(axis=(1, 2)) / weights.sum()
 
@@ -120,17 +120,17 @@ def radius(field: Array) -> float:
     return float(np.sqrt((distances**2 * field).sum() / max(field.sum(), 1e-30)))
 
 
-def blocks_of(model: nn.Module, stage: int) -> list[str]:
-    """Returns the names of the blocks in a stage, counted from 1; ValueError if there is no such stage."""
+def stage_block_names(model: nn.Module, stage: int) -> list[str]:
+    """Returns the names of the blocks in a stage (the first is 1); ValueError if there is no such stage."""
     info = as_classifier(model).feature_info
-    stages = [each['module'] for each in info if blocks_in(model, each['module'])]
+    stages = [each['module'] for each in info if block_names(model, each['module'])]
     if not 1 <= stage <= len(stages):
         raise ValueError(f'no stage {stage} in this model. Choose 1 to {len(stages)}: {", ".join(stages)}')
-    return blocks_in(model, stages[stage - 1])
+    return block_names(model, stages[stage - 1])
 
 
-def blocks_in(model: nn.Module, part: str) -> list[str]:
-    """Returns the names of the blocks in a part of a model, in all of it for ''."""
+def block_names(model: nn.Module, part: str) -> list[str]:
+    """Returns the names of the blocks inside a module of a model, given its name; '' is the whole model."""
     blocks = [name for name, module in model.named_modules() if isinstance(module, Bottle2neck)]
     return [name for name in blocks if name.startswith(part and f'{part}.')]
 
@@ -144,17 +144,17 @@ class Explanation:
     activation_map: Array  # (h, w), of the most likely class
     block: str  # name of the measured block
     fields: Array  # (splits, H, W), receptive field of each split of the block
-    radii: list[float]  # radius of each field, in pixels of the image
+    radii: list[float]  # radius of each field, in image pixels
 
 
 def explain(
     model: nn.Module, image: Image.Image, stage: int, dense: nn.Module | None = None, multi_label: bool = False
 ) -> Explanation:
-    """Computes the class activation map of an image, and the receptive fields of a block in a stage, counted from 1.
+    """Computes the class activation map of an image, and the receptive fields of a block in a stage (from 1).
 
-    `dense` is the same network, dilated to compute the map on a denser grid.
+    `dense` is the same network with dilated stages, which computes the map on a denser grid.
     """
-    block = blocks_of(model, stage)[:2][-1]  # the second if there is one: the first has no cascade
+    block = stage_block_names(model, stage)[:2][-1]  # the second if there is one, as the first has no cascade
     (predictions,) = predict(model, [image], read=lambda image: image, topk=3, multi_label=multi_label)
     if isinstance(predictions, ValueError):
         raise predictions

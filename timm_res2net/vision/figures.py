@@ -1,4 +1,4 @@
-"""Draws all figures of the package; the only module that needs matplotlib.
+"""Draws the figures of predictions and accuracy, and saves all figures. Imports matplotlib only when it draws.
 
 Each `plot_` function writes one file atomically. It raises ImportError if matplotlib is missing, OSError if the file
 cannot be written, and ValueError for a suffix that matplotlib does not know.
@@ -24,12 +24,12 @@ def new_figure(width: float, height: float) -> 'Figure':
     try:
         import matplotlib.figure
     except ModuleNotFoundError as error:
-        raise ImportError('drawing needs matplotlib: pip install "timm_res2net[plot]"') from error
+        raise ImportError('drawing requires matplotlib: pip install "timm_res2net[plot]"') from error
     return matplotlib.figure.Figure(figsize=(width, height), layout='constrained')
 
 
 def save(figure: 'Figure', out: str) -> None:
-    """Writes a figure in the format of its suffix, or as PNG without one."""
+    """Writes a figure in the format that the file's suffix names, or as PNG if there is no suffix."""
     atomic_write(out, lambda path: figure.savefig(path, dpi=120, format=Path(out).suffix[1:] or 'png'))
 
 
@@ -37,20 +37,20 @@ def require_drawable(out: str) -> None:
     """Raises the error that `save` would raise; call it before long work."""
     figure = new_figure(1, 1)
     if (suffix := Path(out).suffix[1:] or 'png').lower() not in figure.canvas.get_supported_filetypes():
-        raise ValueError(f'cannot draw {out!r}: {suffix!r} is not an image format. Name it .png, .pdf or .svg')
+        raise ValueError(f'cannot draw {out!r}: {suffix!r} is not a format of matplotlib. Use .png, .pdf or .svg')
     require_writable(out)
 
 
 def plot_confusion(confusion: Tensor, names: Sequence[str], title: str, out: str) -> None:
-    """Draws counts (classes, classes) by true class (rows) and predicted class (columns).
+    """Draws a confusion matrix (classes, classes): counts by true class (rows) and predicted class (columns).
 
-    Shows names for at most 40 classes, and counts for at most 20.
+    With more than 40 classes, leaves out their names; with more than 20, the counts.
     """
     count = len(names)
     inches = 3.5 + 0.22 * min(count, 40)
     figure = new_figure(inches + 0.8, inches)
     panel = figure.subplots()
-    share = confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)  # of the images of a class
+    share = confusion / confusion.sum(dim=1, keepdim=True).clamp(min=1)  # of each class's images
     image = panel.imshow(share.numpy(), cmap='Blues', vmin=0, vmax=1, interpolation='nearest')
     figure.colorbar(image, label='share of the class', shrink=0.8)
     if count <= 40:
@@ -68,14 +68,14 @@ def plot_confusion(confusion: Tensor, names: Sequence[str], title: str, out: str
 
 
 def has_too_few_pixels(feature: Tensor) -> bool:
-    """Returns whether a feature map (C, h, w) is too small to show where something is: below four pixels across."""
+    """Returns whether a feature map (C, h, w) is too small to locate objects: less than four pixels high or wide."""
     return min(feature.shape[1:]) < 4
 
 
 def plot_pyramid(shown: Tensor, features: Sequence[Tensor], strides: Sequence[int], out: str) -> None:
     """Draws an image (3, H, W) next to its feature maps (C, h, w), as root mean squares over channels.
 
-    Marks maps with too few pixels, and draws them pale.
+    Fades maps that have too few pixels, and labels them as such.
     """
     figure = new_figure(2.4 * (len(features) + 1), 3.4)
     panels = figure.subplots(1, len(features) + 1)
@@ -104,14 +104,14 @@ def hide_axes(panel: 'Axes') -> None:
 def plot_explanation(explanation: Explanation, out: str) -> None:
     """Draws an image, its class activation map and probabilities, and below them the receptive field of each split."""
     figure = new_figure(2.6 * max(len(explanation.fields), 3), 6.6)
-    parts: Any = figure.subfigures(2, 1, height_ratios=[1.15, 1])  # an array, although typed as one figure
+    parts: Any = figure.subfigures(2, 1, height_ratios=[1.15, 1])  # an array, although annotated as one figure
     upper, lower = parts
     image, heat, bars = upper.subplots(1, 3)
     image.imshow(explanation.image)
     image.set_title('image')
     hide_axes(image)
 
-    names = [each.label.split(',')[0] for each in explanation.predictions]  # the first of the synonyms
+    names = [each.label.split(',')[0] for each in explanation.predictions]  # the first synonym
     height, width = explanation.image.shape[:2]
     limit = max(np.abs(explanation.activation_map).max(), 1e-6)
     heat.imshow(explanation.image.mean(axis=2), cmap='gray', vmin=0, vmax=1.3)

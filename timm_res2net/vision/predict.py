@@ -1,4 +1,4 @@
-"""Classifies images, and loads the models that do it."""
+"""Loads classifiers, and classifies images."""
 
 import logging
 import os
@@ -29,7 +29,7 @@ from ..weights.loading import load_model, require_known
 _logger = logging.getLogger(__name__)
 
 ImageT = TypeVar('ImageT')
-HANDFUL = 16  # images for which fusing a model takes longer than it saves
+FEW_IMAGES = 16  # so few that fusing the model takes longer than it saves
 
 
 @dataclass(frozen=True)
@@ -48,35 +48,35 @@ def pretrained_model(
     trust: bool = False,
     **kwargs: Any,
 ) -> nn.Module:
-    """Makes a model in evaluation mode with its published weights, or with those of a file; or loads an exported model.
+    """Loads a model in evaluation mode: one with published weights, one with the weights of a file, or an exported one.
 
-    Without a name, makes the model that the weights fit. `trust` allows an exported `.pt2`, which can contain any code.
+    Without a name, makes the model that the weights fit. `trust` allows exported `.pt2` files, which can run any code.
     """
     if weights is not None and not isinstance(weights, Checkpoint) and is_exported(weights):
         if name is not None or kwargs or str(device) != 'cpu':
-            raise ValueError(f'{weights} is an exported model, which runs unchanged on the CPU. Pass no other argument')
+            raise ValueError(f'{weights} is an exported model, which runs unchanged on the CPU. Pass no other options')
         return load_exported(weights, trust=trust)
     if weights is not None:
         return load_model(weights, name, **kwargs).to(device).eval()
     assert name is not None
     require_known(name)
     if ':' not in name and not registered_cfg(name).has_weights:
-        raise ValueError(f'no published weights of {name}. Pass a weights file')
+        raise ValueError(f'no published weights for {name}. Pass a weights file')
     try:
         source = pin_cached_commit(name, kwargs.get('cache_dir'))
         return timm.create_model(source, pretrained=True, **kwargs).to(device).eval()
-    except Exception as error:  # downloads fail in as many ways as there are libraries involved
-        _logger.debug('no weights of %s', name, exc_info=True)
+    except Exception as error:  # each library that takes part in a download raises its own errors
+        _logger.debug('cannot load the weights of %s', name, exc_info=True)
         problem = f'cannot load the weights of {name}: {first_line(error)}'
         if not name.startswith('local-dir:'):
-            problem += '. If you are offline, pass a weights file, or use test_res2net.digits, which needs no network'
+            problem += '. If you are offline, pass a weights file, or use test_res2net.digits, which needs no download'
         raise ValueError(problem) from error
 
 
 def pin_cached_commit(name: str, cache_dir: PathLike | None) -> str:
-    """Adds the last commit to the name of a model on the Hub, after bringing its verified config into the cache.
+    """Pins the name of a model on the Hub to its newest commit, after caching and verifying its config.
 
-    timm then reads the cache; asked for a branch while offline, it would retry for half a minute.
+    timm then reads the cache. For a branch instead of a commit, it would retry for half a minute while offline.
     """
     source, hub_id = parse_model_name(name)
     found = fetch_file(hub_id, CONFIG_FILE, cache_dir) if source == 'hf-hub' else None
@@ -84,14 +84,14 @@ def pin_cached_commit(name: str, cache_dir: PathLike | None) -> str:
 
 
 def is_exported(file: PathLike) -> bool:
-    """Returns whether a file name is that of an exported model rather than of weights."""
+    """Returns whether a file has the suffix of an exported model, rather than of weights."""
     return os.fspath(file).endswith(tuple(BACKENDS))
 
 
 def name_classes(model: nn.Module, labels: Sequence[str]) -> None:
     """Names the classes of a model or an exported model; ValueError unless there is one name per class.
 
-    A network with one logit also takes two names: it computes the probability of the second class.
+    A model with one logit also accepts two names; the logit is that of the second.
     """
     net: Any = model
     if net.num_classes == 1 and len(labels) == 2:
@@ -114,9 +114,9 @@ def predict(
     threshold: float = 0,
     **options: Any,
 ) -> Iterator[list[Prediction] | ValueError]:
-    """Classifies images; yields the most likely classes of each, in order, or the error that prevented it.
+    """Classifies images; yields the most likely classes of each image, in order, or the error that prevented this.
 
-    Keeps at most `topk` classes (None for all) with a probability of at least `threshold`; `options` go to `classify`.
+    Keeps at most `topk` classes (None for all) with at least the probability `threshold`. `options` are for `classify`.
     """
     labels = label_classes(model)
     for scores in classify(model, images, read, **options):
@@ -137,9 +137,9 @@ def classify(
 ) -> Iterator[Tensor | ValueError]:
     """Yields the probabilities (classes,) of each image, in order, or the error that prevented it.
 
-    A softmax makes them, or a sigmoid for a single logit; with `multi_label`, an image can belong to several classes,
-    and each logit gets its own sigmoid. `images` are files, or other arguments of `read`, which threads call. The model
-    is in evaluation mode; it is fused for more than a handful of images.
+    They come from a softmax, or from a sigmoid for a single logit. With `multi_label`, an image can belong to several
+    classes, and each logit gets its own sigmoid. `images` are files, or whatever `read` accepts; several threads call
+    it. The model must be in evaluation mode. It is fused unless there are only a few images.
     """
     require_eval_mode(model)
     config = image_config(model)
@@ -150,7 +150,7 @@ def classify(
         fixed = model.record['input'][0]
     else:
         example = example.to(next(model.parameters()))  # its device and data type
-        if len(images) > HANDFUL:
+        if len(images) > FEW_IMAGES:
             try:
                 model = optimize(model, example, compile=False)
             except ValueError as error:  # timm's other models have nothing to fuse
@@ -177,7 +177,7 @@ def classify(
                 rows = iter((logits.sigmoid() if is_sigmoid else logits.softmax(dim=1)).cpu())
             for each in batch:
                 scores = next(rows) if isinstance(each, Tensor) else each
-                if isinstance(scores, Tensor) and not scores.isfinite().all():  # weights that overflow
+                if isinstance(scores, Tensor) and not scores.isfinite().all():  # the network overflowed
                     scores = ValueError('the model returns NaN or infinity for this image')
                 yield scores
 

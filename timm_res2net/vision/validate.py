@@ -50,13 +50,13 @@ def decided_classes(model: nn.Module) -> list[str]:
 def sort_classes(names: Iterable[str], order: str | None = None) -> list[str]:
     """Sorts the names of class folders; `order` is a key of `CLASS_ORDERS`.
 
-    The default is timm's natural order. Logs a warning if the order makes a difference and was not given.
+    The default is timm's natural order. Logs a warning if no order is given and it makes a difference.
     """
     natural, lexicographic = (sorted(names, key=key) for key in CLASS_ORDERS.values())
     if order is None and natural != lexicographic:
         first = next(pair for pair in zip(natural, lexicographic) if pair[0] != pair[1])
         _logger.warning(
-            "class folders are taken in natural order (%r before %r), timm's default; for weights trained with "
+            "class folders are sorted in natural order (%r before %r), timm's default; for weights trained with "
             "torchvision's ImageFolder, pass --class-order lexicographic",
             *first,
         )
@@ -69,10 +69,10 @@ def labelled_images(
     """Finds images and their classes; ValueError if there are none, or a class is unknown.
 
     Args:
-        folder: Has a subfolder for each class, or all images if `truth` gives their classes.
-        names: From `decided_classes`. Subfolders have these names or ImageNet's synset names; or none of them has, and
-            there is one per class, in the order of `class_order`.
-        truth: A text file with one line per image: path in the folder, a space, and name or number of the class.
+        folder: Contains a subfolder for each class, or all images if `truth` lists their classes.
+        names: Class names, from `decided_classes`. Subfolders are named after them or after ImageNet's synsets. If no
+            subfolder is, there must be one per class, and `class_order` decides which is which.
+        truth: A text file with one line per image: its path in the folder, a space, and its class's name or number.
         class_order: See `sort_classes`.
     """
     root = Path(folder)
@@ -91,18 +91,18 @@ def labelled_images(
     elif strange:
         raise ValueError(
             f'cannot match {len(folders)} folders of {root} with {len(names)} classes: {min(strange)!r} is not the '
-            'name of exactly one. Rename the folders, name the classes with --labels, or list images with --truth'
+            'name of exactly one class. Rename the folders, name the classes with --labels, or list images with --truth'
         )
     found = find_images(str(root / name) for name in sorted(folders, key=natural_key))
     if not found.files:
-        raise ValueError(f'no images in the subfolders of {root}. If it has none, list the images with --truth')
+        raise ValueError(f'no images in the subfolders of {root}. If it has no folders, list images with --truth')
     return LabelledImages(**vars(found), classes=[index[file.relative_to(root).parts[0]] for file in found.files])
 
 
 def class_numbers(names: Sequence[str]) -> dict[str, int]:
-    """Returns the number of each class by its name, and of ImageNet's classes also by synset, such as 'n01440764'.
+    """Maps class names to class numbers; for ImageNet's classes, also synsets such as 'n01440764'.
 
-    Omits names that several classes share: ImageNet has two cranes, the bird and the machine.
+    Leaves out names that several classes share: ImageNet has two cranes, the bird and the machine.
     """
     subset = infer_imagenet_subset({'num_classes': len(names)})
     synsets = ImageNetInfo(subset).label_names() if subset else []
@@ -111,7 +111,7 @@ def class_numbers(names: Sequence[str]) -> dict[str, int]:
 
 
 def images_in_list(root: Path, truth: PathLike, index: dict[str, int], count: int) -> LabelledImages:
-    """Reads the file `truth` of `labelled_images`."""
+    """Finds the images and classes that the file `truth` of `labelled_images` lists."""
     images = LabelledImages()
     for number, line in enumerate(read_text(truth).splitlines(), 1):
         if not line.strip():
@@ -133,7 +133,7 @@ def images_in_list(root: Path, truth: PathLike, index: dict[str, int], count: in
 def split_line(line: str, root: Path) -> tuple[str, str]:
     """Splits a line into path and class; both may contain spaces.
 
-    The path is the longest beginning that is a file, or else what precedes the first space.
+    The path is the longest prefix that is a file, or else everything before the first space.
     """
     words = line.split(' ')
     ends = (end for end in range(len(words) - 1, 1, -1) if os.path.isfile(root / ' '.join(words[:end])))
@@ -148,10 +148,10 @@ def validate(
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     read: Callable[[PathLike], Image.Image] = read_image,
 ) -> Validation:
-    """Classifies images and counts correct predictions; ValueError if no image can be read.
+    """Classifies images and counts correct predictions; ValueError if no image can be classified.
 
     A single logit predicts class 1 if its probability is at least 0.5, else class 0. `progress` wraps the iterator over
-    images, to show a progress bar; the other arguments are those of `classify`.
+    images to show a progress bar; the other arguments are those of `classify`.
     """
     count = len(decided_classes(model))
     confusion = torch.zeros(count, count, dtype=torch.long)
@@ -168,6 +168,6 @@ def validate(
         confusion[truth, best[0]] += 1
     done = len(images.files) - len(unread)
     if not done:
-        raise ValueError(f'could not read any of {len(unread)} images. The first: {unread[0][1]}')
+        raise ValueError(f'could not classify any of {len(unread)} images. The first: {unread[0][1]}')
     right = int(confusion.diagonal().sum())
     return Validation(done, 100 * right / done, 100 * among_five / done, confusion, unread)
