@@ -83,7 +83,7 @@ def test_predict_without_arguments_shows_truth_and_predictions(run: Run) -> None
     assert done.status == 0
     rows = [line.split() for line in done.out.splitlines() if line.startswith('  ')]
     assert [row[0] for row in rows] == list('0123456789')
-    assert '60 of 60 are right' in done.out
+    assert '60 of 60 are correct' in done.out
     assert 'timm-res2net predict PHOTO.jpg --model res2net50d' in done.out
 
 
@@ -121,7 +121,7 @@ def test_predict_prints_files_with_their_labels(run: Run, photos: None) -> None:
         ('predict --threshold 50', 2, '50 is not between 0 and 1'),
         ('predict --device warp', 2, "cannot use device 'warp'"),
         ('validate nowhere --model test_res2net.digits', 1, 'nowhere is not a folder'),
-        ('list *101* --max-params 1', 1, 'no model matches. Choose another PATTERN'),
+        ('list *101* --max-params 1', 1, 'no model matches. Choose another PATTERN or --max-params'),
         ('features text.png --model test_res2net', 1, 'text.png: not an image'),
         ('features photo.jpg --weights absent.onnx', 1, 'absent.onnx is an exported model, which hides its layers'),
         ('convert text.png', 1, 'cannot read text.png: it is not a weights file'),
@@ -347,7 +347,7 @@ def test_predict_and_explain_weights_without_model_use_the_model_that_they_fit(r
     torch.save(tiny(num_classes=10, channels=(8, 16, 24, 32)).state_dict(), 'mine.pth')
     done = run('predict --weights mine.pth')
     assert done.status == 0
-    assert re.search(r'\d+ of 60 are right', done.out)
+    assert re.search(r'\d+ of 60 are correct', done.out)
     assert run('explain --weights mine.pth --out a.png').status == 0
     assert Path('a.png').exists()
     geometry = dict(strides=(1, 2, 2, 1), dilations=(1, 1, 1, 2))  # a geometry that cannot be dilated further
@@ -371,7 +371,7 @@ def test_weights_of_one_channel_are_exported_and_go_through_every_command(run: R
     assert (done.status, done.err) == (0, '')
     assert done.out.splitlines()[:2] == [
         f'wrote grey.pt2, {Path("grey.pt2").stat().st_size / 1e6:.2f} MB: fused, torch, float32',
-        'compared with the model on 30 images, by its own runtime:',
+        'compared with the model on 30 images, using the runtime of the file:',
     ]
     assert '  predicted class    the same for 100.00%' in done.out.splitlines()
 

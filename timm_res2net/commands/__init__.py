@@ -1,1 +1,1 @@
-"""The commands of the command line, a file each: `add_arguments`, `run`, and a docstring that its help shows."""
+"""The commands of `timm-res2net`, one per file: `add_arguments`, `run`, and a docstring that `--help` shows."""

@@ -1,7 +1,7 @@
 """Registers the family wherever timm is imported. Off by default; turn it off before you uninstall the package.
 
 A .pth file in site-packages registers the family as soon as a Python process imports timm, so that tools that take timm
-model names know the family without importing timm_res2net.
+model names know the family although they do not import timm_res2net.
 """
 
 import argparse
@@ -18,7 +18,7 @@ LINE = 'import os; os.path.isfile({hook!r}) and exec(open({hook!r}, encoding="ut
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     choice = command.add_mutually_exclusive_group(required=True)
-    for name, help in (('on', 'install the .pth file'), ('off', 'remove it'), ('status', 'print on or off')):
+    for name, help in (('on', 'install the .pth file'), ('off', 'remove it'), ('status', 'print if it is installed')):
         choice.add_argument(f'--{name}', dest='action', action='store_const', const=name, help=help)
 
 

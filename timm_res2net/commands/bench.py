@@ -1,4 +1,4 @@
-"""Measures models side by side with timm's own, after checking that all compute the same."""
+"""Measures the speed of models and of timm's own, after checking that all compute the same outputs."""
 
 import argparse
 import json
@@ -14,13 +14,13 @@ from .output import print, print_table
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument('--models', nargs='+', default=MODELS, metavar='NAME', help=f'default: {" ".join(MODELS)}')
-    command.add_argument('--batch', nargs='+', type=positive, default=[8], metavar='N', help='images (default: 8)')
-    command.add_argument('--size', nargs='+', type=positive, default=[224], metavar='PX', help='default: 224')
+    command.add_argument('--batch', nargs='+', type=positive, default=[8], metavar='N', help='batch sizes (default: 8)')
+    command.add_argument('--size', nargs='+', type=positive, default=[224], metavar='PX', help='sizes (default: 224)')
     dtypes = ['float32', 'bfloat16']
     command.add_argument('--dtype', nargs='+', choices=PRECISIONS, default=dtypes, help=f'default: {" ".join(dtypes)}')
     command.add_argument('--against', default='timm', metavar='A,B', help=f'{",".join(OPPONENTS)} (default: timm)')
-    command.add_argument('--train', action='store_true', help='measure training steps')
-    command.add_argument('--rounds', type=positive, default=20, metavar='N', help='measurements of each (default: 20)')
+    command.add_argument('--train', action='store_true', help='measure training steps, not inference')
+    command.add_argument('--rounds', type=positive, default=20, metavar='N', help='measurements per row (default: 20)')
     add_options(command, '--device')
     command.add_argument('--json', metavar='FILE', help='write the results to this file')
 

@@ -1,4 +1,4 @@
-"""Converts weights of other code bases for timm, or back. Prints what was recognized and what was changed."""
+"""Converts weights from other code bases to timm, or back. Prints what it recognized and changed."""
 
 import argparse
 import os
@@ -17,26 +17,26 @@ from .sources import read_label_names
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument('file', metavar='FILE', help='weights file of a code base that --list-dialects shows')
-    command.add_argument('--model', metavar='NAME', help='the model that it fits (default: detected)')
+    command.add_argument('file', metavar='FILE', help='weights file from a code base that --list-dialects shows')
+    command.add_argument('--model', metavar='NAME', help='model that the file fits (default: detected)')
     command.add_argument('--out', metavar='DIR', help='folder to write, or file with --to (default: named after FILE)')
-    command.add_argument('--dialect', choices=DIALECTS, help='code base of its tensor names (default: detected)')
+    command.add_argument('--dialect', choices=DIALECTS, help='code base whose tensor names it has (default: detected)')
     command.add_argument('--prefix', help='prefix of the tensor names, for a file with several networks')
     add_options(command, '--labels', '--class-order', '--weights-from')
     command.add_argument('--to', choices=EXPORTS, help='write a file for this code base instead of a folder for timm')
     command.add_argument('--dry-run', action='store_true', help='write nothing')
     command.add_argument('--list-dialects', action=ListDialects, nargs=0, help='list the known code bases')
-    command.add_argument('--first-block', choices=FIRST_BLOCKS, help='kind of its first blocks (default: detected)')
-    command.add_argument('--style', choices=STYLES, help='position of its strides (default: detected)')
+    command.add_argument('--first-block', choices=FIRST_BLOCKS, help='kind of the first blocks (default: detected)')
+    command.add_argument('--style', choices=STYLES, help='position of the stride in a block (default: detected)')
     command.add_argument('--strides', type=int, nargs=4, metavar='N', help='stride of each stage (default: detected)')
     command.add_argument(
-        '--dilations', type=dilation, nargs=4, metavar='N', help='dilation of each stage, or of its blocks as in 4,8,16'
+        '--dilations', type=dilation, nargs=4, metavar='N', help='dilation of each stage or of its blocks (like 4,8,16)'
     )
-    command.add_argument('--stem-ceil-mode', action='store_true', default=None, help='its max-pool rounds sizes up')
+    command.add_argument('--stem-ceil-mode', action='store_true', default=None, help='its first pool rounds sizes up')
 
 
 def dilation(text: str) -> int | tuple[int, ...]:
-    """Parses the dilation of a stage, or those of its blocks."""
+    """Parses the dilation of a stage, or the dilations of its blocks."""
     each = tuple(int(number) for number in text.split(','))
     return each if len(each) > 1 else each[0]
 
@@ -63,14 +63,14 @@ def run(args: argparse.Namespace) -> None:
 
 
 def write_for(target: str, done: Conversion, out: str | None) -> None:
-    """Writes the file for another code base; for mmdet, whose networks are backbones, without the classifier."""
+    """Writes the file for another code base. For mmdet, whose networks are backbones, leaves out the classifier."""
     path = out or f'{done.folder}{".pdparams" if target == "paddleclas" else ".pth"}'
     if os.path.lexists(path):
-        raise ValueError(f'{path} already exists. Name another file with --out, or move it away')
+        raise ValueError(f'{path} already exists. Choose another file with --out, or move this one away')
     args = {**done.args, 'num_classes': 0} if target == 'mmdet' else done.args
     export_checkpoint(load_model(done.checkpoint, done.name, **args), path, target)
     if target == 'mmdet' and done.checkpoint.num_classes:
-        print('left out     the classifier: mmdet has backbones only')
+        print('left out     the classifier: mmdet only has backbones')
     print(f'\nwrote {path}\n  sha256 {sha256(path)}')
 
 
@@ -100,7 +100,7 @@ def show_conversion(done: Conversion) -> None:
 
 
 class ListDialects(argparse.Action):
-    """Prints the known code bases, the first blocks of their networks, and which can be written."""
+    """Prints the known code bases, the first blocks of their networks, and whether `--to` can write their files."""
 
     def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
         print('dialect           first block      export  code base')

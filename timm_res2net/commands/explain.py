@@ -17,11 +17,11 @@ EXAMPLE = 20  # index of a 3 among the bundled digits
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument('image', nargs='?', metavar='IMAGE', help='a file (default: a bundled digit)')
+    command.add_argument('image', nargs='?', metavar='IMAGE', help='image file (default: a bundled digit)')
     add_weights(command, f'{PHOTO}, {EMBEDDED} for the bundled digit')
     add_options(command, '--labels', '--class-order', '--multi-label', '--max-pixels')
-    command.add_argument('--stage', type=positive, default=2, metavar='N', help='stage of the block (default: 2)')
-    command.add_argument('--out', default='explain.png', metavar='PNG', help='file to draw (default: explain.png)')
+    command.add_argument('--stage', type=positive, default=2, metavar='N', help='stage of the drawn block (default: 2)')
+    command.add_argument('--out', default='explain.png', metavar='PNG', help='file to write (default: explain.png)')
 
 
 def run(args: argparse.Namespace) -> None:
@@ -33,10 +33,10 @@ def run(args: argparse.Namespace) -> None:
     arch = ARCHS.get(model_name(model))
     try:
         dense = pretrained_model(name, weights, **arch.trunk.densest) if arch else None
-    except ValueError:  # weights whose strides cannot be dilated further; the map keeps its resolution
+    except ValueError:  # these weights cannot be dilated further; the map keeps its resolution
         dense = None
     explanation = explain(model, image, args.stage, dense, args.multi_label)
     plot_explanation(explanation, args.out)
     print_predictions(explanation.predictions)
     radii = ', '.join(f'{radius:.1f}' for radius in explanation.radii)
-    print(f'{explanation.block}: radius of each split in pixels of the image: {radii}\n\nwrote {args.out}')
+    print(f'{explanation.block}: radius of each split in pixels: {radii}\n\nwrote {args.out}')

@@ -1,4 +1,4 @@
-"""Exports to ONNX (.onnx), OpenVINO (.xml, .bin) or torch (.pt2). Runs the file and compares it with the model."""
+"""Exports to ONNX (.onnx), OpenVINO (.xml, .bin) or torch (.pt2). Compares the outputs of the file and the model."""
 
 import argparse
 
@@ -11,17 +11,17 @@ from .sources import make_source
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument('source', metavar='SOURCE', help='a name, a file of weights, or a folder that convert made')
+    command.add_argument('source', metavar='SOURCE', help='weights file, folder that convert wrote, or model name')
     command.add_argument('out', metavar='OUT', help='file to write; its suffix chooses the format')
-    command.add_argument('--model', metavar='NAME', help='the model that the file fits (default: detected)')
+    command.add_argument('--model', metavar='NAME', help='model that the file fits (default: detected)')
     add_options(command, '--weights-from')
-    command.add_argument('--precision', choices=PRECISIONS, default='float32', help='default: float32')
-    command.add_argument('--images', metavar='FOLDER', help='images to calibrate int8 with and to compare outputs on')
+    command.add_argument('--precision', choices=PRECISIONS, default='float32', help='data type (default: float32)')
+    command.add_argument('--images', metavar='FOLDER', help='images to calibrate int8 and compare outputs with')
     command.add_argument('--batch', type=positive, metavar='N', help='fixed batch size (default: any)')
     command.add_argument('--size', type=positive, metavar='PX', help="height and width (default: the model's)")
     command.add_argument('--dynamic', choices=['size'], help='accept any height and width')
     command.add_argument('--features', action='store_true', help='export the feature maps instead of the classifier')
-    command.add_argument('--opset', type=positive, metavar='N', help='version of the ONNX operators (default: 20)')
+    command.add_argument('--opset', type=positive, metavar='N', help='ONNX opset version (default: 20)')
     command.add_argument('--symmetric', action='store_true', help='signed int8 without zero points, for TensorRT')
 
 
@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> None:
     )
     print(f'wrote {done.file}, {done.bytes / 1e6:.2f} MB: {done.path}')
     compared = f'{done.images} {"images" if args.images else "random images"}'
-    print(f'compared with the model on {compared}, by its own runtime:')
+    print(f'compared with the model on {compared}, using the runtime of the file:')
     print(f'  largest difference {done.largest_difference:.2e} of the largest output')
     print(f'  mean difference    {done.mean_difference:.2e} (root mean square, relative)')
     if done.agreement is not None:

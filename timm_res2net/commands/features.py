@@ -11,10 +11,10 @@ from .sources import PHOTO, read_image_argument, read_weights
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    command.add_argument('image', metavar='IMAGE', help='a file')
+    command.add_argument('image', metavar='IMAGE', help='image file')
     add_weights(command, PHOTO)
     add_options(command, '--max-pixels')
-    command.add_argument('--out', metavar='PNG', help='file to draw the maps to')
+    command.add_argument('--out', metavar='PNG', help='write a picture of the maps to this file')
 
 
 def run(args: argparse.Namespace) -> None:

@@ -20,7 +20,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument('pattern', nargs='?', default='*', metavar='PATTERN', help="such as '*50*'")
     command.add_argument('--pretrained', action='store_true', help='only models with weights')
     command.add_argument('--max-params', type=float, metavar='M', help='at most M million parameters')
-    command.add_argument('--sort', choices=SORT_KEYS, help='smallest first, or most accurate first')
+    command.add_argument('--sort', choices=SORT_KEYS, help='smallest (params, gmacs) or most accurate (top1) first')
     command.add_argument('--json', action='store_true', help='machine-readable output')
 
 
@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> None:
     if args.sort:
         found.sort(key=SORT_KEYS[args.sort])
     if not found:
-        raise ValueError('no model matches. Choose another PATTERN, --max-params, or leave out --pretrained')
+        raise ValueError('no model matches. Choose another PATTERN or --max-params, or leave out --pretrained')
     if args.json:
         print(json.dumps(found, indent=2))
         return
@@ -45,8 +45,8 @@ def run(args: argparse.Namespace) -> None:
         cost = f'{entry["params"] / 1e6:.2f} M', f'{entry["gmacs"]:.3f}'
         rows.append((entry['name'], *cost, top1, entry['license'] or '-', entry['weights'] or '-'))
     print_table(rows, left=(0, 4, 5))
-    print('\nGMACs at 224 x 224; of the 29-layer CIFAR networks at 32 x 32.')
-    print('Top-1 on ImageNet-1k at 224 x 224; of the digits on their held-out third.')
+    print('\nGMACs at 224 x 224, or at 32 x 32 for the 29-layer CIFAR networks.')
+    print('Top-1 on ImageNet-1k at 224 x 224, or on the held-out third of the digits.')
 
 
 def list_family() -> list[dict[str, Any]]:

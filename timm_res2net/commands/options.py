@@ -19,7 +19,7 @@ def probability(text: str) -> float:
 
 
 def device(text: str) -> torch.device:
-    """Parses the name of a device that this machine has."""
+    """Parses the name of a device, which this machine must have."""
     try:
         torch.empty(0, device=text).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
@@ -29,7 +29,7 @@ def device(text: str) -> torch.device:
 
 OPTIONS: dict[str, dict[str, Any]] = {
     '--weights-from': dict(
-        choices=('ema', 'model'), help='which weights to take from a checkpoint that has averaged (ema) and latest ones'
+        choices=('ema', 'model'), help='weights to use if a checkpoint has averaged (ema) and latest (model) ones'
     ),
     '--labels': dict(metavar='PATH', help='class names: a file with one per line, or a folder of class folders'),
     '--class-order': dict(
@@ -48,7 +48,7 @@ CLASSIFYING = '--trust', '--device', '--batch-size', '--json', '--max-pixels'  #
 
 
 def add_options(command: argparse.ArgumentParser, *names: str) -> None:
-    """Adds options of the table above."""
+    """Adds some of `OPTIONS` to a command."""
     for name in names:
         command.add_argument(name, **OPTIONS[name])
 

@@ -1,4 +1,4 @@
-"""Prints what commands report: escaped lines, tables, JSON, files left out, and facts about weights."""
+"""Prints the reports of commands: escaped lines, tables, JSON, files left out, and facts about weights."""
 
 import json
 import sys
@@ -18,7 +18,7 @@ from ..weights.matching import format_create_model
 
 
 def print(*values: object, end: str = '\n', file: TextIO | None = None) -> None:
-    """Prints above any progress bar, and escapes what a terminal would obey in a name from a file or the Hub."""
+    """Prints above any progress bar. Escapes control characters, which names from files or the Hub can contain."""
     lines = ' '.join(map(str, values)).split('\n')
     tqdm.write('\n'.join(sanitize(line, len(line)) for line in lines), file=file, end=end)
 
@@ -39,13 +39,13 @@ def print_predictions(predictions: Sequence[Prediction]) -> None:
 
 
 def print_json(results: list[Any], failed: Sequence[tuple[str, str]], skipped: Sequence[str], **more: Any) -> None:
-    """Prints results, and the files that were not classified."""
+    """Prints JSON: the results, and the files that were not classified."""
     errors = [dict(file=file, error=error) for file, error in failed]
     print(json.dumps(dict(**more, results=results, failed=errors, skipped=skipped), indent=2))
 
 
 def report_left_out(failed: Sequence[tuple[str, str]], skipped: Sequence[str]) -> int:
-    """Prints the files that were not classified to stderr; returns the exit status, 1 if any failed."""
+    """Prints to stderr which files were not classified; returns the exit status: 1 if any failed, else 0."""
     if skipped:
         what = f'{len(skipped)} files that Pillow does not read: {first_names(skipped)}'
         print(f'timm-res2net: skipped {what}', file=sys.stderr)
@@ -55,12 +55,12 @@ def report_left_out(failed: Sequence[tuple[str, str]], skipped: Sequence[str]) -
 
 
 def first_names(names: Sequence[str]) -> str:
-    """Joins the first three names."""
+    """Joins at most three names, followed by '...' if there are more."""
     return ', '.join([*names[:3], '...'] if len(names) > 3 else names)
 
 
 def describe_training(cfg: Mapping[str, Any], num_classes: int, checkpoint: Checkpoint | None) -> list[str]:
-    """Describes image settings and classes, and how each is known. An exported model, without a checkpoint, has all."""
+    """Describes image settings and classes, and how each is known. Without a checkpoint, all are recorded."""
     size = ' x '.join(map(str, cfg['input_size'][1:]))
     mean, std = (', '.join(f'{value:g}' for value in cfg[key]) for key in ('mean', 'std'))
     shown = f'{size}, {cfg["interpolation"]}, crop {cfg["crop_pct"]:g}, mean {mean}, std {std}'
@@ -74,13 +74,13 @@ def describe_training(cfg: Mapping[str, Any], num_classes: int, checkpoint: Chec
     if names := cfg.get('label_names'):
         named = f'named {first_names(names)}'
     elif infer_imagenet_subset({'num_classes': num_classes}):
-        named = f"named as ImageNet's: assumed, as there are {num_classes}"
+        named = f'named as in ImageNet: assumed, because there are {num_classes}'
     lines = [f'images       {shown}: {how}', f'classes      {num_classes}, {named}']
     if checkpoint is None:
         return lines
     if chosen := checkpoint.weights_from:
         other = 'model' if chosen == 'ema' else 'ema'
-        lines.append(f'taken from   {chosen}: the file has averaged (ema) and latest weights (--weights-from {other})')
+        lines.append(f'taken from   {chosen}: the file also has other weights (--weights-from {other})')
     if assumptions := describe_assumptions(checkpoint):
         lines.append(f'assumed      {assumptions.removeprefix("assumed ")}')
     return lines

@@ -1,4 +1,4 @@
-"""Classifies images. A network with one logit gives the probability of its class by a sigmoid."""
+"""Classifies images. If a model has one logit, its sigmoid is the probability of the class."""
 
 import argparse
 from collections.abc import Sequence
@@ -21,14 +21,14 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument('images', nargs='*', metavar='IMAGE', help='files, folders or globs (default: bundled digits)')
     add_weights(command, f'{PHOTO}, {EMBEDDED} for the bundled digits')
     add_options(command, '--labels', '--class-order', '--multi-label', *CLASSIFYING)
-    command.add_argument('--topk', type=positive, metavar='K', help='number of classes (default: 5; multi-label: all)')
+    command.add_argument('--topk', type=positive, metavar='K', help='classes per image (default: 5; multi-label: all)')
     command.add_argument(
-        '--threshold', type=probability, metavar='P', help='lowest probability (default: 0; multi-label: 0.5)'
+        '--threshold', type=probability, metavar='P', help='lowest probability to print (default: 0; multi-label: 0.5)'
     )
 
 
 def run(args: argparse.Namespace) -> int:
-    """Prints the classes of each image as they are found, or all together; returns 1 if any image fails."""
+    """Prints the classes of each image as soon as they are found, or all as JSON; returns 1 if any image fails."""
     default = None if args.weights else PHOTO if args.images else EMBEDDED
     model = make_classifier(args, args.model or default, read_weights(args, args.weights), args.device)
     name = args.model or default or model_name(model)
@@ -64,10 +64,10 @@ def run(args: argparse.Namespace) -> int:
 
 
 def show_digits(name: str, results: Sequence[tuple[str, list[Prediction]]]) -> None:
-    """Prints the classes of the bundled digits next to the truth."""
+    """Prints the predicted classes of the bundled digits next to the true ones."""
     print(f'{name} on handwritten digits that it was not trained on\n\ntruth   predicted')
     for digit in sorted({truth for truth, _ in results}):
         best = [predictions[0] for truth, predictions in results if truth == digit and predictions]
         print(f'  {digit}     {"   ".join(f"{each.label} ({each.probability:4.0%})" for each in best)}')
     right = sum(each.label in (truth, f'class {truth}') for truth, predictions in results for each in predictions[:1])
-    print(f'\n{right} of {len(results)} are right. Try a photo: timm-res2net predict PHOTO.jpg --model {PHOTO}')
+    print(f'\n{right} of {len(results)} are correct. Try a photo: timm-res2net predict PHOTO.jpg --model {PHOTO}')

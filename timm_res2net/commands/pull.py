@@ -1,4 +1,4 @@
-"""Downloads a model from the Hugging Face Hub. Verifies every byte."""
+"""Downloads a model from the Hugging Face Hub. Verifies the checksums of its files."""
 
 import argparse
 import hashlib

@@ -1,4 +1,4 @@
-"""Uploads a model to the Hugging Face Hub. Verifies every byte."""
+"""Uploads a model to the Hugging Face Hub. Verifies that every byte arrived."""
 
 import argparse
 
@@ -17,12 +17,12 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument('--result', type=result, action='append', metavar='METRIC=PERCENT', help='like accuracy=99.5')
     command.add_argument('--dataset', help='data for training and evaluation, such as imagenet-1k')
     command.add_argument('--license', metavar='ID', help='license ID from the Hub, such as apache-2.0')
-    command.add_argument('--license-link', metavar='URL', help='address of a license that has no ID')
+    command.add_argument('--license-link', metavar='URL', help='link to a license that has no ID')
     command.add_argument('--base-model', metavar='USER/NAME', help='model that it was fine-tuned from')
     add_options(command, '--labels', '--weights-from')
     command.add_argument('--recipe', metavar='TEXT', help='how it was trained')
     command.add_argument('--private', action='store_true', default=None, help='make a new repository private')
-    command.add_argument('--revision', metavar='BRANCH', help='created if it does not exist (default: main)')
+    command.add_argument('--revision', metavar='BRANCH', help='branch, created if it does not exist (default: main)')
     command.add_argument('--create-pr', action='store_true', help='open a pull request')
     command.add_argument('--message', help='commit message')
     command.add_argument('--overwrite-card', action='store_true', help='replace a card that somebody wrote')

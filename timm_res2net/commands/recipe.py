@@ -1,4 +1,4 @@
-"""Shows configurations for timm's train script. Use: train.py --device-modules timm_res2net --config FILE ..."""
+"""Prints configurations for timm's train.py. Use them with --device-modules timm_res2net --config FILE."""
 
 import argparse
 from pathlib import Path
@@ -11,7 +11,7 @@ RECIPES = Path(__file__).parents[1] / 'recipes'
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument('name', nargs='?', metavar='NAME', help='such as imagenet (default: list all)')
-    command.add_argument('--out', metavar='FILE', help='write it to this file')
+    command.add_argument('--out', metavar='FILE', help='write the recipe to this file')
 
 
 def run(args: argparse.Namespace) -> None:

@@ -1,4 +1,4 @@
-"""Models and images that arguments name."""
+"""Loads the models and images that arguments name."""
 
 import argparse
 import os
@@ -27,20 +27,20 @@ PHOTO = 'res2net50d.in1k'  # the default model for photos
 
 
 def read_weights(args: argparse.Namespace, path: str | None, exported: bool = True) -> Checkpoint | str | None:
-    """Reads a value of --weights. The path of an exported model stays a path, or is refused unless `exported`."""
+    """Reads one value of --weights. Returns the path of an exported model as it is; refuses it unless `exported`."""
     if path is not None and not is_exported(path):
         return read_checkpoint(path, weights_from=args.weights_from)
     if path is not None and not exported:
         raise ValueError(f'{path} is an exported model, which hides its layers. Pass the weights it was made from')
     if args.weights_from is not None:
-        args.error('--weights-from would have no effect: only a checkpoint can have averaged weights')
+        args.error('--weights-from would have no effect: only a checkpoint file can have averaged weights')
     return path
 
 
 def make_classifier(
     args: argparse.Namespace, name: str | None, weights: Checkpoint | str | None, device: torch.device | str = 'cpu'
 ) -> nn.Module:
-    """Makes a command's model from a name or from `read_weights`, and prints to stderr what the weights record."""
+    """Makes a command's model from a name or from `read_weights`, and describes the weights on stderr."""
     names = read_label_names(args)
     model: Any = pretrained_model(name, weights, device, getattr(args, 'trust', False))
     checkpoint = weights if isinstance(weights, Checkpoint) else None
@@ -56,7 +56,7 @@ def make_classifier(
 
 
 def make_source(args: argparse.Namespace, **options: Any) -> tuple[Any, Checkpoint | None]:
-    """Makes the model of SOURCE, a file, a folder or published weights; and the checkpoint of a file."""
+    """Loads SOURCE (a file, a folder or published weights); returns the model, and the checkpoint if it is a file."""
     source = args.source
     if os.path.lexists(source) and not os.path.isdir(source):
         checkpoint = read_checkpoint(source, weights_from=args.weights_from)
@@ -80,13 +80,13 @@ def read_label_names(args: argparse.Namespace) -> list[str] | None:
 
 
 def image_reader(args: argparse.Namespace) -> Callable[[PathLike], Image.Image]:
-    """Returns `read_image` with the limit of --max-pixels, which replaces the limit of Pillow."""
+    """Returns `read_image` with the limit of --max-pixels, which replaces Pillow's own limit."""
     Image.MAX_IMAGE_PIXELS = None
     return partial(read_image, max_pixels=args.max_pixels)
 
 
 def read_image_argument(args: argparse.Namespace) -> Image.Image:
-    """Reads IMAGE; the ValueError names the file."""
+    """Reads IMAGE; if that fails, raises ValueError with the name of the file."""
     try:
         return image_reader(args)(args.image)
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Measures top-1 and top-5 accuracy. Compares several weights files, or a model and its 8-bit export."""
+"""Measures top-1 and top-5 accuracy. Compares several weights files, or a model with its exports."""
 
 import argparse
 import sys
@@ -16,11 +16,11 @@ from .sources import PHOTO, image_reader, make_classifier, read_weights
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
-    # argparse's own usage has FOLDER after `--weights PATH ...`, which would take it.
+    # argparse's own usage puts FOLDER after `--weights PATH ...`, which would consume it.
     command.usage = 'timm-res2net validate FOLDER [--model NAME] [--weights PATH ...] [OPTION ...]'
-    command.add_argument('folder', metavar='FOLDER', help='holds a folder per class, or all images with --truth')
+    command.add_argument('folder', metavar='FOLDER', help='contains a folder per class, or all images with --truth')
     add_weights(command, PHOTO, several=True)
-    command.add_argument('--truth', metavar='FILE', help='one line per image: path, space, name or number of its class')
+    command.add_argument('--truth', metavar='FILE', help='has a line per image: path, space, class name or number')
     command.add_argument('--confusion', metavar='PNG', help='draw the confusion matrix of the last model')
     add_options(command, '--labels', '--class-order', *CLASSIFYING)
 
@@ -32,7 +32,7 @@ def run(args: argparse.Namespace) -> int:
     paths: list[str | None] = args.weights or [None]
     exported = [path for path in paths if path and is_exported(path)]
     if exported == paths and args.model:
-        paths = [None, *paths]  # the model itself, to compare its exports with
+        paths = [None, *paths]  # first the model itself, for comparison with its exports
     default = args.model or (None if args.weights else PHOTO)
     rows: list[Sequence[str]] = [('model', 'images', 'top-1', 'top-5')]
     results, failed = [], []
