@@ -1,4 +1,4 @@
-"""Sets in COCO's format are read as published, and unusable annotations are reported before they do harm."""
+"""Sets in COCO's format are read as published, and unusable annotations are reported when a set is opened."""
 
 import json
 from pathlib import Path
@@ -81,7 +81,7 @@ def test_object_that_cannot_be_used_is_reported(tmp_path: Path, changed: dict[st
         ),
     ],
 )
-def test_other_files_are_not_coco_sets(tmp_path: Path, content: str, error: str) -> None:
+def test_missing_or_invalid_annotation_file_is_reported(tmp_path: Path, content: str, error: str) -> None:
     with pytest.raises(ValueError, match="has no part 'val' in the COCO format"):
         CocoImages(tmp_path, 'val')
     (tmp_path / 'val').mkdir()
@@ -97,12 +97,12 @@ def test_image_that_cannot_be_read_is_reported_in_one_line(tmp_path: Path) -> No
         dataset[1]
 
 
-def test_16_bits_are_scaled_and_images_are_not_turned_away_from_their_boxes(tmp_path: Path) -> None:
+def test_16_bit_images_are_scaled_and_exif_orientation_is_ignored(tmp_path: Path) -> None:
     dataset = write_set(tmp_path, [square(BIG, 3)])
     Image.fromarray(np.full((64, 80), 0.4 * 65535, np.uint16)).save(tmp_path / 'val' / '0.png')
     assert read_image(tmp_path / 'val' / '0.png').unique().tolist() == [pytest.approx(0.4, abs=0.01)]
     exif = Image.Exif()
-    exif[0x0112] = 6  # to be turned by 90 degrees
+    exif[0x0112] = 6  # rotate by 90 degrees
     Image.new('L', (80, 64)).save(tmp_path / 'val' / '0.png', exif=exif)
     assert dataset[0]['image'].shape == (3, 64, 80)
     assert dataset[0]['target']['boxes'].tolist() == [[0, 0, 40, 40]]

@@ -1,4 +1,4 @@
-"""A detector learns, on any backbone."""
+"""Detectors take any backbone with the right strides, and they learn."""
 
 from pathlib import Path
 from typing import Any
@@ -22,12 +22,12 @@ def test_backbone_has_strides_8_16_32(name: str) -> None:
     assert body.feature_info.reduction() == [8, 16, 32]
 
 
-def test_backbone_without_a_stride_is_an_error() -> None:
+def test_backbone_with_other_strides_is_an_error() -> None:
     with pytest.raises(ValueError, match=r"cannot build a pyramid on 'res2next29_6c_24w_4s': .* not \[8, 16, 32\]"):
         create_backbone('res2next29_6c_24w_4s')
 
 
-def test_detector_takes_normalisation_of_the_backbone_and_keywords_of_fcos() -> None:
+def test_detector_uses_normalisation_of_the_backbone_and_keywords_of_fcos() -> None:
     body: Any = create_backbone('test_res2net')
     body.pretrained_cfg = {**body.pretrained_cfg, 'mean': (0.1, 0.2, 0.3)}
     model: Any = create_detector(body, 4, channels=64, nms_thresh=0.4)
@@ -37,7 +37,7 @@ def test_detector_takes_normalisation_of_the_backbone_and_keywords_of_fcos() -> 
 
 
 class Finding(nn.Module):
-    """Finds the same objects in each image."""
+    """A detector that finds the same objects in each image."""
 
     def __init__(self, **found: torch.Tensor) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class Finding(nn.Module):
         return [self.found for _ in images]
 
 
-def test_objects_are_the_surest_of_each_place_and_none_that_is_unsure(simple_set: Path, tmp_path: Path) -> None:
+def test_objects_are_the_most_likely_of_each_place_above_the_score(simple_set: Path, tmp_path: Path) -> None:
     boxes = torch.tensor([[1.0, 1, 20, 20], [2, 1, 20, 21], [30, 30, 40, 40], [40, 1, 60, 20], [1, 1, 20, 20]])
     scores = torch.tensor([0.7, 0.8, 0.2, 0.4, 0.9])
     model: Any = Finding(boxes=boxes, scores=scores, labels=torch.tensor([1, 2, 1, 1, 0]))  # 0 is the background

@@ -23,7 +23,7 @@ def write_pairs(images: Path, masks: Path, count: int = 3, suffix: str = '.png')
         Image.fromarray(mask).save(masks / f'{i}.png')
 
 
-def test_folders_of_three_layouts_are_read_alike(tmp_path: Path) -> None:
+def test_three_folder_layouts_are_read_alike(tmp_path: Path) -> None:
     write_pairs(tmp_path / 'plain' / 'images' / 'val', tmp_path / 'plain' / 'masks' / 'val')
     write_pairs(tmp_path / 'inner' / 'deep' / 'val' / 'images', tmp_path / 'inner' / 'deep' / 'val' / 'masks')
     voc = tmp_path / 'voc'
@@ -55,7 +55,7 @@ def test_image_without_a_mask_is_reported_and_other_files_are_left_out(tmp_path:
 
 @pytest.mark.parametrize('suffix', ['.png', '.jpg', '.gif'])
 @pytest.mark.parametrize('levels', [(0, 255), (10, 240), (0, 200)])
-def test_binary_masks_of_any_format_are_foreground_from_the_threshold_on(
+def test_binary_masks_of_any_format_are_split_at_the_threshold(
     levels: tuple[int, int], suffix: str, tmp_path: Path
 ) -> None:
     write_pairs(tmp_path / 'val' / 'images', tmp_path / 'val' / 'masks', count=1)
@@ -67,7 +67,7 @@ def test_binary_masks_of_any_format_are_foreground_from_the_threshold_on(
     assert dataset.names == ['background', 'foreground']
     assert torch.equal(dataset[0]['mask'], torch.from_numpy(mask == levels[1]).long())
     require_foreground(dataset)
-    with pytest.raises(ValueError, match=r'no pixel of 1 masks reaches level 256. Use a smaller --threshold'):
+    with pytest.raises(ValueError, match=r'no pixel in 1 masks reaches level 256. Use a smaller --threshold'):
         require_foreground(MaskedImages(tmp_path, 'val', None, threshold=256))
 
 
@@ -78,9 +78,9 @@ def test_threshold_itself_is_foreground(tmp_path: Path) -> None:
     assert MaskedImages(tmp_path, 'val', None, threshold=77)[0]['mask'].sum() == 200 - 77
 
 
-def test_masks_of_0_and_255_are_for_binary(tmp_path: Path) -> None:
+def test_masks_with_only_0_and_255_need_binary(tmp_path: Path) -> None:
     write_pairs(tmp_path / 'images' / 'val', tmp_path / 'masks' / 'val')
-    require_foreground(MaskedImages(tmp_path, 'val', 3))  # though the first mask has no other label
+    require_foreground(MaskedImages(tmp_path, 'val', 3))  # although the first mask alone has only 0 and 255
     for path in (tmp_path / 'masks').glob('*/*.png'):
         Image.fromarray(np.eye(40, 50, dtype=np.uint8) * 255).save(path)
     with pytest.raises(ValueError, match=r'3 masks have only the levels 0 and 255. For binary masks, use --binary'):
@@ -106,8 +106,8 @@ def test_part_that_cannot_be_used_is_reported(tmp_path: Path, arguments: tuple[A
 @pytest.mark.parametrize(
     ('mask', 'error'),
     [
-        (Image.new('RGB', (50, 40)), r"0\.png' is not a mask: it needs one channel of integers"),
-        (Image.new('L', (40, 40)), r"0\.png' has \(40, 50\) pixels, its mask \(40, 40\)"),
+        (Image.new('RGB', (50, 40)), r"0\.png' is not a mask: it must have one channel, with integer labels"),
+        (Image.new('L', (40, 40)), r"0\.png' has \(40, 50\) pixels, but its mask \(40, 40\)"),
         (Image.fromarray(np.full((40, 50), 256, np.uint16)), r"0\.png' has label 256, but there are 3 classes"),
         (None, r"cannot read '.*0\.png'"),
     ],
@@ -124,7 +124,7 @@ def test_mask_that_cannot_be_used_is_reported(tmp_path: Path, mask: Image.Image 
         MaskedImages(tmp_path, 'val', 3)[0]
 
 
-def test_augmentation_moves_masks_with_images_and_ignores_what_it_pads() -> None:
+def test_augmentation_moves_masks_with_images_and_ignores_padding() -> None:
     image, mask = torch.zeros(3, 40, 60), torch.zeros(40, 60, dtype=torch.int64)
     image[:, 10:30, 20:30], mask[10:30, 20:30] = 1.0, 1
     torch.manual_seed(0)
@@ -143,10 +143,10 @@ def test_augmentation_moves_masks_with_images_and_ignores_what_it_pads() -> None
 
 
 @pytest.mark.parametrize('side', [60, 200])
-def test_augmentation_scales_images_by_half_to_two(side: int) -> None:
+def test_augmentation_scales_images_by_a_factor_from_half_to_two(side: int) -> None:
     torch.manual_seed(0)
     mask = torch.zeros(side, side, dtype=torch.int64)
-    mask[:, :: side // 10] = 1  # lines at this distance
+    mask[:, :: side // 10] = 1  # lines at regular distances
     shown = [augment(64, torch.zeros(3, side, side), mask)[1] for _ in range(100)]
     apart = torch.cat([each[0].eq(1).nonzero().diff(dim=0) for each in shown]).float()
     assert apart.min() < 0.6 * side // 10

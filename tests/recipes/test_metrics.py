@@ -26,7 +26,7 @@ Box = tuple[list[int], int, float]  # left, top, width and height, label, score
 
 
 class Detector(nn.Module):
-    """Finds given boxes in the images of a batch."""
+    """A detector that finds the given boxes in the images of a batch."""
 
     detections_per_img = 5
 
@@ -46,14 +46,14 @@ class Detector(nn.Module):
 
 
 def precision(dataset: CocoImages, *found: list[Box], areas: tuple[int, int] = (32, 96)) -> dict[str, float]:
-    """Computes the metrics of boxes that were found in each image."""
+    """Computes the metrics of the boxes found in each image."""
     rows = pack_detections(Detector(*found), dict(image=[]))
     return compute_precision(dataset, areas, SimpleNamespace(predictions=rows.numpy(), label_ids=range(len(found))))
 
 
 def test_average_precision_of_a_worked_case(tmp_path: Path) -> None:
     dataset = write_set(tmp_path, [square(BIG, 3), square(SQUARES['apart'], 3)])
-    # One of two is found, before a false one: precision is 1 up to a recall of 0.5, the first 51 of 101 points.
+    # One of two objects is found, before a false one: precision is 1 up to a recall of 0.5, the first 51 of 101 points.
     scores = precision(dataset, [(BIG, 1, 0.9), ([30, 50, 9, 9], 1, 0.8)], [], areas=(20, 30))
     half = pytest.approx(100 * 51 / 101, abs=1e-3)
     assert scores == {'AP': half, 'AP50': half, 'AP75': half, 'APs': 0.0, 'APm': -1.0, 'APl': 100.0}
@@ -85,7 +85,7 @@ def test_average_precision_needs_neither_area_nor_crowd_and_leaves_out_empty_box
 
 
 class Recalling(nn.Module):
-    """Returns the logits that it was made with, by the first pixel of an image."""
+    """A segmenter that returns given logits; the first pixel of an image is their index."""
 
     def __init__(self, *logits: Tensor) -> None:
         super().__init__()
@@ -108,11 +108,11 @@ def test_mean_intersection_over_union_of_a_worked_case() -> None:
     model = Recalling(*(nn.functional.one_hot(each, 3).permute(2, 0, 1).float() for each in labels))
     batch = as_batch(torch.tensor([[0, 0, 1, 1], [0, 0, 1, IGNORED]]), torch.tensor([[0, 1], [1, 1]]))
     scores = compute_iou(as_evaluation(count_pixels(model, batch)))
-    # Of 0: 3 + 1 hits, and 1 + 2 others. Of 1: 2 + 2 hits, and 2 + 1 others. 2 is nowhere.
+    # Label 0 has 4 hits, 1 missed pixel and 2 false ones; label 1 has 4, 2 and 1; label 2 does not occur.
     assert scores == {'mIoU': pytest.approx(100 * 4 / 7, abs=1e-3), 'pixels': pytest.approx(100 * 8 / 11, abs=1e-3)}
 
 
-def test_evaluation_without_a_pixel_that_counts_is_an_error() -> None:
+def test_evaluation_with_only_ignored_pixels_is_an_error() -> None:
     with pytest.raises(ValueError, match='cannot evaluate: all pixels of all images have label 255'):
         compute_iou(SimpleNamespace(predictions=np.zeros((2, 3, 3), np.int64)))
 
@@ -123,5 +123,5 @@ def test_binary_scores_are_means_over_images_of_a_worked_case() -> None:
     empty = torch.stack([torch.zeros(1, 2), torch.full((1, 2), -ninety)])
     batch = as_batch(torch.tensor([[1, 0], [1, 0]]), torch.tensor([[0, 0]]))
     scores = average_scores(as_evaluation(score_binary(Recalling(first, empty), batch)))
-    # One of two pixels is found, and a false one; then nothing where nothing is.
+    # In the first image, one of two pixels and a false one are found; in the second, nothing is to be found.
     assert scores == pytest.approx({'mDice': (0.5 + 1) / 2, 'mIoU': (1 / 3 + 1) / 2, 'MAE': (0.5 + 0.1) / 2}, abs=1e-4)

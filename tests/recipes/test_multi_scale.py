@@ -49,12 +49,12 @@ def test_multi_scale_boxes_and_areas_are_those_of_the_masks(detection_set: Path,
         assert areas[1:].tolist() == np.bincount(mask.flatten(), minlength=1 + len(CLASSES))[1:].tolist()
 
 
-def test_canvas_shows_items_within_masks_and_ground_elsewhere(
+def test_canvas_shows_items_within_masks_and_background_elsewhere(
     fashion_mnist: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(multi_scale, 'cut_background', lambda rng, photographs: np.full((SIDE, SIDE), 7, np.uint8))
     for canvas in draw_canvases(fashion_mnist, 'train', 20):
-        assert np.sum(canvas.masks, axis=0).max() == 1  # no pixel belongs to two
+        assert np.sum(canvas.masks, axis=0).max() == 1  # no pixel belongs to two items
         items = np.any(canvas.masks, axis=0)
         assert (canvas.image[~items] == 7).all()
         assert (canvas.image[items] != 7).mean() > 0.99
@@ -65,7 +65,7 @@ def test_item_that_would_vanish_gets_the_smallest_visible_size(
     fashion_mnist: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     images = np.zeros((2, ITEM, ITEM), np.uint8)
-    images[0, 14, 4:24] = 255  # a line; and an empty item, which cannot be shown at all
+    images[0, 14, 4:24] = 255  # a line; the other item is empty and cannot be shown at all
     monkeypatch.setattr(multi_scale, 'fashion_mnist', lambda folder, train: (images, np.zeros(2, np.int64)))
     monkeypatch.setattr(multi_scale, 'random_size', lambda rng, ranges: 10)
     drawn = list(draw_canvases(fashion_mnist, 'unseen', 20))
@@ -107,7 +107,7 @@ def test_backgrounds_for_training_and_testing_share_no_pixel(monkeypatch: pytest
     assert all(np.asarray(each).min() == 255 for each in multi_scale.photographs(train=False))
 
 
-def test_fashion_mnist_that_cannot_be_downloaded_is_one_line(
+def test_failed_download_of_fashion_mnist_is_reported_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def offline(*args: Any, **kwargs: Any) -> None:

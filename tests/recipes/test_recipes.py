@@ -1,4 +1,4 @@
-"""Recipes fit timm's train script, and the digits data set is written as an image folder."""
+"""Recipes work with timm's train script, and the digits data set is written as an image folder."""
 
 import os
 import subprocess

@@ -1,4 +1,4 @@
-"""timm's own scripts run unmodified on every trunk; TIMM_SCRIPTS names the folder of a checkout that has them."""
+"""timm's own scripts run unmodified on every trunk; the variable TIMM_SCRIPTS names their folder."""
 
 import json
 import os
@@ -36,7 +36,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options_of(name: str) -> list[str]:
-    """Returns the options of timm's scripts for a small network."""
+    """Returns options of timm's scripts that make a small network."""
     kwargs = [f'{key}={value}'.replace(' ', '') for key, value in KINDS[name].items()]
     return ['--model', name, '--model-kwargs', *kwargs]
 
@@ -62,7 +62,7 @@ def test_timm_train_and_validate_scripts_run_on_every_trunk(name: str, digits: P
     assert 0 <= float(re.findall(r'"top1": ([\d.]+)', found)[0]) <= 100
 
 
-def test_every_command_has_the_accuracy_of_timm_train_script_with_its_preparation_of_images(
+def test_every_command_reproduces_accuracy_of_timm_train_script_with_its_image_settings(
     digits: Path, tmp_path: Path
 ) -> None:
     images = '--input-size 3 24 24 --mean 0.2 0.3 0.4 --std 0.1 0.2 0.3 --crop-pct 0.8 --interpolation nearest'
@@ -136,7 +136,7 @@ def test_timm_onnx_export_script_writes_checked_model_of_every_trunk(name: str, 
     pytest.importorskip('onnx')
     weights = tmp_path / 'weights.safetensors'
     model = timm.create_model(name)
-    model.get_classifier().weight.data *= 1e-3  # to scores near 1: the script compares them to 3 decimals
+    model.get_classifier().weight.data *= 1e-3  # for scores near 1: the script compares them to 3 decimals
     save_file(model.state_dict(), weights)
     options = ['--model', name, '--checkpoint', str(weights), '--img-size', '64', '--check-forward', '--dynamo']
     run(*script('onnx_export.py'), 'model.onnx', *options, cwd=tmp_path)

@@ -1,4 +1,4 @@
-"""A segmenter learns labels and binary masks, and segments new images."""
+"""Segmenters learn labels and binary masks, and segment new images."""
 
 from pathlib import Path
 
@@ -58,7 +58,7 @@ def test_ignored_pixels_add_nothing_to_the_loss(binary: bool) -> None:
     torch.testing.assert_close(some, nn.functional.cross_entropy(model(images)[:1, :, :4], masks[:1, :4]))
 
 
-def test_binary_run_scores_and_segments_new_images(tmp_path: Path) -> None:
+def test_binary_run_computes_metrics_and_segments_new_images(tmp_path: Path) -> None:
     data, out = write_polyps(tmp_path / 'polyps'), tmp_path / 'run'
     assert run(segment, *POLYPS, '--data', str(data), '--output-dir', str(out), '--num-train-epochs', '1') == 0
     metrics = last_metrics(out)
@@ -76,7 +76,9 @@ def test_binary_run_scores_and_segments_new_images(tmp_path: Path) -> None:
     torch.testing.assert_close(grey / 255, probability, rtol=0, atol=1 / 255)
 
 
-def test_image_that_a_worker_cannot_read_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_image_unreadable_to_a_worker_is_reported_in_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     data = write_polyps(tmp_path / 'polyps')
     for path in (data / 'TrainDataset' / 'images').iterdir():
         path.write_bytes(b'no image')

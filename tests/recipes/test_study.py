@@ -1,4 +1,4 @@
-"""The study compares networks of equal size and continues where it stopped, and its statistics are exact."""
+"""The study compares networks of equal size, continues where it stopped, and computes exact statistics."""
 
 import json
 from dataclasses import replace
@@ -15,7 +15,7 @@ from timm_res2net.recipes import multi_scale, study
 from timm_res2net.recipes.study import BASE_WIDTHS, PARTS, SIZES, accuracy, count_parameters, difference, network, table
 
 
-def test_networks_have_equal_parameters_and_their_scales() -> None:
+def test_networks_have_equal_parameter_counts_and_different_scales() -> None:
     networks = {scale: network(scale, num_classes=10) for scale in BASE_WIDTHS}
     plain, *counts = map(count_parameters, networks.values())
     assert all(count == pytest.approx(plain, rel=0.01) for count in counts)
@@ -45,7 +45,7 @@ def test_differences_are_paired_by_seed() -> None:
     assert lines[5] == '| 4 - 1 |  |  |  | +2.00 [-0.48, +4.48] |'
 
 
-def test_committed_tables_are_those_of_the_committed_runs() -> None:
+def test_committed_tables_match_the_committed_runs() -> None:
     document = json.loads((ASSETS / 'study.json').read_text())
     tables = (ASSETS / 'study.md').read_text()
     for name, part in PARTS.items():

@@ -1,4 +1,4 @@
-"""The networks train as timm's train script trains, with its options, and in shards."""
+"""The networks train as in timm's train script, with its options, and sharded by FSDP."""
 
 from argparse import Namespace
 from contextlib import nullcontext
@@ -23,7 +23,7 @@ from timm_res2net import pull
 from timm_res2net.__main__ import main
 from timm_res2net.recipes.digits import split
 
-KINDS: dict[str, dict[str, Any]] = {  # small networks on each trunk
+KINDS: dict[str, dict[str, Any]] = {  # a small network for each trunk
     'test_res2net': dict(layers=(1, 1, 1, 1), channels=(8, 8, 8, 8), stem_width=8, base_width=32, scale=3),
     'dla60_res2net': dict(levels=(1, 1, 1, 1, 1, 1), channels=(8, 8, 16, 16, 16, 32)),
     'blres2net50_26w_4s': dict(layers=(2, 2, 2, 1), base_width=8),
@@ -43,7 +43,7 @@ CREATED: dict[str, Any] = dict(  # arguments that train.py passes to every model
 
 
 def digits(part: str, num_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """A hundred digits, (128, 3, 32, 32) in -1..1, and their classes: the digits' remainders."""
+    """Returns 128 digits, (128, 3, 32, 32) in -1..1, and their classes: the digits modulo `num_classes`."""
     pixels, labels = split()[part]
     images = torch.as_tensor(pixels[:128], dtype=torch.float32)[:, None].expand(-1, 3, -1, -1) / 127.5 - 1
     return nn.functional.interpolate(images, scale_factor=4), torch.as_tensor(labels[:128]) % num_classes
@@ -52,12 +52,12 @@ def digits(part: str, num_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
 def train(
     folder: Path, name: str, epochs: int, num_classes: int, options: dict[str, Any], everything: bool, **kwargs: Any
 ) -> list[float]:
-    """Trains as timm's train.py does, by its parts in the same order, on a hundred digits; returns all losses.
+    """Trains as timm's train.py does, with its parts in the same order, on 128 digits; returns all losses.
 
-    `options` are those of the optimizer. `everything` adds mixup, mixed precision, channels last, checkpointing, and
+    `options` go to the optimizer. `everything` adds mixup, mixed precision, channels last, checkpointing, and
     a compiled model.
     """
-    random_seed(0)  # NumPy's, too, for mixup
+    random_seed(0)  # NumPy's as well, for mixup
     model: Any = timm.create_model(name, num_classes=num_classes, **CREATED, **kwargs)
     trained = model
     autocast: Any = nullcontext
@@ -110,7 +110,7 @@ def test_train_every_trunk_with_all_options_reduces_loss(name: str, tmp_path: Pa
 @pytest.mark.slow
 def test_fsdp2_sharded_stages_take_same_step_as_whole_model() -> None:
     done = torchrun(str(ROOT / 'tests' / 'shard_script.py'))
-    # Not the status: on a busy machine gloo's threads can abort a process that has done all and is about to exit.
+    # Not the exit status: on a busy machine, gloo's threads can abort a process that is done and about to exit.
     assert done.stdout.count('equal') == 2, done.stderr
 
 

@@ -118,7 +118,7 @@ def test_run_keeps_its_best_model_curves_and_examples(finished: Path) -> None:
             assert picture.width > 500
 
 
-def test_newest_checkpoint_that_is_complete_is_found(tmp_path: Path) -> None:
+def test_newest_complete_checkpoint_is_found(tmp_path: Path) -> None:
     assert find_checkpoint(tmp_path / 'nowhere') is None
     for step in (4, 10, 9, 12):
         (tmp_path / f'checkpoint-{step}').mkdir()
@@ -160,7 +160,7 @@ def test_run_with_other_settings_is_refused_and_unchanged(
         (segment, ['--classes', '3', '--size', '100'], 'cannot use --size 100: it must be a multiple of 32'),
     ],
 )
-def test_bad_input_is_one_line_and_writes_nothing(
+def test_bad_input_is_reported_in_one_line_and_writes_nothing(
     recipe: Any, arguments: list[str], error: str, simple_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     data = ['--data', str(simple_set), '--val', 'train', '--output-dir', str(tmp_path / 'run')]
@@ -171,12 +171,14 @@ def test_bad_input_is_one_line_and_writes_nothing(
     assert not list(tmp_path.glob('run/*'))
 
 
-def test_diverged_training_is_one_line(simple_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_diverged_training_is_reported_in_one_line(
+    simple_set: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(detect, *options_of(simple_set, tmp_path), '--learning-rate', '1e30', '--warmup-steps', '0') == 2
     assert 'training diverged: loss' in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_predictions_of_a_finished_run(finished: Path, simple_set: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_finished_run_predicts_new_images(finished: Path, simple_set: Path, capsys: pytest.CaptureFixture[str]) -> None:
     photos = finished / 'photos'
     photos.mkdir()
     for name in ('00001', '00002'):
@@ -221,7 +223,7 @@ def backbone_options(**changed: Any) -> Namespace:
     return Namespace(**dict(weights=None, frozen_stages=-1, frozen_norms=False) | changed)
 
 
-def test_frozen_stages_and_norms_stay_as_they_are(images: torch.Tensor) -> None:
+def test_frozen_stages_and_norms_do_not_change(images: torch.Tensor) -> None:
     body: Any = create_backbone('test_res2net')
     prepare_backbone(body, backbone_options(frozen_stages=1, frozen_norms=True))
     before = {name: value.clone() for name, value in body.state_dict().items()}
@@ -251,7 +253,7 @@ def test_frozen_stages_are_those_of_the_features_of_any_model(name: str, stages:
     assert {next((start for start in trained if each.startswith(start)), each) for each in left} == set(trained)
 
 
-def test_weights_of_a_file_arrive_in_the_backbone(tmp_path: Path) -> None:
+def test_weights_file_is_loaded_into_the_backbone(tmp_path: Path) -> None:
     model: nn.Module = timm.create_model('test_res2net', num_classes=3)
     torch.save(model.state_dict(), tmp_path / 'mine.pth')
     body = create_backbone('test_res2net')

@@ -23,14 +23,14 @@ def positive(text: str) -> int:
 
 @contextmanager
 def report_errors(parser: argparse.ArgumentParser) -> Iterator[None]:
-    """Ends the program with one line: status 2 for an error that a user can fix, 130 for Ctrl-C."""
+    """Turns errors into one line and exit status 2 (130 for Ctrl-C)."""
     try:
         yield
     except KeyboardInterrupt:
         parser.exit(130, f'{parser.prog}: interrupted\n')
     except (ImportError, ValueError, TypeError, KeyError, OSError, RuntimeError) as error:
         message = first_line(error)
-        if message.startswith('Caught '):  # a DataLoader quotes its worker's traceback, which ends with the message
+        if message.startswith('Caught '):  # a DataLoader quotes its worker's traceback, whose last line is the message
             message = sanitize(str(error).strip().splitlines()[-1], 500)
         if isinstance(error, ImportError):
             message += ". Install the recipes: pip install 'timm_res2net[recipes]'"

@@ -1,4 +1,4 @@
-"""Detection sets in COCO's format (https://cocodataset.org/#format-data), checked when they are opened."""
+"""Reads detection sets in COCO's format (https://cocodataset.org/#format-data), and checks them first."""
 
 import contextlib
 import io
@@ -93,7 +93,7 @@ def are_finite(values: Any, count: int) -> bool:
 
 
 def read_image(path: Path) -> Tensor:
-    """Reads an image, (3, H, W) in 0..1, as stored: boxes and masks ignore its orientation in EXIF."""
+    """Reads an image, (3, H, W) in 0..1, as stored: boxes and masks do not follow its EXIF orientation."""
     try:
         image = images.read_image(path, rotate=False)
     except ValueError as error:

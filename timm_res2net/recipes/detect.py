@@ -46,7 +46,7 @@ class Pyramid(nn.Module):
         self.out_channels = channels
 
     def forward(self, x: Tensor) -> 'OrderedDict[str, Tensor]':
-        """Computes levels from (N, C, H, W), in float32: torchvision computes coordinates in their data type."""
+        """Computes levels from (N, C, H, W), in float32 because torchvision computes coordinates in their data type."""
         levels = self.neck(OrderedDict((str(i), feature) for i, feature in enumerate(self.body(x))))
         return OrderedDict((name, level.float()) for name, level in levels.items())
 
@@ -66,7 +66,7 @@ def create_detector(body: Any, classes: int, channels: int = 256, **kwargs: Any)
     """
     known = signature(FCOS).parameters.keys() | signature(GeneralizedRCNNTransform).parameters.keys()
     if unknown := kwargs.keys() - known:
-        raise TypeError(f"torchvision's FCOS has no argument {min(unknown)!r}")  # it would ignore it
+        raise TypeError(f"torchvision's FCOS has no argument {min(unknown)!r}")  # FCOS would ignore it
     config = resolve_model_data_config(body)
     kwargs = dict(image_mean=config['mean'], image_std=config['std'], score_thresh=0.05) | kwargs
     return FCOS(Pyramid(body, channels), classes + 1, **kwargs)
@@ -93,7 +93,7 @@ def compute_loss(model: Any, batch: dict[str, Any]) -> Tensor:
 def make_trainer(
     model: FCOS, args: Any, train_set: CocoImages, val_set: CocoImages, areas: Sequence[int]
 ) -> training.RecipeTrainer:
-    """Makes the Trainer of a detector; `areas` is an argument of `compute_precision`."""
+    """Makes the Trainer of a detector; `compute_precision` takes the `areas`."""
     return training.RecipeTrainer(
         compute_loss,
         pack_detections,
@@ -107,7 +107,7 @@ def make_trainer(
 
 @torch.no_grad()
 def find_objects(model: FCOS, image: Tensor, score: float = 0.3) -> dict[str, Tensor]:
-    """Finds objects in an image, (3, H, W) in 0..1: the best one at each place, whatever its class.
+    """Finds objects in an image, (3, H, W) in 0..1: the most likely one at each place, whatever its class.
 
     Returns boxes (N, 4) as corners, labels (N,) from 1, and scores (N,), none below `score`, on the CPU.
     """
@@ -119,7 +119,7 @@ def find_objects(model: FCOS, image: Tensor, score: float = 0.3) -> dict[str, Te
 
 
 def draw_examples(model: FCOS, dataset: CocoImages, out: Path) -> None:
-    """Draws the first images, each with its true and its detected objects."""
+    """Draws the first images twice: with their true and with their detected objects."""
     panels = []
     for index in range(min(SHOWN, len(dataset))):
         image, truth = dataset[index]['image'], dataset[index]['target']
@@ -166,7 +166,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument(
         '--areas', nargs=2, type=int, default=list(AREAS), help='smallest sides of medium and large objects, in pixels'
     )
-    parser.add_argument('--score', type=float, default=0.3, help='with --predict: smallest score of an object')
+    parser.add_argument('--score', type=float, default=0.3, help='with --predict: lowest score of an object')
     training.run(parser, argv, train, predict)
 
 

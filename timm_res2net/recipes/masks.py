@@ -1,7 +1,7 @@
-"""Segmentation sets: images, and a mask of the same stem for each of them, in one of three layouts.
+"""Reads segmentation sets: images, each with a mask of the same stem, in one of three layouts.
 
 images/NAME/, masks/NAME/
-NAME/images/, NAME/masks/                                           as PraNet's sets are published
+NAME/images/, NAME/masks/                                           the layout of PraNet's sets
 ImageSets/Segmentation/NAME.txt, JPEGImages/, SegmentationClass/    VOC
 """
 
@@ -28,10 +28,10 @@ Pair = tuple[Tensor, Tensor]
 
 
 class MaskedImages(Dataset[dict[str, Any]]):
-    """The images of a part of a data set, optionally augmented, and their masks of labels.
+    """The images and masks of one part of a data set, optionally augmented.
 
-    `classes` is the number of labels, including the background. Binary masks have a `threshold` instead: pixels from
-    this grey level (0..255) on are foreground. An item has `image` (3, H, W) in 0..1, `mask` (H, W) of labels, and
+    `classes` is the number of labels, including the background. Binary masks have a `threshold` instead: pixels of at
+    least this grey level (0..255) are foreground. An item has `image` (3, H, W) in 0..1, `mask` (H, W) of labels, and
     its `index`.
 
     Raises ValueError if the part is missing or an image has no mask.
@@ -56,16 +56,16 @@ class MaskedImages(Dataset[dict[str, Any]]):
         return len(self.pairs)
 
     def read(self, index: int) -> Pair:
-        """Reads an image and its mask; ValueError if that fails or they do not fit together."""
+        """Reads an image and its mask; ValueError if that fails or the two do not fit together."""
         file, mask_file = self.pairs[index]
         image = read_image(file)
         if self.threshold is None:
             mask = read_labels(mask_file)
-        else:  # of any format and mode, also JPEG
+        else:  # the mask can have any format and mode, such as JPEG
             mask = (read_image(mask_file)[0] * 255 >= self.threshold - 0.5).long()
         name = sanitize(file)
         if image.shape[1:] != mask.shape:
-            raise ValueError(f'{name!r} has {tuple(image.shape[1:])} pixels, its mask {tuple(mask.shape)}')
+            raise ValueError(f'{name!r} has {tuple(image.shape[1:])} pixels, but its mask {tuple(mask.shape)}')
         wrong = mask[((mask < 0) | (mask >= len(self.names))) & (mask != IGNORED)]
         if len(wrong):
             raise ValueError(f'the mask of {name!r} has label {int(wrong[0])}, but there are {len(self.names)} classes')
@@ -79,7 +79,7 @@ class MaskedImages(Dataset[dict[str, Any]]):
 
 
 def augment(size: int, image: Tensor, mask: Tensor) -> Pair:
-    """Resizes by a factor from 0.5 to 2, then crops or pads to `size` pixels, and mirrors every other image."""
+    """Resizes by a factor from 0.5 to 2, then crops or pads to `size` pixels, and mirrors half of the images."""
     factor = 0.5 + 1.5 * torch.rand(()).item()
     fill: Any = {tv_tensors.Image: 0.5, tv_tensors.Mask: IGNORED}
     change = v2.Compose([
@@ -113,20 +113,20 @@ def find_pairs(folder: Path, part: str) -> list[tuple[Path, Path]]:
 
 
 def list_images(folder: Path) -> list[Path]:
-    """Lists the image files in a folder in order, without hidden ones."""
+    """Lists the image files in a folder, sorted and without hidden ones."""
     files = [path for path in sorted(folder.glob('[!.]*')) if path.is_file()]
     return [path for path in files if path.suffix.lower() in readable_suffixes()]
 
 
 def read_labels(path: Path) -> Tensor:
-    """Reads a mask of labels, (H, W), from an image of one channel; ValueError if that fails."""
+    """Reads a mask of labels, (H, W), from an image with one channel; ValueError if that fails."""
     try:
         with open_regular(path) as file, Image.open(file, formats=readable_formats()) as mask:
             labels = np.array(mask)
     except Exception as error:  # a decoder of damaged data can raise nearly anything
         raise ValueError(sanitize(f'cannot read {str(path)!r}: {error}', 500)) from error
     if labels.ndim != 2 or labels.dtype.kind not in 'biu':
-        raise ValueError(f'{str(path)!r} is not a mask: it needs one channel of integers, the labels')
+        raise ValueError(f'{str(path)!r} is not a mask: it must have one channel, with integer labels')
     return torch.from_numpy(labels.astype(np.int64))
 
 
@@ -139,6 +139,6 @@ def require_foreground(dataset: MaskedImages) -> None:
             return
     count = len(dataset)
     if dataset.threshold is not None:
-        raise ValueError(f'no pixel of {count} masks reaches level {dataset.threshold}. Use a smaller --threshold.')
+        raise ValueError(f'no pixel in {count} masks reaches level {dataset.threshold}. Use a smaller --threshold.')
     if IGNORED in found:
         raise ValueError(f'{count} masks have only the levels 0 and {IGNORED}. For binary masks, use --binary.')

@@ -1,7 +1,7 @@
 """Metrics of detectors and segmenters, as pairs of functions for `RecipeTrainer`.
 
-The first of a pair measures the images of a batch, as a tensor (N, ...). The second computes the metrics from the
-measurements of all images.
+The first function of a pair measures each image of a batch and returns a tensor (N, ...). The second computes the
+metrics from the measurements of all images.
 """
 
 import contextlib
@@ -22,14 +22,14 @@ METRICS = 'AP', 'AP50', 'AP75', 'APs', 'APm', 'APl'
 
 
 def pack_detections(model: Any, batch: dict[str, Any]) -> Tensor:
-    """Detects objects: (N, most objects, 6) with corners, score and label, padded with -1."""
+    """Detects objects; returns (N, most objects, 6): corners, score and label, padded with -1."""
     most = getattr(model, 'module', model).detections_per_img
     rows = [torch.cat([f['boxes'], f['scores'][:, None], f['labels'][:, None]], dim=1) for f in model(batch['image'])]
     return torch.stack([F.pad(each, (0, 0, 0, most - len(each)), value=-1) for each in rows])
 
 
 def compute_precision(dataset: CocoImages, areas: Sequence[int], evaluation: Any) -> dict[str, float]:
-    """Computes COCO's average precision, in %, from the packed detections of images and their indices.
+    """Computes COCO's average precision, in %, from packed detections and the indices of their images.
 
     Returns AP (mean over overlaps of 0.5 to 0.95), AP50, AP75, and AP of small, medium and large objects (APs, APm,
     APl): -1 where the set has none of that size, 0 if nothing was found. Boxes without area do not count. `areas` are
@@ -77,7 +77,7 @@ def count_pixels(model: Any, batch: dict[str, Any]) -> Tensor:
 
 
 def compute_iou(evaluation: Any) -> dict[str, float]:
-    """Computes intersection over union, the mean over classes that occur, and the share of correct pixels, in %."""
+    """Computes the mean intersection over union of all classes that occur, and the share of correct pixels, in %."""
     total = torch.from_numpy(evaluation.predictions).sum(dim=0).double()
     if not total.any():
         raise ValueError(f'cannot evaluate: all pixels of all images have label {IGNORED}, which is ignored')
@@ -93,7 +93,7 @@ def score_binary(model: Any, batch: dict[str, Any]) -> Tensor:
         probability, truth = model(image[None])[0].float().softmax(dim=0)[1], mask == 1
         found = probability >= 0.5
         hits, total = (found & truth).sum().float(), found.sum() + truth.sum()
-        dice = 2 * hits / total if total else torch.ones_like(hits)  # nothing to find, and nothing found
+        dice = 2 * hits / total if total else torch.ones_like(hits)  # there was nothing to find, and nothing was found
         scores.append(torch.stack([dice, dice / (2 - dice), (probability - truth.float()).abs().mean()]))
     return torch.stack(scores)
 

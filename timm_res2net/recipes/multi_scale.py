@@ -2,9 +2,9 @@
 
     python -m timm_res2net.recipes.multi_scale data/multi_scale --fashion-mnist data
 
-A canvas has 96 x 96 pixels and shows one to six items, at half to three times their size of 28 x 28 pixels, with
-little overlap. The background is cut from one of scikit-image's photographs. The folder has boxes for `detect` and
-masks for `segment`, of the visible part of each item:
+A canvas has 96 x 96 pixels and shows one to six items, at half to three times their size of 28 x 28 pixels. They
+overlap little. The background is cut from one of scikit-image's photographs. The folder has boxes for `detect` and
+masks for `segment`; both mark the visible part of each item:
 
     {train,val,unseen}/images/NUMBER.png
     {train,val,unseen}/masks/NUMBER.png                labels of the items from 1, and 0 for the background
@@ -14,7 +14,7 @@ No item and no background of `train` occurs in the other parts, and items in `un
 part. Every run writes the same bytes.
 
 Fashion-MNIST (MIT, https://github.com/zalandoresearch/fashion-mnist) is read by torchvision from `FashionMNIST/raw/` in
-the given folder, and downloaded if it is not there. Without a network, unpack the files of Debian's package
+the given folder, and downloaded if it is not there. Offline, unpack the files of Debian's package
 `dataset-fashion-mnist` there with gunzip.
 """
 
@@ -37,14 +37,14 @@ from .arguments import make_parser, report_errors
 Bytes = NDArray[np.uint8]
 
 CLASSES = 'T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot'
-SIDE = 96  # pixels across of a canvas
-ITEM = 28  # pixels across of an original item
+SIDE = 96  # width and height of a canvas, in pixels
+ITEM = 28  # width and height of an original item, in pixels
 SEEN = ((0.5, 3.0),)
-MAGNIFICATIONS = {'train': SEEN, 'val': SEEN, 'unseen': ((0.36, 0.5), (3.0, 3.4))}  # ranges of the sizes of items
-COUNTS = {'train': 10_000, 'val': 2_000, 'unseen': 2_000}  # of canvases
+MAGNIFICATIONS = {'train': SEEN, 'val': SEEN, 'unseen': ((0.36, 0.5), (3.0, 3.4))}  # ranges of item sizes
+COUNTS = {'train': 10_000, 'val': 2_000, 'unseen': 2_000}  # canvases in each part
 COVERED = 0.1  # largest part of an item that another one may cover
 TRIES = 20  # attempts to place an item
-EMPTY = 15  # highest grey level of the background of Fashion-MNIST: JPEG left artefacts around the items
+EMPTY = 15  # highest grey level of Fashion-MNIST's background, which has JPEG artefacts around the items
 
 PHOTOGRAPHS = (
     'astronaut.png', 'brick.png', 'camera.png', 'cell.png', 'chelsea.png', 'coffee.png', 'coins.png', 'grass.png',
@@ -60,7 +60,7 @@ class Canvas:
     image: Bytes  # (H, W)
     labels: list[int]  # of each item, an index of CLASSES
     masks: list[NDArray[np.bool_]]  # (H, W), the visible part of each item
-    sizes: list[int]  # of each item with its empty margin, in pixels across
+    sizes: list[int]  # width and height of each item with its empty margin, in pixels
 
 
 def fashion_mnist(folder: Path, train: bool) -> tuple[Bytes, NDArray[np.int64]]:
@@ -92,7 +92,7 @@ def photographs(train: bool) -> list[Image.Image]:
 
 
 def draw_canvases(folder: Path, part: str, count: int, items: tuple[int, int] = (1, 6)) -> Iterator[Canvas]:
-    """Draws the first canvases of a part, always the same.
+    """Draws the first `count` canvases of a part. The same arguments always give the same canvases.
 
     `folder` contains Fashion-MNIST; `items` is the smallest and largest number of items on a canvas.
     """
@@ -103,7 +103,7 @@ def draw_canvases(folder: Path, part: str, count: int, items: tuple[int, int] = 
         pixels = cut_background(rng, backgrounds)
         canvas = Canvas(pixels, [], [], [])
         wanted = int(rng.integers(items[0], items[1] + 1))
-        for size in sorted((random_size(rng, ranges) for _ in range(wanted)), reverse=True):  # small fit between large
+        for size in sorted((random_size(rng, ranges) for _ in range(wanted)), reverse=True):  # small ones fill gaps
             item = int(rng.integers(len(images)))
             grey, silhouette = magnify(images[item], size)
             while not silhouette.any() and size < ITEM:  # thin items vanish when shrunk
@@ -122,7 +122,7 @@ def draw_canvases(folder: Path, part: str, count: int, items: tuple[int, int] = 
 
 
 def cut_background(rng: np.random.Generator, photographs: Sequence[Image.Image]) -> Bytes:
-    """Cuts a random square from a random photograph, and mirrors every other one."""
+    """Cuts a random square from a random photograph, and mirrors half of the squares."""
     photograph = photographs[int(rng.integers(len(photographs)))]
     across = int(rng.integers(SIDE // 2, min(photograph.size) + 1))
     left, top = (int(rng.integers(length - across + 1)) for length in photograph.size)
@@ -205,7 +205,7 @@ def main(argv: list[str] | None = None) -> None:
     """Writes the set."""
     parser = make_parser(__doc__)
     parser.add_argument('folder', type=Path, help='folder to write')
-    parser.add_argument('--fashion-mnist', type=Path, required=True, help='folder of Fashion-MNIST', metavar='DIR')
+    parser.add_argument('--fashion-mnist', type=Path, required=True, help='folder with Fashion-MNIST', metavar='DIR')
     args = parser.parse_args(argv)
     with report_errors(parser):
         write(args.folder, args.fashion_mnist, COUNTS)

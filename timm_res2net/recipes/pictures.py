@@ -16,7 +16,7 @@ SHOWN = 6  # images in examples.png
 
 @dataclass(frozen=True)
 class Panel:
-    """One cell: an image (3, H, W) in 0..1, the boxes of objects as corners, and the labels (from 1) in it."""
+    """One cell: an image (3, H, W) in 0..1, boxes of objects as corners, and the labels (from 1) that it shows."""
 
     title: str
     image: Tensor
@@ -25,7 +25,7 @@ class Panel:
 
 
 def color_of(label: int) -> tuple[float, float, float]:
-    """Returns the colour of a label, as hues a golden ratio apart, so that no two classes look alike."""
+    """Returns the colour of a label. Hues are a golden ratio apart, so that classes look different."""
     if label == 0:
         return 0.0, 0.0, 0.0
     if label == IGNORED:
@@ -39,9 +39,9 @@ def paint_labels(mask: Tensor) -> Tensor:
 
 
 def draw_grid(panels: Sequence[Panel], names: Sequence[str], out: str, columns: int = 4) -> None:
-    """Draws panels row by row, and below them a legend of the classes that occur; `names` are those of labels from 1.
+    """Draws panels row by row, and below them a legend of the classes that occur; `names` belong to labels from 1.
 
-    Objects are only outlined, so that nothing covers them.
+    Boxes are drawn as outlines, which do not cover the objects.
     """
     from matplotlib.patches import Patch, Rectangle
     from matplotlib.patheffects import Normal, Stroke

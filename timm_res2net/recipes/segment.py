@@ -6,8 +6,8 @@
     python -m timm_res2net.recipes.segment --predict photos --output-dir runs/polyps
 
 The first two commands train, on a data set in one of the layouts that `masks.py` lists; pixels with label 255 are
-ignored. Run one again to continue after an interruption. All options of transformers' TrainingArguments apply, and
-torchrun or `accelerate launch` uses several GPUs. The last command segments new images.
+ignored. Run the same command again to continue after an interruption. All options of transformers' TrainingArguments
+apply, and torchrun or `accelerate launch` uses several GPUs. The last command segments new images.
 """
 
 from argparse import Namespace
@@ -29,7 +29,7 @@ from .masks import IGNORED, MaskedImages, augment, require_foreground
 from .metrics import average_scores, compute_iou, count_pixels, score_binary
 from .pictures import SHOWN, Panel, draw_grid, paint_labels
 
-STRIDE = 32  # decoders need images whose sides are multiples of it
+STRIDE = 32  # decoders need images with sides that are multiples of this
 
 
 class Segmenter(nn.Module):
@@ -92,7 +92,7 @@ def compute_loss(binary: bool, model: Any, batch: dict[str, Any]) -> Tensor:
 
 @torch.no_grad()
 def draw_examples(model: Segmenter, dataset: MaskedImages, out: Path) -> None:
-    """Draws the first images, each with its true and its predicted labels."""
+    """Draws the first images, with their true and their predicted labels."""
     panels = []
     for index in range(min(SHOWN, len(dataset))):
         image, mask = dataset.read(index)
@@ -144,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Trains a segmenter, or segments new images with a trained one."""
     parser = training.make_parser(__doc__, metric='mIoU')
     parser.add_argument('--classes', type=int, help='number of labels in the masks, including the background')
-    parser.add_argument('--binary', action='store_true', help='masks are grey, see --threshold')
+    parser.add_argument('--binary', action='store_true', help='masks are grey images, see --threshold')
     parser.add_argument(
         '--threshold', type=int, default=128, help='with --binary: lowest level of the foreground (0..255)'
     )

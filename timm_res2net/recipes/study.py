@@ -2,7 +2,7 @@
 
     python -m timm_res2net.recipes.study runs/study --fashion-mnist data
 
-trains networks with the same number of parameters (within 1 %) by the same recipe: bottlenecks (scale 1) and Res2Net
+This trains networks with the same number of parameters (within 1 %) in the same way: bottlenecks (scale 1) and Res2Net
 blocks of scale 4 and 8 in the paper's trunk, narrow and eight blocks deep. There are three parts:
 
     sizes          one item of Fashion-MNIST on a canvas of 96 pixels, at half to three times its size, and at sizes
@@ -10,13 +10,13 @@ blocks of scale 4 and 8 in the paper's trunk, narrow and eight blocks deep. Ther
     detection      the set of `multi_scale`: one to six items on a canvas, found by `detect`
     fashion_mnist  Fashion-MNIST as published, cropped with a padding of 4 and mirrored; each pixel is shown as 2 x 2
 
-The criteria were written down before the first run. A part supports the claim if the 95 % interval of the paired
-differences between scale 4 and scale 1, and that of scale 8 and scale 1, lies above zero (pairs have the same seed, and
-with it the same order of images). The paper's explanation, receptive fields of several sizes, is supported if in
-`sizes` and `detection` the same holds for large objects, with a larger difference than for small ones, as in the
-paper's COCO table (AP of small, medium and large objects: +0.5, +2.9, +4.9). All results are from the last epoch, so
-test images select nothing. The optimizer and its learning rate were chosen on bottlenecks alone, with a seed that is
-not in the study.
+The criteria were written down before the first run. A part supports the claim if the 95 % intervals of the paired
+differences, scale 4 minus scale 1 and scale 8 minus scale 1, both lie above zero (a pair has the same seed, and with it
+the same order of images). The paper's explanation, receptive fields of several sizes, is supported if in `sizes` and
+`detection` the same holds for large objects, with a larger difference than for small ones, as in the paper's COCO table
+(AP of small, medium and large objects: +0.5, +2.9, +4.9). All results are from the last epoch, so no test image
+influences a choice. The optimizer and its learning rate were chosen on bottlenecks alone, with a seed that is not in
+the study.
 
 To continue after an interruption, run the same command again. The folder gets a file for each run, `study.json` with
 all runs, and `study.md` with tables.
@@ -55,14 +55,14 @@ from .multi_scale import ITEM, SIDE
 from .training import RecipeTrainer
 
 TRUNK: dict[str, Any] = dict(layers=(2, 2, 2, 2), channels=(16, 32, 64, 96))
-BASE_WIDTHS = {1: 64, 4: 26.2, 8: 14.75}  # of each scale, so that all have as many parameters as scale 1
-CANVASES = {'train': 20_000, 'val': 4_000, 'unseen': 4_000}  # of one item
+BASE_WIDTHS = {1: 64, 4: 26.2, 8: 14.75}  # for each scale, so that all have as many parameters as scale 1
+CANVASES = {'train': 20_000, 'val': 4_000, 'unseen': 4_000}  # canvases of one item each
 # Ranges of item sizes, in pixels, for which accuracy is computed; small, medium and large are thirds of the range.
 SIZES: dict[str, dict[str, tuple[float, float]]] = {
     'val': dict(top1=(0, math.inf), small=(0, 25), medium=(25, 46), large=(46, math.inf)),
     'unseen': dict(smaller=(0, ITEM), larger=(ITEM, math.inf)),
 }
-AREAS = 16, 32  # for COCO's AP, whose sizes are roots of the areas of the silhouettes
+AREAS = 16, 32  # for COCO's AP, where the size of an object is the root of its area
 CLASSIFYING: dict[str, Any] = dict(per_device_train_batch_size=64, learning_rate=3e-3, weight_decay=0.05)
 DETECTING: dict[str, Any] = dict(
     per_device_train_batch_size=16, optim='sgd', optim_args='momentum=0.9', learning_rate=0.02, max_grad_norm=5.0
@@ -73,10 +73,10 @@ DETECTING: dict[str, Any] = dict(
 class Part:
     """A part of the study."""
 
-    args: dict[str, Any]  # of TrainingArguments
+    args: dict[str, Any]  # passed to TrainingArguments
     epochs: int
     seeds: int
-    metrics: dict[str, str]  # and their headings in the table
+    metrics: dict[str, str]  # names, and headings in the table
 
 
 TOP1 = {'top1': 'top-1, %'}
@@ -113,7 +113,7 @@ class Items(Dataset[dict[str, Any]]):
 
 @cache
 def load_items(part: str, source: Path) -> dict[str, Items]:
-    """Draws canvases of one item each, or reads Fashion-MNIST: images to train on, and to test on."""
+    """Draws canvases of one item each, or reads Fashion-MNIST; returns the items of each part."""
     flip, double = v2.RandomHorizontalFlip(), v2.Resize(2 * ITEM, v2.InterpolationMode.NEAREST)
     loaded = {}
     if part == 'fashion_mnist':
@@ -141,12 +141,12 @@ def measure(model: nn.Module, batch: dict[str, Any]) -> Tensor:
 
 
 def accuracy(sizes: NDArray[np.int64], ranges: dict[str, tuple[float, float]], evaluation: Any) -> dict[str, float]:
-    """Computes the accuracy for items of each range of sizes that occurs, in %."""
+    """Computes the accuracy, in %, for each range of item sizes that occurs."""
     masks = {name: (sizes >= low) & (sizes < high) for name, (low, high) in ranges.items()}
     return {name: float(evaluation.predictions[mask].mean()) for name, mask in masks.items() if mask.any()}
 
 
-Tests = list[tuple[Any, Callable[[Any], dict[str, float]]]]  # data sets, and what computes their metrics
+Tests = list[tuple[Any, Callable[[Any], dict[str, float]]]]  # data sets, and functions that compute their metrics
 
 
 def prepare_classifier(model: nn.Module, part: str, args: Any, source: Path) -> tuple[RecipeTrainer, Tests]:
@@ -211,18 +211,18 @@ def run(part: str, scale: int, seed: int, source: Path, folder: Path) -> dict[st
         epochs=PARTS[part].epochs,
         params=count_parameters(model),
         mmacs=round(counter.get_total_flops() / 2e6, 2),
-        radius=round(radius(receptive_field(model, 'layer4.1', noise).mean(axis=0)), 3),  # of all splits
+        radius=round(radius(receptive_field(model, 'layer4.1', noise).mean(axis=0)), 3),  # mean of all splits
         **{name: round(metrics[f'eval_{name}'], 3) for name in PARTS[part].metrics},
     )
 
 
 def count_parameters(model: nn.Module) -> int:
-    """Counts parameters without the classifier, so that the number is the same for all parts."""
+    """Counts parameters without the classifier, which backbones do not have."""
     return sum(parameter.numel() for name, parameter in model.named_parameters() if not name.startswith('fc.'))
 
 
 def study(folder: Path, source: Path) -> list[dict[str, Any]]:
-    """Runs what the folder does not have yet, and returns all runs."""
+    """Runs the networks that have no result in the folder yet, and returns all results."""
     data = make_folder(folder) / 'multi_scale'
     if 'detection' in PARTS and not data.exists():
         multi_scale.write(data, source, multi_scale.COUNTS)
@@ -238,7 +238,7 @@ def study(folder: Path, source: Path) -> list[dict[str, Any]]:
 
 
 def values_of(runs: Sequence[dict[str, Any]], part: str, scale: int, metric: str) -> list[float]:
-    """Returns a metric of a part at a scale, by seed."""
+    """Returns the values of a metric for a part and a scale, one for each seed."""
     return [each[metric] for each in runs if (each['part'], each['scale']) == (part, scale)]
 
 
@@ -273,7 +273,7 @@ def main(argv: list[str] | None = None) -> None:
     """Runs the study, and writes and prints its tables."""
     parser = make_parser(__doc__)
     parser.add_argument('folder', type=Path, help='folder to write')
-    parser.add_argument('--fashion-mnist', type=Path, required=True, help='folder of Fashion-MNIST', metavar='DIR')
+    parser.add_argument('--fashion-mnist', type=Path, required=True, help='folder with Fashion-MNIST', metavar='DIR')
     args = parser.parse_args(argv)
     with report_errors(parser):
         runs = study(args.folder, args.fashion_mnist)

@@ -32,7 +32,7 @@ from ..weights.loading import load_checkpoint
 from .arguments import report_errors
 
 RUN, COMPLETE, WEIGHTS = 'run.json', 'complete', 'model.safetensors'
-DEFAULTS: dict[str, Any] = dict(  # where they differ from the Trainer's
+DEFAULTS: dict[str, Any] = dict(  # defaults that differ from the Trainer's
     eval_strategy='epoch',
     save_strategy='epoch',
     logging_strategy='epoch',
@@ -68,9 +68,9 @@ def make_parser(description: str | None, metric: str) -> Any:
     work.add_argument('--predict', help='image or folder of images to predict with the model in --output-dir')
     parser.add_argument('--train', default='train', help='part to train on')
     parser.add_argument('--val', default='val', help='part to evaluate on')
-    parser.add_argument('--backbone', default='res2net50d', help="timm's name of the backbone")
+    parser.add_argument('--backbone', default='res2net50d', help='timm model to use as backbone')
     parser.add_argument('--pretrained', action='store_true', help='start from the pretrained weights of that name')
-    parser.add_argument('--weights', help='start from the backbone weights in this file, of any code base')
+    parser.add_argument('--weights', help='start from the backbone weights in this file, from any known code base')
     parser.add_argument(
         '--frozen-stages', type=int, default=-1, help='freeze the stem (0) and the first N stages of the backbone'
     )
@@ -81,7 +81,7 @@ def make_parser(description: str | None, metric: str) -> Any:
 def run(parser: Any, argv: Sequence[str] | None, train: Any, predict: Any) -> None:
     """Parses the command line, then calls `train(options, args)` or `predict(files, options, args)`.
 
-    `args` are TrainingArguments, `options` the others.
+    `args` are the TrainingArguments, `options` all other options.
     """
     argv = sys.argv[1:] if argv is None else argv
     with report_errors(parser):
@@ -99,20 +99,21 @@ def run(parser: Any, argv: Sequence[str] | None, train: Any, predict: Any) -> No
 
 
 def find_pictures(path: str) -> list[Path]:
-    """Finds an image, or all in a folder; ValueError if there are none, or two would have the same output."""
+    """Finds one image, or all in a folder; ValueError if there are none, or two would have the same output file."""
     found = find_images([path])
     if found.failed:
         raise ValueError(f'cannot read {found.failed[0][0]!r}: {found.failed[0][1]}')
     stems = [file.stem for file in found.files]
     if twice := {stem for stem in stems if stems.count(stem) > 1}:
-        raise ValueError(f'two images are called {min(twice)!r}. Predict one folder at a time.')
+        raise ValueError(f'two images are called {min(twice)!r}, and so would be their outputs. Predict one at a time.')
     return found.files
 
 
 def prepare_backbone(body: Any, options: argparse.Namespace) -> None:
     """Loads weights into a `features_only` model of timm, and freezes stages and norms.
 
-    Raises ValueError if it has fewer stages or the weights do not fit, TypeError for weights of another family.
+    Raises ValueError if there are fewer stages or the weights do not fit, and TypeError if there are weights but the
+    backbone is not a Res2Net.
     """
     if options.weights is not None:
         load_checkpoint(body, options.weights)
@@ -127,8 +128,8 @@ def prepare_backbone(body: Any, options: argparse.Namespace) -> None:
 
 
 def freeze_up_to(root: nn.Module, last: str) -> None:
-    """Freezes the modules of a model in the order of definition, up to and including `last`, a dotted name."""
-    last = last.replace('_', '.')  # timm joins some names by underscores
+    """Freezes the modules of a model, in their order of definition, up to and including the module named `last`."""
+    last = last.replace('_', '.')  # timm joins some names with underscores
     for name, child in root.named_children():
         prefix = f'{name.replace("_", ".")}.'
         if last.startswith(prefix):
@@ -140,7 +141,7 @@ def freeze_up_to(root: nn.Module, last: str) -> None:
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Batches items as lists, as their images can have any size; only `index` becomes a tensor."""
+    """Batches items as lists because their images can have any size; only `index` becomes a tensor."""
     batch: dict[str, Any] = {name: [each[name] for each in samples] for name in samples[0]}
     return {**batch, 'index': torch.tensor(batch['index'])}
 
@@ -149,8 +150,8 @@ class RecipeTrainer(Trainer):
     """A Trainer for any model.
 
     `loss` and `measure` take the model and a batch. `measure` returns a tensor (N, ...) for the N images of the batch,
-    of one shape for all batches; `compute_metrics` gets those of all images as `predictions`, with their indices in
-    the data set as `label_ids`.
+    with the same shape (...) in all batches. `compute_metrics` gets the measurements of all images as `predictions`,
+    and their indices in the data set as `label_ids`.
     """
 
     def __init__(
@@ -164,20 +165,20 @@ class RecipeTrainer(Trainer):
 
     def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
         loss: Tensor = super().training_step(*args, **kwargs)
-        if not loss.isfinite():  # the Trainer would go on
+        if not loss.isfinite():  # the Trainer would continue
             step = self.state.global_step + 1
             raise ValueError(f'training diverged: loss {loss.item()} at step {step}. Use a smaller --learning-rate.')
         return loss
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
-        """Keeps the last batch, which `dataloader_drop_last` would drop here as well."""
+        """Keeps the last batch, although `dataloader_drop_last` is set for training."""
         dataset: Any = self.eval_dataset if eval_dataset is None else eval_dataset
         size, workers = self.args.eval_batch_size, self.args.dataloader_num_workers
         return self.accelerator.prepare(DataLoader(dataset, size, num_workers=workers, collate_fn=collate))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         model: Any = self.model
-        for buffer in model.buffers():  # so that every process evaluates the model that the first one saves
+        for buffer in model.buffers():  # so that all processes evaluate the model that the first one saves
             broadcast(buffer)
         metrics: dict[str, float] = super().evaluate(*args, **kwargs)
         return metrics
@@ -190,7 +191,7 @@ class RecipeTrainer(Trainer):
 
 
 class MarkComplete(TrainerCallback):
-    """Marks a checkpoint once all its files are on the disk."""
+    """Marks a checkpoint as complete once all its files are on the disk."""
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         args.distributed_state.wait_for_everyone()  # each process writes its own files
@@ -221,7 +222,7 @@ def train(trainer: Any, options: argparse.Namespace, backbone: nn.Module, draw_e
     settings = {**vars(options), 'names': names, 'images': count, 'processes': args.world_size}
     settings |= {name: getattr(args, name) for name in FIXED}
     del settings['data']  # it may move
-    settings = json.loads(json.dumps(settings))  # tuples become lists
+    settings = json.loads(json.dumps(settings))  # turns tuples into lists
     checkpoint = args.resume_from_checkpoint or find_checkpoint(folder)
     if checkpoint is not None:
         require_same_settings(folder, settings)
@@ -261,13 +262,13 @@ def load_best(model: nn.Module, folder: str | Path) -> Any:
         raise ValueError(f'{str(folder)!r} has no {WEIGHTS}: the run is not finished. Run its command again.')
     try:
         model.load_state_dict(load_file(file))
-    except Exception as error:  # of safetensors, or torch's
+    except Exception as error:  # from safetensors or torch
         raise ValueError(f'cannot load {str(file)!r}: {first_line(error)}') from error
     return model.eval()
 
 
 def plot_curves(history: Sequence[dict[str, Any]], out: Path) -> None:
-    """Draws the training loss and the metrics over epochs; metrics below zero are undefined."""
+    """Draws the training loss and the metrics over epochs; leaves out metrics below zero, which are undefined."""
     figure = new_figure(9, 3.6)
     left, right = figure.subplots(1, 2)
     names = dict.fromkeys(name for entry in history for name in entry if name == 'loss' or name.startswith('eval_'))
