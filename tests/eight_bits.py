@@ -1,10 +1,10 @@
-"""Measures the error of int8 for every kind of trunk and scale, and the accuracy of the embedded digits model.
+"""Measures the error of int8 for every trunk, block and scale, and the accuracy of the embedded digits model.
 
     python tests/eight_bits.py int8.json
 
 Exports full-size networks with random weights in int8 to OpenVINO and ONNX, and compares them with their float32 models
-on crops of scikit-image's photographs, which also calibrate them. Each takes a minute or two; run again after an
-interruption, it continues with the next.
+on crops of scikit-image's photographs, which also calibrate them. Each takes a minute or two. After an interruption,
+run it again to continue with the next.
 """
 
 import json
@@ -30,9 +30,9 @@ from timm_res2net.recipes.multi_scale import whole_photographs
 from timm_res2net.vision.validate import labelled_images, validate
 
 MODELS = (
-    *('res2net50_48w_2s', 'res2net50_26w_4s', 'res2net50_26w_6s', 'res2net50_26w_8s'),  # the scale
-    *('res2net50d', 'res2net50_vd_26w_4s', 'seres2net50_26w_4s', 'res2next50'),  # the block
-    *('dla60_res2net', 'blres2net50_26w_4s', 'res2next29_6c_24w_4s'),  # the trunk
+    *('res2net50_48w_2s', 'res2net50_26w_4s', 'res2net50_26w_6s', 'res2net50_26w_8s'),  # several scales
+    *('res2net50d', 'res2net50_vd_26w_4s', 'seres2net50_26w_4s', 'res2next50'),  # several blocks
+    *('dla60_res2net', 'blres2net50_26w_4s', 'res2next29_6c_24w_4s'),  # several trunks
 )
 SUFFIXES = {'openvino': '.xml', 'onnx': '.onnx'}
 SIDE = 128  # pixels of a crop
@@ -79,7 +79,7 @@ def measure_digits() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measures the models that the file lacks, and adds each to it."""
+    """Measures the models that are not in the file yet, and adds them one by one."""
     file = Path(sys.argv[1])
     results = json.loads(file.read_text())['results'] if file.exists() else []
     for name in (*MODELS, EMBEDDED):

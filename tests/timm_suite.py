@@ -1,9 +1,9 @@
-"""Runs timm's own tests of models on every model of this package, outside the ordinary test run (some ten minutes).
+"""Runs timm's own tests of models on every model of this package, outside the ordinary test run (about ten minutes).
 
-    python tests/timm_suite.py [ARGUMENT OF PYTEST ...]
+    python tests/timm_suite.py [PYTEST_ARGUMENT ...]
 
-The tests come from the source distribution of the timm that is installed. Those that download
-weights, and those of models that are not ours, are left out.
+The tests come from the source distribution of the installed version of timm. Those that download
+weights are left out, and so are those of other models.
 """
 
 import os
@@ -31,21 +31,21 @@ def main() -> int:
         shutil.unpack_archive(archive, folder)
         (tests,) = Path(folder).glob('timm-*/tests')
         pytest = [sys.executable, '-m', 'pytest', '-p', 'timm_suite', '-q', '--disable-warnings', '-k', 'not inference']
-        # A rootdir without timm's own folder, or its tests would import that instead of the installed package.
+        # With a rootdir that contains timm's source, its tests would import that instead of the installed package.
         command = [*pytest, '--rootdir', str(tests), '-c', '/dev/null', str(tests / 'test_models.py'), *sys.argv[1:]]
         environment = {**os.environ, 'PYTHONPATH': str(Path(__file__).parent)}
         return subprocess.run(command, cwd=folder, env=environment).returncode
 
 
 def only_ours(filter: str = '', *args: object, **kwargs: object) -> list[str]:
-    """Replaces `timm.list_models` while timm's tests are collected; the argument `module` is ignored."""
+    """Replaces `timm.list_models` while timm's tests are collected; ignores the argument `module`."""
     kwargs.pop('module', None)
     known = list_models(filter, **kwargs)
     return [name for name in known if name.partition('.')[0] in ARCHS]
 
 
 def pytest_collection_modifyitems(config: Any, items: list[Any]) -> None:
-    """Leaves out tests that name models of timm, and those that download weights."""
+    """Leaves out tests of models that are not in this package, and tests that download weights."""
     ours = []
     for item in items:
         params = getattr(item, 'callspec', None) and item.callspec.params
