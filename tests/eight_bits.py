@@ -4,7 +4,7 @@
 
 Exports full-size networks with random weights in int8 to OpenVINO and ONNX, and compares them with their float32 models
 on crops of scikit-image's photographs, which also calibrate them. Each takes a minute or two. After an interruption,
-run it again to continue with the next.
+run the script again to continue with the next.
 """
 
 import json

@@ -146,7 +146,7 @@ def test_augmentation_moves_masks_with_images_and_ignores_padding() -> None:
 def test_augmentation_scales_images_by_a_factor_from_half_to_two(side: int) -> None:
     torch.manual_seed(0)
     mask = torch.zeros(side, side, dtype=torch.int64)
-    mask[:, :: side // 10] = 1  # lines at regular distances
+    mask[:, :: side // 10] = 1  # lines that are side // 10 apart
     shown = [augment(64, torch.zeros(3, side, side), mask)[1] for _ in range(100)]
     apart = torch.cat([each[0].eq(1).nonzero().diff(dim=0) for each in shown]).float()
     assert apart.min() < 0.6 * side // 10

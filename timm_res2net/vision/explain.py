@@ -66,7 +66,7 @@ def receptive_field(model: nn.Module, block: str, images: Tensor, of_block: bool
     Args:
         model: A model of this package in evaluation mode.
         block: Name of a block of the model, such as 'layer2.1'.
-        images: (N, in_chans, H, W). The result is their mean. Use noise to measure the network apart from any photo.
+        images: (N, in_chans, H, W). The result is averaged over them. Use noise to measure the network, not a photo.
         of_block: Measure the influence of the block's input instead of the image's.
 
     Returns:
