@@ -24,7 +24,7 @@ BY_NAME = {project.name: project for project in PROJECTS}
 
 
 def marks(project: Project, above: str = '') -> dict[str, Tensor]:
-    """Returns the tensors that identify a network."""
+    """Returns the tensors by which a network is recognized."""
     names = [name for name in (project.mark, project.also) if name and not name.startswith(f'{project.prefix}.')]
     names = [above + name + ('x.weight' if name.endswith('.') else '') for name in names]
     return {name: torch.ones(project.shape or (1,)) for name in names}
@@ -38,10 +38,10 @@ def marks(project: Project, above: str = '') -> dict[str, Tensor]:
         ('dilated/inspyrenet', 'dilated/backbone', 'InSPyReNet', ''),
         ('dilated/urn', 'dilated/backbone', 'URN, PMM', ''),
         ('dilated/poolnet', 'dilated/poolnet', "the authors' PoolNet", 'base.'),
-        ('deformable/universenet_plain', 'deformable/universenet_plain', 'a detector of mmdet', ''),
+        ('deformable/universenet_plain', 'deformable/universenet_plain', 'an mmdet detector', ''),
     ],
 )
-def test_load_model_known_network_computes_what_its_own_code_computes(
+def test_load_model_of_a_known_network_computes_what_its_own_code_computes(
     reference: str, file: str, project: str, above: str, references: References, tmp_path: Path
 ) -> None:
     archive, name = file.split('/')
@@ -58,7 +58,7 @@ def test_load_model_known_network_computes_what_its_own_code_computes(
     assert_computes(load_model(checkpoint).eval(), references(archive) / f'{reference.split("/")[1]}.npz')
 
 
-# Tensors next to the Res2Net of networks that were made by their own code, and other names of some networks.
+# Tensors next to the Res2Nets of networks built by their own code, and the names under which `PROJECTS` lists some.
 with lzma.open(ROOT / 'tests' / 'data' / 'projects.json.xz') as file:
     NETWORKS: dict[str, Any] = json.load(file)
 KNOWN_AS = {
@@ -68,7 +68,7 @@ KNOWN_AS = {
     'COVID PraNet': 'PraNet, Inf-Net for CT',
     'COVID Inf-Net': 'PraNet, Inf-Net for CT',
 }
-UNKNOWN = 'FCA-Net', 'FEDER', 'MEGANet', 'VecRoad'  # have a dialect of their own, or no Res2Net
+UNKNOWN = 'FCA-Net', 'FEDER', 'MEGANet', 'VecRoad'  # have their own dialect, or no Res2Net
 
 
 @pytest.mark.parametrize('name', NETWORKS)
@@ -89,7 +89,7 @@ def test_identify_recognizes_every_known_network(project: Project) -> None:
     def found(tensors: dict[str, Tensor]) -> Checkpoint:
         return identify(RawFile(tensors), 'file')
 
-    stem = dict(stem_type='', stem_width=64) if project.name == 'a detector of mmdet' else {}  # its deep stem is `stem`
+    stem = dict(stem_type='', stem_width=64) if project.name == 'an mmdet detector' else {}  # its deep stem is `stem`
     trunk = tiny(num_classes=0, **stem).state_dict()
     state = {**under(f'{project.prefix}.', trunk), **marks(project)}
     checkpoint = found(under('state_dict.module.', state))
@@ -102,6 +102,6 @@ def test_known_network_that_no_model_computes_is_refused(tmp_path: Path) -> None
     state = under('rgb_stream.backbone.', tiny(num_classes=0).state_dict())
     torch.save({**state, **marks(BY_NAME['BiANet'], 'rgb_stream.')}, tmp_path / 'bianet.pth')
     for load in (load_model, lambda file: load_checkpoint(tiny(num_classes=0), file)):
-        with pytest.raises(CheckpointError, match='it is BiANet: its first convolution has no stride'):
+        with pytest.raises(CheckpointError, match='it is BiANet: its first convolution has stride 1'):
             load(tmp_path / 'bianet.pth')
     assert read_checkpoint(tmp_path / 'bianet.pth', first_block='official').spec == NetworkSpec()

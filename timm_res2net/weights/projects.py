@@ -1,7 +1,7 @@
 """Known networks that contain a Res2Net with the authors' tensor names, recognized by their other tensors.
 
-The authors' names do not show strides and dilations: they were taken from each project's code, and outputs were
-compared. Each mark, with `also`, `absent` and `shape`, was checked to be unique among the tensors of these networks.
+The authors' names do not show strides and dilations, so these were taken from each project's code, and the outputs were
+compared. Each mark, together with `also`, `absent` and `shape`, was checked to be unique among these networks.
 """
 
 from collections.abc import Mapping
@@ -18,8 +18,8 @@ class Project:
     prefix: str  # the Res2Net's module
     spec: NetworkSpec | None  # what the Res2Net computes; None if no model here does
     mark: str  # a tensor that must be present, or a module if the name ends in a dot
-    also: str = ''  # another one
-    absent: str = ''  # one that must not be present, if another network has the same mark
+    also: str = ''  # another tensor or module that must be present
+    absent: str = ''  # one that must be absent, if another network has the same mark
     shape: tuple[int, ...] | None = None  # of the mark, if another network has the same mark
     unsupported: str = ''  # why no model here computes it
 
@@ -55,18 +55,18 @@ PROJECTS = (
     Project('diffSOD',              'backbone_original', MULTI_GRID, 'original_rfb1.ff.0.weight'),
     Project('diffSOD',              'backbone_x', MULTI_GRID, 'original_rfb1.ff.0.weight'),  # its other name
     Project('URN, PMM',             'backbone', STRIDE_8,   'decode_head.psp_modules.0.1.conv.weight',
-                                                            absent='decode_head.fpn_convs.0.conv.weight'),  # of UPerNet
+                                                            absent='decode_head.fpn_convs.0.conv.weight'),  # UPerNet's
     Project("the authors' PoolNet", 'resnet',   POOLNET,    'ppms_pre.weight'),
     Project('CCLNet',               'resnet',   CCLNET,     'tokenmlp.token_mixer.0.weight'),
-    Project('PraNet, Inf-Net for CT', 'resnet', DENSE,      PRANET, also='final_1.weight'),  # of others
-    # mmdet >= 2 names a deep stem `stem`; the authors' fork of mmdet 1 names it conv1, and pools every last split.
-    Project('a detector of mmdet 1', 'backbone', DEFAULT,   'bbox_head.', also='backbone.conv1.0.weight'),
-    Project('a detector of mmdet 1', 'backbone', DEFAULT,   'rpn_head.',  also='backbone.conv1.0.weight'),
-    Project('a detector of mmdet',  'backbone', MMDET,      'bbox_head.'),
-    Project('a detector of mmdet',  'backbone', MMDET,      'roi_head.'),
-    Project('a detector of mmdet',  'backbone', MMDET,      'rpn_head.'),
+    Project('PraNet, Inf-Net for CT', 'resnet', DENSE,      PRANET, also='final_1.weight'),  # only here
+    # mmdet >= 2 names a deep stem `stem`. The authors' fork of mmdet 1 names it conv1, and always pools the last split.
+    Project('an mmdet 1 detector',  'backbone', DEFAULT,    'bbox_head.', also='backbone.conv1.0.weight'),
+    Project('an mmdet 1 detector',  'backbone', DEFAULT,    'rpn_head.',  also='backbone.conv1.0.weight'),
+    Project('an mmdet detector',    'backbone', MMDET,      'bbox_head.'),
+    Project('an mmdet detector',    'backbone', MMDET,      'roi_head.'),
+    Project('an mmdet detector',    'backbone', MMDET,      'rpn_head.'),
     Project('BiANet',               'backbone', None,       'toplayer.1.weight',
-            unsupported='it is BiANet: its first convolution has no stride, unlike those of all models here'),
+            unsupported='it is BiANet: its first convolution has stride 1, unlike those of all models in this package'),
     Project('PraNet',               'resnet',   DEFAULT,      PRANET, also='agg1.conv_upsample1.conv.weight',
                                                             absent='final_1.weight'),
     Project('Inf-Net',              'resnet',   DEFAULT,      PRANET, also='ParDec.conv_upsample1.conv.weight',
