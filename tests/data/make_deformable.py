@@ -1,4 +1,4 @@
-"""Makes deformable.tar.xz with backbones of detectors: strided in the 1x1, deformable, or of an older mmdet.
+"""Makes deformable.tar.xz with detector backbones: strided in the 1x1, deformable, or from an older mmdet.
 
     python -m venv VENV && VENV/bin/pip install torch torchvision mmengine mmcv-lite fvcore yacs
     VENV/bin/pip install --no-deps mmdet
@@ -7,10 +7,10 @@
     done
     VENV/bin/python tests/data/make_deformable.py FOLDER
 
-All blocks, stems, stages, norms and offset layers are the libraries' own, and so are the configurations of the two
-detectron2 networks, except for depth, width, outputs and the deformable stages of `centernet2`. CenterNet2 runs on the
-layers of the authors' detectron2. torchvision's deform_conv2d replaces the compiled operators of detectron2 and mmcv.
-For UniverseNet, mmengine's classes replace those of mmcv 1.
+All blocks, stems, stages, norms and offset layers are the libraries' own. So are the configurations of the detectron2
+and CenterNet2 networks, except for depth, width, outputs and the deformable stages of `centernet2`. CenterNet2 runs on
+the layers of the authors' detectron2. torchvision's deform_conv2d replaces the compiled operators of detectron2 and
+mmcv. For UniverseNet, mmengine's classes replace those of mmcv 1.
 
 | name | source | commit | position of the stride | deformable stages | version |
 | --- | --- | --- | --- | --- | --- |
@@ -22,9 +22,9 @@ For UniverseNet, mmengine's classes replace those of mmcv 1.
 | universenet_plain | shinya7y/UniverseNet | 3652b18c | the 3x3 `convs` | none | |
 
 - Offsets for `convs.k` come from `convs.k.conv_offset` in mmdet and UniverseNet, and from `conv2_offsets.k`, which has
-  no bias, in CenterNet2. Both read the input of the 3x3 convolution, after the sum.
-- All norms add 1e-5 to the variance, also detectron2's frozen ones, which have no num_batches_tracked.
-- detectron2 and centernet2 compute the same with the same names. The authors' detectron2 has no deformable networks.
+  no bias, in CenterNet2. Both take the input of the 3x3 convolution, which is the sum of splits.
+- All norms add 1e-5 to the variance. So do detectron2's frozen norms, which have no num_batches_tracked.
+- detectron2 and centernet2 have equal names and outputs. The authors' detectron2 has no deformable networks.
 - mmdet and UniverseNet ignore `style='caffe'` and `fallback_on_stride=True`; mmdet 3 also `deep_stem` and `avg_down`.
 """
 
@@ -47,7 +47,7 @@ from torchvision.ops import deform_conv2d
 
 
 def detectron2_builders(folder: Path) -> tuple[Callable[..., nn.Module], Callable[..., nn.Module]]:
-    """Imports the builders of the authors' detectron2 and of CenterNet2. The compiled operators are torchvision's."""
+    """Imports the builders of the authors' detectron2 and of CenterNet2, with torchvision's operator."""
     sys.path[:0] = [str(folder / 'Res2Net-detectron2'), str(folder / 'CenterNet2')]
     for name in ('detectron2', 'detectron2.modeling', 'centernet', 'centernet.modeling', 'centernet.modeling.backbone'):
         bare(name)
@@ -78,7 +78,7 @@ def detectron2_network(build: Callable[..., nn.Module], config: Path, **changes:
 
 
 def openmmlab_networks(folder: Path) -> tuple[type[nn.Module], type[nn.Module]]:
-    """Imports the backbones of mmdet and of UniverseNet. The compiled operators are torchvision's."""
+    """Imports the backbones of mmdet and of UniverseNet, with torchvision's operator."""
     bare('mmcv.ops')
     compiled = ('deform_conv_forward', 'deform_conv_backward_input', 'deform_conv_backward_parameters')
     modulated = ('modulated_deform_conv_forward', 'modulated_deform_conv_backward')
@@ -115,7 +115,7 @@ def openmmlab_networks(folder: Path) -> tuple[type[nn.Module], type[nn.Module]]:
 
 
 def common_name(name: str, shape: torch.Size) -> str:
-    """Returns the same name for a tensor of detectron2 and of mmdet."""
+    """Returns a name that corresponding tensors of detectron2 and mmdet share."""
     name = re.sub(r'^res(\d)', lambda match: f'layer{int(match[1]) - 1}', name)
     name = re.sub(r'\.conv([13])\.norm\.', r'.bn\1.', name)
     name = re.sub(r'\.(shortcut|downsample)\.\d\.(norm\.)?', '.downsample.', name)
@@ -149,7 +149,7 @@ def main(folder: Path) -> None:
     drawn: dict[tuple[str, torch.Size], np.ndarray] = {}
     with tempfile.TemporaryDirectory() as temporary, torch.no_grad():
         for name, model in made.items():
-            model.eval()  # mmdet's returns nothing
+            model.eval()  # mmdet's `eval` does not return the model
             randomise(model, drawn, rng, common_name, filters=10_000)
             file = Path(temporary, name)
             if name.startswith(('mmdet', 'universenet')):

@@ -1,4 +1,4 @@
-"""Makes dilated.tar.xz with dilated backbones of segmenters and detectors, and one strided in the 1x1.
+"""Makes dilated.tar.xz with dilated backbones of segmentation models and detectors, and one strided in the 1x1.
 
     python -m venv VENV && VENV/bin/pip install torch mmengine mmcv-lite
     VENV/bin/pip install --no-deps mmpretrain mmdet
@@ -7,24 +7,24 @@
     done
     VENV/bin/python tests/data/make_dilated.py FOLDER
 
-Networks with the same names share a file FILE.pth, a plain state_dict with the names of its project's checkpoints.
-wide.npz has the last maps of uacanet_s and inspyrenet, which compute the same for the smaller images. Classifiers have
-5 classes. The networks are built by their own classes and run by their own `forward`; the maps are the outputs of
-`layer1` to `layer4`. Only the names that URN imports for registering and loading are replaced.
+Networks with the same tensor names share a file FILE.pth, a plain state_dict with the names in the projects' own
+checkpoints. wide.npz has the last maps of uacanet_s and inspyrenet, which are equal for smaller images. Classifiers
+have 5 classes. The networks are built by their own classes and run by their own `forward`; the maps are the outputs of
+`layer1` to `layer4`. Only URN's imports for registering and loading are replaced.
 
 | name | source | commit | file, prefix of names |
 | --- | --- | --- | --- |
 | uacanet_s | plemeri/UACANet, output_stride=32 | 6b9e54eb | uacanet.pth, `resnet.` |
 | uacanet_l | plemeri/UACANet, output_stride=16 | 6b9e54eb | uacanet.pth, `resnet.` |
 | inspyrenet | plemeri/InSPyReNet, output_stride=32 | 692ad8a5 | backbone.pth, `backbone.` |
-| urn | XMed-Lab/URN, of its configs | 5e56e5e6 | backbone.pth, `backbone.` |
+| urn | XMed-Lab/URN, as in its configurations | 5e56e5e6 | backbone.pth, `backbone.` |
 | poolnet | Res2Net/Res2Net-PoolNet | 7bef0652 | poolnet.pth, `base.resnet.` |
 | mmdet_dilated | mmdet 3.3.0 | | mmdet_dilated.pth, `backbone.` |
 | mmpretrain_caffe | mmpretrain 1.2.0, `style='caffe'` | | mmpretrain_caffe.pth, `backbone.` |
 
-- UACANet defines InSPyReNet's multi-grid dilations and does not use them. URN's norms are SyncBatchNorm, with the same
-  names.
-- With ceil_mode=True poolnet's maps of the even image are as large as those of the odd one: 17, 9, 5, 5.
+- UACANet defines InSPyReNet's multi-grid dilations but does not use them. URN's norms are SyncBatchNorm, with the same
+  tensor names.
+- With ceil_mode=True, poolnet's maps of the even image are as large as those of the odd one: 17, 9, 5, 5.
 - The checkpoints of UACANet and PoolNet have an unused classifier `fc`; those of InSPyReNet and URN have none.
 """
 
@@ -100,7 +100,7 @@ def networks(folder: Path) -> dict[str, tuple[str, str, nn.Module]]:
 
 
 def common_name(name: str, shape: torch.Size) -> str:
-    """Returns the same name for a tensor of all networks, and for the convolutions of a stage's later blocks."""
+    """Returns a name that corresponding tensors of all networks share, as do convolutions of a stage's later blocks."""
     name = re.sub(r'^conv1\.(\d)', r'stem.\1', name)
     name = re.sub(r'^bn1\.', 'stem.7.', name)
     name = re.sub(r'\.downsample\.\d\.', '.downsample.', name)
@@ -114,13 +114,13 @@ def randomise(
     common_name: Callable[[str, torch.Size], str] = common_name,
     filters: int = 64,
 ) -> None:
-    """Fills a network with random values, also of earlier networks (`drawn`); after `filters`, filters repeat."""
+    """Fills a network with random values, reusing those of earlier networks (`drawn`); repeats the first `filters`."""
     for name, tensor in model.state_dict(keep_vars=True).items():
         if tensor.is_floating_point():
             shape = tensor.shape
             key = common_name(name, shape), shape
             if key not in drawn:
-                positive = name.endswith(('running_var', 'weight'))  # of a vector: the weight of a norm
+                positive = name.endswith(('running_var', 'weight'))  # a one-dimensional weight belongs to a norm
                 first = shape if len(shape) == 1 else (min(shape[0], filters), *shape[1:])
                 drawn[key] = np.resize(random_value(first, positive, rng), shape)
                 if 'offset' in name and tensor.ndim > 1:
@@ -129,7 +129,7 @@ def randomise(
 
 
 def save_state(state: dict[str, torch.Tensor], path: Path) -> None:
-    """Saves a network's tensors; if the file exists, requires that it has the same."""
+    """Saves a network's tensors; if the file exists, asserts that it has the same ones."""
     if path.exists():
         saved = torch.load(path)
         assert list(saved) == list(state)
@@ -143,7 +143,7 @@ def main(folder: Path) -> None:
     wide = {'images': images((1, 3, 8, 552), rng)}
     with tempfile.TemporaryDirectory() as temporary, torch.no_grad():
         for name, (file, prefix, model) in networks(folder).items():
-            model.eval()  # mmdet's returns nothing
+            model.eval()  # mmdet's `eval` does not return the model
             randomise(model, drawn, rng)
             state = {prefix + key: tensor for key, tensor in model.state_dict().items()}
             save_state(state, Path(temporary, f'{file}.pth'))

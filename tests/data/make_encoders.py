@@ -5,13 +5,13 @@
     git -C FOLDER clone https://github.com/frazerlin/fcanet
     VENV/bin/python tests/data/make_encoders.py FOLDER
 
-The networks are those of commits 8ae378d and e7de0ed; only width and depth are changed. MEGANet's pretrained weights
-are left out. wide.npz is FCA-Net's.
+The networks are from commits 8ae378d (MEGANet) and e7de0ed (FCA-Net); only width and depth are changed. No pretrained
+weights are loaded. wide.npz is for FCA-Net.
 
-- MEGANet is the authors' v1b. `encoder1_conv` and `encoder1_bn` are its `conv1` and `bn1`, `encoder2` to `encoder5` its
-  stages.
+- MEGANet's backbone is the authors' v1b. `encoder1_conv` and `encoder1_bn` are its `conv1` and `bn1`, `encoder2` to
+  `encoder5` its stages.
 - FCA-Net has the stem and the first stage in `backbone_pre`, and the other stages in `backbone_last`, under the
-  authors' names. The stem takes five channels, an image and two maps of clicks. First blocks are not cascaded; at
+  authors' names. The stem takes five channels: an image and two click maps. First blocks are not cascaded; at
   stride 1 they keep the last split, as mmdet's do. The last stage has stride 1 and dilations 2, 4, 8.
 """
 
@@ -32,10 +32,10 @@ Network = tuple[nn.Module, dict[str, nn.Module], Callable[[torch.Tensor], Any]]
 
 
 def meganet(folder: Path) -> Network:
-    """Builds MEGANet on a thin backbone, where its own code loads a pretrained one.
+    """Builds MEGANet with a thin backbone in place of the pretrained one.
 
     Returns:
-        The network, its backbone's modules under the authors' names, and a function that runs these.
+        The network, its backbone's modules keyed by the authors' names, and a function that runs the backbone.
     """
     sys.path.insert(0, str(folder / 'MEGANet' / 'MEGANet-Res2Net'))
     from lib import EGANet, res2net
@@ -44,14 +44,14 @@ def meganet(folder: Path) -> Network:
         return res2net.Res2Net(res2net.Bottle2neck, [2, 1, 1, 1], baseWidth=2, scale=4)
 
     EGANet.res2net50_v1b_26w_4s = thin
-    torch.Tensor.cuda = torch.Tensor.clone  # its Gaussian filter is moved to a GPU
+    torch.Tensor.cuda = torch.Tensor.clone  # MEGANet moves its Gaussian filter to a GPU
     net = EGANet.EGANetModel()
     parts = {f'layer{i}': net.net.get_submodule(f'encoder{i + 1}') for i in (1, 2, 3, 4)}
     return net, {'conv1': net.net.encoder1_conv, 'bn1': net.net.encoder1_bn, **parts}, net
 
 
 def fcanet(folder: Path) -> Network:
-    """Builds FCA-Net on a thin backbone, see `meganet`."""
+    """Builds FCA-Net with a thin backbone; returns the same as `meganet`."""
     sys.path.insert(0, str(folder / 'fcanet'))
     from model import fcanet, res2net_split
 
@@ -66,7 +66,7 @@ def fcanet(folder: Path) -> Network:
     return net, {**parts, **dict(last.named_children())}, lambda x: last(first(x))
 
 
-NETWORKS = {  # how it is built, channels of its images, and a tensor of another part
+NETWORKS = {  # builder, number of image channels, and a tensor of another part
     'meganet': (meganet, 3, 'net.up5.0.conv.0.weight'),
     'fcanet': (fcanet, 5, 'my_aspp.aspp1.bn.weight'),
 }

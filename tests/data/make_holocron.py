@@ -1,9 +1,9 @@
-"""Makes holocron.tar.xz with Holocron's own network code.
+"""Makes holocron.tar.xz with networks built by Holocron's own code.
 
     python -m venv VENV && VENV/bin/pip install pylocron
     VENV/bin/python tests/data/make_holocron.py
 
-One network is like the published one; the other has a deep stem and average pools in the shortcuts.
+One network is like the published one; the other has a deep stem, and average pools in its shortcuts.
 """
 
 import tempfile

@@ -1,18 +1,18 @@
-"""Makes maskrcnn.tar.xz with the backbone of the authors' maskrcnn-benchmark, whose norms add no eps.
+"""Makes maskrcnn.tar.xz with the backbone of the authors' maskrcnn-benchmark, whose norms have no eps.
 
     python -m venv VENV && VENV/bin/pip install torch numpy yacs
     git -C FOLDER clone https://github.com/Res2Net/Res2Net-maskrcnn
     VENV/bin/python tests/data/make_maskrcnn.py FOLDER
 
 maskrcnn.pth is a checkpoint as their Checkpointer writes it for a network trained on several GPUs, without optimizer
-and scheduler. The network is that of commit dd50e0f7: `build_backbone` builds it from their configuration
+and scheduler. The network is from commit dd50e0f7: `build_backbone` builds it from their configuration
 pytorch_mask_rcnn_R2_50_s4_FPN_2x.yaml, with other widths, and the `forward` of `body` runs it. The compiled operators
-are replaced: only heads call them.
+are replaced, as only the heads call them.
 
 - The stride of a first block is in the 1x1 `conv1`: STRIDE_IN_1X1 is true by default, and no configuration sets it.
 - First blocks average the last split in all four stages. The authors' detectron2 keeps it instead.
-- The norms are frozen, have no num_batches_tracked, and add nothing to the variance. Here one channel of eight has a
-  variance of 1/1024 and a weight that compensates for it: an eps of 1e-5 would change each map by 0.01 to 0.03.
+- The norms are frozen, have no num_batches_tracked, and add nothing to the variance. Here every eighth channel has
+  a variance of 1/1024 and a weight that compensates for it: an eps of 1e-5 would change each map by 0.01 to 0.03.
 """
 
 import re
@@ -46,7 +46,7 @@ def backbone(folder: Path) -> nn.Module:
 
 
 def shrink_variances(model: nn.Module) -> None:
-    """Gives one channel of eight a small variance, where the eps of a norm would show, and a smaller weight for it."""
+    """Gives every eighth channel a small variance, so that an eps would show, and a smaller weight to compensate."""
     state = model.state_dict()
     for name, variance in state.items():
         if name.endswith('running_var'):
@@ -58,7 +58,7 @@ def main(folder: Path) -> None:
     model = backbone(folder).eval()
     body: Any = model.body
     with tempfile.TemporaryDirectory() as temporary, torch.no_grad():
-        randomise(body, {}, np.random.default_rng(5))  # other functions show more than with most seeds
+        randomise(body, {}, np.random.default_rng(5))  # a seed with which wrong specs differ more than with most
         shrink_variances(body)
         state = {f'module.backbone.body.{name}': tensor for name, tensor in body.state_dict().items()}
         state['module.backbone.fpn.fpn_inner1.weight'] = torch.ones_like(model.fpn.fpn_inner1.weight)

@@ -1,9 +1,9 @@
-"""Makes mindspore.tar.xz with MindCV's own network code.
+"""Makes mindspore.tar.xz with networks built by MindCV's own code.
 
     python -m venv VENV && VENV/bin/pip install mindspore mindcv
     VENV/bin/python tests/data/make_mindspore.py
 
-One network is plain, the other v1b.
+One network has a plain stem and shortcuts; the other is v1b.
 """
 
 import tempfile

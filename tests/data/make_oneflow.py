@@ -1,13 +1,13 @@
-"""Makes oneflow.tar.xz with flowvision's own network code.
+"""Makes oneflow.tar.xz with a network built by flowvision's own code.
 
     python3.10 -m venv VENV && VENV/bin/pip install oneflow==0.9.0 flowvision 'numpy<1.24'
     VENV/bin/pip install 'nvidia-cudnn-cu11<9' nvidia-cublas-cu11
     LD_LIBRARY_PATH=$(echo VENV/lib/python3.10/site-packages/nvidia/*/lib | tr ' ' :)
     LD_LIBRARY_PATH=$LD_LIBRARY_PATH VENV/bin/python tests/data/make_oneflow.py
 
-The archive has one network in the three formats of OneFlow's checkpoints: legacy.zip, a folder with a folder for each
-tensor, as OneFlow wrote before 0.6; folder.zip, the folder of 0.6 to 0.9, both packed as flowvision publishes its
-weights; and single.pkl, the file of OneFlow since 1.0.
+The archive has one network in OneFlow's three checkpoint formats. legacy.zip is a folder with one folder per tensor, as
+OneFlow wrote before 0.6; folder.zip is the folder that 0.6 to 0.9 write. Both are zipped, as flowvision publishes its
+weights. single.pkl is the file that OneFlow writes since 1.0.
 """
 
 import pickle
@@ -23,7 +23,7 @@ from reference import bare, pack, random_value, save_reference
 
 
 def zip_folder(folder: Path) -> None:
-    """Replaces a folder with a zip file, uncompressed because the weights here would shrink too much."""
+    """Replaces a folder with an uncompressed zip file: unlike real weights, these would shrink a lot."""
     with zipfile.ZipFile(f'{folder}.zip', 'w') as archive:
         for path in [folder, *sorted(folder.rglob('*'))]:
             archive.write(path, path.relative_to(folder.parent))
@@ -49,7 +49,7 @@ def main() -> None:
             _save_tensor_to_disk(tensor, folder / 'legacy' / name)
         (folder / 'legacy' / 'snapshot_done').touch()
         flow.save(state, folder / 'folder')
-        # What OneFlow 1.0 does; for its tensors 0.9 gives the same state, outside of its own save.
+        # What OneFlow 1.0 does. Pickled outside of `flow.save`, 0.9 gives its tensors the same state.
         data = pickle.dumps({'protocol_version': 1, '__oneflow__': None, 'data': state})
         (folder / 'single.pkl').write_bytes(data)
         for loaded in (flow.load(folder / 'legacy'), flow.load(folder / 'folder'), pickle.loads(data)['data']):

@@ -4,7 +4,7 @@
     VENV/bin/pip install --no-deps mmpretrain mmdet
     VENV/bin/python tests/data/make_openmmlab.py
 
-The archive has classifiers of mmpretrain with both stems, and a detector of mmdet.
+The archive has mmpretrain classifiers with both stems, and an mmdet detector.
 """
 
 import tempfile
@@ -18,7 +18,7 @@ from torch import nn
 
 
 class Classifier(nn.Module):
-    """Has the names of mmpretrain's ImageClassifier and LinearClsHead, whose imports need compiled operators."""
+    """Has the tensor names of mmpretrain's ImageClassifier and LinearClsHead, which need compiled operators."""
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class Classifier(nn.Module):
 
 
 class Detector(nn.Module):
-    """Has a detector's names of the backbone and of another part."""
+    """Has a detector's tensor names: its backbone and one other part."""
 
     def __init__(self, backbone: nn.Module) -> None:
         super().__init__()

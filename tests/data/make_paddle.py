@@ -1,24 +1,24 @@
-"""Makes paddle.tar.xz with PaddleClas' and PaddleDetection's own network code.
+"""Makes paddle.tar.xz with networks built by PaddleClas's and PaddleDetection's own code.
 
     python -m venv VENV && VENV/bin/pip install paddlepaddle requests tqdm pyyaml typeguard
     VENV/bin/pip install --no-deps paddleclas paddledet
     git -C FOLDER clone -b release/0.5 https://github.com/PaddlePaddle/PaddleDetection
     VENV/bin/python tests/data/make_paddle.py FOLDER
 
-For each of three classifiers the archive has NAME.pdparams as Paddle saves it today, and NAME.tar with a file for each
-variable as it did before version 2. PaddleDetection's backbones of variant d are NAME.pdparams; `detection_dcn_static`
-is that of its older code. Functions of Paddle 3 replace those of the same names in paddle.fluid, which the code of
-release/0.5 calls.
+For each of three classifiers, the archive has NAME.pdparams, as Paddle saves it today, and NAME.tar with one file per
+variable, as Paddle saved before version 2. PaddleDetection's variant d backbones are NAME.pdparams, and
+`detection_dcn_static` is from its older code. Functions of Paddle 3 replace the paddle.fluid functions of the same
+names that the code of release/0.5 calls.
 
 PaddleDetection's deformable network (`dcn_v2_stages=[1, 2, 3]`, counted from 0) has strided 1x1 shortcuts without a
-pool, as the class does not pass its variant on to its stages. `branch2b.k.conv_offset` makes the offsets of
-`branch2b.k.conv.weight` from the same input.
+pool, as the class does not pass its variant on to its stages. `branch2b.k.conv_offset` computes the offsets
+of `branch2b.k.conv` from the same input.
 
 The code for static graphs, before version 2 (`dcn_v2_stages: [3, 4, 5]`, the stem is 1), computes the same except for
 the shortcuts: at stride 2, they are AvgPool2d(2, 2, ceil_mode=True, count_include_pad=False), then a 1x1. According to
-its configuration, mask_rcnn_res2net50_vd_26w_4s_fpn_dcnv2_1x.tar computes this. It is the only deformable Res2Net that
-PaddleDetection published; the file itself was not seen. Its offsets come from `res3a_branch2b_1_conv_offset.w_0` and
-`.b_0`; the 3x3 is `res3a_branch2b_1_weights`.
+its configuration, mask_rcnn_res2net50_vd_26w_4s_fpn_dcnv2_1x.tar, the only deformable Res2Net that PaddleDetection
+published, computes this too; the file itself was not available. Its offsets come from
+`res3a_branch2b_1_conv_offset.w_0` and `.b_0`; the 3x3 is `res3a_branch2b_1_weights`.
 """
 
 import copy
@@ -31,7 +31,7 @@ import types
 from pathlib import Path
 from typing import Any
 
-os.environ['FLAGS_enable_pir_api'] = '0'  # noqa: SIM112 - whose programs can't save single variables
+os.environ['FLAGS_enable_pir_api'] = '0'  # noqa: SIM112 - PIR programs can't save single variables
 
 import numpy as np
 import paddle
@@ -42,7 +42,7 @@ from reference import bare, pack, random_value, save_reference, stub
 
 
 def networks() -> tuple[Any, Any, Any]:
-    """Imports the plain and the vd classifier, and the backbone of detectors."""
+    """Imports the plain classifier, the vd classifier and the detector backbone."""
     for name in ('', '.ppcls', '.ppcls.utils', '.ppcls.arch', '.ppcls.arch.backbone', '.ppcls.arch.backbone.model_zoo'):
         bare(f'paddleclas{name}')
     for name in ('', '.core', '.utils', '.modeling', '.modeling.backbones'):
@@ -55,9 +55,9 @@ def networks() -> tuple[Any, Any, Any]:
 
 
 def static_detector(folder: Path) -> Any:
-    """Imports the backbone of detectors from before version 2."""
+    """Imports the detector backbone from before version 2."""
 
-    def sigmoid(x: Any) -> Any:  # Paddle 3's own does not take variables of such programs
+    def sigmoid(x: Any) -> Any:  # Paddle 3's own does not accept these programs' variables
         helper = LayerHelper('sigmoid')
         y = helper.create_variable_for_type_inference(x.dtype)
         helper.append_op(type='sigmoid', inputs={'X': x}, outputs={'Out': y})
@@ -93,7 +93,7 @@ def static_detector(folder: Path) -> Any:
     stub('paddle.fluid.param_attr', ParamAttr=paddle.ParamAttr)
     stub('paddle.fluid.regularizer', L2Decay=paddle.regularizer.L2Decay)
 
-    for name in [name for name in sys.modules if name.split('.')[0] == 'ppdet']:  # a newer one
+    for name in [name for name in sys.modules if name.split('.')[0] == 'ppdet']:  # the newer version
         del sys.modules[name]
     sys.path.insert(0, str(folder / 'PaddleDetection'))
     for name in ('', '.core', '.modeling', '.modeling.backbones'):
@@ -116,9 +116,9 @@ def static_name(name: str) -> str:
 def fill(
     net: Any, path: Path, rng: np.random.Generator, drawn: dict[str, np.ndarray] | None = None
 ) -> dict[str, np.ndarray]:
-    """Gives a network random values, saves it, and returns them by the names of its variables.
+    """Fills a network with random values, saves it, and returns the values keyed by variable name.
 
-    To save room, reuses the values in `drawn`, of earlier networks.
+    To save space, reuses the values of earlier networks, in `drawn`.
     """
     drawn = {} if drawn is None else drawn
     values = {}
@@ -136,7 +136,7 @@ def fill(
 
 
 def save_static(make: Any, values: dict[str, np.ndarray], path: Path, rng: np.random.Generator | None = None) -> None:
-    """Saves a file for each variable of a network, and with `rng` images and the maps that it computes for them."""
+    """Saves one file per variable of a network; with `rng`, also saves images and the maps computed from them."""
     paddle.enable_static()
     program = paddle.static.Program()
     with paddle.static.program_guard(program, paddle.static.Program()):
@@ -169,7 +169,7 @@ def main(code: Path) -> None:
             net = make()
             values = fill(net, Path(folder, name), rng)
             save_reference(lambda x, net=net: net(paddle.to_tensor(x)).numpy(), Path(folder, name), rng)
-            del net  # a new one may then have variables of the same names
+            del net  # so that a new network can have the same variable names
             save_static(make, values, Path(folder, name))
 
         args = dict(depth=50, width=2, scales=4, variant='d', freeze_norm=False, freeze_at=-1)

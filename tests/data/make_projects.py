@@ -1,4 +1,4 @@
-r"""Makes projects.json.xz with names and shapes of the other tensors of networks that are built around a Res2Net.
+r"""Makes projects.json.xz with names and shapes of the tensors next to the Res2Net in larger networks.
 
     python -m venv VENV && VENV/bin/pip install torch torchvision timm scipy
     for name in AngeLouCN/CaraNet@052ed72 ChunmingHe/FEDER@fac6b2a DengPingFan/Inf-Net@d4dd1e8 \
@@ -14,10 +14,9 @@ r"""Makes projects.json.xz with names and shapes of the other tensors of network
         git -C FOLDER/${repository#*/} checkout ${name#*@}; done
     VENV/bin/python tests/data/make_projects.py FOLDER
 
-For each network the file has the prefix of its (first) Res2Net's names, and the names and shapes of all tensors but
-those of Res2Nets, biases and statistics of norms. FEDER has a plain ResNet instead. The networks are built by their own
-code. `Nothing` replaces names from other packages and from files that the repositories lack, without changing the
-tensors.
+For each network, the file has the prefix of its (first) Res2Net's names, and the names and shapes of all tensors but
+those of Res2Nets, biases, and statistics of norms. FEDER has a plain ResNet instead. Their own code builds the models.
+`Nothing` replaces imports from other packages and from files that the repositories lack; this does not change tensors.
 """
 
 import contextlib
@@ -81,7 +80,7 @@ NETWORKS = {
     'MEGANet': ('MEGANet/MEGANet-Res2Net', 'lib.EGANet', 'EGANetModel()', 'net.'),
     'VecRoad': ('VecRoad', 'model.model', 'build_model()', ''),
 }
-# What a Res2Net's names begin with; the last two are MEGANet's and VecRoad's.
+# Beginnings of a Res2Net's tensor names; the last two are MEGANet's and VecRoad's.
 BACKBONE = ('conv1.', 'bn1.', 'layer1.', 'layer2.', 'layer3.', 'layer4.', 'fc.', 'encoder', 'stage_')
 LEFT_OUT = ('num_batches_tracked', 'running_mean', 'running_var', 'bias')
 OTHERS = ('easydict', 'einops', 'kornia', 'lib2to3', 'mmcv', 'mmseg', 'self_cuda_backend', 'thop')
@@ -100,25 +99,25 @@ class Nothing(nn.Module):
 
 
 class Missing(MetaPathFinder, Loader):
-    """Finds modules that nothing else does."""
+    """Finds the modules in `OTHERS` and `FILES`, unless something else does."""
 
     def find_spec(self, name: str, path: Any, target: Any = None) -> ModuleSpec | None:
         missing = f'{name}.'.startswith(tuple(f'{each}.' for each in OTHERS + FILES))
         return ModuleSpec(name, self, is_package=True) if missing else None
 
     def exec_module(self, module: types.ModuleType) -> None:
-        module.bce_iou_loss = Nothing  # imported by `*`
+        module.bce_iou_loss = Nothing  # as it is imported by `*`
         module.__getattr__ = lambda name: getattr(Nothing, name) if name.startswith('__') else Nothing
 
 
 def build(folder: Path, name: str) -> dict[str, Any]:
-    """Builds a network and lists its tensors. Needs a process of its own, as the networks' modules share names."""
+    """Builds a network and lists its tensors. Needs its own process, as the networks' modules share names."""
     where, modules, expression, prefixes = NETWORKS[name]
     sys.argv[1:] = []  # DSRNet reads it
     sys.path.insert(0, str(folder / where))
     sys.meta_path.append(Missing())
     stub('cv2', MORPH_ELLIPSE=0, getGaussianKernel=lambda n, _: ones(n), getStructuringElement=lambda _, n: ones(n))
-    # No weights are loaded, and there is no GPU. A tensor moved to one is no longer a parameter.
+    # No weights are loaded, and nothing moves to a GPU: a moved tensor would no longer be a parameter.
     torch.load = torch.hub.load_state_dict_from_url = torch.utils.model_zoo.load_url = lambda *args, **kwargs: {}
     nn.Module.load_state_dict = lambda *args, **kwargs: None
     nn.Module.cuda = lambda self: self
@@ -133,8 +132,8 @@ def build(folder: Path, name: str) -> dict[str, Any]:
         shapes = {key: list(tensor.shape) for key, tensor in eval(expression, names).state_dict().items()}
     before = prefixes.split() or ['']
     own = tuple(prefix + start for prefix in before for start in BACKBONE)
-    beside = {key: shapes[key] for key in shapes if not key.startswith(own) and key.split('.')[-1] not in LEFT_OUT}
-    return {'prefix': before[0], 'tensors': beside}
+    others = {key: shapes[key] for key in shapes if not key.startswith(own) and key.split('.')[-1] not in LEFT_OUT}
+    return {'prefix': before[0], 'tensors': others}
 
 
 def main(folder: Path) -> None:

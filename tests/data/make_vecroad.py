@@ -4,12 +4,12 @@
     git -C FOLDER clone https://github.com/tansor/VecRoad
     VENV/bin/python tests/data/make_vecroad.py FOLDER
 
-vecroad.pth is a checkpoint as their train.py writes it, without the optimizer. The network is that of commit ffcb47e5:
-their Res2Net, of which only the width is changed, run by the `forward` of their `RPNet`. The weights that it downloads
-are left out.
+vecroad.pth is a checkpoint as their train.py writes it, but without the optimizer. The network is from commit ffcb47e5:
+their Res2Net, with only its width changed, run by the `forward` of their `RPNet`. No pretrained weights are
+downloaded.
 
-- Its names differ from their Res2Net's: `stage_1.0` is `conv1`, `stage_2` to `stage_5` are `layer1` to `layer4`. The
-  same module contains the tensors of all other parts.
+- RPNet renames their Res2Net's modules: `stage_1.0` is `conv1`, `stage_2` to `stage_5` are `layer1` to `layer4`. They
+  are next to the modules of all other parts.
 - There is no `bn1`: a ReLU follows the last convolution of the stem, `stage_1.0.6`.
 """
 
@@ -26,7 +26,7 @@ from torch import nn
 
 
 def rpnet(folder: Path) -> Any:
-    """Builds VecRoad's network on a thin backbone, where its own code downloads a pretrained one."""
+    """Builds VecRoad's network with a thin backbone in place of the pretrained one."""
     sys.path.insert(0, str(folder / 'VecRoad'))
     from model import model, res2net
 
@@ -38,7 +38,7 @@ def rpnet(folder: Path) -> Any:
 
 
 def repeat_vectors(model: nn.Module) -> None:
-    """Repeats the values of norms after 100 channels, to save room; filters do after 64, so no channels are equal."""
+    """Repeats norm values every 100 channels, to save space. Filters repeat every 64, so no two channels are equal."""
     for tensor in model.state_dict().values():
         if tensor.ndim == 1:
             tensor.copy_(torch.from_numpy(np.resize(tensor[:100].numpy(), tensor.shape)))
@@ -46,9 +46,9 @@ def repeat_vectors(model: nn.Module) -> None:
 
 def main(folder: Path) -> None:
     net = rpnet(folder).eval()
-    rng = np.random.default_rng(10)  # other geometries show more in its maps than in those of most seeds
+    rng = np.random.default_rng(10)  # a seed with which wrong dilations differ more than with most
     wide = images((1, 3, 8, 264), rng)
-    # The usual names, by which `randomise` chooses the tensors that share values.
+    # The authors' names, by which `randomise` chooses the tensors that share values.
     stages = {f'layer{i}': net.get_submodule(f'stage_{i + 1}') for i in (1, 2, 3, 4)}
     with tempfile.TemporaryDirectory() as temporary, torch.no_grad():
         backbone = nn.ModuleDict({'conv1': net.stage_1[0], **stages})

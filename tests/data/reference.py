@@ -1,9 +1,9 @@
-"""Helpers for the scripts in this folder, which make files with the code of other projects.
+"""Helpers for the scripts in this folder, which make reference files with the code of other projects.
 
-Each archive has, for each of its networks, a weights file as its project writes it, and NAME.npz with images of an even
-and of an odd size and the logits, or the four feature maps, that the project's code computes for them. Most files of
-backbones also have a tensor of another part. Where these images are too small to show all dilations, wide.npz has a
-wide one and the last map.
+For each of its networks, an archive has a weights file as the project writes it, and NAME.npz with images of an even
+and an odd size and the logits, or four feature maps, that the project's code computes for them. Most backbone files
+also have a tensor of another part. Where these images are too small to reveal all dilations, wide.npz has a wide image
+and its last map.
 
 To keep archives small, the networks are thin, and their weights are sparse and rounded, or repeated; statistics of
 norms are random. Networks of one archive may share values.
@@ -23,7 +23,7 @@ import numpy as np
 
 
 def bare(name: str) -> types.ModuleType:
-    """Makes a package importable without running its `__init__`, which may need packages that its files do not."""
+    """Makes a package importable without running its `__init__`, which may import more than its other files need."""
     top, *below = name.split('.')
     module = types.ModuleType(name)
     module.__path__ = [str(Path(PathFinder.find_spec(top).submodule_search_locations[0], *below))]
@@ -40,7 +40,7 @@ def stub(name: str, **names: Any) -> types.ModuleType:
 
 
 def random_value(shape: tuple[int, ...], positive: bool, rng: np.random.Generator) -> np.ndarray:
-    """Returns a random tensor: each filter has four weights that are not zero, a vector is full."""
+    """Returns a random tensor: each filter has at most four nonzero weights; vectors are dense."""
     if len(shape) == 1:
         vector = rng.uniform(0.5, 2, shape) if positive else rng.normal(0, 0.3, shape)
         return (np.round(vector * 16) / 16).astype('float32')
@@ -53,7 +53,7 @@ def random_value(shape: tuple[int, ...], positive: bool, rng: np.random.Generato
 
 def randomise_state(model: Any, rng: np.random.Generator) -> None:
     """Fills a torch network with random values; variances and weights of norms are positive."""
-    import torch  # not in the environments of all frameworks
+    import torch  # not installed for all frameworks
 
     norms = {id(norm.weight) for norm in model.modules() if isinstance(norm, torch.nn.BatchNorm2d)}
     for key, tensor in model.state_dict(keep_vars=True).items():
@@ -71,8 +71,8 @@ def save_reference(
 ) -> None:
     """Saves images of an even and of an odd size, and a network's logits or feature maps for them.
 
-    To save room, keeps only every eighth channel of the first image's maps. Without `compress`, an archive stores equal
-    arrays of several files once; then keeps only the first image, too.
+    To save space, keeps only every eighth channel of the first image's maps. Without `compress`, keeps only the first
+    image, and leaves compression to the archive, which stores equal arrays of several files once.
     """
     arrays = {}
     for size in (64, 65):
@@ -96,7 +96,8 @@ def images(shape: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
 def stage_maps(stages: Iterable[Any], run: Callable[[Any], Any], x: np.ndarray, divisor: int = 1) -> list[np.ndarray]:
     """Runs a torch network and returns the outputs of its four stages.
 
-    Some networks concatenate maps after the stages, and fail unless the sides of an image are multiples of `divisor`.
+    Some networks concatenate maps after the stages, which fails unless the image's sides are multiples of `divisor`:
+    this error is ignored.
     """
     import torch
 
