@@ -1,4 +1,4 @@
-"""Writers of every weights format, and a small network in each. No library here can write most of them.
+"""Writes a small network in every supported format. No installed library can write most of these formats.
 
 Tensors keep timm's names, except in `.pdparams`; `tests/data` has files with other names.
 """
@@ -30,7 +30,7 @@ def varint(value: int) -> bytes:
 
 
 def field(number: int, value: bytes | int) -> bytes:
-    """A protocol buffer field."""
+    """Encodes a protocol buffer field."""
     if isinstance(value, int):
         return varint(number << 3) + varint(value)
     return varint(number << 3 | 2) + varint(len(value)) + value
@@ -47,7 +47,7 @@ def mindspore_value(name: str, value: Tensor | str) -> bytes:
 
 
 def mindspore(state: dict[str, Tensor]) -> bytes:
-    """A MindSpore checkpoint."""
+    """Encodes a MindSpore checkpoint."""
     return b''.join(mindspore_value(name, tensor) for name, tensor in state.items() if tensor.is_floating_point())
 
 
@@ -57,7 +57,7 @@ def paddle_variable(tensor: Tensor) -> bytes:
 
 
 def paddle_archive(state: dict[str, Tensor]) -> bytes:
-    """A tape archive of PaddlePaddle before version 2."""
+    """Encodes a tar archive as PaddlePaddle did before version 2."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode='w') as archive:
         for name, tensor in state.items():
@@ -88,7 +88,7 @@ def pickled(text: str) -> bytes:
 
 
 def oneflow(state: dict[str, Tensor], legacy: bool = False) -> bytes:
-    """A zipped folder of OneFlow 0.6 to 0.9, or of an earlier version."""
+    """Encodes a zipped folder as OneFlow 0.6 to 0.9 did, or (`legacy`) earlier versions."""
     buffer = io.BytesIO()
     variables = b''
     with zipfile.ZipFile(buffer, 'w') as archive:
@@ -128,7 +128,7 @@ WRITTEN = {kind: write(SMALL) for kind, write in FORMATS.items()}
 
 
 def save_checkpoint(state: dict[str, Any], folder: Path, **options: Any) -> Path:
-    """Saves with `torch.save` to `weights.pth` in a folder, and returns the path."""
+    """Saves to `weights.pth` in a folder with `torch.save`, and returns the path."""
     torch.save(state, folder / 'weights.pth', **options)
     return folder / 'weights.pth'
 

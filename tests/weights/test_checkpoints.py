@@ -1,4 +1,4 @@
-"""Checkpoints of other frameworks give the same outputs as there, or are refused."""
+"""Checkpoints from other frameworks give the same outputs as in their own code, or are refused."""
 
 import json
 import math
@@ -31,8 +31,8 @@ from timm_res2net.weights.renaming import PARTS
 
 References = Callable[[str], Path]
 
-# Files written by the frameworks themselves: the model and arguments (beyond num_classes) that each one fits, and wrong
-# specs with the relative error that a network with them has at least.
+# Files written by the frameworks themselves, with the model and arguments (besides num_classes) that each one fits, and
+# wrong specs with the minimum relative error of a network that has them.
 R50, V1B, VD = 'res2net50_26w_4s', 'res2net50d', 'res2net50_vd_26w_4s'
 THIN: dict[str, Any] = dict(layers=(1, 2, 1, 1), channels=(16, 32, 64, 128))
 SHORT: dict[str, Any] = dict(layers=(1, 2, 1, 1), base_width=2)
@@ -95,7 +95,7 @@ def test_load_model_computes_outputs_of_original_framework(file: str, references
     path, (name, args, wrong_specs) = reference_file(references, file), REFERENCES[file]
     checkpoint = read_checkpoint(path)
     assert find_model(checkpoint)[:2] == (name, args)
-    assert file.startswith(PARTS_OF_OTHERS) <= bool(checkpoint.dropped)  # the tensor of another part
+    assert file.startswith(PARTS_OF_OTHERS) <= bool(checkpoint.dropped)  # a tensor of another part
     assert_computes(load_model(checkpoint).eval(), path.with_suffix('.npz'))
     for wrong, error in wrong_specs:
         model = load_model(checkpoint, **wrong).eval()
@@ -128,8 +128,8 @@ WIDE: dict[str, tuple[str, tuple[Any, ...]]] = {
 
 
 @pytest.mark.parametrize('name', slow_but(['fcanet'], WIDE))
-def test_load_model_computes_the_dilations_of_the_last_stage_on_a_wide_image(name: str, references: References) -> None:
-    # Small images have a last stage smaller than its dilation, where any dilation computes the same.
+def test_load_model_applies_the_dilations_of_the_last_stage_on_a_wide_image(name: str, references: References) -> None:
+    # On small images, the last stage's maps are smaller than its dilation, so any dilation computes the same.
     path, dilations = reference_file(references, WIDE[name][0]), WIDE[name][1]
     with np.load(path.with_name('wide.npz')) as arrays:
         x, theirs = (torch.from_numpy(arrays[each]) for each in ('images', name))
@@ -212,7 +212,7 @@ def test_convert_finds_model_of_full_size_weights(name: str, tmp_path: Path, bui
         ('res2net50d', dict(attn_layer='eca')),
         ('res2net50d', dict(replace_stem_pool=True)),
         ('res2net50_vd_26w_4s', {}),
-        ('res2net50_26w_4s', dict(channels=(16, 24, 32, 40))),  # each stage leaves other values of base_width open
+        ('res2net50_26w_4s', dict(channels=(16, 24, 32, 40))),  # each stage allows different values of base_width
         ('res2net50_26w_4s', dict(first_block='mmdet')),
         ('res2net50_48w_2s', dict(first_block='group')),
     ],
@@ -242,7 +242,7 @@ NARROW: dict[str, Any] = dict(channels=(32, 32, 32, 32))
 
 
 def assert_refused_and_unchanged(model: nn.Module, file: Path, message: str) -> str:
-    """Requires that loading a file fails and leaves the model unchanged; returns the message."""
+    """Asserts that loading a file fails and leaves the model unchanged; returns the error message."""
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(CheckpointError, match=message) as error:
         load_checkpoint(model, file)
@@ -254,11 +254,11 @@ def assert_refused_and_unchanged(model: nn.Module, file: Path, message: str) -> 
     ('name', 'args', 'message'),
     [
         ('res2net101_26w_4s', {}, r"510 of the model's tensors are missing \(first: layer3\.6\.conv1"),
-        ('res2net50_14w_8s', {}, r'tensors are unknown|another shape'),
-        ('res2net50_26w_4s', dict(num_classes=7), r'2 have another shape \(first: fc\.weight'),
+        ('res2net50_14w_8s', {}, r'tensors are unknown|a different shape'),
+        ('res2net50_26w_4s', dict(num_classes=7), r'2 have a different shape \(first: fc\.weight'),
     ],
 )
-def test_load_checkpoint_mismatch_lists_problems_suggests_model_changes_nothing(
+def test_load_checkpoint_mismatch_lists_problems_and_suggests_a_model_and_changes_nothing(
     name: str, args: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     file = save_checkpoint(timm.create_model('res2net50_26w_4s', **NARROW).state_dict(), tmp_path)
@@ -342,7 +342,7 @@ def test_overflow_from_summed_channels_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize('prefix', ['', 'ing.'])
-def test_load_checkpoint_prefix_is_the_whole_prefix_of_a_network(prefix: str, tmp_path: Path) -> None:
+def test_load_checkpoint_prefix_must_be_the_whole_prefix_of_a_network(prefix: str, tmp_path: Path) -> None:
     state: dict[str, Tensor] = {}
     for factor, each in enumerate(('', 'ing.', 'learning.', 'ing.learn.', 'deep.ing.')):
         state |= {each + name: tensor * (factor + 1) for name, tensor in tiny().state_dict().items()}
@@ -351,7 +351,7 @@ def test_load_checkpoint_prefix_is_the_whole_prefix_of_a_network(prefix: str, tm
     torch.testing.assert_close(model.fc.weight, (2 if prefix else 1) * tiny().fc.weight)
 
 
-def test_load_checkpoint_one_network_under_two_names_is_one_network(tmp_path: Path) -> None:
+def test_load_checkpoint_treats_one_network_under_two_names_as_one(tmp_path: Path) -> None:
     state = tiny().state_dict()
     model = tiny()
     nn.init.zeros_(model.fc.weight)
@@ -361,7 +361,7 @@ def test_load_checkpoint_one_network_under_two_names_is_one_network(tmp_path: Pa
     torch.testing.assert_close(model.fc.weight, state['fc.weight'])
 
 
-def test_network_compiled_in_parts_has_its_own_names(tmp_path: Path, images: Tensor) -> None:
+def test_network_compiled_in_parts_loads_and_saves_without_compile_prefixes(tmp_path: Path) -> None:
     compile: Any = partial(torch.compile, backend='eager')
     model, parts = tiny(), tiny()
     parts.layer1 = compile(parts.layer1)
@@ -387,7 +387,7 @@ def test_read_checkpoint_unknown_tensor_of_a_block_is_an_error(references: Refer
     assert dropped['neck.gate.weight'] == 'part of another module'
 
 
-def test_all_parts_of_all_networks_are_known() -> None:
+def test_top_level_modules_of_all_networks_are_known() -> None:
     assert {type(built(name)) for name in TRUNKS} == {arch.trunk for arch in ARCHS.values()}
     models = [*map(built, TRUNKS), tiny(replace_stem_pool=True), tiny(act_layer='prelu')]
     assert {name.partition('.')[0] for model in models for name in model.state_dict()} == PARTS
@@ -399,12 +399,12 @@ def test_all_parts_of_all_networks_are_known() -> None:
         (dict(dialect='caffe'), ValueError, r"unknown dialect 'caffe'\. Choose from paddleclas"),
         (dict(first_block='caffe'), ValueError, "first_block='caffe' is not known: choose from 'official'"),
         (dict(dialect='mindcv'), CheckpointError, "no Res2Net in the dialect 'mindcv'"),
-        (dict(model=nn.Linear(2, 2)), TypeError, 'no Res2Net block'),
+        (dict(model=nn.Linear(2, 2)), TypeError, 'Linear has no Res2Net block'),
         (dict(model=tiny(device='meta')), ValueError, 'meta device'),
     ],
     ids=str,
 )
-def test_load_checkpoint_wrong_arguments_raise_with_reason(
+def test_load_checkpoint_wrong_arguments_raise_errors_with_the_reason(
     options: dict[str, Any], error: type[Exception], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(error, match=message):
@@ -501,25 +501,25 @@ def test_export_checkpoint_has_names_and_values_of_original_file(
 @pytest.mark.parametrize(
     ('name', 'args', 'dialect', 'message'),
     [
-        ('res2net50d', {}, 'paddleclas', "It has first_block='paddle', the model first_block='official'"),
-        ('res2net50_vd_26w_4s', {}, 'mmpretrain', "It has first_block='official', the model first_block='paddle'"),
-        ('res2net50_vd_26w_4s', dict(avg_down=False), 'paddleclas', r'no place for layer2\.0\.downsample\.0'),
-        ('test_res2net', dict(replace_stem_pool=True), 'official', r'has no place for maxpool\.0\.weight'),
+        ('res2net50d', {}, 'paddleclas', "network has first_block='paddle', the model has first_block='official'"),
+        ('res2net50_vd_26w_4s', {}, 'mmpretrain', "has first_block='official', the model has first_block='paddle'"),
+        ('res2net50_vd_26w_4s', dict(avg_down=False), 'paddleclas', r'has layer2\.0\.downsample\.0'),
+        ('test_res2net', dict(replace_stem_pool=True), 'official', r'none of its networks has maxpool\.0\.weight'),
         ('res2next50', {}, 'mmpretrain', 'no Res2NeXt'),
-        ('test_res2net', dict(act_layer='silu'), 'official', "the model act_layer='silu'"),
+        ('test_res2net', dict(act_layer='silu'), 'official', "the model has act_layer='silu'"),
         ('test_res2net', dict(output_stride=16), 'official', r'layer4\.0\.(convs\.0|downsample\.\d) is .* there and'),
         ('test_res2net', dict(global_pool='max'), 'official', r'global_pool.* is .*Avg.* there and .*Max'),
-        ('test_res2net', dict(stem_ceil_mode=True), 'official', 'the model stem_ceil_mode=True'),
-        ('test_res2net', dict(style='caffe'), 'official', "It has style='pytorch', the model style='caffe'"),
-        ('test_res2net', dict(deformable=(None, None, None, 'v2')), 'official', r'the model deformable=\(None, '),
-        ('test_res2net', dict(norm_layer=partial(nn.BatchNorm2d, eps=1e-3)), 'official', 'the model norm_eps=0.001'),
+        ('test_res2net', dict(stem_ceil_mode=True), 'official', 'the model has stem_ceil_mode=True'),
+        ('test_res2net', dict(style='caffe'), 'official', "network has style='pytorch', the model has style='caffe'"),
+        ('test_res2net', dict(deformable=(None, None, None, 'v2')), 'official', r'model has deformable=\(None, '),
+        ('test_res2net', dict(norm_layer=partial(nn.BatchNorm2d, eps=1e-3)), 'official', 'model has norm_eps=0.001'),
         ('seres2net50_26w_4s', {}, 'official', 'without attention'),
         ('dla60_res2net', {}, 'official', 'ResNet-hosted'),
         ('blres2net50_26w_4s', {}, 'official', 'ResNet-hosted'),
         ('res2net50d', {}, 'mindcv', "cannot export to 'mindcv'. Choose from official, mmpretrain, mmdet, paddleclas"),
         ('test_res2net', dict(device='meta'), 'official', 'are on the meta device, without values'),
         ('test_res2net', {}, 'mmdet', 'Pass num_classes=0'),
-        ('test_res2net', dict(num_classes=0), 'mmdet', "It has first_block='mmdet', the model first_block='official'"),
+        ('test_res2net', dict(num_classes=0), 'mmdet', "the model has first_block='official'"),
         ('test_res2net', dict(MIXED, deformable=(None, None, 'v1', 'v2')), 'mmdet', 'one kind of deformable'),
         ('test_res2net', dict(MIXED, dilations=(1, (2, 4), 1, 1)), 'mmdet', 'one dilation for all blocks'),
     ],
@@ -552,7 +552,7 @@ def test_export_checkpoint_refuses_weights_that_nobody_could_use(make: Any, mess
     assert list(tmp_path.iterdir()) == []
 
 
-def test_load_checkpoint_twice_read_checkpoint_with_options_raises_type_error(tmp_path: Path) -> None:
+def test_load_checkpoint_of_a_read_checkpoint_with_options_raises_type_error(tmp_path: Path) -> None:
     checkpoint = read_checkpoint(save_checkpoint(tiny().state_dict(), tmp_path))
     with pytest.raises(TypeError, match=r'was already read\. Pass dialect, prefix and weights_from to read_checkpoint'):
         load_checkpoint(tiny(), checkpoint, dialect='official')
@@ -563,7 +563,7 @@ def test_load_checkpoint_twice_read_checkpoint_with_options_raises_type_error(tm
 def test_load_checkpoint_deformable_tensors_for_a_plain_model_are_refused(tmp_path: Path) -> None:
     file = save_checkpoint(tiny(deformable=(None, None, None, 'v2')).state_dict(), tmp_path)
     error = assert_refused_and_unchanged(tiny(), file, r'its network has deformable=\(None, None, None, .v2.\)')
-    assert "Make the model with deformable=(None, None, None, 'v2')" in error
+    assert "Create the model with deformable=(None, None, None, 'v2')" in error
     assert 'if the file really is' not in error  # the tensors prove it
 
 
@@ -621,7 +621,7 @@ LEAKY = partial(nn.LeakyReLU, negative_slope=0.3)
 
 
 @pytest.mark.parametrize(('layer', 'name'), [(Halved, 'halved'), (LEAKY, 'leaky_relu(negative_slope=0.3)')])
-def test_file_with_an_activation_that_timm_lacks_loads_into_its_model_only(
+def test_file_with_an_activation_that_timm_lacks_loads_only_into_its_own_model(
     layer: Any, name: str, tmp_path: Path
 ) -> None:
     model, file = tiny(act_layer=layer), tmp_path / 'net.safetensors'

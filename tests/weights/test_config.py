@@ -1,4 +1,4 @@
-"""Whatever a `config.json` or a training script records, exactly that model is made, or an error names the key."""
+"""Exactly the model that a `config.json` or a training script records is created, or an error names the key."""
 
 import json
 import math
@@ -41,7 +41,7 @@ def weights(**changes: Tensor) -> bytes:
 
 
 def config(path: str = '', value: object = None) -> bytes:
-    """The configuration with one value changed, at a path such as 'model_args.scale'."""
+    """Returns the configuration with one value changed, at a path such as 'model_args.scale'."""
     changed = json.loads(json.dumps(CONFIG))
     *parents, last = path.split('.')
     place = changed
@@ -68,7 +68,7 @@ def test_load_folder_loads_all_weights_and_adapts_as_timm_does(tmp_path: Path) -
 
 
 @pytest.mark.parametrize('name', ['res2net9000', 'resnet50', 'tiny_vit_21m_512', None, ['test_res2net']])
-def test_load_folder_of_another_architecture_names_timm(name: object, tmp_path: Path) -> None:
+def test_load_folder_of_another_architecture_refers_to_timm(name: object, tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r'user/net: .* is not a model of this package\. Use timm\.create_model'):
         load_folder(folder(tmp_path, config('architecture', name)), 'user/net')
 
@@ -90,14 +90,14 @@ def test_load_folder_of_another_architecture_names_timm(name: object, tmp_path: 
         ('model_args.scale', 100_000, 'model_args.scale must consist of'),
         ('model_args.scale', -1, 'model_args.scale must consist of'),
         ('model_args.scale', math.nan, 'model_args.scale must consist of'),
-        ('model_args.scale', 'four', 'cannot make test_res2net for .*user/net'),
+        ('model_args.scale', 'four', 'cannot build test_res2net for .*user/net'),
         ('model_args.scale', 64, 'more tensors than the file'),
         ('model_args.base_width', 4096, 'does not fit'),
         ('model_args.in_chans', 1_000_000_000, 'model_args.in_chans must consist of'),
         ('model_args.norm_layer', 'x' * 1000, 'model_args.norm_layer must consist of'),
         ('model_args.checkpoint_path', '/etc/passwd', 'model_args.checkpoint_path is not an argument of Res2Net'),
         ('model_args.device', 'cuda', 'device is not an argument'),
-        ('num_classes', 10**12, 'model.safetensors of user/net: it has 4 classes, config.json 1000000000000'),
+        ('num_classes', 10**12, 'safetensors of user/net: it has 4 classes, but config.json specifies 1000000000000'),
         ('label_names', ['a', 'b'], 'label_names has 2 names for 4 classes'),
         ('label_names', [1, 2, 3, 4], 'label_names must be a list of str'),
     ],
@@ -143,9 +143,9 @@ def test_config_with_nulls_or_without_keys_loads(remove: bool, tmp_path: Path) -
     ('changes', 'message'),
     [
         ({'fc.bias': torch.ones(4).to(torch.float8_e5m2)}, 'fc.bias cannot be a weight'),
-        ({'layer9.weight': torch.ones(1)}, 'its model has no layer9.weight'),
+        ({'layer9.weight': torch.ones(1)}, 'its model has no tensor layer9.weight'),
     ],
-    ids=['float8', 'superfluous'],
+    ids=['float8', 'unknown tensor'],
 )
 def test_bad_weights_in_a_folder_are_a_checkpoint_error(
     changes: dict[str, Tensor], message: str, tmp_path: Path
@@ -181,7 +181,7 @@ def test_missing_or_irregular_file_in_a_folder_is_a_checkpoint_error(name: str, 
         place.unlink()
 
 
-def test_weights_other_than_recorded_are_a_checkpoint_error(tmp_path: Path) -> None:
+def test_weights_with_another_checksum_than_recorded_are_a_checkpoint_error(tmp_path: Path) -> None:
     place = push(tiny(), 'user/net', dry_run=tmp_path / 'folder').folder
     assert place is not None
     load_folder(place)
@@ -201,7 +201,7 @@ IMAGES: dict[str, Any] = dict(
     crop_pct=0.9,
     crop_mode='center',
 )
-WIDE: dict[str, Any] = dict(TINY, channels=(8, 16, 24, 32))  # where a dilated stage has a shortcut, too
+WIDE: dict[str, Any] = dict(TINY, channels=(8, 16, 24, 32))  # so that dilated stages also have shortcuts
 
 
 def saved(folder: Path, arch: str = 'test_res2net', kwargs: Any = TINY, **args: Any) -> str:
@@ -251,11 +251,11 @@ def test_arguments_of_the_caller_override_recorded_ones(tmp_path: Path) -> None:
     assert model.feature_info[-1]['reduction'] == 32
 
 
-def test_recorded_number_of_channels_takes_no_memory(tmp_path: Path) -> None:
+def test_recorded_number_of_channels_allocates_no_memory(tmp_path: Path) -> None:
     assert read_checkpoint(saved(tmp_path, mean=[0.5], in_chans=10**9)).images == dict(mean=(0.5,))
 
 
-def test_train_script_of_an_unknown_model_records_only_image_settings(tmp_path: Path) -> None:
+def test_only_image_settings_are_used_from_a_train_script_of_an_unknown_model(tmp_path: Path) -> None:
     checkpoint = read_checkpoint(saved(tmp_path, arch='hf-hub:somebody/net', img_size=48, crop_pct=0.9))
     assert checkpoint.images == dict(input_size=(3, 48, 48), crop_pct=0.9)
     assert checkpoint.name is None
@@ -304,7 +304,7 @@ def test_lightnings_hyper_parameters_record_the_model(key: str, tmp_path: Path) 
         load_checkpoint(tiny('paddle'), tmp_path / 'last.ckpt')
 
 
-def test_config_of_transformers_beside_the_weights_records_the_model(tmp_path: Path) -> None:
+def test_transformers_config_next_to_the_weights_records_the_model(tmp_path: Path) -> None:
     state = {f'timm_model.{name}': tensor for name, tensor in tiny('paddle').state_dict().items()}
     save_file(state, tmp_path / 'model.safetensors', {'format': 'pt'})
     (tmp_path / 'config.json').write_text(json.dumps({'architecture': VD, 'model_args': {'norm_eps': 1e-3}}))
@@ -327,7 +327,7 @@ def test_images_and_labels_survive_from_file_to_folder_to_model(tmp_path: Path) 
         assert class_names(model) == list('dcba')
 
 
-def test_convert_of_a_bare_file_records_the_image_settings_that_load_model_assumes(tmp_path: Path) -> None:
+def test_convert_of_a_bare_state_dict_records_the_default_image_settings_of_load_model(tmp_path: Path) -> None:
     torch.save(tiny().state_dict(), tmp_path / 'weights.pth')
     convert(tmp_path / 'weights.pth', tmp_path / 'net')
     made = timm.create_model(f'local-dir:{tmp_path}/net', pretrained=True)
@@ -346,7 +346,7 @@ def test_other_numbers_of_channels_get_the_average_mean_and_std(channels: int, t
         assert [*settings['mean'], *settings['std']] == pytest.approx([0.3] * channels + [0.3] * channels)
 
 
-def test_ten_classes_without_names_do_not_get_those_of_the_published_weights(tmp_path: Path) -> None:
+def test_ten_classes_without_names_do_not_get_names_of_published_weights(tmp_path: Path) -> None:
     torch.save(tiny(num_classes=10).state_dict(), tmp_path / 'plain.pth')
     assert class_names(load_model(tmp_path / 'plain.pth'))[:2] == ['class 0', 'class 1']
 
@@ -363,7 +363,7 @@ def test_labels_are_read_from_a_file_or_from_folder_names(tmp_path: Path) -> Non
         read_labels('absent.txt')
 
 
-def test_checkpoint_is_shown_in_one_line(tmp_path: Path) -> None:
+def test_checkpoint_repr_is_one_line(tmp_path: Path) -> None:
     file = saved(tmp_path)
     assert (
         repr(read_checkpoint(file)) == f"Checkpoint('{file}', official, {len(tiny().state_dict())} tensors, 4 classes)"

@@ -28,13 +28,13 @@ CONTENT = bytes(range(256)) * 4000  # 1 MB
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Serves `files`; each request takes one fault from `faults` until none is left."""
+    """Serves `files`; each request uses up one of `faults`, until none is left."""
 
     def __init__(self) -> None:
         super().__init__(('127.0.0.1', 0), Handler)
         self.files: dict[str, bytes] = {}
         self.faults: list[Any] = []
-        self.requests: list[str | None] = []  # the ranges that were requested
+        self.requests: list[str | None] = []  # their Range headers
 
     @property
     def url(self) -> str:
@@ -79,14 +79,14 @@ def contents(path: str) -> bytes:
 
 
 @pytest.mark.parametrize('faults', [[], ['cut']], ids=['complete', 'cut once'])
-def test_download_is_complete_also_after_a_cut(faults: list[Any], server: Server, tmp_path: Path) -> None:
+def test_download_is_complete_even_after_a_broken_connection(faults: list[Any], server: Server, tmp_path: Path) -> None:
     server.faults = faults
     assert download(f'{server.url}/file.bin', tmp_path / 'new' / 'folder', contents) == CONTENT
     (file,) = (tmp_path / 'new' / 'folder').iterdir()
     assert (file.name, file.read_bytes()) == ('file.bin', CONTENT)
     requests = len(server.requests)
     assert download(f'{server.url}/file.bin', file.parent, contents) == CONTENT
-    assert len(server.requests) == requests  # the folder has it
+    assert len(server.requests) == requests  # the folder already has it
 
 
 @pytest.mark.parametrize('faults', [['cut'] * 9, [404] * 9, [503] * 9])
@@ -94,14 +94,14 @@ def test_failed_download_is_a_connection_error_and_leaves_no_file(
     faults: list[Any], server: Server, tmp_path: Path
 ) -> None:
     server.faults = faults
-    with pytest.raises(ConnectionError, match=r'^cannot download http.*\. Without a network, put the file into.*$'):
+    with pytest.raises(ConnectionError, match=r'^cannot download http.*\. If you are offline, put the file into.*$'):
         download(f'{server.url}/file.bin', tmp_path, contents)
     assert list(tmp_path.iterdir()) == []
     server.faults = []
     assert download(f'{server.url}/file.bin', tmp_path, contents) == CONTENT
 
 
-def test_without_a_network_the_message_names_the_folder(server: Server, tmp_path: Path) -> None:
+def test_download_error_without_a_network_names_the_folder(server: Server, tmp_path: Path) -> None:
     start = time.monotonic()
     with pytest.raises(ConnectionError, match=rf'cannot download http://127.*refused.*file into {tmp_path}'):
         download('http://127.0.0.1:9/x', tmp_path, contents)
@@ -153,7 +153,7 @@ FOREIGN = {name: weights.cfg['url'] for name, weights in WEIGHTS.items() if 'url
 
 
 def serve_file(server: Server, url: str, content: bytes) -> dict[str, Any]:
-    """Serves a file instead of a published one; returns the overlay of a pretrained_cfg that downloads it."""
+    """Serves a file in place of a published one; returns a pretrained_cfg overlay that downloads it."""
     path = '/' + url.split('/', 3)[3]
     server.files[path] = content
     return dict(url=server.url + path, custom_load=True)
@@ -223,12 +223,12 @@ def test_create_model_pretrained_with_another_spec_raises_without_a_download(
         timm.create_model(name, pretrained=True, **given)
 
 
-def test_create_model_pretrained_with_a_norm_of_hidden_eps_is_refused(tmp_path: Path) -> None:
+def test_create_model_pretrained_with_another_eps_hidden_in_a_function_is_refused(tmp_path: Path) -> None:
     save_file(tiny().state_dict(), tmp_path / 'net.safetensors')
     overlay = dict(file=str(tmp_path / 'net.safetensors'), num_classes=4)
     options = dict(pretrained=True, pretrained_cfg_overlay=overlay, **TINY)
     timm.create_model('test_res2net', norm_layer=nn.BatchNorm2d, **options)
-    with pytest.raises(ValueError, match=r'its network has norm_eps=1e-05 .*, the model norm_eps=0\.01'):
+    with pytest.raises(ValueError, match=r'its network has norm_eps=1e-05 .*, the model has norm_eps=0\.01'):
         timm.create_model('test_res2net', norm_layer=lambda size, **dd: nn.BatchNorm2d(size, 1e-2, **dd), **options)
 
 
@@ -244,7 +244,7 @@ def test_create_model_pretrained_file_of_another_spec_is_refused(tmp_path: Path)
             timm.create_model('test_res2net', **options, **TINY)
 
 
-def test_create_model_pretrained_timm_names_load_unless_metadata_contradicts(tmp_path: Path) -> None:
+def test_create_model_pretrained_loads_timm_names_unless_metadata_contradicts(tmp_path: Path) -> None:
     expected = tiny('paddle').state_dict()
     overlay = dict(file=str(tmp_path / 'file.safetensors'), num_classes=4)
     options = dict(pretrained=True, pretrained_cfg_overlay=overlay, **TINY)
@@ -256,7 +256,7 @@ def test_create_model_pretrained_timm_names_load_unless_metadata_contradicts(tmp
         timm.create_model('test_res2net', **options)
 
 
-def test_create_model_pretrained_safetensors_of_mmpretrain_names_loads(tmp_path: Path) -> None:
+def test_create_model_pretrained_loads_safetensors_with_mmpretrain_names(tmp_path: Path) -> None:
     state = {f'backbone.{name}': tensor for name, tensor in tiny().state_dict().items()}
     state = {name.replace('backbone.fc.', 'head.fc.'): tensor for name, tensor in state.items()}
     save_file(state, tmp_path / 'file.safetensors')

@@ -1,4 +1,4 @@
-"""A loaded network computes what the file's own code computes; otherwise there is an error or one warning."""
+"""A loaded network computes what the file's own code computes, or else there is an error or a single warning."""
 
 import itertools
 import logging
@@ -32,7 +32,7 @@ STRIDE_16: dict[str, Any] = dict(strides=(1, 2, 2, 1), dilations=(1, 1, 1, 2))
 
 
 def decoder(*names: str) -> dict[str, Tensor]:
-    """Tensors of other modules next to a network."""
+    """Returns tensors of modules next to a network."""
     return {name: torch.ones(4, 4, 1, 1) for name in names or ('decoder.weight',)}
 
 
@@ -43,12 +43,12 @@ def detector_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 PLAIN = timm.create_model('test_res2net', **{**TINY, 'stem_type': '', 'stem_width': 64}, num_classes=0).state_dict()
 PPM = 'backbone_head.weight', 'decode_head.psp_modules.0.1.conv.weight'
-# Files whose geometry is not recorded, and the keywords that the one warning must name.
+# Files that do not record strides and dilations, and the keywords that their only warning must list.
 ASSUMED: dict[str, tuple[dict[str, Tensor], tuple[str, ...]]] = {
     'next to a decoder': ({**under('resnet.', TRUNK), **decoder()}, ('first_block=', 'strides=', 'dilations=')),
     'under a wrapper': ({**under('model.', TRUNK), **decoder()}, ('first_block=', 'strides=', 'dilations=')),
     'without a prefix': ({**TRUNK, **decoder()}, ('first_block=', 'strides=', 'dilations=')),
-    'detector of mmdet 1': (
+    'mmdet 1 detector': (
         {**under('backbone.', TRUNK), **decoder('rpn_head.rpn_conv.weight', 'bbox_head.fc_cls.weight')},
         ("first_block='official'", 'strides='),
     ),
@@ -78,7 +78,7 @@ def test_network_inside_another_gets_one_short_warning_that_names_the_keywords(
         load(file)
         (message,) = warnings_of(caplog)
         assert all(keyword in message for keyword in keywords)
-        assert 'Pass these keywords to change it' in message
+        assert 'Pass these keywords to change them' in message
         assert len(message) - len(str(file)) < 400
 
 
@@ -121,7 +121,7 @@ def test_provenance_distinguishes_recorded_proved_inferred_and_default(tmp_path:
     assert (known['deformable'], known['strides'], known['first_block']) == ('proved', 'inferred', 'inferred')
 
 
-def test_network_of_unknown_geometry_is_refused_by_a_dilated_model_unless_given(tmp_path: Path) -> None:
+def test_network_of_unrecorded_dilations_is_refused_by_a_dilated_model_unless_given(tmp_path: Path) -> None:
     file = save_checkpoint({**under('resnet.', TRUNK), **decoder()}, tmp_path)
     model = tiny(num_classes=0, **STRIDE_16)
     with pytest.raises(CheckpointError, match=r'dilations is assumed.* pass strides=\(1, 2, 2, 1\)'):
@@ -132,7 +132,7 @@ def test_network_of_unknown_geometry_is_refused_by_a_dilated_model_unless_given(
 # Averaged weights
 
 STEPS = {'steps': torch.tensor(7)}
-AVERAGES: dict[str, Callable[[Any, Any], dict[str, Any]]] = {  # from the latest and the averaged weights
+AVERAGES: dict[str, Callable[[Any, Any], dict[str, Any]]] = {  # how files store latest and averaged weights
     'timm': lambda raw, mean: {'state_dict': raw, 'state_dict_ema': mean},
     'plain': lambda raw, mean: {'model': raw, 'ema': mean},
     'YOLO': lambda raw, mean: {'model': raw, 'ema': {'module': mean, 'updates': 3}},
@@ -213,10 +213,10 @@ def test_trunk_with_another_kind_of_classifier_loads_without_it(
     torch.testing.assert_close(load_model(file).eval()(images), tiny(num_classes=0)(images), rtol=0, atol=0)
 
 
-def test_backbone_of_three_stages_loads_as_features_only_and_is_refused_with_the_reason(tmp_path: Path) -> None:
+def test_backbone_of_three_stages_loads_with_features_only_and_is_refused_without(tmp_path: Path) -> None:
     file = save_checkpoint({name: each for name, each in TRUNK.items() if 'layer4' not in name}, tmp_path)
     for load in (load_model, lambda file: convert(file, dry_run=True)):
-        with pytest.raises(CheckpointError, match=r'stage 4 \(layer4\) is missing. Load it into .* features_only=True'):
+        with pytest.raises(CheckpointError, match=r'stage 4 \(layer4\) is missing. Load .* into .* features_only=True'):
             load(file)
     model = timm.create_model('test_res2net', features_only=True, out_indices=(0, 1, 2, 3), **TINY)
     load_checkpoint(model, file)
@@ -233,7 +233,7 @@ def test_recorded_arguments_without_tensors_survive_every_writer(key: str, tmp_p
         torch.testing.assert_close(load().eval()(images), model(images), rtol=0, atol=0)
 
 
-# Every keyword of every trunk through every writer
+# Every keyword of every trunk, through every writer and reader
 
 COMMON: dict[str, tuple[Any, ...]] = dict(
     scale=(2, 3, 4),
@@ -299,7 +299,7 @@ def test_every_argument_of_every_trunk_is_among_the_keywords() -> None:
 
 
 def written_and_read(model: nn.Module, name: str, args: dict[str, Any], folder: Path) -> Iterator[Callable[[], Any]]:
-    """Yields a function per way from a writer, which records the arguments, to a reader; it makes the model again."""
+    """Yields functions that each write a model and its arguments in another way, then load and return it."""
     script = dict(arch=name, state_dict=model.state_dict(), version=2, args=Namespace(model=name, model_kwargs=args))
     torch.save(script, folder / 'last.pth.tar')
     yield lambda: load_model(folder / 'last.pth.tar')
@@ -329,14 +329,14 @@ def written_and_read(model: nn.Module, name: str, args: dict[str, Any], folder: 
 
 
 def spec_keywords(model: nn.Module) -> dict[str, Any]:
-    """The fields of a model's spec that differ from the default; the user of an exported file knows them."""
+    """Returns the fields of a model's spec that differ from the default; users must pass them for an exported file."""
     spec = spec_of(model)
     assert spec is not None
     return {name: getattr(spec, name) for name in spec.differing_fields(type(spec)()) if name != 'deformable'}
 
 
 def random_model(seed: int) -> tuple[nn.Module, str, dict[str, Any]]:
-    """Makes a small network with random arguments; ValueError if they are impossible."""
+    """Creates a small network with random arguments; raises ValueError if they are impossible."""
     rng = random.Random(seed)
     name = rng.choice(('test_res2net', 'test_res2net', *TRUNKS))
     options = {**COMMON, **KEYWORDS[ARCHS[name].trunk.__name__]}
@@ -357,7 +357,7 @@ def random_model(seed: int) -> tuple[nn.Module, str, dict[str, Any]]:
     return model, name, args
 
 
-# FUZZ_NETWORKS=500 tests more networks, and FUZZ_SEED begins at another one.
+# FUZZ_NETWORKS=500 tests more networks; FUZZ_SEED=100 starts at another seed.
 FIRST, COUNT = int(os.environ.get('FUZZ_SEED', 0)), int(os.environ.get('FUZZ_NETWORKS', 4))
 SLOW = [pytest.param(seed, marks=pytest.mark.slow) for seed in range(FIRST + 4, FIRST + 4 + COUNT)]
 
@@ -386,4 +386,4 @@ def test_random_network_comes_back_equal_or_with_an_error_or_a_warning(
         same = found.shape == expected.shape and torch.equal(found, expected)
         assert same or warnings_of(caplog), f'silently different: way {way} of {name}({args})'
         outcomes.append('equal' if same else f'{way} warned')
-    assert [each for each in outcomes[:5] if each != 'equal'] == [], (name, args)  # where everything is recorded
+    assert [each for each in outcomes[:5] if each != 'equal'] == [], (name, args)  # the first five record everything

@@ -1,10 +1,10 @@
-"""Mutated files are read or refused; nothing else ever happens.
+"""Mutated files are read or refused: they never crash the reader or raise other errors.
 
     pytest -m slow tests/weights/test_fuzz.py                             # 10 seconds
     FUZZ_SECONDS=3600 FUZZ_SEED=1 pytest -m slow tests/weights/test_fuzz.py
 
-The sandbox's functions run in a forked worker without a new interpreter for each file, which is 50 times as fast.
-A failure names the seed, and keeps the file.
+The sandbox's functions run in one forked worker, which is 50 times faster than a new interpreter for each file.
+A failure names the seed and keeps the file.
 """
 
 import io
@@ -49,7 +49,7 @@ def parse(content: bytes, complete: bool) -> str:
         raw = readers.read_safetensors(content)
     else:
         out, file = io.BytesIO(), io.BytesIO(content)
-        signal.setitimer(signal.ITIMER_VIRTUAL, 1)  # ends this process, as a limit ends the sandbox
+        signal.setitimer(signal.ITIMER_VIRTUAL, 1)  # ends this process, as the CPU limit ends the sandbox
         try:
             sandbox.answer(sandbox.read_file(file), out)
         except Exception as error:  # as in `sandbox.main`
@@ -85,7 +85,7 @@ NAMES = (
     *('torch._utils _rebuild_tensor_v2', 'collections OrderedDict', 'builtins tuple', '_codecs encode', 'os system'),
     *('builtins set', 'torch Size', 'oneflow Tensor', 'torch._tensor _rebuild_from_type_v2', 'builtins getattr'),
 )
-OPCODES = [  # that make, nest, memoize, call or change something
+OPCODES = [  # which create, nest, memoize, call or change something
     *(bytes([code]) for code in b'.()]}0120NRbQsuaet\x81\x85\x86\x87\x88\x89\x8f\x90\x91\x92\x93\x94lodi'),
     *(b'c' + name.replace(' ', '\n').encode() + b'\n' for name in NAMES),
     *(b'\x8a\x08' + struct.pack('<q', value) for value in INTEGERS if -(2**63) <= value < 2**63),
@@ -153,7 +153,7 @@ CHANGES: list[Callable[[Tensor, random.Random], Tensor]] = [
 
 
 def mutate_network(kind: str, random: random.Random) -> bytes:
-    """Writes a network with tensors of other names, types, shapes or values, or with additional ones."""
+    """Writes a network whose tensors have changed names, types, shapes or values, or with additional tensors."""
     state = dict(SMALL)
     name, way = random.choice([*state]), random.randrange(3)
     if way == 0:
@@ -169,7 +169,7 @@ def mutate_network(kind: str, random: random.Random) -> bytes:
 
 
 def mutated(kind: str, random: random.Random) -> bytes:
-    """Returns a mutated file of a format; the writers may refuse."""
+    """Returns a mutated file of a format; raises an error if a writer refuses the mutation."""
     way = random.randrange(4)
     if way == 0:
         return mutate_bytes(WRITTEN[kind], random)
@@ -181,7 +181,7 @@ def mutated(kind: str, random: random.Random) -> bytes:
 
 
 def work(kind: str, seed: int, end: float, folder: Path) -> None:
-    """Mutates one format until the time is over, and logs the outcome of each file."""
+    """Mutates files of one format until time `end`, and logs the outcome of each."""
     warnings.simplefilter('ignore')
     used = int(Path('/proc/self/statm').read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + 300_000_000, resource.RLIM_INFINITY))
@@ -216,10 +216,10 @@ def test_mutated_file_is_read_or_refused(kind: str, tmp_path: Path) -> None:
         process.start()
         process.join()
         seed = int((tmp_path / 'seed').read_text())
-        # Python's own unpickler can overflow the stack, or run for ever; in use, that ends the sandbox.
+        # Python's own unpickler can overflow the stack or run forever; in real use, this ends only the sandbox.
         ended = 0, -signal.SIGSEGV, -signal.SIGVTALRM
         assert process.exitcode in ended, f'{kind}, seed {seed}, {tmp_path}/file: {process.exitcode}'
         crashed += process.exitcode != 0
     outcomes = Counter((tmp_path / 'outcomes').read_text().split('\n')[:-1]) + Counter(crashed=crashed)
     print(f'{sum(outcomes.values())} files: {dict(outcomes.most_common())}')  # shown by pytest -rP
-    assert outcomes['read'] > 0  # or the mutations show nothing
+    assert outcomes['read'] > 0  # otherwise the mutations test nothing

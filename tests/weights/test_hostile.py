@@ -1,4 +1,4 @@
-"""Hostile files are refused within seconds and 200 MB, with one printable line."""
+"""Hostile files are refused within seconds and 200 MB of memory, with a printable one-line error."""
 
 import io
 import json
@@ -58,7 +58,7 @@ def with_sizes(sizes: bytes) -> bytes:
 
 
 def pax_of_digits() -> bytes:
-    """A tape archive whose PAX header is all digits, which takes Python's reader quadratic time."""
+    """Returns a tar archive whose PAX header is all digits, which takes Python's reader quadratic time."""
     member = tarfile.TarInfo('x')
     member.size, member.type = 2_000_000, b'x'
     return member.tobuf(tarfile.USTAR_FORMAT) + b'1' * member.size + bytes(1024)
@@ -70,13 +70,13 @@ def header(entries: dict[str, Any], content: bytes = bytes(4)) -> bytes:
 
 
 def with_blocks(number: int) -> dict[str, Tensor]:
-    """A network with many blocks, which takes seconds to build."""
+    """Returns a network with many blocks, which takes seconds to build."""
     last = {name[8:]: tensor for name, tensor in SMALL.items() if name.startswith('layer2.1.')}
     return SMALL | {f'layer2.{i}{name}': last[name] for name in last for i in range(1, number)}
 
 
 def with_keys(keys: bytes) -> bytes:
-    """A file of torch before 1.6 with other opcodes for its list of storage keys."""
+    """Returns a file from torch before 1.6, with the given opcodes for its list of storage keys."""
     content = WRITTEN['torch before 1.6']
     file, ends = io.BytesIO(content), []
     for _ in range(5):
@@ -90,7 +90,7 @@ ONE_NUMBER = b'shape {\n dim: 1\n}\ndata_type: kFloat\n'
 
 
 def lying_zip(name: str, packed: int, **others: bytes) -> bytes:
-    """An archive with a 120 MB file whose directory entry claims four bytes."""
+    """Returns an archive with a 120 MB file, for which the directory claims four bytes."""
     target = io.BytesIO()
     with zipfile.ZipFile(target, 'w') as archive:
         for other, content in others.items():
@@ -103,7 +103,7 @@ def lying_zip(name: str, packed: int, **others: bytes) -> bytes:
 
 
 def zip_with_entries(number: int) -> bytes:
-    """An archive whose directory lists one file many times."""
+    """Returns an archive whose directory lists one file many times."""
     content = torch_zip(pickle.dumps({}, 2))
     (offset,) = struct.unpack('<I', content[-6:-2])
     directory = content[offset : offset + 46 + len('archive/data.pkl')] * number
@@ -111,7 +111,7 @@ def zip_with_entries(number: int) -> bytes:
 
 
 def text_offsets() -> bytes:
-    """5,000 tensors whose two offsets are one text of 1 MB."""
+    """Returns 5,000 tensors whose two offsets are the same str of 1 MB."""
     view = b'(' + text('v') + b'h\x00K\x01t'
     storage = b'(' + text('storage') + b'ctorch\nFloatStorage\n' + text('0') + text('cpu') + b'K\x01' + view + b'tQ'
     tensor = b'ctorch._utils\n_rebuild_tensor_v2\n(' + storage + b'h\x00K\x01\x85K\x01\x85\x89}tR'
@@ -120,14 +120,14 @@ def text_offsets() -> bytes:
 
 
 def nested_metadata(depth: int) -> bytes:
-    """Safetensors whose metadata holds nested JSON."""
+    """Returns safetensors whose metadata contains nested JSON."""
     return save(SMALL, {'first_block': 'paddle', 'dilations': '[' * depth + ']' * depth})
 
 
-COLLIDING = [b'\x8a\x0a' + (i * ((1 << 61) - 1)).to_bytes(10, 'little') for i in range(40_000)]  # with one hash
-DOUBLING = b')' + b'q\x00h\x00\x86' * 60  # (t, t) of the tuple before, 60 times
+COLLIDING = [b'\x8a\x0a' + (i * ((1 << 61) - 1)).to_bytes(10, 'little') for i in range(40_000)]  # with the same hash
+DOUBLING = b')' + b'q\x00h\x00\x86' * 60  # (t, t) from the previous tuple t, 60 times
 NESTED = b')' + b'\x85' * 1_000_000
-LEVELS = b'}q\x00' + b''.join(  # of nested dicts; both values of each are one and the same dict
+LEVELS = b'}q\x00' + b''.join(  # of nested dicts, each with one dict as both values
     b'0}(' + b''.join(text(key) + b'h%c' % i for key in 'ab') + b'uq%c' % (i + 1) for i in range(40)
 )
 HUGE = b'\x8b' + struct.pack('<i', 200_000) + b'\x7f' * 200_000
@@ -183,7 +183,7 @@ ATTACKS: dict[str, bytes] = {
     'keys with one hash': b'\x80\x02}(' + b''.join(key + b'N' for key in COLLIDING) + b'u.',
     'PAX header of digits': pax_of_digits(),
     '400 blocks': torch_file(with_blocks(400)),
-    # what is not there
+    # missing data, and other problems
     'storage without bytes': with_keys(b']'),  # torch leaves it uninitialized
     'more than 64 dimensions': pickle.dumps({'a': np.ones(1, 'float32')}).replace(
         b'K\x01\x85', b'(' + b'K\x01' * 65 + b't'
@@ -209,7 +209,7 @@ ATTACKS: dict[str, bytes] = {
 
 
 def memory_of(process: object, key: str) -> int:
-    """Memory of a process in bytes, as Linux counts it: VmRSS now, VmHWM at most. 0 if the process is gone."""
+    """Returns a process's memory in bytes: VmRSS now, VmHWM at its peak; 0 if the process is gone."""
     with suppress(OSError, StopIteration), open(f'/proc/{process}/status') as file:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith(key))
     return 0
@@ -241,7 +241,7 @@ def cpu_seconds() -> float:
 
 
 def load_and_measure(connection: Any) -> None:
-    """Loads the files that come through a pipe, and answers with bytes, seconds and outcome, of both processes."""
+    """Loads each file named on a pipe, and answers with bytes and seconds (of both processes) and the outcome."""
     peaks = sandbox_peaks()
     while True:
         path = connection.recv()
@@ -265,7 +265,7 @@ Load = Callable[[Path], tuple[int, float, str]]
 
 @pytest.fixture(scope='module')
 def load() -> Iterator[Load]:
-    """Loads files in another process; returns bytes and seconds that this took, and the outcome."""
+    """Loads files in another process; returns the bytes and seconds used, and the outcome."""
     context = multiprocessing.get_context('fork')
     connection, theirs = context.Pipe()
     process = context.Process(target=load_and_measure, args=(theirs,), daemon=True)
@@ -283,8 +283,8 @@ def load() -> Iterator[Load]:
     process.join()
 
 
-SECONDS, MEMORY = 4, 200e6  # of parent and sandbox together; the promise is 2 s on an idle machine
-SLOW = {  # those that use up the limit of CPU time, as the OrderedDict does
+SECONDS, MEMORY = 4, 200e6  # of parent and sandbox together; the README promises 2 s
+SLOW = {  # these use up the CPU limit, as 'OrderedDict with one hash' does
     *('40 levels of shared dicts', 'the same as arguments', 'keys with one hash', 'doubling tuples as key'),
     *('tuples as key', 'tuples as type of an array', 'PAX header of digits'),
 }

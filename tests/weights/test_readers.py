@@ -105,7 +105,7 @@ def oneflow_tensor(meta: str) -> bytes:
     return buffer.getvalue()
 
 
-def tape(name: str, content: bytes = b'', kind: bytes = tarfile.REGTYPE) -> bytes:
+def tar(name: str, content: bytes = b'', kind: bytes = tarfile.REGTYPE) -> bytes:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode='w') as archive:
         member = tarfile.TarInfo(name)
@@ -116,7 +116,7 @@ def tape(name: str, content: bytes = b'', kind: bytes = tarfile.REGTYPE) -> byte
 
 def paddle_sizes(*fields: bytes) -> bytes:
     description = b''.join(fields)
-    return tape('w', struct.pack('<IQIi', 0, 0, 0, len(description)) + description + bytes(24))
+    return tar('w', struct.pack('<IQIi', 0, 0, 0, len(description)) + description + bytes(24))
 
 
 def numpy_archive() -> bytes:
@@ -128,12 +128,12 @@ def numpy_archive() -> bytes:
 REFUSED: dict[str, tuple[bytes, str]] = {
     'empty': (b'', "begins with b''"),
     'text': (b'some text', "not a weights file of a known format: it begins with b'some tex'"),
-    'HDF5': (b'\x89HDF\r\n\x1a\n', 'an HDF5 file of Keras'),
-    'ONNX': (b'\x08\x07\x12\x04test', 'an ONNX model.* Give the weights it was made from'),
-    'TFLite': (b'\x1c\0\0\0TFL3', 'a TFLite model. Give the weights it was made from'),
-    'TensorRT': (b'ptrt' + bytes(99), 'a TensorRT engine. Give the weights it was made from'),
-    'pdiparams': (bytes(100), r"PaddlePaddle's inference parameters \(\.pdiparams\).* Give the \.pdparams"),
-    'pdmodel': (field(1, field(1, 0)), r"PaddlePaddle's inference program \(\.pdmodel\)\. Give the \.pdparams"),
+    'HDF5': (b'\x89HDF\r\n\x1a\n', 'an HDF5 file from Keras'),
+    'ONNX': (b'\x08\x07\x12\x04test', 'an ONNX model.* Pass the weights it was made from'),
+    'TFLite': (b'\x1c\0\0\0TFL3', 'a TFLite model. Pass the weights it was made from'),
+    'TensorRT': (b'ptrt' + bytes(99), 'a TensorRT engine. Pass the weights it was made from'),
+    'pdiparams': (bytes(100), r'PaddlePaddle file of inference parameters \(\.pdiparams\).* Pass the \.pdparams'),
+    'pdmodel': (field(1, field(1, 0)), r'PaddlePaddle inference program \(\.pdmodel\)\. Pass the \.pdparams'),
     'numpy archive': (numpy_archive(), 'an archive of numpy arrays'),
     'another zip': (b'PK\x03\x04' + bytes(100), 'not a zip file|BadZipFile'),
     'a list': (pickle.dumps([1, 2]), 'holds a list, not tensors by name'),
@@ -149,7 +149,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
         field(1, field(1, b'name') + field(2, field(1, 7) + field(2, b'Float32') + field(3, bytes(24)))),
         r'shape \[7\] has 24 bytes',
     ),
-    'link in a tape archive': (tape('fc_weights', kind=tarfile.SYMTYPE), "'fc_weights' in it is not a plain file"),
+    'link in a tar archive': (tar('fc_weights', kind=tarfile.SYMTYPE), "its member 'fc_weights' is not a regular file"),
 }
 
 
@@ -170,14 +170,14 @@ def test_file_without_weights_is_refused_in_one_line_with_its_path_and_reason(
         (lambda model, file: torch.jit.script(model).save(file), r'TorchScript.* torch\.jit\.load\(FILE\)'),
         pytest.param(
             lambda model, file: torch.export.save(torch.export.export(model, (torch.zeros(1, 3, 32, 32),)), file),
-            r'program of torch\.export.* torch\.export\.load\(FILE\)',
+            r'torch\.export program.* torch\.export\.load\(FILE\)',
             marks=pytest.mark.slow,
         ),
-        (lambda model, file: torch.save(fuse(model).state_dict(), file), r'fused model.*before `fuse`'),
+        (lambda model, file: torch.save(fuse(model).state_dict(), file), r'fused model.*before calling `fuse`'),
     ],
     ids=['TorchScript', 'torch.export', 'fused'],
 )
-def test_program_or_fused_model_is_refused_with_how_to_get_its_weights(save: Any, message: str, tmp_path: Path) -> None:
+def test_program_or_fused_model_is_refused_with_advice(save: Any, message: str, tmp_path: Path) -> None:
     save(tiny(), f'{tmp_path}/model.pt2')
     with pytest.raises(CheckpointError, match=message):
         read_checkpoint(tmp_path / 'model.pt2')
@@ -194,7 +194,7 @@ def test_program_or_fused_model_is_refused_with_how_to_get_its_weights(save: Any
         ('a\0b', 'a\\\\x00b: .*null'),
     ],
 )
-@pytest.mark.skipif(sys.platform != 'linux', reason='has no such files')
+@pytest.mark.skipif(sys.platform != 'linux', reason='needs files that only Linux has')
 def test_path_that_cannot_be_read_is_a_checkpoint_error_at_once(path: str, message: str, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / 'pipe')
     with pytest.raises(CheckpointError, match=message):
@@ -205,7 +205,7 @@ def test_path_that_cannot_be_read_is_a_checkpoint_error_at_once(path: str, messa
 
 
 class Calls:
-    """Pickles as a call."""
+    """Pickles as a call of a function."""
 
     def __init__(self, function: Any, *args: Any) -> None:
         self.call = function, args
@@ -282,10 +282,10 @@ def test_mindspore_optimizer_state_is_dropped(references: Callable[[str], Path],
     content = [*twins, *(mindspore_value(name, value) for name, value in extra.items())]
     checkpoint = read_checkpoint(write(tmp_path, file.read_bytes() + b''.join(content)))
     assert_same(checkpoint.state, read_checkpoint(file).state)
-    assert len(checkpoint.dropped) == 2 * len(weights) + 2  # text is not a tensor
+    assert len(checkpoint.dropped) == 2 * len(weights) + 2  # 'recipe' is text, not a tensor
 
 
-def test_mindspore_port_with_another_padding_loads_only_with_explicit_first_block(tmp_path: Path) -> None:
+def test_mindspore_port_with_different_padding_loads_only_with_explicit_first_block(tmp_path: Path) -> None:
     state = {}
     for name, tensor in SMALL.items():
         module, _, part = name.rpartition('.')
@@ -308,7 +308,7 @@ def fake_sandbox(folder: Path, code: str) -> str:
 
 
 def respond(**answer: Any) -> str:
-    """Returns code of a sandbox that answers with this."""
+    """Returns the code of a fake sandbox that gives this answer."""
     answer = {'tensors': {}, 'unsupported': {}, 'storages': [], 'values': {}, **answer}
     return f'print({json.dumps(answer)!r}, flush=True)'
 
@@ -351,7 +351,7 @@ LIES: dict[str, str] = {
 
 
 @pytest.mark.parametrize('code', LIES.values(), ids=[*LIES])
-def test_sandbox_that_lies_or_dies_ends_as_one_checkpoint_error(
+def test_sandbox_that_lies_or_dies_leads_to_a_checkpoint_error(
     code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(readers, 'SANDBOX', fake_sandbox(tmp_path, code))
@@ -368,9 +368,7 @@ def test_sandbox_that_hangs_is_killed(tmp_path: Path, monkeypatch: pytest.Monkey
         read_file(write(tmp_path, bytes(100)))
 
 
-def test_sandbox_that_cannot_be_started_is_one_checkpoint_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_sandbox_that_cannot_be_started_is_a_checkpoint_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, 'executable', str(tmp_path / 'absent'))
     with pytest.raises(CheckpointError, match=r'cannot start the process.*No such file or directory\. Try again'):
         read_file(write(tmp_path, WRITTEN['torch']))
@@ -394,7 +392,7 @@ def test_interrupt_kills_the_sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert threading.active_count() <= before
 
 
-def test_sandbox_in_a_path_with_spaces_reads_and_writes_no_files_there(
+def test_sandbox_in_a_path_with_spaces_works_and_writes_no_files_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = tmp_path / 'a place with spaces'
@@ -406,7 +404,7 @@ def test_sandbox_in_a_path_with_spaces_reads_and_writes_no_files_there(
     assert os.listdir() == ['sandbox.py']
 
 
-@pytest.mark.skipif(not hasattr(os, 'fork'), reason='has no such limits')
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs POSIX')
 def test_file_that_shrinks_between_parse_and_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, read = write(tmp_path, WRITTEN['torch']), readers.read_answer
 
@@ -427,8 +425,8 @@ def test_names_and_messages_are_printable_and_bounded(tmp_path: Path) -> None:
         torch_file({**SMALL, 'bn1.weight': torch.ones(3), terminal + 'x': torch.ones(1)}),
         torch_file({f'{terminal}{i}.{name}': value + i for name, value in SMALL.items() for i in (1, 2)}),
         b'\x80\x04\x8c\x07builtins\x8c' + bytes([len(terminal.encode())]) + terminal.encode() + b'\x93.',
-        tape(terminal, kind=tarfile.SYMTYPE),
-        tape(terminal, b'abc'),
+        tar(terminal, kind=tarfile.SYMTYPE),
+        tar(terminal, b'abc'),
         save({'a': torch.ones(1)}).replace(b'F32', b'\\n2'),
         mindspore_value(terminal, torch.ones(1)),
         torch_file({'x' * 5_000_000 + 'layer1.0.convs.0.weight': torch.ones(1)}),

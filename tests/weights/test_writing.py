@@ -25,7 +25,7 @@ from timm_res2net.weights.convert import convert, folder_for
 
 resource = pytest.importorskip('resource')
 pytestmark = [
-    pytest.mark.skipif(sys.platform == 'win32', reason='has no such permissions, limits and locks'),
+    pytest.mark.skipif(sys.platform == 'win32', reason='Windows has no such permissions, limits and locks'),
     pytest.mark.filterwarnings('ignore:.*fork'),  # by Python 3.12, in a process with threads
 ]
 
@@ -58,7 +58,7 @@ def test_new_files_and_folders_have_the_permissions_of_the_umask(file: Path, uma
         assert mode(path) == 0o640
 
 
-def test_content_is_on_the_disk_before_it_gets_its_name(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_content_is_synced_to_disk_before_it_gets_its_name(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
 
     def recording(function: Callable[..., Any], name: Callable[..., str]) -> Callable[..., Any]:
@@ -96,7 +96,7 @@ def test_new_folder_that_another_process_makes_first_keeps_its_files(
 
 
 def run(work: Callable[..., object], *args: Any) -> int | None:
-    """Runs a function in another process; returns its exit status."""
+    """Runs a function in another process; returns the exit status."""
     process = multiprocessing.get_context('fork').Process(target=work, args=args)
     process.start()
     process.join(60)
@@ -104,7 +104,7 @@ def run(work: Callable[..., object], *args: Any) -> int | None:
 
 
 def limited(size: int, work: Callable[[], object]) -> None:
-    """Exits with 0 if a limit on the size of files leads to an OSError of one line that names it."""
+    """Limits the size of files and calls `work`; exits with 0 if this raises a one-line OSError with the reason."""
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
     try:
         work()
@@ -167,7 +167,7 @@ def test_write_follows_links(write: Callable[[Path, str], object], tmp_path: Pat
     assert (tmp_path / 'out' / 'link').is_symlink()
 
 
-def test_convert_killed_before_the_first_rename_is_done_by_the_next_convert(file: Path) -> None:
+def test_convert_killed_before_the_first_rename_can_be_repeated(file: Path) -> None:
     out = file.parent / 'out'
     out.mkdir()
     (out / 'notes.txt').write_text('mine')

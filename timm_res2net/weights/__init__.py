@@ -1,1 +1,1 @@
-"""Other people's files of weights: read safely, recognised, renamed, and loaded into a model that computes the same."""
+"""Reads and renames other projects' weights, loads them into models that compute the same, and exports them."""

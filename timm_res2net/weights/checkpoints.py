@@ -1,4 +1,4 @@
-"""From a weights file to a `Checkpoint`: a network's tensors under timm's names, and what the network computes."""
+"""Turns a weights file into a `Checkpoint`: a network's tensors under timm's names, and what the network computes."""
 
 from collections import Counter
 from collections.abc import Mapping
@@ -38,26 +38,26 @@ class Checkpoint:
     """A network read from a weights file: tensors under timm's names, what it computes, and how each fact is known.
 
     Attributes:
-        file: The file, for messages.
-        dialect: Whose tensor names it has, a key of `DIALECTS`.
+        file: Path of the file, as messages show it.
+        dialect: Naming scheme of the file's tensors, a key of `DIALECTS`.
         prefix: Prefix of the network's tensor names in the file.
-        state: Tensors by timm's names; floating-point ones are float32, on the CPU.
-        spec: What the network computes; None if no model here computes it.
-        provenance: How each field of `spec` is known. 'recorded': the file, the `config.json` next to it or the caller
-            specifies it. 'proved': names and shapes leave no other possibility. 'inferred': other tensors in the file
-            are those of a known project. 'default': nothing specifies it.
-        is_part: Whether the network is part of a larger one, as the file also holds other modules.
-        project: The larger network, if it is a known one.
-        unsupported: Why `spec` is None.
-        weights_from: 'ema' if averaged weights were taken, 'model' if the latest; None if the file has one kind only.
-        name: The recorded model, a key of `ARCHS`.
-        model_args: Its recorded arguments.
-        dropped: Names in the file of tensors that were left out, and why.
-        filled: Names in `state` of tensors that the file lacks; they are filled with zeros.
-        cast: How many tensors were cast to float32, by their type in the file.
-        images: Recorded settings of image preprocessing, as in timm's `pretrained_cfg`.
-        labels: Names of the classes, recorded in `config.json`.
-        record: Results, license and other facts that a push recorded.
+        state: Tensors keyed by timm's names; floating-point tensors are float32, on the CPU.
+        spec: What the network computes; None if no model in this package computes it.
+        provenance: How each field of `spec` is known. 'recorded': specified by the file, by the `config.json` next to
+            it or by the caller. 'proved': names and shapes leave no other possibility. 'inferred': the other tensors in
+            the file are those of a known project. 'default': not specified anywhere.
+        is_part: Whether the network is part of a larger one, judging by its prefix and the file's other tensors.
+        project: Name of the larger network, if it is a known one.
+        unsupported: Why no model in this package computes the network; '' if one does.
+        weights_from: 'ema' if averaged weights were chosen, 'model' if the latest; None if the file has only one kind.
+        name: Name of the recorded model, a key of `ARCHS`; None if none is recorded.
+        model_args: Recorded arguments of that model.
+        dropped: Tensors of the file that were left out: the reason, keyed by name.
+        filled: Names in `state` of tensors that are missing from the file, and were filled with zeros.
+        cast: Number of tensors that were cast to float32, keyed by their type in the file.
+        images: Recorded image preprocessing settings, as in timm's `pretrained_cfg`.
+        labels: Class names recorded in `config.json`.
+        record: Results, license and other facts recorded by `push`.
     """
 
     file: str
@@ -86,7 +86,7 @@ class Checkpoint:
 
     @property
     def num_classes(self) -> int:
-        """Number of classes; 0 without a classifier."""
+        """Number of classes; 0 if there is no classifier."""
         return len(self.state.get('fc.weight', ()))
 
     @property
@@ -105,14 +105,14 @@ class Checkpoint:
         return self.spec
 
     def with_spec(self, **fields: Any) -> 'Checkpoint':
-        """Returns the checkpoint with fields of its spec set by the caller, which are then recorded.
+        """Returns a copy in which the given fields of the spec are set, and marked as recorded.
 
         Raises:
-            ValueError: For an impossible value.
-            TypeError: For a field that a spec does not have.
+            ValueError: If a value is impossible.
+            TypeError: If a keyword is not a field of `NetworkSpec`.
         """
         if unknown := [name for name in fields if name not in FIELDS]:
-            raise TypeError(f'unknown argument {unknown[0]!r}. A network spec has {", ".join(FIELDS)}')
+            raise TypeError(f'unknown argument {unknown[0]!r}. Choose from {", ".join(FIELDS)}')
         if not fields:
             return self
         recorded: dict[str, Provenance] = dict.fromkeys(fields, 'recorded')
@@ -128,23 +128,23 @@ def read_checkpoint(
     weights_from: str | None = None,
     **spec: Any,
 ) -> Checkpoint:
-    """Reads a Res2Net's weights from a file of any known code base, without running code in it.
+    """Reads a Res2Net's weights from a file of any known code base, without running code from the file.
 
     Args:
-        file: .safetensors, .pth, .pdparams, .pkl, .ckpt of MindSpore, .tar of PaddlePaddle or .zip of OneFlow, detected
+        file: A .safetensors, .pth, .pdparams, .pkl, MindSpore .ckpt, PaddlePaddle .tar or OneFlow .zip file, detected
             by content; or a folder with `config.json` and `model.safetensors`.
-        dialect: Whose tensor names the file has, a key of `DIALECTS`; detected if None.
+        dialect: Naming scheme of the file's tensors, a key of `DIALECTS`; detected if None.
         prefix: Prefix of the network's tensor names, for a file with several networks; detected if None.
-        weights_from: 'ema' for averaged or 'model' for the latest weights, in a file that has both; 'ema' if None.
+        weights_from: 'ema' (averaged) or 'model' (latest), for a file that has both kinds; None means 'ema'.
         **spec: Fields of `NetworkSpec` that the file does not record, such as `first_block` or `dilations`.
 
     Returns:
         The checkpoint. `.assumed` lists the fields of its spec that are neither recorded nor proved by tensors.
 
     Raises:
-        CheckpointError: If the file cannot be read, or holds no Res2Net, or more than one.
-        ValueError: For an impossible argument.
-        TypeError: For an argument that is not a field of `NetworkSpec`.
+        CheckpointError: If the file cannot be read, or does not contain exactly one Res2Net.
+        ValueError: If an argument has an impossible value.
+        TypeError: If a keyword is not a field of `NetworkSpec`.
 
     Example:
         >>> checkpoint = timm_res2net.read_checkpoint('res2net50_v1b_26w_4s-3cf99910.pth')
@@ -161,7 +161,7 @@ def read_checkpoint(
 
 
 def with_record(checkpoint: Checkpoint, path: Path, config: Mapping[str, Any]) -> Checkpoint:
-    """Adds the facts that a push recorded in `config.json`, unless it recorded them for another file."""
+    """Adds the facts that `push` recorded in `config.json`, if the recorded checksum is that of the file."""
     if 'sha256' not in config.get(RECORD, {}) or config[RECORD]['sha256'] != sha256(path):
         return checkpoint
     return replace(checkpoint, record={'tag': config['pretrained_cfg'].get('tag'), **config[RECORD]})
@@ -175,7 +175,7 @@ def identify(
     weights_from: str | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> Checkpoint:
-    """Finds the network in a file and determines what it computes; `config` is the `config.json` next to the file."""
+    """Finds the network in a file and determines what it computes; `config` is the parsed `config.json`."""
     if dialect is not None and dialect not in DIALECTS:
         raise ValueError(f'unknown dialect {dialect!r}. Choose from {", ".join(DIALECTS)}')
     if weights_from not in (None, 'ema', 'model'):
@@ -216,7 +216,7 @@ def identify(
 def specify(
     raw: RawFile, dialect: str, prefix: str, state: Mapping[str, Tensor], is_part: bool, config: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """Returns the fields of a `Checkpoint` about its spec, which is recorded, a known project's, or the dialect's."""
+    """Returns the fields of a `Checkpoint` about its spec: the recorded, the known project's, or the dialect's."""
     try:
         name, args = recorded_model(raw, config)
         recorded = recorded_spec(raw, name, args)
@@ -246,22 +246,22 @@ def specify(
 
 
 def first_convolution(state: Mapping[str, Tensor]) -> str:
-    """Returns the tensor name of a network's first convolution."""
+    """Returns the name of the weight of a network's first convolution."""
     for stem, _ in DIALECTS['official'].stems:
         if stem in state and state[stem].ndim == 4:
             return stem
-    raise CheckpointError('the first convolution of its network is missing')
+    raise CheckpointError("the network's first convolution is missing")
 
 
 def require_unfused(state: Mapping[str, Tensor]) -> None:
-    """Raises CheckpointError for weights of a fused model, whose convolutions have biases and no norms."""
+    """Raises CheckpointError if weights are from a fused model, whose convolutions have biases and no norms."""
     modules = {name.rpartition('.')[0] for name in state if name.endswith('.conv3.bias')}
     if any(f'{module.removesuffix("conv3")}bn3.weight' not in state for module in modules):
-        raise CheckpointError('it is a fused model, with norms folded into convolutions. Save it before `fuse`')
+        raise CheckpointError('it holds a fused model, without norms. Save the model before calling `fuse`')
 
 
 def zeros_for(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Returns zeros for tensors that some code bases lack: batch counters, and biases of offsets."""
+    """Returns zeros for tensors that some code bases do not have: batch counters, and biases of offset convolutions."""
     zeros = {}
     for name, tensor in state.items():
         module, _, last = name.rpartition('.')
@@ -273,13 +273,13 @@ def zeros_for(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def irrelevant_fields(state: Mapping[str, Tensor], spec: NetworkSpec) -> set[str]:
-    """Returns the fields of a spec that do not matter for a network with these tensors."""
-    matters = {
+    """Returns the fields of a spec that have no effect on a network with these tensors."""
+    has_effect = {
         'dilate_first': spec.dilations != NetworkSpec.dilations,
         'shortcut_root': any('.root.' in name for name in state),
         'attn_layer': any('.se.conv.' in name for name in state),
     }
-    return {name for name, does in matters.items() if not does}
+    return {name for name, effect in has_effect.items() if not effect}
 
 
 def convolves_all_splits(state: Mapping[str, Tensor]) -> bool:
@@ -291,7 +291,7 @@ def convolves_all_splits(state: Mapping[str, Tensor]) -> bool:
 
 
 def deformable_stages(state: Mapping[str, Tensor]) -> tuple[str | None, ...]:
-    """Returns the version of each stage's deformable convolutions, proved by the channels of their offsets."""
+    """Returns the version of each stage's deformable convolutions, proved by the number of their offset channels."""
     versions = {channels: version for version, channels in VERSIONS.items()}
     offsets = [state.get(f'layer{stage}.0.convs.0.conv_offset.weight', ()) for stage in (1, 2, 3, 4)]
     return tuple(versions.get(len(each)) for each in offsets)

@@ -1,7 +1,7 @@
-"""Facts about weights that are recorded: in `config.json`, in a file's own metadata, or by a training script.
+"""Reads and writes recorded facts about weights: in `config.json`, in a file's metadata, or by a training script.
 
 timm, transformers and the Hub store a model as a folder with `config.json` and `model.safetensors`. Both are untrusted:
-only arguments that the model's constructor has are used, with plain and bounded values.
+only arguments of the model's constructor are accepted, with plain and bounded values.
 """
 
 import hashlib
@@ -29,19 +29,19 @@ from .readers import RawFile
 _logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE, CONFIG_FILE = 'model.safetensors', 'config.json'
-RECORD = 'timm_res2net'  # the key of our own record
+RECORD = 'timm_res2net'  # key of this package's own record
 MAX_CONFIG = 5_000_000  # bytes
 IMAGES = tuple(IMAGE_SETTINGS)
-# Numbers in `model_args`: a small file could describe a network that takes hours to make.
+# Limits of `model_args`: without them, a small file could describe a network that takes hours to build.
 MAX_NUMBERS = {'layers': 200, 'levels': 8, 'scale': 64, 'num_classes': 1_000_000}
 MAX_NUMBER, MAX_TEXT, MAX_ITEMS, MAX_DEPTH = 4096, 100, 64, 3
 
 
-# Reading what is recorded
+# Reading
 
 
 def read_config(folder: PathLike, source: str | None = None) -> dict[str, Any]:
-    """Reads a folder's `config.json`; messages call the folder `source`."""
+    """Reads a folder's `config.json`; error messages show the folder as `source`."""
     where = f'{CONFIG_FILE} of {source or folder}'
     try:
         with open_regular(Path(folder, CONFIG_FILE)) as file:
@@ -59,8 +59,8 @@ def read_config(folder: PathLike, source: str | None = None) -> dict[str, Any]:
 
 
 def with_pretrained_cfg(config: dict[str, Any]) -> dict[str, Any]:
-    """Returns a configuration in its present form; timm first wrote all keys in one mapping."""
-    resaved = 'transformers_version' in config  # with other weights than those that our record is about
+    """Returns a configuration in the current layout; early versions of timm wrote all keys to one mapping."""
+    resaved = 'transformers_version' in config  # possibly with weights other than those that our record describes
     flat = {key: value for key, value in config.items() if key not in ('model_args', RECORD)}
     parts = {
         'model_args': config.get('model_args') or {},
@@ -74,7 +74,7 @@ def with_pretrained_cfg(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_model_args(arch: Arch, args: Mapping[str, Any]) -> None:
-    """Raises ValueError for recorded arguments that the model's constructor lacks, or that have impossible values."""
+    """Raises ValueError if a recorded argument is unknown to the model's constructor, or has an impossible value."""
     allowed = {*arch.trunk.arguments()} - {*ARGUMENTS['placement']}
     for key, value in args.items():
         if key not in allowed:
@@ -86,7 +86,7 @@ def check_model_args(arch: Arch, args: Mapping[str, Any]) -> None:
 
 
 def beyond_row(name: str, args: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the arguments that differ from those of the model's row in `ARCHS`; JSON has lists for tuples."""
+    """Returns the arguments that differ from those of the model's row in `ARCHS`; JSON turns tuples into lists."""
     row, values = ARCHS[name].args, {key: tuple(each) if isinstance(each, list) else each for key, each in args.items()}
     return {key: args[key] for key, value in values.items() if row.get(key) != value}
 
@@ -105,7 +105,7 @@ def is_plain(value: object, largest: float, depth: int = MAX_DEPTH) -> bool:
 
 
 def recorded_model(raw: RawFile, config: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
-    """Returns the recorded model, a key of `ARCHS`, and its arguments; None and no arguments if there is none."""
+    """Returns the recorded model's name, a key of `ARCHS`, and its arguments; (None, {}) if none is recorded."""
     parameters = raw.values.get('hyper_parameters') or {}
     names = {value for value in parameters.values() if isinstance(value, str) and value.partition('.')[0] in ARCHS}
     spec = {key: value for key, value in parameters.items() if key in ARGUMENTS['spec']}
@@ -125,7 +125,7 @@ def recorded_model(raw: RawFile, config: Mapping[str, Any]) -> tuple[str | None,
 
 
 def train_script_model(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Returns the model's name and arguments in a checkpoint of timm's train script, or of a similar script."""
+    """Returns the model's name and arguments as recorded by timm's train script, or a similar script."""
     recorded = values.get('args')
     args: dict[str, Any] = recorded if isinstance(recorded, dict) else {}
     given = next((each for each in (args.get('model_kwargs'), values.get('model_args')) if isinstance(each, dict)), {})
@@ -134,15 +134,15 @@ def train_script_model(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
 
 
 def recorded_spec(raw: RawFile, name: str | None, args: Mapping[str, Any]) -> NetworkSpec | None:
-    """Returns the recorded spec, or the spec of the recorded model; None without either."""
-    for text in (raw.metadata, raw.values.get(RECORD) or {}):
-        if 'first_block' in text:
-            return NetworkSpec.from_text(text)
+    """Returns the recorded spec, or the spec of the recorded model; None if neither is recorded."""
+    for recorded in (raw.metadata, raw.values.get(RECORD) or {}):
+        if 'first_block' in recorded:
+            return NetworkSpec.from_text(recorded)
     return None if name is None else NetworkSpec.from_arguments({**ARCHS[name].args, **args})
 
 
 def recorded_images(raw: RawFile, config: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """Returns the recorded image settings; ignores impossible ones of a training script."""
+    """Returns the recorded image settings; ignores impossible ones from a training script, with a warning."""
     args = raw.values.get('args')
     if not isinstance(args, dict):
         return check_image_settings(config.get('pretrained_cfg') or {})
@@ -157,15 +157,15 @@ def recorded_images(raw: RawFile, config: Mapping[str, Any], source: str) -> dic
 
 
 def warn_of_class_map(raw: RawFile, source: str) -> None:
-    """Logs that timm's train script took the order of the classes from a file, which only the user has."""
+    """Warns if timm's train script read the order of the classes from a file that only the user has."""
     args = raw.values.get('args')
     if isinstance(args, dict) and args.get('class_map'):
         shown = sanitize(source), sanitize(str(args['class_map']))
-        _logger.warning('%s has its classes in the order of %s (--class-map). Pass that file as --labels.', *shown)
+        _logger.warning('the classes in %s are in the order of %s (--class-map). Pass that file as --labels.', *shown)
 
 
 def recorded_labels(config: Mapping[str, Any], num_classes: int) -> tuple[str, ...]:
-    """Returns the class names in a configuration, if it has any; ValueError if they are invalid."""
+    """Returns the class names in a configuration, () if it has none; raises ValueError if they are invalid."""
     names = config.get('label_names') or (config.get('pretrained_cfg') or {}).get('label_names')
     if not names:
         return ()
@@ -174,7 +174,7 @@ def recorded_labels(config: Mapping[str, Any], num_classes: int) -> tuple[str, .
 
 
 def require_labels(labels: Sequence[str], num_classes: int, key: str = 'labels') -> None:
-    """Raises ValueError unless labels are a list with a name for each class."""
+    """Raises ValueError unless `labels` is a list with one name per class."""
     if not isinstance(labels, list | tuple) or not all(isinstance(label, str) for label in labels):
         raise ValueError(f'{key} must be a list of str')
     if len(labels) != num_classes:
@@ -206,7 +206,7 @@ def require_no_model(folder: Path) -> None:
     """Raises ValueError if a folder already holds a model or one of its files."""
     for name in (WEIGHTS_FILE, CONFIG_FILE):
         if os.path.lexists(folder / name):
-            raise ValueError(f'cannot write {folder}: it already has a {name}. Choose another folder')
+            raise ValueError(f'cannot write {folder}: it already contains {name}. Choose another folder')
 
 
 def make_config(
@@ -217,7 +217,7 @@ def make_config(
     labels: Sequence[str] = (),
     **record: Any,
 ) -> dict[str, Any]:
-    """Makes the content of a `config.json`; `record` is what this package records about the weights."""
+    """Returns the content of a `config.json`; `record` has the facts that this package adds about the weights."""
     cfg = with_channels(cfg, args.get('in_chans', 3))
     return dict(
         architecture=name,
@@ -231,7 +231,7 @@ def make_config(
 
 
 def write_folder(folder: Path, state: dict[str, Tensor], config: dict[str, Any], spec: NetworkSpec | None) -> None:
-    """Writes `config.json` and `model.safetensors`, whose metadata also records model and spec; both or neither."""
+    """Writes both or neither of `config.json` and `model.safetensors`, with model and spec in its metadata."""
     args = json.dumps(config['model_args'], sort_keys=True)
     metadata = {'format': 'pt', 'architecture': config['architecture'], 'model_args': args}
     metadata |= spec.as_text() if spec is not None else {}
@@ -241,7 +241,7 @@ def write_folder(folder: Path, state: dict[str, Tensor], config: dict[str, Any],
 
 
 def serialize(state: dict[str, Tensor], metadata: dict[str, str]) -> bytes:
-    """Serializes to safetensors with sorted metadata: the library writes it in random order."""
+    """Serializes to safetensors with sorted metadata, which the library itself writes in random order."""
     content = save(state, metadata)
     end = 8 + int.from_bytes(content[:8], 'little')
     header = json.loads(content[8:end])

@@ -1,4 +1,4 @@
-"""Converts weights: other people's files to a folder for timm, a model's weights to a file for other people's code."""
+"""Converts other projects' weights files to folders for timm, and exports models' weights to other code bases."""
 
 import io
 import pickle
@@ -31,9 +31,9 @@ class Conversion:
     """A weights file converted to a folder that timm loads."""
 
     checkpoint: Checkpoint
-    name: str  # of the model
-    args: dict[str, Any]  # beyond those of its row in `ARCHS`
-    config: dict[str, Any]  # content of config.json, with the checksums of both files
+    name: str  # name of the model
+    args: dict[str, Any]  # that differ from the model's row in `ARCHS`
+    config: dict[str, Any]  # content of config.json, including checksums
     folder: Path
 
 
@@ -51,8 +51,8 @@ def convert(
 ) -> Conversion:
     """Converts a weights file to a folder that `timm.create_model('local-dir:OUT', pretrained=True)` loads.
 
-    Finds the model if None is given. The folder must not contain a model; by default it is named after the file.
-    `labels` replace the recorded class names. The other arguments are those of `read_checkpoint`.
+    If `model` is None, finds it from the file. The folder `out` must not contain a model yet; by default, it is named
+    after the file. `labels` replaces the recorded class names. The other arguments are those of `read_checkpoint`.
     """
     if model is not None and model not in ARCHS:
         raise UnknownModelError.among(model, ARCHS, ' in this package')
@@ -75,7 +75,7 @@ def convert(
 
 
 def describe_weights(name: str, args: dict[str, Any], file: str) -> dict[str, Any]:
-    """Returns timm's configuration of published weights if the file has their name; else one without a license."""
+    """Returns timm's configuration of the published weights with this file name, or else one without a license."""
     tags = [key for key in WEIGHTS if key.split('.')[0] == name and not args]
     published = [key for key in tags if Path(WEIGHTS[key].cfg.get('url', '')).name == file]
     if published:
@@ -85,21 +85,21 @@ def describe_weights(name: str, args: dict[str, Any], file: str) -> dict[str, An
 
 
 def folder_for(file: PathLike) -> Path:
-    """Returns the default folder for a converted file: its name without suffix and leading dots."""
-    name = Path(file).stem.removesuffix('.pth').lstrip('.')  # x of x.pth.tar
+    """Returns the default folder for a converted file: the file's name without suffix and leading dots."""
+    name = Path(file).stem.removesuffix('.pth').lstrip('.')  # 'x' for 'x.pth.tar'
     if not name:
         raise ValueError(f'cannot name a folder after {str(file)!r}. Pass out')
     return Path(name)
 
 
 def export_checkpoint(model: nn.Module, file: PathLike, dialect: str) -> None:
-    """Saves a model's weights for another code base, whose network then computes the same.
+    """Saves a model's weights for another code base, whose network then computes the same outputs.
 
     Args:
         model: A ResNet-hosted model of this package.
         file: File to write: `.pdparams` for PaddleClas, `.pth` for the others. The write is atomic.
         dialect: 'official' (the authors' code), 'mmpretrain', 'mmdet' or 'paddleclas'. A backbone for mmdet may have
-            strides, dilations and deformable convolutions, which its configuration has to repeat.
+            other strides and dilations, and deformable convolutions: repeat these in mmdet's configuration.
 
     Raises:
         ValueError: If that code base has no such network or would compute something else, or if weights are not
@@ -118,9 +118,9 @@ def export_checkpoint(model: nn.Module, file: PathLike, dialect: str) -> None:
     if difference := describe_difference(model, dialect):
         raise ValueError(f'cannot export to {dialect}: the weights would load and compute something else. {difference}')
     spec = spec_of(model)
-    assert spec is not None  # or `rename_for` would have found no Res2Net
+    assert spec is not None  # otherwise `rename_for` would have raised
 
-    data = io.BytesIO()  # on a full disk, `torch.save` to a file raises anything but an OSError
+    data = io.BytesIO()  # written later, as `torch.save` to a full disk does not raise an OSError
     if dialect == 'paddleclas':
         pickle.dump({name: tensor.numpy() for name, tensor in renamed.items()}, data, protocol=4)
     elif DIALECTS[dialect].prefix:
@@ -135,19 +135,19 @@ def describe_difference(model: nn.Module, dialect: str) -> str:
 
     Compares them layer by layer, as strides, dilations, activations and pools have no tensors.
     """
-    their, ours = DIALECTS[dialect], spec_of(model)
-    theirs = their.detector_spec or their.spec
+    target, ours = DIALECTS[dialect], spec_of(model)
+    theirs = target.detector_spec or target.spec
     assert ours is not None
     assert theirs is not None
     if len({*ours.deformable} - {None}) > 1:
-        return f'It has one kind of deformable convolution in all stages, the model has {ours.deformable}'
-    spec = replace(theirs, **{field: getattr(ours, field) for field in their.options})
+        return f'Its network has one kind of deformable convolution, the model has deformable={ours.deformable}'
+    spec = replace(theirs, **{field: getattr(ours, field) for field in target.options})
     if any(isinstance(dilation, tuple) for dilation in spec.dilations):
-        return f'It has one dilation for all blocks of a stage, the model has dilations={ours.dilations}'
+        return f'Its network has one dilation for all blocks of a stage, the model has dilations={ours.dilations}'
     if names := spec.differing_fields(ours):
-        return f'It has {spec.as_keywords(names)}, the model {ours.as_keywords(names)}'
+        return f'Its network has {spec.as_keywords(names)}, the model has {ours.as_keywords(names)}'
     classes = getattr(model, 'num_classes', 0)
-    fields = {field: value for field, value in vars(spec).items() if field != 'shortcut_root'}  # of a DLA
+    fields = {field: value for field, value in vars(spec).items() if field != 'shortcut_root'}  # only for DLAs
     args = {**resnet_arguments(model.state_dict()), **fields}
     channels = next(iter(model.parameters())).shape[1]
     outline = Res2Net(**args, num_classes=classes, in_chans=channels, device='meta')

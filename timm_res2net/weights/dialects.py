@@ -1,7 +1,7 @@
 """Rename tables: how each code base names the tensors of a Res2Net, and what its networks compute.
 
-Code bases give the same names and shapes to networks that compute different things. So each dialect also records the
-`NetworkSpec` of its networks, and which fields of it other code with the same names may set differently.
+Code bases use the same names and shapes for networks that compute different things. Each dialect therefore also records
+the `NetworkSpec` of its networks, and which of its fields other code with the same names may set differently.
 """
 
 from collections.abc import Iterable
@@ -9,19 +9,19 @@ from dataclasses import dataclass, field
 
 from ..models.spec import NetworkSpec
 
-# A row replaces the beginning of a name, theirs by ours; the first row that matches is used:
+# A row (theirs, ours) replaces the beginning of a name; the first row that matches is used:
 #
 #     ('res{s}.{i}.conv1.norm.', 'layer{s}.{i}.bn1.')   with offsets={'s': -1}
 #     res3.0.conv1.norm.weight -> layer2.0.bn1.weight
 #
-# {s} is the number of a stage, {i} of a block, {k} of a convolution in the block, {j} of a layer in a stem or shortcut.
-# Two more are PaddlePaddle's: {letter} is a block counted a, b, c, and {path} repeats stage and block ('res2a').
-# '../head.' is a sibling of the module that contains the network: for 'backbone.', '../head.fc.' is 'head.fc.'.
+# {s} numbers stages, {i} blocks in a stage, {k} convolutions in a block, and {j} layers in a stem or shortcut.
+# PaddlePaddle needs two more: {letter} counts blocks as a, b, c, and {path} repeats stage and block ('res2a').
+# '../head.' is next to the network's module: if the prefix is 'backbone.', '../head.fc.' stands for 'head.fc.'.
 Rows = tuple[tuple[str, str], ...]
 
 
 def conv_norm(theirs: tuple[str, str], names: Iterable[str], ours: Iterable[tuple[str, str]]) -> Rows:
-    """Makes two rows for each name, for a convolution and for its norm; the name replaces * in `theirs`."""
+    """Returns two rows for each name, one for a convolution and one for its norm; the name replaces * in `theirs`."""
     return tuple(
         (template.replace('*', name), target)
         for name, pair in zip(names, ours)
@@ -49,13 +49,13 @@ PADDLE_DEEP_STEM = conv_norm(
 )
 ARCHIVE = 'res{s}{letter}_*_', 'bn{s}{letter}_*_'
 ARCHIVE_BLOCKS = (
-    ('res{s}{letter}_branch2b_{k}_conv_offset.', OFFSET),  # of PaddleDetection
+    ('res{s}{letter}_branch2b_{k}_conv_offset.', OFFSET),  # only in PaddleDetection
     *conv_norm(ARCHIVE, ('branch2a', 'branch2b_{k}', 'branch2c'), BLOCK),
     ('fc_', 'fc.'),
 )
 ARCHIVE_STEM = (('conv1_', 'conv1.'), ('bn_conv1_', 'bn1.'), *conv_norm(ARCHIVE, ['branch1'], [SHORTCUT]))
 ARCHIVE_DEEP_STEM = (
-    *conv_norm(('conv1_*_', 'bnv1_*_'), '123', DEEP_STEM),  # PaddleClas cuts three letters off conv1_1, as off res2a
+    *conv_norm(('conv1_*_', 'bnv1_*_'), '123', DEEP_STEM),  # PaddleClas cuts off three letters of conv1_1, as of res2a
     *conv_norm(ARCHIVE, ['branch1'], [POOLED_SHORTCUT]),
 )
 DETECTION_NAMES = 'branch2a', 'branch2b.{k}', 'branch2c', 'branch1.conv', 'branch1'
@@ -69,7 +69,7 @@ DETECTION_STEM = conv_norm(('res1.*.conv.', 'res1.*.norm.'), ['conv1'], [STEM])
 DETECTION_DEEP_STEM = conv_norm(('res1.conv1_*.conv.', 'res1.conv1_*.norm.'), '123', DEEP_STEM)
 MINDSPORE_TENSORS = dict(gamma='weight', beta='bias', moving_mean='running_mean', moving_variance='running_var')
 MINDCV_SHORTCUT = (('layer{s}.{i}.down_sample.{j}.', 'layer{s}.{i}.downsample.{j}.'),)
-MINDCV_DEEP_SHORTCUT = (  # where the stride is 1, MindCV counts from 0, timm keeps a place for the pool
+MINDCV_DEEP_SHORTCUT = (  # at stride 1, MindCV counts from 0, while timm keeps index 0 for the pool
     ('layer1.0.down_sample.0.', 'layer1.0.downsample.1.'),
     ('layer1.0.down_sample.1.', 'layer1.0.downsample.2.'),
     *MINDCV_SHORTCUT,
@@ -91,7 +91,7 @@ DETECTRON_BLOCKS = (
 
 
 def holocron_stages(first: int) -> Rows:
-    """Makes the rows of Holocron's blocks. It counts features from the stem on; the first stage is number `first`."""
+    """Returns the rows of Holocron's blocks. Holocron numbers stem layers and stages together; stage 1 is `first`."""
     parts = {
         'conv.0.': 'conv1.',
         'conv.1.': 'bn1.',
@@ -113,30 +113,30 @@ HOLOCRON_DEEP_STEM = (*holocron_stages(10), ('features.7.', 'bn1.'), ('features.
 
 OFFICIAL = NetworkSpec()
 GEOMETRY = ('strides', 'dilations', 'dilate_first')
-AMBIGUOUS = tuple(name for name in vars(OFFICIAL) if name != 'deformable')  # under the authors' names
+AMBIGUOUS = tuple(name for name in vars(OFFICIAL) if name != 'deformable')  # what the authors' names do not show
 
 
 @dataclass(frozen=True)
 class Dialect:
     """How one code base names the tensors of its networks, and what these compute."""
 
-    description: str  # whose files these are
-    anchors: tuple[str, ...]  # each file has one of these tensors
-    stems: tuple[tuple[str, Rows], ...]  # and one of these, each of which adds rows; the last one is deep
-    rows: Rows = ()  # renames of the beginning of a name
-    suffixes: dict[str, str] = field(default_factory=dict)  # renames of the last part of a name
-    offsets: dict[str, int] = field(default_factory=dict)  # to add to their numbers to get ours
-    spec: NetworkSpec | None = OFFICIAL  # what their networks compute; None if no model here does
-    unsupported: str = ''  # why none does
-    detector_spec: NetworkSpec | None = None  # spec of a network that is part of a larger one, if it is another
-    ambiguous: tuple[str, ...] = ()  # fields of the spec that their configurations change without a trace in the file
+    description: str  # where such files come from
+    anchors: tuple[str, ...]  # each file has a tensor with one of these names
+    stems: tuple[tuple[str, Rows], ...]  # and one with one of these, each with more rows; the last one is deep
+    rows: Rows = ()  # theirs to ours, for the beginning of a name
+    suffixes: dict[str, str] = field(default_factory=dict)  # theirs to ours, for the last part of a name
+    offsets: dict[str, int] = field(default_factory=dict)  # added to their numbers to get ours
+    spec: NetworkSpec | None = OFFICIAL  # what their networks compute; None if no model here computes it
+    unsupported: str = ''  # why no model here computes it
+    detector_spec: NetworkSpec | None = None  # spec of a network that is part of a larger one, if different
+    ambiguous: tuple[str, ...] = ()  # spec fields that their configurations change without a trace in the file
     stem_norm: bool = True  # whether a norm follows the last convolution of the stem
-    transposed: bool = False  # whether the classifier's weight is (in, out)
-    options: tuple[str, ...] = ()  # fields of the spec that a configuration can set, for files that we write
-    prefix: str = ''  # of the network's names in files that we write
+    transposed: bool = False  # whether the classifier's weight has shape (in, out)
+    options: tuple[str, ...] = ()  # spec fields that their configuration can set, for export
+    prefix: str = ''  # of the network's names, for export
 
 
-# In order of priority: a file is of the first dialect that matches.
+# In order of priority: the first dialect that matches a file is used.
 DIALECTS = {
     'paddleclas': Dialect(
         'PaddleClas, .pdparams',
@@ -176,20 +176,20 @@ DIALECTS = {
         spec=NetworkSpec('paddle'),
     ),
     'mindcv': Dialect(
-        'MindCV, .ckpt of MindSpore',
-        ('layer1.0.down_sample.1.moving_mean',),  # an optimizer has twins of all weights, but not of statistics
+        'MindCV, MindSpore .ckpt',
+        ('layer1.0.down_sample.1.moving_mean',),  # an optimizer copies all weights, but not statistics
         (('conv1.weight', MINDCV_SHORTCUT), ('conv1.0.weight', MINDCV_DEEP_SHORTCUT)),
         (('classifier.', 'fc.'),),
         suffixes=MINDSPORE_TENSORS,
     ),
     'mindspore': Dialect(
-        "ports to MindSpore, .ckpt: CFANet's, MindSpore's own before MindCV",
+        "MindSpore ports, .ckpt: CFANet's, and MindSpore's own from before MindCV",
         ('layer1.0.bn1.moving_mean',),
         (('conv1.weight', ()), ('conv1.0.weight', ()), ('conv1_0.weight', ())),
         suffixes=MINDSPORE_TENSORS,
         spec=None,
         unsupported="its tensor names are those of MindSpore ports such as CFANet's, which pad strided convolutions at "
-        'the end only. No model here does that',
+        'the end only. No model in this package does that',
     ),
     'mmpretrain': Dialect(
         'mmpretrain (mmcls), .pth',
@@ -200,7 +200,7 @@ DIALECTS = {
         prefix='backbone.',
     ),
     'mmdet': Dialect(
-        "mmdet, .pth: detectors have mmdet's first block, backbones converted for mmdet the authors'",
+        "mmdet, .pth: detectors have mmdet's first block, backbones converted for mmdet have the authors'",
         ('layer1.0.convs.0.weight',),
         (('stem.7.weight', MMDET_STEM),),
         detector_spec=NetworkSpec('mmdet'),
@@ -232,7 +232,7 @@ DIALECTS = {
         (('stem.conv1.weight', ()),),
         (('stem.', ''),),
         spec=NetworkSpec(style='caffe', norm_eps=0.0),
-        ambiguous=('style', *GEOMETRY),  # STRIDE_IN_1X1 and RES5_DILATION of its configurations
+        ambiguous=('style', *GEOMETRY),  # STRIDE_IN_1X1 and RES5_DILATION in its configurations
     ),
     'vecroad': Dialect(
         'VecRoad, .pth',

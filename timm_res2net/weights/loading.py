@@ -1,4 +1,4 @@
-"""Loads checkpoints into models, and only into models that compute what the weights were trained for."""
+"""Loads checkpoints into models, but only into models that compute what the weights were trained for."""
 
 import logging
 from collections.abc import Mapping
@@ -25,7 +25,7 @@ from .renaming import as_before_compile, find_network
 
 _logger = logging.getLogger(__name__)
 
-DESCRIPTIONS = 'tag', 'description', 'license', 'origin_url'  # of weights, in timm's pretrained_cfg
+DESCRIPTIONS = 'tag', 'description', 'license', 'origin_url'  # keys of timm's pretrained_cfg about weights
 SOURCES = 'url', 'file', 'hf_hub_id'
 
 
@@ -38,26 +38,26 @@ def load_checkpoint(
     weights_from: str | None = None,
     **spec: Any,
 ) -> Checkpoint:
-    """Loads a weights file into a model that computes what the weights were trained for.
+    """Loads a weights file into a model, if the model computes what the weights were trained for.
 
-    Every tensor of the model must be in the file. Leaves out the file's other tensors if they belong to a part that the
-    model lacks: a classifier, or the last stages of a feature extractor.
+    Every tensor of the model must be in the file. Tensors of parts that the model lacks, such as a classifier or the
+    last stages of a feature extractor, are left out.
 
     Args:
-        model: A model of this package, also inside `features_only`, `torch.compile` or DistributedDataParallel.
+        model: A model of this package, possibly wrapped by `features_only`, `torch.compile` or DistributedDataParallel.
         file: A weights file, or the result of `read_checkpoint`.
-        dialect: See `read_checkpoint`. Only for a file.
-        prefix: See `read_checkpoint`. Only for a file.
-        weights_from: See `read_checkpoint`. Only for a file.
+        dialect: See `read_checkpoint`. Not with a `Checkpoint`.
+        prefix: See `read_checkpoint`. Not with a `Checkpoint`.
+        weights_from: See `read_checkpoint`. Not with a `Checkpoint`.
         **spec: See `read_checkpoint`.
 
     Returns:
-        The checkpoint, which lists tensors that were dropped, filled in and cast, and what was assumed.
+        The checkpoint. It lists the tensors that were dropped, filled in or cast, and the assumed fields of the spec.
 
     Raises:
         CheckpointError: If the file cannot be read, does not fit, or belongs to a network that computes something else.
-            The model is unchanged.
-        TypeError: If the model contains no Res2Net, or an argument has no effect on a checkpoint that was already read.
+            The model stays unchanged.
+        TypeError: If the model has no Res2Net block, or an option for reading is passed with a `Checkpoint`.
         ValueError: If the model is on the meta device.
 
     Example:
@@ -66,7 +66,7 @@ def load_checkpoint(
         {'bbox_head.fc_cls.weight': 'part of another module', ...}
     """
     if spec_of(model) is None:
-        raise TypeError(f'cannot load weights: a {type(model).__name__} has no Res2Net block')
+        raise TypeError(f'cannot load weights: {type(model).__name__} has no Res2Net block')
     checkpoint = read_once(file, dialect=dialect, prefix=prefix, weights_from=weights_from).with_spec(**spec)
     require_same_spec(model, checkpoint)
     wanted = model.state_dict()
@@ -113,29 +113,29 @@ def load_model(
     weights_from: str | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """Makes the model that a weights file fits, with the weights.
+    """Creates the model that fits a weights file, and loads the weights into it.
 
     The model computes what the original code computes. Finds the architecture and its arguments, and applies recorded
     `output_stride`, `dilate_pool` and `global_pool` unless an argument overrides them. Adapts weights as timm does:
-    sums or repeats those of the first convolution for another number of image channels, and makes a new classifier for
-    another number of classes. Recorded image settings and class names go to the model's `pretrained_cfg`, and the facts
-    that a push recorded to its attribute `record`.
+    sums or repeats those of the first convolution for another number of image channels, and creates a new classifier
+    for another number of classes. Copies recorded image settings and class names to the model's `pretrained_cfg`, and
+    the facts recorded by `push` to its attribute `record`.
 
     Args:
         file: A weights file or folder, or the result of `read_checkpoint`.
-        name: Name of the model. If None, finds model and arguments from the file.
-        dialect: See `read_checkpoint`. Only for a file.
-        prefix: See `read_checkpoint`. Only for a file.
-        weights_from: See `read_checkpoint`. Only for a file.
-        **kwargs: For `timm.create_model`, such as `features_only`, `in_chans` and `num_classes`; among them fields of
+        name: Name of a timm model. If None, finds model and arguments from the file.
+        dialect: See `read_checkpoint`. Not with a `Checkpoint`.
+        prefix: See `read_checkpoint`. Not with a `Checkpoint`.
+        weights_from: See `read_checkpoint`. Not with a `Checkpoint`.
+        **kwargs: Keywords of `timm.create_model`, such as `features_only`, `in_chans` and `num_classes`, and fields of
             `NetworkSpec` that the file does not record.
 
     Returns:
         The model in training mode, as `timm.create_model` returns it.
 
     Raises:
-        CheckpointError: If the file cannot be read, or fits no model, or not the named one.
-        UnknownModelError: If there is no such model.
+        CheckpointError: If the file cannot be read, or fits no model or not the named one.
+        UnknownModelError: If timm has no model or weights of that name.
         TypeError: If the named model contains no Res2Net.
 
     Example:
@@ -169,13 +169,13 @@ def load_model(
 def require_fit_without_memory(
     checkpoint: Checkpoint, name: str, found: Mapping[str, Any], kwargs: Mapping[str, Any]
 ) -> None:
-    """Raises CheckpointError if a named model does not fit, before a small file can ask for one that fills memory."""
+    """Raises CheckpointError if a named model does not fit; checks without memory, as a file may ask for a huge one."""
     try:
         outline = build_outline(checkpoint, name, {**found, **kwargs})
     except Exception as error:
         if not found:  # the caller's arguments are impossible, not those of the file
             raise
-        raise CheckpointError(f'cannot make {name} for {checkpoint.file}: {first_line(error)}') from error
+        raise CheckpointError(f'cannot build {name} for {checkpoint.file}: {first_line(error)}') from error
     if spec_of(outline) is not None:
         fitting_state(outline, checkpoint)
 
@@ -194,7 +194,7 @@ def adapt_weights(checkpoint: Checkpoint, model: nn.Module, in_chans: int, same_
 
 
 def load_folder(folder: PathLike, source: str | None = None, **kwargs: Any) -> nn.Module:
-    """Makes the model of a folder with `config.json` and `model.safetensors`, in evaluation mode.
+    """Creates the model stored in a folder with `config.json` and `model.safetensors`, in evaluation mode.
 
     `source` is the folder's name in messages; the other arguments are those of `timm.create_model`.
     """
@@ -210,15 +210,16 @@ def load_folder(folder: PathLike, source: str | None = None, **kwargs: Any) -> n
     path, shown = Path(folder, WEIGHTS_FILE), f'{WEIGHTS_FILE} of {source}'
     checkpoint = with_record(identify(read_file(path, shown), shown, config=config), path, config)
     if checkpoint.dropped:
-        raise CheckpointError(f'cannot load {source}: its model has no {next(iter(checkpoint.dropped))}')
+        raise CheckpointError(f'cannot load {source}: its model has no tensor {next(iter(checkpoint.dropped))}')
     if recorded is not None and not checkpoint.record:
         raise CheckpointError(
             f'cannot load {shown}: config.json was written for another file (SHA-256 {recorded!s:.64}). '
-            'One of the two was replaced: ask the owner, or convert the weights again'
+            'One of the two files was replaced: ask the owner, or convert the weights again'
         )
     classes = config.get('num_classes')
     if classes not in (None, checkpoint.num_classes):
-        raise CheckpointError(f'cannot load {shown}: it has {checkpoint.num_classes} classes, config.json {classes!r}')
+        problem = f'it has {checkpoint.num_classes} classes, but config.json specifies {classes!r}'
+        raise CheckpointError(f'cannot load {shown}: {problem}')
     cfg = config['pretrained_cfg']
     known = {key: cfg[key] if isinstance(cfg.get(key), str) else None for key in DESCRIPTIONS}
     overlay = {**known, **dict.fromkeys(SOURCES), **kwargs.pop('pretrained_cfg_overlay', {})}
@@ -226,7 +227,7 @@ def load_folder(folder: PathLike, source: str | None = None, **kwargs: Any) -> n
 
 
 def require_known(name: str) -> None:
-    """Raises UnknownModelError if timm has no such model, or no weights of that tag."""
+    """Raises UnknownModelError if timm has no such model, or no weights with that tag."""
     arch, _, tag = name.partition('.')
     if ':' in name:  # hf-hub:..., local-dir:...
         return
@@ -240,8 +241,8 @@ def require_known(name: str) -> None:
 
 
 def adapt_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Renames and checks weights that timm has read, as timm's `pretrained_filter_fn`."""
-    # timm may have mapped them from a file, which can change after they were checked: copy, then check.
+    """Renames and checks weights that timm has read; timm calls this as `pretrained_filter_fn`."""
+    # timm may have memory-mapped the file, which can still change after a check: copy first, then check.
     tensors = {key: each.clone() for key, each in state_dict.items() if isinstance(each, Tensor)}
     checkpoint = identify(RawFile(tensors), 'the file')
     if checkpoint.dialect == 'official' and not checkpoint.prefix:  # timm's names: the caller knows what they compute
@@ -270,12 +271,12 @@ def require_same_spec(model: nn.Module, checkpoint: Checkpoint) -> None:
         return
     known = {name: 'assumed' if name in checkpoint.assumed else checkpoint.provenance[name] for name in fields}
     how = ', '.join(f'{name} is {each}' for name, each in known.items())
-    advice = f'Make the model with {theirs.as_keywords(fields)}'
-    if 'deformable' not in fields:  # which tensors prove
+    advice = f'Create the model with {theirs.as_keywords(fields)}'
+    if 'deformable' not in fields:  # those are proved by tensors
         advice += f'; or, if the file really is from such a network, pass {ours.as_keywords(fields)}'
     raise CheckpointError(
         f'{file} does not fit: its network has {theirs.as_keywords(fields)} ({how}), the model '
-        f'{ours.as_keywords(fields)}. The weights would load and compute something else. {advice}. '
+        f'has {ours.as_keywords(fields)}. The weights would load and compute something else. {advice}. '
         f'{suggest_model(checkpoint)}'
     )
 
@@ -286,11 +287,11 @@ def describe_assumptions(checkpoint: Checkpoint) -> str:
     if not checkpoint.is_part or not checkpoint.assumed or spec is None:
         return ''
     why = f'inferred from the tensors of {checkpoint.project}' if checkpoint.project else 'not recorded in the file'
-    return f'assumed {spec.as_keywords(checkpoint.assumed)} ({why}). Pass these keywords to change it.'
+    return f'assumed {spec.as_keywords(checkpoint.assumed)} ({why}). Pass these keywords to change them.'
 
 
 def describe_overflow(state: Mapping[str, Tensor]) -> str:
-    """Describes which tensors are infinite; '' if none is."""
+    """Describes which tensors have overflowed; '' if none has."""
     bad = not_finite(state)
     return f'{len(bad)} tensors hold numbers too large for {state[bad[0]].dtype} (first: {bad[0]})' if bad else ''
 
@@ -302,7 +303,7 @@ def require_no_overflow(model: nn.Module, source: str) -> None:
 
 
 def suggest_model(checkpoint: Checkpoint) -> str:
-    """Names the model that a checkpoint fits."""
+    """Suggests the model that fits a checkpoint."""
     try:
         name, args, _ = find_model(checkpoint)
     except CheckpointError:

@@ -1,4 +1,4 @@
-"""Finds the registered model and the arguments that a checkpoint fits, from records or from shapes."""
+"""Finds the registered model and the arguments that fit a checkpoint, as recorded or from the shapes of tensors."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -14,16 +14,16 @@ from ..models.variants import ARCHS
 from .checkpoints import Checkpoint
 from .config import beyond_row
 
-SHOWN = *ARGUMENTS['tensors'], 'attn_layer'  # arguments that shapes show
+SHOWN = *ARGUMENTS['tensors'], 'attn_layer'  # arguments that shapes reveal
 DEFAULTS = {key: default for key, default in Res2Net.arguments().items() if key in SHOWN}
-MAX_BLOCKS = 128  # of a network that is made for a file; Res2Net-200 has 66
-SIZES = 'num_classes', 'in_chans'  # known from tensors
+MAX_BLOCKS = 128  # in a network that is built for a file; Res2Net-200 has 66
+SIZES = 'num_classes', 'in_chans'  # always taken from the tensors
 
 
 def find_model(checkpoint: Checkpoint, name: str | None = None) -> tuple[str, dict[str, Any], nn.Module]:
-    """Finds the registered model that a checkpoint fits, or checks the named one.
+    """Finds the registered model that fits a checkpoint, or checks the named one.
 
-    Returns its name, its arguments beyond its row in `ARCHS`, and the model on the meta device.
+    Returns its name, the arguments that differ from its row in `ARCHS`, and the model on the meta device.
     """
     problem = ''
     for each, args in candidates(checkpoint, name):
@@ -38,7 +38,7 @@ def find_model(checkpoint: Checkpoint, name: str | None = None) -> tuple[str, di
 
 
 def candidates(checkpoint: Checkpoint, name: str | None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yields models that a checkpoint may fit, with arguments: first the recorded one, then guesses from shapes."""
+    """Yields models that may fit a checkpoint, with arguments: first the recorded one, then guesses from shapes."""
     state = checkpoint.state
     if checkpoint.name is not None and name in (None, checkpoint.name):
         yield checkpoint.name, arguments_for(checkpoint, checkpoint.name)
@@ -54,16 +54,16 @@ def candidates(checkpoint: Checkpoint, name: str | None) -> Iterator[tuple[str, 
             shown = {key: value for key, value in found.items() if value != arch.args.get(key, DEFAULTS[key])}
             options.append((each, arguments_for(checkpoint, each, shown)))
     options.sort(key=lambda option: len(option[1]))
-    yield from options[:1] if on_resnet else options  # with its arguments, any ResNet-hosted row is the same network
+    yield from options[:1] if on_resnet else options  # given these, all ResNet-hosted rows are the same network
 
 
 def arguments_for(
     checkpoint: Checkpoint, name: str, shown: Mapping[str, Any] | None = None, known_only: bool = False
 ) -> dict[str, Any]:
-    """Returns the arguments beyond its row with which a model computes what a checkpoint's network computes.
+    """Returns the arguments, besides its row's, with which a model computes what a checkpoint's network computes.
 
-    Takes the arguments that shapes show, if given, or the recorded ones. With `known_only`, assumed fields of the spec
-    are left to the model.
+    Starts from the arguments `shown` by shapes, if given, or else from the recorded ones. With `known_only`, leaves out
+    assumed fields of the spec, so that the model's own apply.
     """
     in_chans = {} if checkpoint.in_chans == 3 else {'in_chans': checkpoint.in_chans}
     if name not in ARCHS:
@@ -80,7 +80,7 @@ def arguments_for(
 
 
 def build_outline(checkpoint: Checkpoint, name: str, args: Mapping[str, Any]) -> nn.Module:
-    """Makes a model with a checkpoint's channels and classes on the meta device."""
+    """Builds a model on the meta device, with a checkpoint's numbers of channels and classes."""
     if arch := ARCHS.get(name.partition('.')[0]):
         require_buildable(checkpoint, {**arch.args, **args})
     sizes = dict(num_classes=checkpoint.num_classes, in_chans=checkpoint.in_chans)
@@ -88,7 +88,7 @@ def build_outline(checkpoint: Checkpoint, name: str, args: Mapping[str, Any]) ->
 
 
 def require_buildable(checkpoint: Checkpoint, args: Mapping[str, Any]) -> None:
-    """Raises ValueError for an impossible spec, or for more blocks than the file has tensors for: hours of work."""
+    """Raises ValueError for an impossible spec, or for more blocks than the file's tensors allow: these take hours."""
     NetworkSpec.from_arguments(args)
     blocks = sum(args.get('layers', ())) + sum(2**depth for depth in args.get('levels', ()))
     if blocks > MAX_BLOCKS or blocks * max(1, args.get('scale', 4) - 1) > len(checkpoint.state):
@@ -100,12 +100,13 @@ def explain_misfit(checkpoint: Checkpoint, name: str | None) -> str:
     has_stage_4 = any(each.startswith('layer4.') for each in checkpoint.state)
     is_resnet = {'layer1.0.downsample.1.weight', 'layer3.0.conv1.weight'} <= checkpoint.state.keys()
     if checkpoint.name is None and name is None and is_resnet and not has_stage_4:
-        return 'stage 4 (layer4) is missing. Load it into a model with features_only=True and out_indices=(0, 1, 2, 3)'
+        advice = 'Load the file into a model with features_only=True and out_indices=(0, 1, 2, 3)'
+        return f'stage 4 (layer4) is missing. {advice}'
     return f'its tensors do not match {name or "any model in this package"}'
 
 
 def describe_mismatch(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> str:
-    """Describes how names and shapes of tensors differ; '' if they match. Ignores additional batch counters."""
+    """Describes how names and shapes of tensors differ; '' if they match. Ignores extra batch counters."""
     missing = [name for name in wanted if name not in given]
     unexpected = [name for name in given if name not in wanted and not name.endswith('num_batches_tracked')]
     shapes = [name for name in wanted if name in given and given[name].shape != wanted[name].shape]
@@ -116,8 +117,8 @@ def describe_mismatch(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor])
         problems.append(f'{len(unexpected)} tensors are unknown to the model (first: {unexpected[0]})')
     if shapes:
         name = shapes[0]
-        sizes = f'{tuple(given[name].shape)}, not {tuple(wanted[name].shape)}'
-        problems.append(f'{len(shapes)} have another shape (first: {name}, {sizes})')
+        sizes = f'{tuple(given[name].shape)} instead of {tuple(wanted[name].shape)}'
+        problems.append(f'{len(shapes)} have a different shape (first: {name}, {sizes})')
     return ', '.join(problems)
 
 
@@ -142,7 +143,7 @@ def resnet_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
     )
     if 'conv1.0.weight' in state:
         found.update(stem_type='deep', stem_width=len(state['conv1.0.weight']))
-    if 'maxpool.0.weight' in state:  # a convolution
+    if 'maxpool.0.weight' in state:  # a convolution in place of the max pool
         found['replace_stem_pool'] = True
     if state.get('layer2.0.downsample.1.weight', torch.empty(0)).ndim == 4:
         found['avg_down'] = True
@@ -154,7 +155,7 @@ def resnet_arguments(state: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def base_width(widths: Sequence[int], planes: Sequence[int]) -> float:
-    """Returns the least base width with floor(planes * base_width / 64) channels per split, if possible an int."""
+    """Returns the least base width with floor(planes * base_width / 64) channels per split, an int if possible."""
     least: float = max(-(-64 * width // plane) for width, plane in zip(widths, planes))
     if any(plane * least // 64 != width for width, plane in zip(widths, planes)):
         least = max(64 * width / plane for width, plane in zip(widths, planes))

@@ -1,8 +1,8 @@
 """Reads tensors from untrusted files: safetensors with its own library, every other format in a sandboxed process.
 
-The sandbox (`sandbox.py`) parses a file and answers with its content. The answer is as untrusted as the file: nothing
-becomes a tensor before its types, ranges and sums are checked here. Tensors are copies: changing the file later changes
-nothing.
+The sandbox (`sandbox.py`) parses a file and answers with its content. The answer is as untrusted as the file: types,
+ranges and total sizes are checked here before anything becomes a tensor. Tensors are copies, so later changes to the
+file do not affect them.
 """
 
 import io
@@ -24,9 +24,9 @@ from .._errors import CheckpointError, first_line
 from .._files import PathLike, open_regular
 
 SANDBOX = str(Path(__file__).with_name('sandbox.py'))
-TIMEOUT, BYTES_PER_SECOND = 20, 5_000_000  # seconds of the clock, for a busy machine with a slow disk
+TIMEOUT, BYTES_PER_SECOND = 20, 5_000_000  # wall-clock seconds, for a busy machine with a slow disk
 MAX_HEADER = 8_000_000  # bytes of the sandbox's line of JSON
-MAX_EXPANSION, ALLOWANCE = 4, 1_000_000  # its tensors may take 4 times the file's bytes, and 1 MB more
+MAX_EXPANSION, ALLOWANCE = 4, 1_000_000  # tensors may take 4 times the file's bytes plus 1 MB
 MAX_TENSORS, MAX_NAME, MAX_DIMENSIONS = 30_000, 500, 8  # MAX_NAME in characters
 DTYPES: dict[str, torch.dtype] = {
     str(dtype).removeprefix('torch.'): dtype
@@ -41,14 +41,14 @@ DTYPES: dict[str, torch.dtype] = {
 class RawFile:
     """The content of a weights file."""
 
-    tensors: dict[str, Tensor]  # by the names in the file; those of nested dicts are joined by dots
+    tensors: dict[str, Tensor]  # keyed by name; keys of nested dicts are joined by dots
     unsupported: dict[str, str] = field(default_factory=dict)  # names of tensors that cannot be read, and why
     values: dict[str, Any] = field(default_factory=dict)  # plain values next to the tensors: `arch`, `args`, ...
     metadata: dict[str, str] = field(default_factory=dict)  # of safetensors
 
 
 def read_file(path: PathLike, shown: str | None = None) -> RawFile:
-    """Reads a weights file of any supported format; errors, all of them CheckpointErrors, call it `shown`."""
+    """Reads a weights file in any supported format; raises only CheckpointErrors, which show the file as `shown`."""
     shown = shown or str(path)
     try:
         with open_regular(path) as file:
@@ -59,7 +59,8 @@ def read_file(path: PathLike, shown: str | None = None) -> RawFile:
         names = [*found.tensors, *found.unsupported]
         longest = max(map(len, names), default=0)
         if len(names) > MAX_TENSORS or longest > MAX_NAME:
-            raise CheckpointError(f'it holds {len(names):,} tensors, with names of up to {longest:,} characters')
+            counted = f'{len(names):,} tensors with names of up to {longest:,} characters'
+            raise CheckpointError(f'it holds {counted}, more than any weights file')
         return found
     except CheckpointError as error:
         raise CheckpointError(f'cannot read {shown}: {error}') from error
@@ -67,12 +68,12 @@ def read_file(path: PathLike, shown: str | None = None) -> RawFile:
         raise CheckpointError(f'cannot read {shown}: {error.strerror or error}') from error
     except Exception as error:  # damaged data can make a decoder raise nearly anything
         kind = '' if isinstance(error, ValueError) else f'{type(error).__name__}: '
-        problem = f'{kind}{first_line(error)}. It may be damaged: download it again'
+        problem = f'{kind}{first_line(error)}. The file may be damaged: download it again'
         raise CheckpointError(f'cannot read {shown}: {problem}') from error
 
 
 def read_safetensors(content: bytes) -> RawFile:
-    """Reads safetensors."""
+    """Reads the content of a safetensors file."""
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], 'little')])
     tensors = safetensors.torch.load(content)
     readable = {name: each for name, each in tensors.items() if each.dtype in DTYPES.values()}
@@ -84,7 +85,7 @@ def read_sandboxed(file: io.FileIO) -> RawFile:
     """Reads any other format, in a separate process with limited memory and time."""
     size = os.fstat(file.fileno()).st_size
     command = [sys.executable, '-I', '-S', SANDBOX]
-    environment = {**os.environ, 'LC_ALL': 'C'}  # a locale's archive can be larger than the memory limit
+    environment = {**os.environ, 'LC_ALL': 'C'}  # the archive of a locale can exceed the memory limit
     try:
         process = subprocess.Popen(
             command, stdin=file, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
@@ -126,9 +127,9 @@ def read_answer(process: subprocess.Popen[bytes], pipe: IO[bytes], file: io.File
 
 
 def require_small(unpacked: int, size: int) -> None:
-    """Raises CheckpointError for more bytes of tensors than a file of that size holds."""
+    """Raises CheckpointError if tensors have far more bytes than a file of that size can hold."""
     if unpacked > MAX_EXPANSION * size + ALLOWANCE:
-        raise CheckpointError(f'its {size:,} bytes unpack to much more, which no weights file does')
+        raise CheckpointError(f'its {size:,} bytes unpack to far more than those of any weights file')
 
 
 def is_size(value: object) -> bool:
@@ -137,7 +138,7 @@ def is_size(value: object) -> bool:
 
 
 def check_storage(entry: Any, size: int) -> tuple[int | None, int]:
-    """Checks that a storage lies within the file; returns its start, None for piped bytes, and its length."""
+    """Checks that a storage lies within the file; returns its start (None for piped bytes) and length."""
     start, length = entry
     if not is_size(length) or not (start is None or (is_size(start) and start + length <= size)):
         raise ValueError('a tensor ends beyond the end of the file')
@@ -159,7 +160,7 @@ def read_exactly(file: Any, length: int, start: int | None = None) -> Tensor:
 
 
 def make_tensor(entry: Any, storages: list[Tensor]) -> Tensor:
-    """Makes the tensor that an entry of the answer describes, as a view of its storage."""
+    """Returns the tensor that an entry of the answer describes, as a view of its storage."""
     dtype_name, index, shape, strides, offset = entry
     if len(shape) > MAX_DIMENSIONS:
         raise ValueError(f'a tensor has {len(shape):,} dimensions')
@@ -177,5 +178,5 @@ def make_tensor(entry: Any, storages: list[Tensor]) -> Tensor:
     if math.prod(shape) == 0:
         return torch.empty(shape, dtype=dtype)
     if end >= len(flat):
-        raise ValueError(f'a tensor of shape {shape} needs more than its {len(flat)} numbers')
+        raise ValueError(f'a tensor of shape {shape} needs more than the {len(flat)} numbers in its storage')
     return flat.as_strided(shape, strides, offset)

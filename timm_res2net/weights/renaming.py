@@ -1,4 +1,4 @@
-"""Finds a Res2Net among a file's tensors and renames them to timm's names, or from timm's to another code base's."""
+"""Finds a Res2Net among a file's tensors, and renames tensors from other code bases' names to timm's and back."""
 
 import re
 from collections import Counter
@@ -13,29 +13,29 @@ from .._errors import CheckpointError
 from ..models.spec import NetworkSpec
 from .dialects import DIALECTS, EXPORTS, Dialect, Rows
 
-PATTERNS = {'letter': r'[a-z]\d*', 'path': r'\w+?'}  # the other fields of a row are numbers
+PATTERNS = {'letter': r'[a-z]\d*', 'path': r'\w+?'}  # all other fields of a row are numbers
 PARTS = {  # the top-level modules of this package's networks
     *('conv1', 'bn1', 'act1', 'maxpool', 'layer1', 'layer2', 'layer3', 'layer4', 'fc', 'base_layer', 'bl_init'),
     *(f'level{i}' for i in range(6)),
 }
 # Keys that wrap a network without making it part of a larger one.
 AVERAGED = {'state_dict_ema', 'model_ema', 'ema_state_dict', 'ema', 'ema_model', 'average_model_state'}
-LATEST = {'current_model_state'}  # of Lightning, where 'state_dict' is the average
+LATEST = {'current_model_state'}  # in Lightning, where 'state_dict' is then the average
 WRAPPERS = {'state_dict', 'model', 'model_state', 'module', 'net', *AVERAGED, *LATEST}
 TRAINING = re.compile(r'(optim|sched|scaler|amp|loops|callbacks|rng|random|averaging_state|message_hub)', re.IGNORECASE)
-COUNTERS = 'total_ops', 'total_params'  # that thop adds to each module
+COUNTERS = 'total_ops', 'total_params'  # which thop adds to each module
 MAX_NETWORKS = 16  # in one file
-FOREIGN = {  # names of tensors that only resemble ours, and hints
+FOREIGN = {  # names of tensors that only resemble ours, with hints for the error message
     'layer1.0.conv2.weight': '. Its names are those of a plain ResNet, without splits',
     'layer1.0.conv2.0.weight': ". Its names are those of ports of the paper's equation (1), which keep the first "
-    'split. No model here does',
+    'split. No model in this package does that',
 }
 
 # Reasons for leaving out a tensor.
 OTHER_MODULE = 'part of another module'
 CLASSIFIER = 'part of a classifier that is not a single linear layer'
 TWIN = 'another copy of the weights'
-STATE = 'state of the training'
+STATE = 'training state'
 UNUSED = 'part of a module that the network never runs'
 
 TensorT = TypeVar('TensorT')  # a tensor, or why it cannot be read
@@ -56,7 +56,7 @@ def compile_row(template: str) -> re.Pattern[str]:
 def rename(
     name: str, rows: Rows, suffixes: Mapping[str, str], offsets: Mapping[str, int], blocks: int = 0
 ) -> str | None:
-    """Renames a tensor by the first matching row; None if it matches none and is in no module.
+    """Renames a tensor by the first matching row; None if no row matches and the tensor is in no module.
 
     The field {path} depends on the number of `blocks` in stage 3.
     """
@@ -78,7 +78,7 @@ def rename(
 
 
 def block_path(stage: int, i: int, blocks: int) -> str:
-    """Returns PaddleClas' name of block `i` (from 0) in a network with that many blocks in its third stage."""
+    """Returns PaddleClas's name of a stage's block `i` (both from 0), for a network with `blocks` blocks in stage 3."""
     is_counted = stage == 2 and blocks > 6 and i > 0
     return f'res{stage + 2}' + (f'b{i}' if is_counted else chr(ord('a') + i))
 
@@ -92,10 +92,10 @@ def full_name(prefix: str, name: str) -> str:
 
 
 def as_before_compile(tensors: Mapping[str, TensorT]) -> dict[str, TensorT]:
-    """Returns tensors under the names that they have without torch.compile, of the whole network or of parts."""
+    """Returns tensors under their names without torch.compile, which may wrap the whole network or parts of it."""
     renamed = {name.replace('_orig_mod.', ''): tensor for name, tensor in tensors.items()}
     if len(renamed) < len(tensors):
-        raise CheckpointError('it holds tensors of the same name, compiled and not compiled')
+        raise CheckpointError('it holds tensors with the same name, compiled and not compiled')
     return renamed
 
 
@@ -108,7 +108,7 @@ def find_network(
     prefix: str | None = None,
     weights_from: str | None = None,
 ) -> tuple[str, str, Rows, str | None]:
-    """Finds the only Res2Net in a file: its dialect, prefix and rows, and 'ema' or 'model' if the file has both."""
+    """Finds the only Res2Net in a file: its dialect, prefix, rows, and the kind of weights chosen, if there are two."""
     for key in DIALECTS if dialect is None else [dialect]:
         matches = find_prefixes(tensors, DIALECTS[key])
         if prefix is not None:
@@ -134,7 +134,7 @@ def describe_absence(names: Collection[str], dialect: str | None, prefix: str | 
 
 
 def find_prefixes(names: Collection[str], dialect: Dialect) -> dict[str, Rows]:
-    """Finds all networks of a dialect; returns the rows that rename each, by the prefix of its names."""
+    """Finds all networks of a dialect; returns the rows that rename each one, keyed by its prefix."""
     found = {}
     for name in names:
         for anchor in dialect.anchors:
@@ -176,7 +176,7 @@ def is_averaged(prefix: str, names: Container[str], siblings: Iterable[str]) -> 
 def choose_weights(
     prefixes: Collection[str], tensors: Mapping[str, Tensor], weights_from: str | None
 ) -> tuple[list[str], str | None]:
-    """Leaves out copies of a network, either the averaged or the latest weights, and other names of the same tensors.
+    """Chooses between averaged and latest weights, and leaves out further names of the same tensors.
 
     Returns the remaining prefixes, and 'ema' or 'model' if the file has both.
     """
@@ -208,7 +208,7 @@ def is_same_network(tensors: Mapping[str, Tensor], prefix: str, other: str) -> b
 def rename_tensors(
     tensors: Mapping[str, Tensor], unsupported: Mapping[str, str], dialect: str, prefix: str, rows: Rows
 ) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Renames a network's tensors to timm's names; also returns the reason for leaving out each other tensor."""
+    """Renames a network's tensors to timm's names; also returns why each other tensor was left out."""
     names = DIALECTS[dialect]
     state: dict[str, Tensor] = {}
     dropped: dict[str, str] = {}
@@ -221,7 +221,7 @@ def rename_tensors(
             dropped[full] = STATE
         elif ours is None or (inside and ours.partition('.')[0] not in PARTS):
             if inside and is_of_block(full[len(prefix) :], rows):
-                raise CheckpointError(f'{full} belongs to a block, and no block here has such a tensor')
+                raise CheckpointError(f'{full} belongs to a block, but no block in this package has such a tensor')
             dropped[full] = explain_other(full, prefix, tensors)
         elif inside and is_unused(ours, tensors, prefix):
             dropped[full] = UNUSED
@@ -242,7 +242,7 @@ def rename_tensors(
 def explain_other(name: str, prefix: str, names: Container[str]) -> str:
     """Returns the reason for leaving out a tensor outside the network."""
     if name.startswith(prefix) and prefix + name[len(prefix) :].partition('.')[2] in names:
-        return STATE  # an optimizer's, which puts its own name before that of the weight
+        return STATE  # an optimizer's, whose own name precedes that of the weight
     if TRAINING.match(name):
         return STATE
     path, own = path_in_model(prefix), path_in_model(name)
@@ -256,7 +256,7 @@ def drop_unusual_classifier(state: dict[str, Tensor], dialect: Dialect) -> dict[
     weight, last = state.get('fc.weight'), state.get('layer4.0.conv3.weight')
     if {*names} <= {'fc.weight', 'fc.bias'} and weight is not None and weight.ndim in (2, 4):
         features = weight.shape[0 if dialect.transposed else 1]
-        # global_pool='catavgmax' makes twice as many
+        # global_pool='catavgmax' doubles their number
         if last is None or last.ndim != 4 or features in (len(last), 2 * len(last)):
             return {}
     for name in names:
@@ -267,14 +267,14 @@ def drop_unusual_classifier(state: dict[str, Tensor], dialect: Dialect) -> dict[
 def has_modules_around(
     prefix: str, dropped: Mapping[str, str], tensors: Mapping[str, Tensor], has_classifier: bool
 ) -> bool:
-    """Whether a network is part of a larger one, which may be in the file or not."""
+    """Whether a network is part of a larger one, even if the file does not contain the rest."""
     cut = bool({*prefix.split('.')[:-1]} - WRAPPERS) and not has_classifier
     others = (name for name, why in dropped.items() if why == OTHER_MODULE)
     return cut or any(name not in tensors or tensors[name].ndim > 0 for name in others)
 
 
 def identity_norm(name: str, channels: int) -> dict[str, Tensor]:
-    """Returns the tensors of a norm that does nothing."""
+    """Returns the tensors of a norm that leaves its input unchanged."""
     zero, one = torch.zeros(channels), torch.ones(channels)
     tensors = dict(weight=one, bias=zero, running_mean=zero, running_var=one - NetworkSpec.norm_eps)
     return {f'{name}.{part}': tensor.clone() for part, tensor in tensors.items()}
@@ -287,7 +287,7 @@ def is_of_block(name: str, rows: Rows) -> bool:
 
 
 def is_unused(name: str, names: Container[str], prefix: str) -> bool:
-    """Whether a tensor belongs to the projection of a DLA's tree of trees, which only trees of blocks run."""
+    """Whether a tensor belongs to the projection of a DLA tree that consists of trees: only trees of blocks run one."""
     tree, _, projection = name.partition('.project.')
     return tree.startswith('level') and projection != '' and f'{prefix}{tree}.tree1.conv1.weight' not in names
 
@@ -301,9 +301,9 @@ def to_weight(name: str, value: Tensor, cast: Counter[str]) -> Tensor:
         raise CheckpointError(f'{name} cannot be a weight: its type is {value.dtype}. Save floating-point tensors')
     weight = value.float()
     if not torch.isfinite(weight).all():
-        raise CheckpointError(f'{name} has NaN or infinite values: the training diverged. Use an earlier file')
+        raise CheckpointError(f'{name} has NaN or infinite values: the training diverged. Use an earlier checkpoint')
     if name.endswith('running_var') and (weight < 0).any():
-        raise CheckpointError(f'{name} has a negative variance: the file is damaged or not of this network')
+        raise CheckpointError(f'{name} has a negative variance: the file is damaged, or not of this kind of network')
     if value.dtype != torch.float32:
         cast[str(value.dtype).removeprefix('torch.')] += 1
     return weight
@@ -324,7 +324,7 @@ def rename_for(dialect: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     names = DIALECTS[dialect]
     deep = 'conv1.0.weight' in state
     if dialect == 'mmdet' and ('fc.weight' in state or not deep):
-        raise ValueError('cannot export to mmdet: it only has backbones with a deep stem. Pass num_classes=0')
+        raise ValueError('cannot export to mmdet: it only has backbones, with a deep stem. Pass num_classes=0')
     rows = tuple((ours, theirs) for theirs, ours in names.stems[-1 if deep else 0][1] + names.rows)
     suffixes = {ours: theirs for theirs, ours in names.suffixes.items()}
     offsets = {key: -value for key, value in names.offsets.items()}
@@ -335,7 +335,7 @@ def rename_for(dialect: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
             continue
         theirs = rename(name, rows, suffixes, offsets, blocks)
         if theirs is None or name.startswith('maxpool.') or (names.suffixes and theirs.startswith('layer')):
-            raise ValueError(f'cannot export to {dialect}: it has no place for {name}, only v1 or vd')
+            raise ValueError(f'cannot export to {dialect}: none of its networks has {name}')
         value = value.t() if names.transposed and name == 'fc.weight' else value
         renamed[full_name(names.prefix, theirs)] = value.contiguous()
     return renamed

@@ -1,12 +1,12 @@
-"""Parses weights files of every format but safetensors in a separate process, with Python's standard library alone.
+"""Parses weights files of every format except safetensors, in a separate process with only the standard library.
 
     python -I -S sandbox.py < FILE > ANSWER
 
-No name in a pickle is ever imported: each one stands for an inert class below. Whatever else a hostile file can do -
-exhaust memory or time, crash the interpreter - it does to this process, within limits that the operating system
-enforces (POSIX; elsewhere only the parent's clock does). `readers.py` starts this script and checks its answer.
+No name in a pickle is ever imported: an inert class below replaces it. Anything else that a hostile file can do
+(exhaust memory or time, crash the interpreter) happens in this process, within limits that the operating system
+enforces on POSIX, and only the parent's timer elsewhere. `readers.py` starts this script and checks its answer.
 
-The answer is one line of JSON, followed by the bytes of all storages that have no place in the file:
+The answer is one line of JSON, followed by the bytes of all storages that cannot be located in the file:
 
     {"tensors":     {name: [dtype, index of the storage, shape, strides, or null if contiguous, offset]},
      "unsupported": {name: why the tensor under this name cannot be read},
@@ -28,8 +28,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any, BinaryIO
 
-VALUES = 'arch', 'args', 'hyper_parameters', 'model_args', 'timm_res2net'  # of timm's scripts, Lightning, and ours
-MAX_ITEMS, MAX_DEPTH = 1000, 6  # of these values; further items and characters are left out
+VALUES = 'arch', 'args', 'hyper_parameters', 'model_args', 'timm_res2net'  # of timm, Lightning and this package
+MAX_ITEMS, MAX_DEPTH = 1000, 6  # in these values; further items and characters are left out
 
 WIDTHS = dict(float16=2, float32=4, float64=8, bfloat16=2, int8=1, int16=2, int32=4, int64=8, uint8=1, bool=1)
 ALIASES = {  # what numpy, torch's storages, MindSpore, Paddle and OneFlow call these types
@@ -76,7 +76,7 @@ class Inert(dict[Any, Any]):
 
 
 class Mapping(Inert):
-    """Stands for an OrderedDict, to which Python 2 passed its items."""
+    """Stands for an OrderedDict. Python 2 passes the items to its constructor."""
 
     def __init__(self, items: Any = ()) -> None:
         super().__init__()
@@ -84,10 +84,10 @@ class Mapping(Inert):
 
 
 class Storage:
-    """Bytes that tensors share: at a place in the file, or in memory."""
+    """Bytes that tensors share, either located in the file or in memory."""
 
     def __init__(self, dtype: Any = None, count: Any = None, data: Any = b'') -> None:
-        self.dtype, self.count, self.data = dtype, count, data  # the count, of numbers, if the file records it
+        self.dtype, self.count, self.data = dtype, count, data  # count: number of elements, if recorded
         self.start: int | None = None
         self.size = len(data)
 
@@ -122,7 +122,7 @@ class Array(Tensor):
 
     def __setstate__(self, state: Any) -> None:
         _, shape, dtype, fortran, raw = state
-        data = raw.encode('latin1') if isinstance(raw, str) else raw  # of Python 2
+        data = raw.encode('latin1') if isinstance(raw, str) else raw  # str from Python 2
         strides = [math.prod(shape[:i]) for i in range(len(shape))] if fortran else None
         super().__init__(DTYPES.get(dtype.code) if dtype.order != '>' else None, Storage(data=data), shape, strides)
 
@@ -134,10 +134,10 @@ def array_from_buffer(raw: Any, dtype: Any, shape: Any, order: Any) -> Array:
 
 
 def rebuild_tensor(storage: Any, offset: Any, shape: Any, strides: Any, *more: Any) -> Tensor:
-    if not isinstance(storage, Storage):  # of a tensor that was pickled without `torch.save`
+    if not isinstance(storage, Storage):  # the tensor was pickled without `torch.save`
         return unsupported_tensor()
-    dtype = more[2] if len(more) > 2 else None  # of `_rebuild_tensor_v3`; metadata, a dict, in `_rebuild_tensor_v2`
-    if isinstance(dtype, type):  # one that is not among ours, such as float8
+    dtype = more[2] if len(more) > 2 else None  # in `_rebuild_tensor_v3`; a dict of metadata in `_rebuild_tensor_v2`
+    if isinstance(dtype, type):  # an unsupported one, such as float8
         dtype = getattr(dtype, 'qualified_name', '')
     return Tensor(dtype if isinstance(dtype, str) else storage.dtype, storage, shape, strides, offset)
 
@@ -184,10 +184,10 @@ class Unpickler(pickle.Unpickler):
         return type('Inert', (Inert,), {'qualified_name': full})
 
     def persistent_load(self, saved: Any) -> Any:
-        if saved[0] != 'storage':  # a class with its source code, in files of torch before 1.6
+        if saved[0] != 'storage':  # a class with its source code, from torch before 1.6
             return saved[1]
         _, dtype, key, _, count, *views = saved
-        if not isinstance(key, str) or not isinstance(dtype, str) or any(views):  # views are of torch before 0.4
+        if not isinstance(key, str) or not isinstance(dtype, str) or any(views):  # views are from torch before 0.4
             raise Refused(f'a storage has no type or key, or lies within another one. {DAMAGED}')
         return self.storages.setdefault(key, Storage(dtype, count))
 
@@ -196,7 +196,7 @@ class Unpickler(pickle.Unpickler):
 
 
 def read_zip(file: BinaryIO) -> Any:
-    """Reads an archive of `torch.save`, or a zipped folder of OneFlow."""
+    """Reads an archive from `torch.save`, or a zipped folder from OneFlow."""
     import zipfile
 
     with zipfile.ZipFile(file) as archive:
@@ -211,7 +211,7 @@ def read_zip(file: BinaryIO) -> Any:
                 return read_oneflow(file, archive, folder + slash)
         folder = names[0].partition('/')[0]
         if f'{folder}/data.pkl' not in names:
-            raise Refused('it is a zip archive, but of neither torch nor OneFlow. Give the weights file itself')
+            raise Refused('it is a zip archive, but not from torch or OneFlow. Pass the weights file itself')
         if f'{folder}/byteorder' in names and archive.read(f'{folder}/byteorder') != b'little':
             raise Refused('its numbers are big-endian. Save it again on a little-endian machine')
         storages: dict[str, Storage] = {}
@@ -221,11 +221,11 @@ def read_zip(file: BinaryIO) -> Any:
         return found
 
 
-EXPORTED = 'a program of torch.export. Its weights are torch.export.load(FILE).state_dict, if you trust the file'
-OTHER_ARCHIVES = {  # archives that begin like torch's, by the end of a member's name
-    '/constants.pkl': 'a TorchScript program. Its weights are torch.jit.load(FILE).state_dict(), if you trust the file',
+EXPORTED = 'a torch.export program. If you trust it, get its weights from torch.export.load(FILE).state_dict'
+OTHER_ARCHIVES = {  # archives that begin like torch's, recognized by how a member's name ends
+    '/constants.pkl': 'a TorchScript program. If you trust it, get its weights from torch.jit.load(FILE).state_dict()',
     '/models/model.json': EXPORTED,
-    'serialized_exported_program.json': EXPORTED,  # of torch 2.6
+    'serialized_exported_program.json': EXPORTED,  # since torch 2.6
     '.npy': 'an archive of numpy arrays. Save a dict of tensors with torch.save',
 }
 
@@ -247,7 +247,7 @@ def locate_member(file: BinaryIO, archive: Any, name: str, storage: Storage) -> 
 
 
 def read_legacy(file: BinaryIO) -> Any:
-    """Reads a file of `torch.save` before 1.6: five pickles, the last one of the keys of the storages that follow."""
+    """Reads a file from `torch.save` before 1.6: five pickles, the last with the keys of the storages that follow."""
     storages: dict[str, Storage] = {}
     _magic, _version, system, found, keys = (Unpickler(file, storages).load() for _ in range(5))
     if system['little_endian'] is False:
@@ -256,7 +256,7 @@ def read_legacy(file: BinaryIO) -> Any:
         storage = storages[key]
         (count,) = struct.unpack('<q', file.read(8))
         if count != storage.count:
-            raise Refused(f'a storage of {storage.count:,} numbers has {count:,}. {DAMAGED}')
+            raise Refused(f'a storage should have {storage.count:,} numbers, but has {count:,}. {DAMAGED}')
         storage.start, storage.size = file.tell(), count * WIDTHS[storage.dtype]
         file.seek(storage.size, 1)
     return found
@@ -268,7 +268,7 @@ def read_pickle(file: BinaryIO) -> Any:
 
 
 def read_fields(data: Any) -> Iterator[tuple[int, Any]]:
-    """Reads a protocol buffer message: the number of each field, and an integer or the field's bytes."""
+    """Yields the fields of a protocol buffer message: each one's number, and its integer or bytes."""
     at = 0
 
     def read_varint() -> int:
@@ -294,14 +294,14 @@ def read_fields(data: Any) -> Iterator[tuple[int, Any]]:
 
 
 def read_mindspore(file: BinaryIO) -> Any:
-    """Reads MindSpore's checkpoint: Checkpoint {1: Value {1: name, 2: Tensor {1: sizes, 2: type, 3: bytes}}}."""
+    """Reads a MindSpore checkpoint: Checkpoint {1: Value {1: name, 2: Tensor {1: sizes, 2: type, 3: bytes}}}."""
     data = memoryview(file.read())
     if bytes(data[-17:-10]) == b'crc_num':  # a checksum that some versions append
         data = data[:-17]
     found: dict[str, Tensor] = {}
     for _, value in read_fields(data):
         if value[:1] == b'\x08':
-            raise Refused("it is PaddlePaddle's inference program (.pdmodel). Give the .pdparams file of the training")
+            raise Refused('it is a PaddlePaddle inference program (.pdmodel). Pass the .pdparams file from training')
         parts = dict(read_fields(value))
         fields = [*read_fields(parts[2])]
         shape, by_number = [size for number, size in fields if number == 1], dict(fields)
@@ -312,8 +312,8 @@ def read_mindspore(file: BinaryIO) -> Any:
     return found
 
 
-def read_tape(file: BinaryIO) -> Any:
-    """Reads a tape archive with a file for each variable, as PaddlePaddle saved before version 2."""
+def read_tar(file: BinaryIO) -> Any:
+    """Reads a tar archive with one file per variable, as PaddlePaddle wrote before version 2."""
     import tarfile
 
     found: dict[str, Tensor] = {}
@@ -323,10 +323,10 @@ def read_tape(file: BinaryIO) -> Any:
                 continue
             opened = archive.extractfile(member) if member.isfile() else None
             if opened is None:
-                raise Refused(f'{member.name[:100]!r} in it is not a plain file. Give the archive that Paddle saved')
+                raise Refused(f'its member {member.name[:100]!r} is not a regular file. Pass the archive from Paddle')
             name = os.path.basename(member.name)
             if name in found:
-                raise Refused(f'{member.name[:100]!r} in it occurs twice. {DAMAGED}')
+                raise Refused(f'its member {member.name[:100]!r} occurs twice. {DAMAGED}')
             found[name] = read_paddle_variable(memoryview(opened.read()))
     return found
 
@@ -343,7 +343,7 @@ def read_paddle_variable(data: memoryview) -> Tensor:
 
 
 def read_oneflow(file: BinaryIO, archive: Any, folder: str) -> Any:
-    """Reads a zipped folder of OneFlow before 1.0: a folder for each tensor and, since 0.6, a pickle of names."""
+    """Reads a zipped folder from OneFlow before 1.0: one folder per tensor and, since 0.6, a pickle of names."""
     names = archive.namelist()
 
     def read_variable(path: str) -> Tensor:
@@ -363,23 +363,23 @@ def read_oneflow(file: BinaryIO, archive: Any, folder: str) -> Any:
     return {name: read_variable(value.state['path']) for name, value in found.items() if isinstance(value, Inert)}
 
 
-FORMATS: tuple[tuple[int, bytes, Any], ...] = (  # position of the magic bytes, and the reader or what the file is
+FORMATS: tuple[tuple[int, bytes, Any], ...] = (  # position, magic bytes, and the reader or what the file is
     (0, b'PK\x03\x04', read_zip),
     (0, b'\x80\x02\x8a\x0a\x6c\xfc\x9c\x46\xf9\x20\x6a\xa8\x50\x19', read_legacy),
     (0, b'\x80', read_pickle),
-    (257, b'ustar', read_tape),
+    (257, b'ustar', read_tar),
     (0, b'\x0a', read_mindspore),
-    (0, b'\x89HDF', "an HDF5 file of Keras. The Res2Nets for Keras are timm's: use those"),
-    (0, b'\x08', 'an ONNX model, or another protocol buffer. Give the weights it was made from'),
-    (4, b'TFL3', 'a TFLite model. Give the weights it was made from'),
-    (0, b'ptrt', 'a TensorRT engine. Give the weights it was made from'),
-    (0, b'ftrt', 'a TensorRT engine. Give the weights it was made from'),
-    (0, bytes(8), "PaddlePaddle's inference parameters (.pdiparams), without names. Give the .pdparams file instead"),
+    (0, b'\x89HDF', "an HDF5 file from Keras. The Res2Nets for Keras have timm's weights: use those"),
+    (0, b'\x08', 'an ONNX model, or another protocol buffer. Pass the weights it was made from'),
+    (4, b'TFL3', 'a TFLite model. Pass the weights it was made from'),
+    (0, b'ptrt', 'a TensorRT engine. Pass the weights it was made from'),
+    (0, b'ftrt', 'a TensorRT engine. Pass the weights it was made from'),
+    (0, bytes(8), 'a PaddlePaddle file of inference parameters (.pdiparams), without names. Pass the .pdparams file'),
 )
 
 
 def read_file(file: BinaryIO) -> Any:
-    """Reads a file in the format that its first bytes show."""
+    """Reads a file in the format that its magic bytes indicate."""
     head = file.read(512)
     file.seek(0)
     for at, magic, reader in FORMATS:
@@ -388,8 +388,8 @@ def read_file(file: BinaryIO) -> Any:
                 raise Refused(f'it is {reader}')
             return reader(file)
     raise Refused(
-        f'it is not a weights file of a known format: it begins with {head[:8]!r}. Give safetensors, .pth, .pdparams, '
-        '.pkl, .ckpt of MindSpore, .tar of PaddlePaddle, or .zip of OneFlow'
+        f'it is not a weights file of a known format: it begins with {head[:8]!r}. Pass a .safetensors, .pth, '
+        '.pdparams or .pkl file, a .ckpt from MindSpore, a .tar from PaddlePaddle, or a .zip from OneFlow'
     )
 
 
@@ -402,7 +402,7 @@ TRANSPARENT = '_parameters', '_buffers', '_modules', 'data'
 
 def find_tensors(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, Tensor]]:
     """Finds the tensors in nested dicts and pickled modules, with names joined by dots."""
-    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], Array):  # PaddlePaddle's name and array
+    if isinstance(value, tuple) and len(value) == 2 and isinstance(value[1], Array):  # PaddlePaddle's (name, array)
         value = value[1]
     if isinstance(value, Tensor):
         yield '.'.join(path), value
@@ -416,7 +416,7 @@ def find_tensors(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, 
 
 
 def to_plain(value: Any, depth: int = 0) -> Any:
-    """Reduces a value to JSON: objects become dicts of their attributes, or type names as classes do."""
+    """Reduces a value to JSON: objects become dicts of their attributes or, like classes, names of types."""
     if depth == MAX_DEPTH:
         return None
     if isinstance(value, type) and issubclass(value, Inert):
@@ -466,7 +466,7 @@ def answer(found: Any, out: BinaryIO) -> None:
 
 
 def limit_resources(size: int) -> None:
-    """Limits this process to 100 MB and 4 times the file's size, and to a second of CPU and one for each 100 MB."""
+    """Limits this process to 100 MB plus 4 times the file's size, and to a second of CPU plus one per 100 MB."""
     try:
         import resource
     except ImportError:  # on Windows
@@ -478,7 +478,7 @@ def limit_resources(size: int) -> None:
 
 
 def main() -> None:
-    """Reads standard input; writes the answer to standard output."""
+    """Parses the file on standard input, and writes the answer to standard output."""
     size = os.fstat(0).st_size
     limit_resources(size)
     out = sys.stdout.buffer
