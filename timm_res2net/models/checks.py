@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 
+import torch
 from timm.layers import DropBlock2d, DropPath
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
@@ -19,10 +20,15 @@ def require_eval_mode(model: nn.Module) -> None:
         )
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Returns whether a tensor contains neither NaN nor infinity; `isfinite` takes ten times as long."""
+    return tensor.numel() == 0 or all(bool(limit.isfinite()) for limit in torch.aminmax(tensor.float()))
+
+
 def not_finite(state: Mapping[str, Tensor]) -> list[str]:
     """Returns the names of tensors that contain NaN or infinity; a tensor on the meta device contains neither."""
     known = {name: tensor for name, tensor in state.items() if tensor.is_floating_point() and not tensor.is_meta}
-    return [name for name, tensor in known.items() if not tensor.float().isfinite().all()]
+    return [name for name, tensor in known.items() if not is_finite(tensor)]
 
 
 def require_finite_weights(model: nn.Module) -> None:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .._errors import CheckpointError
+from ..models.checks import is_finite
 from ..models.spec import NetworkSpec
 from .dialects import DIALECTS, EXPORTS, Dialect, Rows
 
@@ -300,7 +301,7 @@ def to_weight(name: str, value: Tensor, cast: Counter[str]) -> Tensor:
     if value.dtype not in FLOATS:
         raise CheckpointError(f'{name} cannot be a weight: its type is {value.dtype}. Save floating-point tensors')
     weight = value.float()
-    if not torch.isfinite(weight).all():
+    if not is_finite(weight):
         raise CheckpointError(f'{name} has NaN or infinite values: the training diverged. Use an earlier checkpoint')
     if name.endswith('running_var') and (weight < 0).any():
         raise CheckpointError(f'{name} has a negative variance: the file is damaged, or not of this kind of network')
