@@ -271,16 +271,6 @@ def test_readme_optimize_example_prints_documented_path(
     assert (made['logits'].shape, made['logits'].dtype) == ((8, 1000), torch.float32)
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore::UserWarning', 'ignore::DeprecationWarning')
-def test_readme_example_of_8_bits_in_process_quantizes() -> None:
-    pytest.importorskip('nncf')
-    made = run('deploy', 'dtype=torch.int8', res2net50_26w_4s='test_res2net')
-    assert made['fast'].path == 'fused, int8, OpenVINO'
-    found, expected = (made[name](made['images']).detach() for name in ('fast', 'model'))
-    torch.testing.assert_close(found, expected, rtol=0, atol=0.2 * float(expected.abs().max()))
-
-
 def test_readme_of_deploy_table_of_formats_matches_the_code() -> None:
     for suffix, backend in BACKENDS.items():
         row = rf'^\| `{re.escape(suffix)}`.* \| {", ".join(backend.precisions)} \|$'

@@ -58,11 +58,14 @@ def test_torch_program_runs_no_code_without_trust(file: Path, tmp_path: Path) ->
     [
         *((dict(input=[value, 3, 32, 32]), 'input') for value in (10**9, 0, 1.0, '2')),
         *((dict(input=value), 'input') for value in ([None, 3, 30_000, 30_000], [None, 3, 32], 3, None)),
-        *((dict(outputs=value), 'outputs') for value in ([], None, [{}], 'logits')),
+        (dict(outputs=[]), 'outputs'),
+        (dict(outputs=[{}]), 'outputs'),
+        *((dict(outputs=value), 'outputs') for value in (None, 'logits')),
         *((dict(precision=value), 'precision') for value in ('float8', None, ['int8'])),
         *((dict(features=value), 'features') for value in ('no', 0)),
         *((dict(architecture=value), 'architecture') for value in (7, None)),
-        *((dict(function=value), 'function') for value in ({'strides': '[1, 2]'}, {'norm_eps': 3}, '', None)),
+        (dict(function={'strides': '[1, 2]'}), 'function'),
+        *((dict(function=value), 'function') for value in ({'norm_eps': 3}, '', None)),
         (dict(pretrained_cfg=None), 'pretrained_cfg'),
         (dict(input_size=[3, 30_000, 30_000]), 'input_size'),
         (dict(input_size=[3, 64, 64]), 'pretrained_cfg'),  # not the input of the file

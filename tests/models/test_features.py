@@ -63,7 +63,8 @@ def test_out_indices_beyond_feature_count_raise_value_error(name: str) -> None:
     for indices in ((0, count), (-count - 1,), count + 1):
         with pytest.raises(ValueError, match=f'has {count} features, 0 to {count - 1} or, .*, -{count} to -1'):
             timm.create_model(name, features_only=True, out_indices=indices, device='meta', **small(name))
-    for indices, number in (((0, count - 1), 2), ((-count, -1), 2), (np.array([0, 1]), 2), (2, 2), (count, count)):
+    taken: Any = ((0, count - 1), 2), ((-count, -1), 2), (np.array([0, 1]), 2), (2, 2), (count, count)
+    for indices, number in taken:
         model = timm.create_model(name, features_only=True, out_indices=indices, device='meta', **small(name))
         assert len(model.feature_info.channels()) == number
 

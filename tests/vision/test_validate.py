@@ -1,6 +1,7 @@
 """`validate` counts the images that a model classifies correctly, and lists those that it cannot read."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -168,7 +169,8 @@ def test_predict_many_images_equals_few_in_order_with_errors(digits: nn.Module, 
 def test_classify_runs_a_model_without_splits_unchanged() -> None:
     model = timm.create_model('test_resnet', num_classes=2).eval()
     images = [Image.new('RGB', (10, 10))] * (FEW_IMAGES + 1)
-    scores = torch.stack([*classify(model, images, identity, batch_size=8)])
+    found: Any = classify(model, images, identity, batch_size=8)
+    scores = torch.stack([*found])
     torch.testing.assert_close(scores.sum(dim=1), torch.ones(FEW_IMAGES + 1))
 
 
