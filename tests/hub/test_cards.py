@@ -116,6 +116,11 @@ def test_card_uses_sigmoid_for_one_class_and_softmax_for_more(num_classes: int, 
     assert function is None or f'.{function}' in text
 
 
+def test_card_of_a_model_whose_activations_have_weights_counts_the_same_multiply_adds() -> None:
+    costs = [re.findall('.*multiply-adds.*', card(tiny(act_layer=name))) for name in ('relu', 'prelu')]
+    assert costs[0] == costs[1] != []
+
+
 # Facts
 
 

@@ -81,7 +81,7 @@ def render(
     """Fills in the template for a model on the meta device. Published weights also pass `weights` and `cfg`."""
     import jinja2
 
-    network = as_classifier(model.eval())
+    network = as_classifier(model.to('meta').eval())  # activations with weights ignore device='meta'
     arch = ARCHS[model_name(network)]
     size = network.pretrained_cfg['input_size'][-1]
     out_indices = arch.out_indices
