@@ -55,6 +55,11 @@ def test_pretrained_cfg_of_all_weights_is_complete_and_fits_model() -> None:
         assert cfg.pool_size == tuple(side // model.feature_info[-1]['reduction'] for side in cfg.input_size[1:])
 
 
+def test_models_are_listed_in_this_module_and_in_timms() -> None:
+    assert {*timm.list_models(module='res2net')} == ARCHS.keys()
+    assert {'dla60', 'dla60_res2net', 'dla60_res2next'} <= {*timm.list_models(module='dla')}
+
+
 def test_pretrained_cfg_of_in1k_weights_has_repository_and_preprocessing_of_timm() -> None:
     tags = [name for name in timm.list_models(module='res2net', pretrained=True) if name.endswith('.in1k')]
     assert sorted(tags) == sorted(f'{name}.in1k' for name in TIMMS_OWN)

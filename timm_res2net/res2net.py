@@ -200,6 +200,8 @@ def register() -> None:
         warnings.simplefilter('ignore')  # timm warns about names that it already has; we replace them on purpose
         for name in ARCHS:
             register_model(globals()[name])
+            if own := timm_entrypoint(name):  # so that `timm.list_models(module='dla')` still lists the name
+                timm_registry._module_to_models[own.__module__.rpartition('.')[2]].add(name)
 
 
 def timm_entrypoint(name: str) -> Callable[..., nn.Module] | None:
