@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from timm_res2net import CheckpointError, export_checkpoint, load_checkpoint, load_model, push
 from timm_res2net.models.block import spec_of
+from timm_res2net.models.classifier import as_classifier
 from timm_res2net.models.spec import ARGUMENTS
 from timm_res2net.models.variants import ARCHS
 from timm_res2net.weights.checkpoints import read_checkpoint
@@ -323,7 +324,9 @@ def written_and_read(model: nn.Module, name: str, args: dict[str, Any], folder: 
 
         def load_exported(dialect: str = dialect) -> Any:
             export_checkpoint(model, folder / 'exported', dialect)
-            return load_model(folder / 'exported', **({} if dialect == 'paddleclas' else spec_keywords(model)))
+            pool = as_classifier(model).global_pool.pool_type  # a file without a classifier does not determine it
+            keywords = {} if dialect == 'paddleclas' else spec_keywords(model)
+            return load_model(folder / 'exported', global_pool=pool, **keywords)
 
         yield load_exported
 
