@@ -62,7 +62,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
 
 @pytest.fixture
 def photos() -> None:
-    """Writes a photo, a digit, a truncated photo, and a text file named .png."""
+    """Writes a photo, a digit, a truncated photo, and text named .png."""
     Image.effect_noise((200, 150), 50).convert('RGB').save('photo.jpg')
     bundled_digits()[20][0].save('three.png')
     Path('cut.jpg').write_bytes(Path('photo.jpg').read_bytes()[:5000])

@@ -24,7 +24,7 @@ BY_NAME = {project.name: project for project in PROJECTS}
 
 
 def marks(project: Project, above: str = '') -> dict[str, Tensor]:
-    """Returns the tensors by which a network is recognized."""
+    """Returns the tensors that identify a network."""
     names = [name for name in (project.mark, project.also) if name and not name.startswith(f'{project.prefix}.')]
     names = [above + name + ('x.weight' if name.endswith('.') else '') for name in names]
     return {name: torch.ones(project.shape or (1,)) for name in names}

@@ -121,7 +121,7 @@ def radius(field: Array) -> float:
 
 
 def stage_block_names(model: nn.Module, stage: int) -> list[str]:
-    """Returns the names of the blocks in a stage (the first is 1); ValueError if there is no such stage."""
+    """Returns the names of the blocks in a stage (the first is 1); ValueError if the stage does not exist."""
     info = as_classifier(model).feature_info
     stages = [each['module'] for each in info if block_names(model, each['module'])]
     if not 1 <= stage <= len(stages):

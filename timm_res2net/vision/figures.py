@@ -29,7 +29,7 @@ def new_figure(width: float, height: float) -> 'Figure':
 
 
 def save(figure: 'Figure', out: str) -> None:
-    """Writes a figure in the format that the file's suffix names, or as PNG if there is no suffix."""
+    """Writes a figure in the format that the file's suffix names, or as PNG without a suffix."""
     atomic_write(out, lambda path: figure.savefig(path, dpi=120, format=Path(out).suffix[1:] or 'png'))
 
 

@@ -86,7 +86,7 @@ class Checkpoint:
 
     @property
     def num_classes(self) -> int:
-        """Number of classes; 0 if there is no classifier."""
+        """Number of classes; 0 without a classifier."""
         return len(self.state.get('fc.weight', ()))
 
     @property

@@ -182,7 +182,7 @@ def require_labels(labels: Sequence[str], num_classes: int, key: str = 'labels')
 
 
 def read_labels(path: str) -> list[str]:
-    """Reads class names from a text file, one per line, or from a folder of images, one per subfolder.
+    """Reads class names from a file, one per line, or from a folder of images, one per subfolder.
 
     Raises:
         ValueError: If the file or folder cannot be read.
