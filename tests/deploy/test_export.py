@@ -179,6 +179,13 @@ def test_export_to_a_full_disk_is_an_os_error_that_names_the_file(tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
+def test_export_with_outputs_of_another_shape_is_discarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(export_module, 'load_exported', lambda file, trust: lambda x: torch.zeros(len(x), 2))
+    with pytest.raises(ValueError, match='discarded: its outputs have other shapes than'):
+        export(tiny(), tmp_path / 'net.pt2', **SIZE)
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(('value', 'found'), [(torch.nan, 'nan%'), pytest.param(0.0, r'\d', marks=pytest.mark.slow)])
 def test_export_with_wrong_outputs_is_discarded(
     value: float, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -227,6 +227,8 @@ def verify(model: nn.Module, file: Path, record: dict[str, Any], images: Tensor 
     loaded = load_exported(file, trust=True)
     batches = make_batches(record, images)
     found, expected = ([[y.flatten() for y in tree_leaves(run(x))] for x in batches] for run in (loaded, model))
+    if [[y.shape for y in outputs] for outputs in found] != [[y.shape for y in outputs] for outputs in expected]:
+        raise ValueError(f"{file.name} was discarded: its outputs have other shapes than the model's")
     pairs = [(torch.cat(a), torch.cat(b)) for a, b in zip(zip(*found), zip(*expected))]  # for each output
     # Tensor.max() propagates NaN, Python's max() does not.
     largest = torch.stack([(a - b).abs().max() / b.abs().max() for a, b in pairs]).max().item()
