@@ -45,7 +45,7 @@ def test_optimize_openvino_int8_is_quantized_and_close() -> None:
     pytest.importorskip('nncf')
     model = timm.create_model('test_res2net.digits', pretrained=True).eval()
     images = digits('train', 16)
-    optimized = optimize(model, images, dtype=torch.int8, backend='openvino')
+    optimized = optimize(model, images, dtype=torch.int8)
     assert optimized.path == 'fused, int8, OpenVINO'
     assert_same(optimized, model, images[:8], 0.2)
     with pytest.raises(AssertionError):

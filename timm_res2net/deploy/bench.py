@@ -298,7 +298,7 @@ def read_fields(file: str) -> dict[str, str]:
 def environment() -> dict[str, str]:
     """Returns the processor, threads, GPU and versions that measurements depend on."""
     found = {'processor': processor(), 'threads': str(torch.get_num_threads()), 'python': platform.python_version()}
-    for package in ('timm_res2net', 'torch', 'torchao', 'timm', 'openvino', 'nncf', 'onnxruntime'):
+    for package in ('timm_res2net', 'torch', 'timm', 'openvino', 'nncf', 'onnxruntime'):
         try:
             found[package] = version(package)
         except PackageNotFoundError:

@@ -11,7 +11,6 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from .._errors import first_line
 from .backend_openvino import compile_for_openvino
-from .backend_torch import quantize_torch
 from .backends import requires_extra
 from .fuse import fuse
 from .inference import ForInference, Outputs, finish, require_floating_point, run_batch
@@ -39,10 +38,10 @@ def optimize(
         model: Model of this package in evaluation mode. It is not changed.
         example_input: Images (N, C, H, W) of the size that matters most, on the model's device. They calibrate
             `torch.int8`: pass some 300 real ones.
-        dtype: Data type to compute in; the model's if None. `torch.int8` is for CPUs.
-        compile: Compile with torch.compile. OpenVINO and `torch.int8` always compile.
+        dtype: Data type to compute in; the model's if None. OpenVINO runs `torch.int8`.
+        compile: Compile with torch.compile. OpenVINO always compiles.
         backend: 'openvino' to run on the CPU with OpenVINO, for any batch size and the height and width of
-            `example_input`; torch if None.
+            `example_input`; torch if None, except for `torch.int8`.
 
     Returns:
         A module that is called like the model, without gradients, and returns the same in the dtype of its input: a
@@ -52,7 +51,7 @@ def optimize(
     Raises:
         ValueError: If the model cannot be fused, the example is not a batch of images that it can run, or an argument
             is invalid.
-        ImportError: If OpenVINO, or for `torch.int8` NNCF or torchao, is not installed.
+        ImportError: If OpenVINO, or NNCF for `torch.int8`, is not installed.
 
     Example:
         >>> model = timm.create_model('res2net50d', pretrained=True).eval()
@@ -69,20 +68,14 @@ def optimize(
     dtype = dtype or next(fused.parameters()).dtype
     if dtype not in DTYPES:
         raise ValueError(f'unsupported dtype={dtype}. Choose from {", ".join(map(str, DTYPES))}.')
-    always_compiled = backend is not None or dtype == torch.int8
-    if always_compiled and not compile:
-        raise ValueError(f'compile=False has no effect with backend={backend!r}, dtype={dtype}. Leave it out.')
-    if always_compiled and example_input.device.type != 'cpu':
-        raise ValueError(f'OpenVINO and torch.int8 run on the CPU, but example_input is on {example_input.device}')
     optimized: Optimized | OptimizedByOpenVINO
-    if backend is not None:
-        with requires_extra(f'backend={backend!r}'):
+    if backend is not None or dtype == torch.int8:
+        if not compile:
+            raise ValueError('compile=False has no effect with OpenVINO, which runs backend=openvino and torch.int8.')
+        if example_input.device.type != 'cpu':
+            raise ValueError(f'OpenVINO and torch.int8 run on the CPU, but example_input is on {example_input.device}')
+        with requires_extra('OpenVINO'):
             optimized = OptimizedByOpenVINO(fused.float(), example_input.float(), dtype)
-    elif dtype == torch.int8:
-        run_example(fused.float(), example_input[:2].float())
-        with requires_extra('dtype=torch.int8'):
-            optimized = Optimized(quantize_torch(fused, example_input.float()), dtype)
-        optimized.compile_or_warn(example_input[:8])  # the example is for calibration, not a batch that will be run
     else:
         optimized = Optimized(fused.to(dtype).to(memory_format=torch.channels_last), dtype)
         run_example(optimized, example_input)  # so that a wrong example is not blamed on the compiler
@@ -113,7 +106,7 @@ class Optimized(ForInference):
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
         self.model = model
-        self.dtype = torch.float32 if dtype == torch.int8 else dtype  # of the model's input
+        self.dtype = dtype
         self.context: Callable[[], AbstractContextManager[Any]] = nullcontext
         self.path = f'fused, channels last, {name_of(dtype)}'
 
