@@ -47,12 +47,12 @@ class BigLittleModule(nn.Module):
         self, opts: TrunkOptions, in_chs: int, out_chs: int, depth: int, stride: int, alpha: int, beta: int
     ) -> None:
         super().__init__()
-        self.big = make_stage(opts, in_chs, out_chs, depth - 1, stride=2)
+        self.big = make_blocks(opts, in_chs, out_chs, depth - 1, stride=2)
         self.big[-1].act3 = nn.Identity()  # the activation follows the sum of both branches
-        self.little = make_stage(opts, in_chs, out_chs // alpha, max(1, depth // beta - 1))
+        self.little = make_blocks(opts, in_chs, out_chs // alpha, max(1, depth // beta - 1))
         self.little_e = nn.Sequential(*opts.conv(out_chs // alpha, out_chs, 1))
         self.act = opts.act(inplace=True)
-        self.fusion = make_stage(opts, out_chs, out_chs, 1, stride)
+        self.fusion = make_blocks(opts, out_chs, out_chs, 1, stride)
 
     def forward(self, x: Tensor) -> Tensor:
         """Runs both branches and the fusion, (N, in_chs, H, W) to (N, out_chs, H / stride, W / stride)."""
@@ -61,7 +61,7 @@ class BigLittleModule(nn.Module):
         return self.fusion(self.act(F.interpolate(big, size=little.shape[2:]) + little))  # nearest pixels of big
 
 
-def make_stage(
+def make_blocks(
     opts: TrunkOptions, inplanes: int, outplanes: int, depth: int, stride: int = 1, dilation: int = 1
 ) -> Stage:
     """Makes a sequence of blocks; the dilation is 2 for a stage that is dilated instead of strided."""
@@ -128,7 +128,7 @@ class Res2NetBigLittle(Trunk):
         self.layer1 = module(64, 256, layers[0], stride=2)
         self.layer2 = module(256, 512, layers[1], stride=2)
         self.layer3 = module(512, 1024, layers[2], stride=1)
-        self.layer4 = make_stage(opts, 1024, 2048, layers[3], stride, dilation=2 // stride)
+        self.layer4 = make_blocks(opts, 1024, 2048, layers[3], stride, dilation=2 // stride)
         self.feature_info = [  # not layer2, which has stride 16 like layer3: necks expect each stride once
             dict(num_chs=64, reduction=2, module='act1'),
             dict(num_chs=64, reduction=4, module='bl_init'),
