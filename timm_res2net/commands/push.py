@@ -3,10 +3,9 @@
 import argparse
 
 from ..hub.push import push
-from ..weights.config import read_labels
 from .options import add_options
 from .output import describe_training, print
-from .sources import make_source
+from .sources import make_source, read_label_names
 
 
 def add_arguments(command: argparse.ArgumentParser) -> None:
@@ -19,7 +18,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
     command.add_argument('--license', metavar='ID', help='license ID from the Hub, such as apache-2.0')
     command.add_argument('--license-link', metavar='URL', help='link to a license that has no ID')
     command.add_argument('--base-model', metavar='USER/NAME', help='model that it was fine-tuned from')
-    add_options(command, '--labels', '--weights-from')
+    add_options(command, '--labels', '--class-order', '--weights-from')
     command.add_argument('--recipe', metavar='TEXT', help='how it was trained')
     command.add_argument('--private', action='store_true', default=None, help='make a new repository private')
     command.add_argument('--revision', metavar='BRANCH', help='branch, created if it does not exist (default: main)')
@@ -31,7 +30,7 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> None:
     model, checkpoint = make_source(args)
-    labels = read_labels(args.labels) if args.labels is not None else None
+    labels = read_label_names(args)
     pushed = push(
         model,
         args.repo,
