@@ -15,7 +15,7 @@ from torch import nn
 
 from timm_res2net import CheckpointError, export, load_exported
 from timm_res2net.deploy.exported import ExportedModel, parse_record
-from timm_res2net.deploy.program import METADATA
+from timm_res2net.weights.config import RECORD
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # torch.export warns about its own internals
 HUGE = 10**12
@@ -31,7 +31,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def record(file: Path) -> dict[str, Any]:
     """The record of a file, for a test to change."""
     with zipfile.ZipFile(file) as archive:
-        (name,) = (name for name in archive.namelist() if name.endswith(f'extra/{METADATA}'))
+        (name,) = (name for name in archive.namelist() if name.endswith(f'extra/{RECORD}'))
         return json.loads(archive.read(name))
 
 

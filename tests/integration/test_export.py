@@ -15,11 +15,11 @@ from integration.conftest import digits
 from timm_res2net import CheckpointError, export, load_exported
 from timm_res2net._images import bundled_digits
 from timm_res2net.deploy.backend_onnx import OPSET
-from timm_res2net.deploy.program import METADATA
 from timm_res2net.models.variants import ASSETS
 from timm_res2net.recipes.digits import main as write_digits
 from timm_res2net.vision.predict import predict, pretrained_model
 from timm_res2net.vision.validate import labelled_images, validate
+from timm_res2net.weights.config import RECORD
 
 onnx = pytest.importorskip('onnx')
 openvino = pytest.importorskip('openvino')
@@ -104,12 +104,12 @@ def test_export_writes_metadata_names_and_opset_of_the_format(suffix: str, opset
     export(model, tmp_path / f'net{suffix}', size=32, batch=2, opset=opset)
     if suffix == '.onnx':
         file = onnx.load(tmp_path / 'net.onnx')
-        text = {each.key: each.value for each in file.metadata_props}[METADATA]
+        text = {each.key: each.value for each in file.metadata_props}[RECORD]
         names = [output.name for output in file.graph.output]
         assert file.opset_import[0].version == (opset or OPSET)
     else:
         read = openvino.Core().read_model(tmp_path / 'net.xml')
-        text = read.get_rt_info(METADATA).astype(str)
+        text = read.get_rt_info(RECORD).astype(str)
         names = [output.get_any_name() for output in read.outputs]
     record = json.loads(text)
     assert names == [output['name'] for output in record['outputs']] == model.feature_info.module_name()

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from .._files import open_regular
+from ..weights.config import RECORD
 from .calibration import repeat_to_whole_batches
 from .inference import Run
-from .program import METADATA, Program
+from .program import Program
 
 OPSET = 20  # supported by runtimes since the end of 2023
 OPSETS = range(18, 24)  # those that torch's exporter can write
@@ -86,7 +87,7 @@ def load_onnx(file: Path) -> tuple[str, Callable[[str], Run]]:
     model = onnx.load_model_from_string(content)
     if any(tensor.external_data or tensor.data_location == tensor.EXTERNAL for tensor in find_tensors(model)):
         raise ValueError('it refers to other files, but an exported model is a single file')
-    record = next((each.value for each in model.metadata_props if each.key == METADATA), '')
+    record = next((each.value for each in model.metadata_props if each.key == RECORD), '')
 
     def start(precision: str) -> Run:
         import onnxruntime

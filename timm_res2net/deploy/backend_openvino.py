@@ -14,8 +14,9 @@ from torch import Tensor, nn
 
 from .._errors import first_line
 from .._files import open_regular
+from ..weights.config import RECORD
 from .inference import Run
-from .program import METADATA, Program
+from .program import Program
 
 _logger = logging.getLogger(__name__)
 
@@ -135,7 +136,7 @@ def write_openvino(program: Program, file: Path) -> None:
     model.inputs[0].get_tensor().set_names({'images'})
     for output, name in zip(model.outputs, program.outputs):
         output.get_tensor().set_names({name})
-    model.set_rt_info(program.metadata[METADATA], [METADATA])
+    model.set_rt_info(program.metadata[RECORD], [RECORD])
     try:
         openvino.save_model(model, file, compress_to_fp16=False)
     except RuntimeError as error:
@@ -154,5 +155,5 @@ def load_openvino(file: Path) -> tuple[str, Callable[[str], Run]]:
         with open_regular(part) as opened:
             content.append(opened.read())
     model = openvino.Core().read_model(*content)
-    record = model.get_rt_info(METADATA).astype(str) if model.has_rt_info(METADATA) else ''
+    record = model.get_rt_info(RECORD).astype(str) if model.has_rt_info(RECORD) else ''
     return record, partial(compile_openvino, model)

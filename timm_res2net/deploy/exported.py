@@ -118,7 +118,7 @@ def parse_record(text: str) -> dict[str, Any]:
     record = json.loads(text)
     if not isinstance(record, dict):
         raise ValueError('its metadata is not a mapping')
-    for key, is_valid in RECORD.items():
+    for key, is_valid in ENTRIES.items():
         reason = sanitize(repr(record.get(key)), 80)
         try:
             valid = is_valid(record)
@@ -156,7 +156,7 @@ def are_strings(values: list[Any]) -> bool:
     return all(isinstance(value, str) for value in values)
 
 
-RECORD: dict[str, Callable[[dict[str, Any]], bool]] = {
+ENTRIES: dict[str, Callable[[dict[str, Any]], bool]] = {
     'architecture': lambda record: isinstance(record['architecture'], str),
     'function': lambda record: isinstance(record['function'], dict) and bool(NetworkSpec.from_text(record['function'])),
     'precision': lambda record: record['precision'] in PRECISIONS,

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-METADATA = 'timm_res2net'  # the key of our record in a file's own metadata
+from ..weights.config import RECORD
 
 
 class Exportable(nn.Module):
@@ -55,4 +55,4 @@ class Program:
     @property
     def metadata(self) -> dict[str, str]:
         """The record as a file stores it."""
-        return {METADATA: json.dumps(self.record)}
+        return {RECORD: json.dumps(self.record)}

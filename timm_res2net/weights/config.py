@@ -29,7 +29,7 @@ from .readers import RawFile
 _logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE, CONFIG_FILE = 'model.safetensors', 'config.json'
-RECORD = 'timm_res2net'  # key of this package's own record
+RECORD = 'timm_res2net'  # key of this package's own record, also in exported files
 MAX_CONFIG = 5_000_000  # bytes
 IMAGES = tuple(IMAGE_SETTINGS)
 # Limits of `model_args`: without them, a small file could describe a network that takes hours to build.
