@@ -177,5 +177,5 @@ def test_optimized_model_inside_one_that_trains_stays_in_evaluation_mode(fast: O
 
 def test_optimize_without_openvino_raises_import_error(images: Tensor, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, 'openvino', None)
-    with pytest.raises(ImportError, match=r"^backend='openvino' requires .* pip install \"timm_res2net\[deploy\]\""):
+    with pytest.raises(ImportError, match=r'^running with OpenVINO requires .* pip install "timm_res2net\[deploy\]"'):
         optimize(tiny(), images, backend='openvino')

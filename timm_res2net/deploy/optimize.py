@@ -71,10 +71,10 @@ def optimize(
     optimized: Optimized | OptimizedByOpenVINO
     if backend is not None or dtype == torch.int8:
         if not compile:
-            raise ValueError('compile=False has no effect with OpenVINO, which runs backend=openvino and torch.int8.')
+            raise ValueError(f'compile=False has no effect with backend={backend!r}, dtype={dtype}. Leave it out.')
         if example_input.device.type != 'cpu':
             raise ValueError(f'OpenVINO and torch.int8 run on the CPU, but example_input is on {example_input.device}')
-        with requires_extra('OpenVINO'):
+        with requires_extra('running with OpenVINO'):
             optimized = OptimizedByOpenVINO(fused.float(), example_input.float(), dtype)
     else:
         optimized = Optimized(fused.to(dtype).to(memory_format=torch.channels_last), dtype)
