@@ -8,7 +8,7 @@ import pickle
 import struct
 import tarfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -56,17 +56,29 @@ def paddle_variable(tensor: Tensor) -> bytes:
     return struct.pack('<IQIi', 0, 0, 0, len(description)) + description + tensor.numpy().tobytes()
 
 
-def paddle_archive(state: dict[str, Tensor]) -> bytes:
-    """Encodes a tar archive as PaddlePaddle did before version 2."""
+def zipped(members: Iterable[tuple[str, bytes | str]], method: int = zipfile.ZIP_STORED) -> bytes:
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, 'w', method) as archive:
+        for name, content in members:
+            archive.writestr(name, content)
+    return buffer.getvalue()
+
+
+def tarred(members: Iterable[tuple[str, bytes]], kind: bytes = tarfile.REGTYPE) -> bytes:
+    """Returns a tar archive of files, or of links to /etc/passwd."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode='w') as archive:
-        for name, tensor in state.items():
-            if tensor.is_floating_point():
-                data = paddle_variable(tensor)
-                member = tarfile.TarInfo(f'folder/{name}')
-                member.size = len(data)
-                archive.addfile(member, io.BytesIO(data))
+        for name, content in members:
+            member = tarfile.TarInfo(name)
+            member.size, member.type, member.linkname = len(content), kind, '' if kind == b'0' else '/etc/passwd'
+            archive.addfile(member, io.BytesIO(content))
     return buffer.getvalue()
+
+
+def paddle_archive(state: dict[str, Tensor]) -> bytes:
+    """Encodes a tar archive as PaddlePaddle did before version 2."""
+    weights = {name: tensor for name, tensor in state.items() if tensor.is_floating_point()}
+    return tarred((f'folder/{name}', paddle_variable(tensor)) for name, tensor in weights.items())
 
 
 def torch_file(state: dict[str, Any], **options: Any) -> bytes:
@@ -89,21 +101,20 @@ def pickled(text: str) -> bytes:
 
 def oneflow(state: dict[str, Tensor], legacy: bool = False) -> bytes:
     """Encodes a zipped folder as OneFlow 0.6 to 0.9 did, or (`legacy`) earlier versions."""
-    buffer = io.BytesIO()
+    members: dict[str, bytes | str] = {}
     variables = b''
-    with zipfile.ZipFile(buffer, 'w') as archive:
-        for i, (name, tensor) in enumerate(state.items()):
-            folder = name if legacy else f'tensor_{i}'
-            sizes = ''.join(f'  dim: {size}\n' for size in tensor.shape)
-            dtype = 'kInt64' if tensor.dtype == torch.int64 else 'kFloat'
-            archive.writestr(f'net/{folder}/meta', f'shape {{\n{sizes}}}\ndata_type: {dtype}\n')
-            archive.writestr(f'net/{folder}/out', tensor.numpy().tobytes())
-            variables += pickled(name) + b'coneflow.nn\nParameter\n)\x81}' + pickled('path') + pickled(folder) + b'sb'
-        if legacy:
-            archive.writestr('net/snapshot_done', '')
-        else:
-            archive.writestr('net/pickled_data', b'\x80\x04}' + pickled('data') + b'}(' + variables + b'us.')
-    return buffer.getvalue()
+    for i, (name, tensor) in enumerate(state.items()):
+        folder = name if legacy else f'tensor_{i}'
+        sizes = ''.join(f'  dim: {size}\n' for size in tensor.shape)
+        dtype = 'kInt64' if tensor.dtype == torch.int64 else 'kFloat'
+        members[f'net/{folder}/meta'] = f'shape {{\n{sizes}}}\ndata_type: {dtype}\n'
+        members[f'net/{folder}/out'] = tensor.numpy().tobytes()
+        variables += pickled(name) + b'coneflow.nn\nParameter\n)\x81}' + pickled('path') + pickled(folder) + b'sb'
+    if legacy:
+        members['net/snapshot_done'] = ''
+    else:
+        members['net/pickled_data'] = b'\x80\x04}' + pickled('data') + b'}(' + variables + b'us.'
+    return zipped(members.items())
 
 
 FORMATS: dict[str, Callable[[dict[str, Tensor]], bytes]] = {

@@ -1,11 +1,9 @@
 """Downloads are complete and verified, or leave nothing behind."""
 
 import hashlib
-import http.server
+import os
 import re
-import threading
 import time
-from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,95 +11,53 @@ from typing import Any
 import pytest
 import timm
 import torch
-from huggingface_hub import constants
+from hub_server import Fault, Hub
 from safetensors.torch import save, save_file
 from support import TINY, randomise, tiny
 from torch import nn
 
 from timm_res2net import CheckpointError, export_checkpoint
-from timm_res2net._files import sha256
 from timm_res2net.models.variants import WEIGHTS
 from timm_res2net.weights.download import download
-from timm_res2net.weights.readers import read_file
 
+FILES = f'{os.environ["HF_ENDPOINT"]}/user/net/resolve/main'
+URL = f'{FILES}/file.data'
 CONTENT = bytes(range(256)) * 4000  # 1 MB
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """Serves `files`; each request uses up one of `faults`, until none is left."""
-
-    def __init__(self) -> None:
-        super().__init__(('127.0.0.1', 0), Handler)
-        self.files: dict[str, bytes] = {}
-        self.faults: list[Any] = []
-        self.requests: list[str | None] = []  # their Range headers
-
-    @property
-    def url(self) -> str:
-        return f'http://127.0.0.1:{self.server_port}'
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    server: Server
-
-    def log_message(self, *args: Any) -> None: ...
-
-    def do_GET(self) -> None:
-        self.server.requests.append(self.headers.get('Range'))
-        fault = self.server.faults.pop(0) if self.server.faults else None
-        body = self.server.files.get(self.path)
-        if body is None or isinstance(fault, int):
-            self.send_error(404 if body is None else fault)
-            return
-        start = int((self.headers.get('Range') or 'bytes=0-').split('=')[1].split('-')[0])
-        self.send_response(206 if start else 200)
-        if start:
-            self.send_header('Content-Range', f'bytes {start}-{len(body) - 1}/{len(body)}')
-        self.send_header('Content-Length', str(len(body) - start))
-        self.end_headers()
-        body = body[start:]
-        self.wfile.write(body[: len(body) // 2] if fault == 'cut' else body)
-
-
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
-    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
+def server(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
+    """A server of files, with `CONTENT` at `URL`."""
     monkeypatch.setattr(time, 'sleep', lambda seconds: None)  # of huggingface_hub between attempts
-    with Server() as running:
-        running.files['/file.bin'] = CONTENT
-        threading.Thread(target=running.serve_forever, kwargs={'poll_interval': 0.01}, daemon=True).start()
-        yield running
-        running.shutdown()
+    hub.put('user/net', {'file.data': CONTENT})
+    return hub
 
 
 def contents(path: str) -> bytes:
     return Path(path).read_bytes()
 
 
-@pytest.mark.parametrize('faults', [[], ['cut']], ids=['complete', 'cut once'])
-def test_download_is_complete_even_after_a_broken_connection(faults: list[Any], server: Server, tmp_path: Path) -> None:
-    server.faults = faults
-    assert download(f'{server.url}/file.bin', tmp_path / 'new' / 'folder', contents) == CONTENT
+def test_download_is_complete_even_after_a_broken_connection(server: Hub, tmp_path: Path) -> None:
+    server.faults = [Fault('GET', 'cut')]
+    assert download(URL, tmp_path / 'new' / 'folder', contents) == CONTENT
     (file,) = (tmp_path / 'new' / 'folder').iterdir()
-    assert (file.name, file.read_bytes()) == ('file.bin', CONTENT)
-    requests = len(server.requests)
-    assert download(f'{server.url}/file.bin', file.parent, contents) == CONTENT
-    assert len(server.requests) == requests  # the folder already has it
+    assert (file.name, file.read_bytes()) == ('file.data', CONTENT)
+    server.log.clear()
+    assert download(URL, file.parent, contents) == CONTENT
+    assert server.log == []  # the folder already has it
 
 
-@pytest.mark.parametrize('faults', [['cut'] * 9, [404] * 9, [503] * 9])
-def test_failed_download_is_a_connection_error_and_leaves_no_file(
-    faults: list[Any], server: Server, tmp_path: Path
-) -> None:
-    server.faults = faults
+@pytest.mark.parametrize('fault', [Fault('GET', 'cut', 9), Fault('GET', 'status', 9, 404)], ids=['cut', '404'])
+def test_failed_download_is_a_connection_error_and_leaves_no_file(fault: Fault, server: Hub, tmp_path: Path) -> None:
+    server.faults = [fault]
     with pytest.raises(ConnectionError, match=r'^cannot download http.*\. If you are offline, put the file into.*$'):
-        download(f'{server.url}/file.bin', tmp_path, contents)
+        download(URL, tmp_path, contents)
     assert list(tmp_path.iterdir()) == []
     server.faults = []
-    assert download(f'{server.url}/file.bin', tmp_path, contents) == CONTENT
+    assert download(URL, tmp_path, contents) == CONTENT
 
 
-def test_download_error_without_a_network_names_the_folder(server: Server, tmp_path: Path) -> None:
+def test_download_error_without_a_network_names_the_folder(server: Hub, tmp_path: Path) -> None:
     start = time.monotonic()
     with pytest.raises(ConnectionError, match=rf'cannot download http://127.*refused.*file into {tmp_path}'):
         download('http://127.0.0.1:9/x', tmp_path, contents)
@@ -109,41 +65,40 @@ def test_download_error_without_a_network_names_the_folder(server: Server, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_full_disk_is_an_os_error_that_names_the_file(server: Server, tmp_path: Path) -> None:
+def test_full_disk_is_an_os_error_that_names_the_file(server: Hub, tmp_path: Path) -> None:
     resource = pytest.importorskip('resource')
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (300_000, hard))
     try:
-        with pytest.raises(OSError, match=r'cannot write .*file\.bin: File too large$') as error:
-            download(f'{server.url}/file.bin', tmp_path, contents)
+        with pytest.raises(OSError, match=r'cannot write .*file\.data: File too large$') as error:
+            download(URL, tmp_path, contents)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert type(error.value) is OSError
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize('url', ['file:///etc/hostname', 'ftp://127.0.0.1/x', '/etc/hostname', ''])
+@pytest.mark.parametrize('url', ['file:///etc/hostname', '/etc/hostname'])
 def test_url_without_http_is_a_value_error(url: str, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match='it must begin with https://'):
         download(url, tmp_path, contents)
 
 
-def test_checksum_in_the_name_is_verified(server: Server, tmp_path: Path) -> None:
+def test_checksum_in_the_name_is_verified(server: Hub, tmp_path: Path) -> None:
     beginning = hashlib.sha256(CONTENT).hexdigest()[:8]
-    server.files = {f'/net-{beginning}.ckpt': CONTENT, '/net-00000000.ckpt': CONTENT}
-    assert download(f'{server.url}/net-{beginning}.ckpt', tmp_path, contents)
+    server.put('user/net', {f'net-{beginning}.ckpt': CONTENT, 'net-00000000.ckpt': CONTENT})
+    assert download(f'{FILES}/net-{beginning}.ckpt', tmp_path, contents)
     with pytest.raises(ConnectionError, match='its SHA-256 differs'):
-        download(f'{server.url}/net-00000000.ckpt', tmp_path, contents)
+        download(f'{FILES}/net-00000000.ckpt', tmp_path, contents)
     assert len([*tmp_path.iterdir()]) == 1
 
 
-@pytest.mark.parametrize(('problem', 'error'), [(KeyboardInterrupt, KeyboardInterrupt), (ValueError, ConnectionError)])
-def test_file_that_cannot_be_read_is_not_kept(problem: Any, error: Any, server: Server, tmp_path: Path) -> None:
-    def fail(path: str) -> None:
-        raise problem('not weights')
+def test_interrupted_download_is_not_kept(server: Hub, tmp_path: Path) -> None:
+    def interrupt(path: str) -> None:
+        raise KeyboardInterrupt
 
-    with pytest.raises(error):
-        download(f'{server.url}/file.bin', tmp_path, fail)
+    with pytest.raises(KeyboardInterrupt):
+        download(URL, tmp_path, interrupt)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -152,11 +107,11 @@ def test_file_that_cannot_be_read_is_not_kept(problem: Any, error: Any, server: 
 FOREIGN = {name: weights.cfg['url'] for name, weights in WEIGHTS.items() if 'url' in weights.cfg}
 
 
-def serve_file(server: Server, url: str, content: bytes) -> dict[str, Any]:
+def serve_file(server: Hub, url: str, content: bytes) -> dict[str, Any]:
     """Serves a file in place of a published one; returns a pretrained_cfg overlay that downloads it."""
-    path = '/' + url.split('/', 3)[3]
-    server.files[path] = content
-    return dict(url=server.url + path, custom_load=True)
+    name = url.rpartition('/')[2]
+    server.put('user/net', {name: content})
+    return dict(url=f'{FILES}/{name}', custom_load=True)
 
 
 def test_published_weights_of_other_frameworks_have_url_and_license() -> None:
@@ -169,10 +124,8 @@ def test_published_weights_of_other_frameworks_have_url_and_license() -> None:
         assert f'{WEIGHTS[name].top1:.2f} %' in cfg.description
 
 
-@pytest.mark.parametrize('name', ['res2net50_pd_14w_8s.paddle_in1k', 'res2net200_vd_26w_4s.ssld_in1k'])
-def test_create_model_pretrained_paddleclas_downloads_once_then_uses_cache(
-    name: str, server: Server, tmp_path: Path
-) -> None:
+def test_create_model_pretrained_paddleclas_downloads_once_then_uses_cache(server: Hub, tmp_path: Path) -> None:
+    name = 'res2net200_vd_26w_4s.ssld_in1k'
     arch, args = name.split('.')[0], dict(layers=(1, 1, 1, 1), channels=(32, 32, 32, 64), base_width=32)
     torch.manual_seed(0)
     expected = randomise(timm.create_model(arch, num_classes=5, **args)).eval()
@@ -182,25 +135,11 @@ def test_create_model_pretrained_paddleclas_downloads_once_then_uses_cache(
     for _ in range(2):
         model = timm.create_model(name, **options, **args).eval()
         torch.testing.assert_close(model.state_dict(), expected.state_dict(), rtol=0, atol=0)
-        server.faults = [503] * 100  # from now on only the cache has it
+        server.faults = [Fault('GET', 'status', 100)]  # from now on only the cache has it
     assert [file.name for file in (tmp_path / 'cache').iterdir()] == [FOREIGN[name].split('/')[-1]]
 
 
-def test_create_model_pretrained_mindcv_verifies_checksum_and_loads_weights(
-    server: Server, tmp_path: Path, references: Callable[[str], Path]
-) -> None:
-    name, file = 'res2net50d.mindcv_in1k', references('mindspore') / 'res2net_v1b.ckpt'
-    overlay = serve_file(server, FOREIGN[name], file.read_bytes())
-    options = dict(pretrained=True, cache_dir=tmp_path, layers=(1, 2, 1, 1), base_width=3, scale=3)
-    with pytest.raises(ConnectionError, match='SHA-256 differs'):
-        timm.create_model(name, pretrained_cfg_overlay={**overlay, 'num_classes': 5}, **options)
-    renamed = FOREIGN[name].rpartition('-')[0] + f'-{sha256(file)[:8]}.ckpt'
-    overlay = serve_file(server, renamed, file.read_bytes())
-    model = timm.create_model(name, pretrained_cfg_overlay={**overlay, 'num_classes': 5}, **options)
-    torch.testing.assert_close(model.fc.weight.detach(), read_file(file).tensors['classifier.weight'], rtol=0, atol=0)
-
-
-def test_create_model_pretrained_file_without_res2net_raises_and_is_deleted(server: Server, tmp_path: Path) -> None:
+def test_create_model_pretrained_file_without_res2net_raises_and_is_deleted(server: Hub, tmp_path: Path) -> None:
     name = 'res2net50_vd_26w_4s.ssld_in1k'
     overlay = serve_file(server, FOREIGN[name], save({'layer1.0.conv2.weight': torch.ones(1)}))
     with pytest.raises(ConnectionError, match=r'cannot download .*: .* it holds no Res2Net among'):

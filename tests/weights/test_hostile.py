@@ -1,14 +1,12 @@
 """Hostile files are refused within seconds and 200 MB of memory, with a printable one-line error."""
 
 import io
-import json
 import multiprocessing
 import pickle
 import pickletools
 import struct
 import subprocess
 import sys
-import tarfile
 import threading
 import time
 import zipfile
@@ -21,7 +19,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from formats import SMALL, WRITTEN, field, torch_file
+from formats import SMALL, WRITTEN, field, torch_file, zipped
 from formats import pickled as text
 from safetensors.torch import save
 from support import slow_but
@@ -37,36 +35,19 @@ pytestmark = pytest.mark.filterwarnings('ignore:.*fork')  # by Python 3.12, in a
 
 def torch_zip(data: bytes, **storages: bytes) -> bytes:
     """Wraps a pickle as `torch.save` does."""
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, 'w') as archive:
-        archive.writestr('archive/data.pkl', data)
-        archive.writestr('archive/version', '3\n')
-        for key, content in storages.items():
-            archive.writestr(f'archive/data/{key}', content)
-    return buffer.getvalue()
+    members = {'data.pkl': data, 'version': b'3\n', **{f'data/{key}': content for key, content in storages.items()}}
+    return zipped((f'archive/{name}', content) for name, content in members.items())
 
 
-def in_dict(value: bytes, protocol: int = 2) -> bytes:
+def in_dict(value: bytes) -> bytes:
     """Pickles a dict with one item."""
-    return b'\x80' + bytes([protocol]) + b'}' + text('a') + value + b's.'
+    return b'\x80\x02}' + text('a') + value + b's.'
 
 
 def with_sizes(sizes: bytes) -> bytes:
     """Pickles a torch tensor whose sizes and strides are given as opcodes."""
     storage = b'(' + text('storage') + b'ctorch\nFloatStorage\n' + text('0') + text('cpu') + b'K\x01tQ'
     return in_dict(b'ctorch._utils\n_rebuild_tensor_v2\n(' + storage + b'K\x00' + sizes + b'\x89}tR')
-
-
-def pax_of_digits() -> bytes:
-    """Returns a tar archive whose PAX header is all digits, which takes Python's reader quadratic time."""
-    member = tarfile.TarInfo('x')
-    member.size, member.type = 2_000_000, b'x'
-    return member.tobuf(tarfile.USTAR_FORMAT) + b'1' * member.size + bytes(1024)
-
-
-def header(entries: dict[str, Any], content: bytes = bytes(4)) -> bytes:
-    raw = json.dumps(entries).encode()
-    return struct.pack('<Q', len(raw)) + raw + content
 
 
 def with_blocks(number: int) -> dict[str, Tensor]:
@@ -86,17 +67,9 @@ def with_keys(keys: bytes) -> bytes:
     return content[: ends[3]] + b'\x80\x02' + keys + b'.' + content[ends[4] :]
 
 
-ONE_NUMBER = b'shape {\n dim: 1\n}\ndata_type: kFloat\n'
-
-
-def lying_zip(name: str, packed: int, **others: bytes) -> bytes:
-    """Returns an archive with a 120 MB file, for which the directory claims four bytes."""
-    target = io.BytesIO()
-    with zipfile.ZipFile(target, 'w') as archive:
-        for other, content in others.items():
-            archive.writestr(other, content)
-        archive.writestr(name, bytes(120_000_000), packed)
-    altered = bytearray(target.getvalue())
+def lying_zip() -> bytes:
+    """Returns an archive with a pickle of 120 MB, for which the directory claims four bytes."""
+    altered = bytearray(zipped([('archive/data.pkl', bytes(120_000_000))], zipfile.ZIP_BZIP2))
     entry = altered.rfind(b'PK\x01\x02')
     altered[entry + 24 : entry + 28] = struct.pack('<I', 4)
     return bytes(altered)
@@ -110,20 +83,6 @@ def zip_with_entries(number: int) -> bytes:
     return content[:offset] + directory + content[-22:-10] + struct.pack('<II', len(directory), offset) + bytes(2)
 
 
-def text_offsets() -> bytes:
-    """Returns 5,000 tensors whose two offsets are the same str of 1 MB."""
-    view = b'(' + text('v') + b'h\x00K\x01t'
-    storage = b'(' + text('storage') + b'ctorch\nFloatStorage\n' + text('0') + text('cpu') + b'K\x01' + view + b'tQ'
-    tensor = b'ctorch._utils\n_rebuild_tensor_v2\n(' + storage + b'h\x00K\x01\x85K\x01\x85\x89}tR'
-    items = b''.join(text(str(i)) + tensor for i in range(5000))
-    return torch_zip(b'\x80\x02' + text('1' * 1_000_000) + b'q\x000}(' + items + b'u.', **{'0': bytes(4)})
-
-
-def nested_metadata(depth: int) -> bytes:
-    """Returns safetensors whose metadata contains nested JSON."""
-    return save(SMALL, {'first_block': 'paddle', 'dilations': '[' * depth + ']' * depth})
-
-
 COLLIDING = [b'\x8a\x0a' + (i * ((1 << 61) - 1)).to_bytes(10, 'little') for i in range(40_000)]  # with the same hash
 DOUBLING = b')' + b'q\x00h\x00\x86' * 60  # (t, t) from the previous tuple t, 60 times
 NESTED = b')' + b'\x85' * 1_000_000
@@ -132,7 +91,7 @@ LEVELS = b'}q\x00' + b''.join(  # of nested dicts, each with one dict as both va
 )
 HUGE = b'\x8b' + struct.pack('<i', 200_000) + b'\x7f' * 200_000
 LARGE = b'\x8a\x08' + struct.pack('<q', 1 << 62)
-ATTACKS: dict[str, bytes] = {
+ATTACKS: dict[str, bytes | Callable[[], bytes]] = {  # functions where the content takes long to make
     # memory
     'byte array of 2 GB': b'\x80\x05\x96' + struct.pack('<Q', 1 << 31) + b'.',
     'MindSpore: number for a name': field(1, field(1, 1_500_000_000)),
@@ -145,11 +104,9 @@ ATTACKS: dict[str, bytes] = {
     '40 levels of shared dicts': in_dict(LEVELS),
     'the same as arguments': torch_zip(b'\x80\x02}' + text('args') + LEVELS + b's.'),
     'a dict in itself': b'\x80\x02}q\x00' + text('a') + b'h\x00s.',
-    'safetensors of lists': header({'a': [[] for _ in range(100_000)]}),
+    'safetensors of lists': struct.pack('<Q', 300_008) + b'{"a":[' + b'[],' * 99_999 + b'[]]} ' + bytes(4),
     'safetensors header of 1 TB': struct.pack('<Q', 1 << 40) + b'{}',
-    'archive with a false size': lying_zip('archive/data.pkl', zipfile.ZIP_DEFLATED),
-    'the same in bzip2': lying_zip('archive/data.pkl', zipfile.ZIP_BZIP2),
-    'the same in OneFlow': lying_zip('a/out', zipfile.ZIP_BZIP2, snapshot_done=b'', **{'a/meta': ONE_NUMBER}),
+    'archive with a false size': lying_zip,
     'archive of 300,000 entries': zip_with_entries(300_000),
     '30,000 long names': in_dict(
         b'cnumpy.core.multiarray\n_reconstruct\n)Rq\x010'
@@ -163,7 +120,7 @@ ATTACKS: dict[str, bytes] = {
     # depth
     'tuples as key': b'\x80\x02}' + NESTED + b'Ns.',
     'tuples as type of an array': in_dict(
-        b'cnumpy.core.multiarray\n_reconstruct\n)R(K\x01)cnumpy\ndtype\n' + NESTED + b'\x85R\x89C\x00tb', 4
+        b'cnumpy.core.multiarray\n_reconstruct\n)R(K\x01)cnumpy\ndtype\n' + NESTED + b'\x85R\x89C\x00tb'
     ),
     'dicts': b'\x80\x04' + (b'}' + text('a')) * 100_000 + b'N' + b's' * 100_000 + b'.',
     'JSON': struct.pack('<Q', 200_012) + b'{"a":' + b'[' * 100_000 + b']' * 100_000 + b'}      ',
@@ -180,9 +137,7 @@ ATTACKS: dict[str, bytes] = {
         1, field(1, b'a') + field(2, field(1, (1 << 63) - 1) * 50_000 + field(2, b'Float32'))
     ),
     'a number of 5,000 digits': b'\x80\x02}' + text('a') + b'I' + b'9' * 5000 + b'\ns.',
-    'keys with one hash': b'\x80\x02}(' + b''.join(key + b'N' for key in COLLIDING) + b'u.',
-    'PAX header of digits': pax_of_digits(),
-    '400 blocks': torch_file(with_blocks(400)),
+    '400 blocks': lambda: torch_file(with_blocks(400)),
     # missing data, and other problems
     'storage without bytes': with_keys(b']'),  # torch leaves it uninitialized
     'more than 64 dimensions': pickle.dumps({'a': np.ones(1, 'float32')}).replace(
@@ -198,11 +153,9 @@ ATTACKS: dict[str, bytes] = {
     'OrderedDict with one hash': in_dict(
         b'ccollections\nOrderedDict\n(](' + b''.join(key + b'N\x86' for key in COLLIDING) + b'etR'
     ),
-    'offsets of 1 MB text': text_offsets(),
-    'metadata nested 900 deep': nested_metadata(900),
-    'metadata nested 100,000 deep': nested_metadata(100_000),
+    'metadata nested 100,000 deep': save(SMALL, {'first_block': 'paddle', 'dilations': '[' * 100_000}),
     'torch before 1.6, keys nested 400,000 deep': with_keys(b']' + b')' + b'\x85' * 400_000 + b'a'),
-    '127 tiny blocks with a wrong one': torch_file(
+    '127 tiny blocks with a wrong one': lambda: torch_file(
         {**with_blocks(123), 'layer1.0.convs.0.weight': torch.ones(5, 5, 3, 3)}
     ),
 }
@@ -215,14 +168,16 @@ def memory_of(process: object, key: str) -> int:
     return 0
 
 
-def sandbox_peaks() -> list[int]:
-    """Wraps `subprocess.Popen` so that a thread watches each child's memory; returns the list of peaks."""
-    peaks: list[int] = []
+PEAKS: list[int] = []  # memory of the children of the process that loads files
+
+
+def watch_children() -> None:
+    """Wraps `subprocess.Popen` so that a thread adds each child's memory to `PEAKS`."""
     start = subprocess.Popen
 
     def watch(pid: int) -> None:
         while peak := memory_of(pid, 'VmHWM'):
-            peaks.append(peak)
+            PEAKS.append(peak)
             time.sleep(0.002)
 
     def popen(*args: Any, **kwargs: Any) -> subprocess.Popen[bytes]:
@@ -231,7 +186,6 @@ def sandbox_peaks() -> list[int]:
         return process
 
     subprocess.Popen = popen  # type: ignore[assignment, misc]
-    return peaks
 
 
 def cpu_seconds() -> float:
@@ -240,24 +194,21 @@ def cpu_seconds() -> float:
     return sum(each.ru_utime + each.ru_stime for each in used)
 
 
-def load_and_measure(connection: Any) -> None:
-    """Loads each file named on a pipe, and answers with bytes and seconds (of both processes) and the outcome."""
-    peaks = sandbox_peaks()
-    while True:
-        path = connection.recv()
-        peaks.clear()
-        with open('/proc/self/clear_refs', 'w') as file:
-            file.write('5')  # resets the peak
-        before, start = memory_of('self', 'VmRSS'), cpu_seconds()
-        try:
-            load_model(path)
-            outcome = 'loaded'
-        except CheckpointError as error:
-            outcome = f'refused {error}' if str(error).isprintable() else f'not printable: {error}'
-        except BaseException as error:
-            outcome = f'raised {type(error).__name__}: {error}'
-        seconds = cpu_seconds() - start
-        connection.send((memory_of('self', 'VmHWM') - before + max(peaks, default=0), seconds, outcome))
+def load_and_measure(path: Path) -> tuple[int, float, str]:
+    """Loads a file; returns the bytes and seconds that this process and the sandbox used, and the outcome."""
+    PEAKS.clear()
+    with open('/proc/self/clear_refs', 'w') as file:
+        file.write('5')  # resets the peak
+    before, start = memory_of('self', 'VmRSS'), cpu_seconds()
+    try:
+        load_model(path)
+        outcome = 'loaded'
+    except CheckpointError as error:
+        outcome = f'refused {error}' if str(error).isprintable() else f'not printable: {error}'
+    except BaseException as error:
+        outcome = f'raised {type(error).__name__}: {error}'
+    seconds = cpu_seconds() - start
+    return memory_of('self', 'VmHWM') - before + max(PEAKS, default=0), seconds, outcome
 
 
 Load = Callable[[Path], tuple[int, float, str]]
@@ -265,28 +216,16 @@ Load = Callable[[Path], tuple[int, float, str]]
 
 @pytest.fixture(scope='module')
 def load() -> Iterator[Load]:
-    """Loads files in another process; returns the bytes and seconds used, and the outcome."""
-    context = multiprocessing.get_context('fork')
-    connection, theirs = context.Pipe()
-    process = context.Process(target=load_and_measure, args=(theirs,), daemon=True)
-    process.start()
-    theirs.close()
-
-    def load_there(file: Path) -> tuple[int, float, str]:
-        connection.send(str(file))
-        assert connection.poll(60), f'{file} takes longer than 60 s'
-        answer: tuple[int, float, str] = connection.recv()  # EOFError if the file ended the process
-        return answer
-
-    yield load_there
-    process.kill()
-    process.join()
+    """Runs `load_and_measure` in another process, which fails after 60 seconds or if the file ends the process."""
+    with multiprocessing.get_context('fork').Pool(1, watch_children) as pool:
+        yield lambda file: pool.apply_async(load_and_measure, [file]).get(60)
 
 
 SECONDS, MEMORY = 4, 200e6  # of parent and sandbox together; the README promises 2 s
-SLOW = {  # these use up the CPU limit, as 'OrderedDict with one hash' does
-    *('40 levels of shared dicts', 'the same as arguments', 'keys with one hash', 'doubling tuples as key'),
-    *('tuples as key', 'tuples as type of an array', 'PAX header of digits'),
+# These use up the CPU limit, as 'OrderedDict with one hash' does.
+SLOW = {
+    *('40 levels of shared dicts', 'the same as arguments', 'doubling tuples as key', 'tuples as key'),
+    'tuples as type of an array',
 }
 
 
@@ -294,7 +233,8 @@ SLOW = {  # these use up the CPU limit, as 'OrderedDict with one hash' does
 @pytest.mark.parametrize('attack', slow_but([name for name in ATTACKS if name not in SLOW], ATTACKS))
 def test_attack_is_refused_in_seconds_and_within_200_mb(attack: str, load: Load, tmp_path: Path) -> None:
     file = tmp_path / 'file'
-    file.write_bytes(ATTACKS[attack])
+    content = ATTACKS[attack]
+    file.write_bytes(content() if callable(content) else content)
     memory, seconds, outcome = load(file)
     assert outcome.startswith('refused')
     assert len(outcome) < 2200
@@ -304,9 +244,8 @@ def test_attack_is_refused_in_seconds_and_within_200_mb(attack: str, load: Load,
 
 @pytest.mark.skipif(sys.platform != 'linux', reason='reads memory in /proc')
 def test_zip_bomb_is_never_unpacked(load: Load, tmp_path: Path) -> None:
-    with zipfile.ZipFile(tmp_path / 'bomb', 'w', zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr('archive/data.pkl', pickle.dumps({}, 2))
-        archive.writestr('archive/data/0', bytes(50_000_000))
+    members = [('archive/data.pkl', pickle.dumps({}, 2)), ('archive/data/0', bytes(50_000_000))]
+    (tmp_path / 'bomb').write_bytes(zipped(members, zipfile.ZIP_DEFLATED))
     memory, _, outcome = load(tmp_path / 'bomb')
     assert outcome.startswith('refused')
     assert memory < 60e6
@@ -315,9 +254,9 @@ def test_zip_bomb_is_never_unpacked(load: Load, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ('name', 'shape'),
     [
-        *(('fc.weight', shape) for shape in [(), (0,), (8,), (0, 3), (1, 1, 1, 1, 1), (1000, 0, 1, 1)]),
-        *(('layer4.0.convs.0.weight', shape) for shape in [(), (0,), (8,), (0, 3), (1000, 0, 1, 1)]),
-        *(('layer1.0.bn1.bias', shape) for shape in [(), (0,), (0, 3), (1, 1, 1, 1, 1)]),
+        *(('fc.weight', shape) for shape in [(), (0, 3), (1000, 0, 1, 1)]),
+        *(('layer4.0.convs.0.weight', shape) for shape in [(), (8,), (1000, 0, 1, 1)]),
+        *(('layer1.0.bn1.bias', shape) for shape in [(), (0, 3)]),
     ],
 )
 def test_tensor_of_impossible_shape_is_refused(name: str, shape: tuple[int, ...], tmp_path: Path) -> None:

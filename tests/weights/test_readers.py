@@ -5,7 +5,6 @@ import io
 import json
 import os
 import pickle
-import shutil
 import struct
 import subprocess
 import sys
@@ -16,21 +15,22 @@ import zipfile
 from collections import Counter, OrderedDict, defaultdict
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from formats import FORMATS, SMALL, WRITTEN, field, mindspore, mindspore_value, save_checkpoint, torch_file
+from formats import FORMATS, SMALL, WRITTEN, field, mindspore_value, save_checkpoint, tarred, torch_file, zipped
 from safetensors.torch import save
 from support import tiny
 from torch import Tensor, nn
 
-from timm_res2net import CheckpointError, fuse, load_checkpoint, load_model
+from timm_res2net import CheckpointError, load_checkpoint, load_model
 from timm_res2net.weights import readers
 from timm_res2net.weights.checkpoints import read_checkpoint
 from timm_res2net.weights.dialects import DIALECTS
-from timm_res2net.weights.readers import read_file
+from timm_res2net.weights.readers import RawFile, read_file
 
 
 def write(folder: Path, content: bytes) -> Path:
@@ -48,13 +48,10 @@ def test_every_format_returns_the_written_tensors(kind: str, tmp_path: Path) -> 
 
 
 def test_compressed_torch_archive_is_read(tmp_path: Path) -> None:
-    with (
-        zipfile.ZipFile(io.BytesIO(torch_file(SMALL))) as archive,
-        zipfile.ZipFile(tmp_path / 'file', 'w', zipfile.ZIP_DEFLATED) as compressed,
-    ):
-        for name in archive.namelist():
-            compressed.writestr(name, archive.read(name))
-    assert_same(read_file(tmp_path / 'file').tensors)
+    with zipfile.ZipFile(io.BytesIO(torch_file(SMALL))) as archive:
+        members = [(name, archive.read(name)) for name in archive.namelist()]
+    file = write(tmp_path, zipped(members, zipfile.ZIP_DEFLATED))
+    assert_same(read_file(file).tensors)
 
 
 def test_arrays_of_any_memory_order_and_rank_are_read(tmp_path: Path) -> None:
@@ -72,8 +69,8 @@ def test_views_of_one_storage_and_every_dtype_are_read(tmp_path: Path) -> None:
     base = torch.arange(24.0).reshape(4, 6)
     views = {'transposed': base.t(), 'row': base[2], 'expanded': base[:1].expand(5, 6), 'last': base[3, 5]}
     dtypes = {name: torch.ones(3).to(dtype) for name, dtype in readers.DTYPES.items()}
-    for zipped in (True, False):
-        content = torch_file({**views, **dtypes}, _use_new_zipfile_serialization=zipped)
+    for is_zip in (True, False):
+        content = torch_file({**views, **dtypes}, _use_new_zipfile_serialization=is_zip)
         assert_same(read_file(write(tmp_path, content)).tensors, {**views, **dtypes})
 
 
@@ -98,35 +95,15 @@ ONE_FLOAT = 'shape {\n  dim: 1\n}\ndata_type: kFloat\n'
 
 
 def oneflow_tensor(meta: str) -> bytes:
-    buffer = io.BytesIO()
-    with zipfile.ZipFile(buffer, 'w') as archive:
-        for name, content in (('snapshot_done', ''), ('w/meta', meta), ('w/out', bytes(4))):
-            archive.writestr(f'net/{name}', content)
-    return buffer.getvalue()
-
-
-def tar(name: str, content: bytes = b'', kind: bytes = tarfile.REGTYPE) -> bytes:
-    buffer = io.BytesIO()
-    with tarfile.open(fileobj=buffer, mode='w') as archive:
-        member = tarfile.TarInfo(name)
-        member.size, member.type, member.linkname = len(content), kind, '/etc/passwd' if kind != b'0' else ''
-        archive.addfile(member, io.BytesIO(content))
-    return buffer.getvalue()
+    return zipped([('net/snapshot_done', ''), ('net/w/meta', meta), ('net/w/out', bytes(4))])
 
 
 def paddle_sizes(*fields: bytes) -> bytes:
     description = b''.join(fields)
-    return tar('w', struct.pack('<IQIi', 0, 0, 0, len(description)) + description + bytes(24))
-
-
-def numpy_archive() -> bytes:
-    buffer = io.BytesIO()
-    np.savez(buffer, a=np.ones(3))
-    return buffer.getvalue()
+    return tarred([('w', struct.pack('<IQIi', 0, 0, 0, len(description)) + description + bytes(24))])
 
 
 REFUSED: dict[str, tuple[bytes, str]] = {
-    'empty': (b'', "begins with b''"),
     'text': (b'some text', "not a weights file of a known format: it begins with b'some tex'"),
     'HDF5': (b'\x89HDF\r\n\x1a\n', 'an HDF5 file from Keras'),
     'ONNX': (b'\x08\x07\x12\x04test', 'an ONNX model.* Pass the weights it was made from'),
@@ -134,7 +111,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     'TensorRT': (b'ptrt' + bytes(99), 'a TensorRT engine. Pass the weights it was made from'),
     'pdiparams': (bytes(100), r'PaddlePaddle file of inference parameters \(\.pdiparams\).* Pass the \.pdparams'),
     'pdmodel': (field(1, field(1, 0)), r'PaddlePaddle inference program \(\.pdmodel\)\. Pass the \.pdparams'),
-    'numpy archive': (numpy_archive(), 'an archive of numpy arrays'),
+    'numpy archive': (zipped([('a.npy', '')]), 'an archive of numpy arrays'),
     'another zip': (b'PK\x03\x04' + bytes(100), 'not a zip file|BadZipFile'),
     'a list': (pickle.dumps([1, 2]), 'holds a list, not tensors by name'),
     'array of text': (pickle.dumps({'a': np.array(['text'])}), r'no Res2Net'),
@@ -149,7 +126,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
         field(1, field(1, b'name') + field(2, field(1, 7) + field(2, b'Float32') + field(3, bytes(24)))),
         r'shape \[7\] has 24 bytes',
     ),
-    'link in a tar archive': (tar('fc_weights', kind=tarfile.SYMTYPE), "its member 'fc_weights' is not a regular file"),
+    'link in a tar archive': (tarred([('fc', b'')], tarfile.SYMTYPE), "its member 'fc' is not a regular file"),
 }
 
 
@@ -167,18 +144,17 @@ def test_file_without_weights_is_refused_in_one_line_with_its_path_and_reason(
 @pytest.mark.parametrize(
     ('save', 'message'),
     [
-        (lambda model, file: torch.jit.script(model).save(file), r'TorchScript.* torch\.jit\.load\(FILE\)'),
+        (lambda file: torch.jit.script(nn.ReLU()).save(file), r'TorchScript.* torch\.jit\.load\(FILE\)'),
         pytest.param(
-            lambda model, file: torch.export.save(torch.export.export(model, (torch.zeros(1, 3, 32, 32),)), file),
+            lambda file: torch.export.save(torch.export.export(nn.ReLU(), (torch.zeros(1),)), file),
             r'torch\.export program.* torch\.export\.load\(FILE\)',
             marks=pytest.mark.slow,
         ),
-        (lambda model, file: torch.save(fuse(model).state_dict(), file), r'fused model.*before calling `fuse`'),
     ],
-    ids=['TorchScript', 'torch.export', 'fused'],
+    ids=['TorchScript', 'torch.export'],
 )
-def test_program_or_fused_model_is_refused_with_advice(save: Any, message: str, tmp_path: Path) -> None:
-    save(tiny(), f'{tmp_path}/model.pt2')
+def test_program_is_refused_with_advice(save: Any, message: str, tmp_path: Path) -> None:
+    save(f'{tmp_path}/model.pt2')
     with pytest.raises(CheckpointError, match=message):
         read_checkpoint(tmp_path / 'model.pt2')
 
@@ -189,7 +165,6 @@ def test_program_or_fused_model_is_refused_with_advice(save: Any, message: str, 
         ('absent.pth', 'No such file'),
         ('', 'config.json of .*: No such file'),
         ('pipe', 'not a regular file'),
-        ('/dev/zero', 'not a regular file'),
         ('/proc/self/mem', 'Input/output error|damaged|known format'),
         ('a\0b', 'a\\\\x00b: .*null'),
     ],
@@ -255,8 +230,6 @@ def test_calls_and_objects_next_to_the_weights_run_nothing_and_are_ignored(
 @pytest.mark.parametrize(
     'content',
     [
-        lambda: tiny('paddle'),
-        Net,
         lambda: nn.DataParallel(tiny('paddle')),
         lambda: {'epoch': 3, 'model': Net(), 'ema': None},
         lambda: {'cfg': Settings(), 'state_dict': defaultdict(list, Net().state_dict())},
@@ -264,8 +237,8 @@ def test_calls_and_objects_next_to_the_weights_run_nothing_and_are_ignored(
 )
 @pytest.mark.filterwarnings("ignore:Couldn't retrieve source")
 def test_pickled_whole_models_are_read(content: Callable[[], Any], tmp_path: Path) -> None:
-    for zipped in (True, False):
-        file = save_checkpoint(content(), tmp_path, _use_new_zipfile_serialization=zipped)
+    for is_zip in (True, False):
+        file = save_checkpoint(content(), tmp_path, _use_new_zipfile_serialization=is_zip)
         assert_same(read_checkpoint(file).state)
 
 
@@ -291,7 +264,7 @@ def test_mindspore_port_with_different_padding_loads_only_with_explicit_first_bl
         module, _, part = name.rpartition('.')
         is_norm = f'{module}.running_mean' in SMALL and part in THEIRS
         state[f'{module}.{THEIRS[part]}' if is_norm else name] = tensor
-    file = write(tmp_path, mindspore(state))
+    file = write(tmp_path, FORMATS['mindspore'](state))
     with pytest.raises(CheckpointError, match=r"pad strided .* at the end only.* pass first_block='official'"):
         load_checkpoint(tiny('official'), file)
     model = tiny('official')
@@ -302,68 +275,73 @@ def test_mindspore_port_with_different_padding_loads_only_with_explicit_first_bl
 # The sandboxed process
 
 
-def fake_sandbox(folder: Path, code: str) -> str:
-    (folder / 'fake.py').write_text(f'import json, os, sys, time\n{code}')
-    return str(folder / 'fake.py')
+def reply(entry: list[Any], storage: list[Any], more: bytes = b'') -> bytes:
+    """Returns a sandbox's answer with one tensor, followed by more bytes."""
+    answer = {'tensors': {'a': entry}, 'unsupported': {}, 'storages': [storage], 'values': {}}
+    return json.dumps(answer).encode() + b'\n' + more
 
 
-def respond(**answer: Any) -> str:
-    """Returns the code of a fake sandbox that gives this answer."""
-    answer = {'tensors': {}, 'unsupported': {}, 'storages': [], 'values': {}, **answer}
-    return f'print({json.dumps(answer)!r}, flush=True)'
-
-
-def one_tensor(entry: list[Any], storage: list[Any], payload: str = '') -> str:
-    return respond(tensors={'a': entry}, storages=[storage]) + f'\nsys.stdout.write({payload!r})'
-
-
-LIES: dict[str, str] = {
-    'nothing': '',
-    'not JSON': 'print("nonsense")',
-    'half a line': 'sys.stdout.write("{")',
-    'a number': 'print(1)',
-    'endless': 'while True: sys.stdout.write("x" * 65536)',
-    'killed at once': 'os.kill(os.getpid(), 9)',
-    'killed after the line': one_tensor(['float32', 0, [1], [1], 0], [None, 4]) + '\nos.kill(os.getpid(), 9)',
-    'half the bytes': one_tensor(['float32', 0, [2], [1], 0], [None, 8], 'abcd'),
-    'more bytes': one_tensor(['float32', 0, [1], [1], 0], [None, 4], 'abcdefgh'),
-    'fails afterwards': respond() + '\nsys.exit(3)',
-    'start beyond the file': one_tensor(['float32', 0, [1], [1], 0], [1000, 4]),
-    'negative start': one_tensor(['float32', 0, [1], [1], 0], [-4, 4]),
-    'negative size': one_tensor(['float32', 0, [1], [1], 0], [0, -4]),
-    'fractional size': one_tensor(['float32', 0, [1], [1], 0], [0, 4.0]),
-    'size of 1 TB': one_tensor(['float32', 0, [1], [1], 0], [None, 1 << 40]),
-    'fewer numbers than bytes': one_tensor(['float16', 0, [2], None, 0], [0, 8]),
-    'view beyond its storage': one_tensor(['float32', 0, [2], [1], 0], [0, 4]),
-    'stride beyond its storage': one_tensor(['float32', 0, [2], [3], 0], [0, 8]),
-    'offset beyond its storage': one_tensor(['float32', 0, [1], [1], 1], [0, 4]),
-    'negative offset': one_tensor(['float32', 0, [1], [1], -1], [0, 8]),
-    'negative stride': one_tensor(['float32', 0, [2], [-1], 1], [0, 8]),
-    'expanded to 4 TB': one_tensor(['float32', 0, [1 << 20, 1 << 20], [0, 0], 0], [0, 4]),
-    'true for 1': one_tensor(['float32', 0, [True], [1], 0], [0, 4]),
-    'unknown type': one_tensor(['float99', 0, [1], [1], 0], [0, 4]),
-    'no such storage': one_tensor(['float32', 7, [1], [1], 0], [0, 4]),
-    'negative storage': one_tensor(['float32', -1, [1], [1], 0], [0, 4]),
-    'too few strides': one_tensor(['float32', 0, [1, 1], [1], 0], [0, 4]),
-    '100 dimensions': one_tensor(['float32', 0, [1] * 100, [1] * 100, 0], [0, 4]),
-    'empty of impossible shape': one_tensor(['float32', 0, [0, 1 << 61, 1 << 61], [0, 0, 0], 0], [0, 4]),
+LIES: dict[str, bytes] = {
+    'not JSON': b'nonsense\n',
+    'a long line': b'x' * 9_000_000,
+    'half the bytes': reply(['float32', 0, [2], [1], 0], [None, 8], b'abcd'),
+    'more bytes': reply(['float32', 0, [1], [1], 0], [None, 4], b'abcdefgh'),
+    'start beyond the file': reply(['float32', 0, [1], [1], 0], [1000, 4]),
+    'negative start': reply(['float32', 0, [1], [1], 0], [-4, 4]),
+    'negative size': reply(['float32', 0, [1], [1], 0], [0, -4]),
+    'fractional size': reply(['float32', 0, [1], [1], 0], [0, 4.0]),
+    'size of 1 TB': reply(['float32', 0, [1], [1], 0], [None, 1 << 40]),
+    'fewer numbers than bytes': reply(['float16', 0, [2], None, 0], [0, 8]),
+    'view beyond its storage': reply(['float32', 0, [2], [1], 0], [0, 4]),
+    'stride beyond its storage': reply(['float32', 0, [2], [3], 0], [0, 8]),
+    'offset beyond its storage': reply(['float32', 0, [1], [1], 1], [0, 4]),
+    'negative offset': reply(['float32', 0, [1], [1], -1], [0, 8]),
+    'negative stride': reply(['float32', 0, [2], [-1], 1], [0, 8]),
+    'expanded to 4 TB': reply(['float32', 0, [1 << 20, 1 << 20], [0, 0], 0], [0, 4]),
+    'true for 1': reply(['float32', 0, [True], [1], 0], [0, 4]),
+    'unknown type': reply(['float99', 0, [1], [1], 0], [0, 4]),
+    'no such storage': reply(['float32', 7, [1], [1], 0], [0, 4]),
+    'negative storage': reply(['float32', -1, [1], [1], 0], [0, 4]),
+    'too few strides': reply(['float32', 0, [1, 1], [1], 0], [0, 4]),
+    '100 dimensions': reply(['float32', 0, [1] * 100, [1] * 100, 0], [0, 4]),
+    'empty of impossible shape': reply(['float32', 0, [0, 1 << 61, 1 << 61], [0, 0, 0], 0], [0, 4]),
 }
 
 
-@pytest.mark.parametrize('code', LIES.values(), ids=[*LIES])
-def test_sandbox_that_lies_or_dies_leads_to_a_checkpoint_error(
-    code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize('output', LIES.values(), ids=[*LIES])
+def test_sandbox_that_lies_leads_to_a_checkpoint_error(
+    output: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(readers, 'SANDBOX', fake_sandbox(tmp_path, code))
+    def read(file: io.FileIO) -> RawFile:
+        return readers.read_answer(SimpleNamespace(wait=lambda: 0), io.BytesIO(output), file, 100)
+
+    monkeypatch.setattr(readers, 'read_sandboxed', read)
     with pytest.raises(CheckpointError) as error:
         read_file(write(tmp_path, bytes(100)))
     assert '\n' not in str(error.value)
     assert len(str(error.value)) < 500
 
 
-def test_sandbox_that_hangs_is_killed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, 'SANDBOX', fake_sandbox(tmp_path, 'time.sleep(60)'))
-    monkeypatch.setattr(readers, 'TIMEOUT', 0.2)
+def fake_sandbox(folder: Path, code: str) -> str:
+    (folder / 'fake.py').write_text(f'import os, sys, time\n{code}')
+    return str(folder / 'fake.py')
+
+
+@pytest.mark.parametrize(
+    'code',
+    [
+        'time.sleep(60)',
+        'while True: sys.stdout.write("x" * 65536)',
+        f'sys.stdout.write({reply(["float32", 0, [1], [1], 0], [0, 4]).decode()!r})\nsys.stdout.flush()\n'
+        'os.kill(os.getpid(), 9)',
+    ],
+    ids=['hangs', 'writes forever', 'is killed after its answer'],
+)
+def test_sandbox_that_does_not_end_by_itself_leads_to_a_checkpoint_error(
+    code: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(readers, 'SANDBOX', fake_sandbox(tmp_path, code))
+    monkeypatch.setattr(readers, 'TIMEOUT', 0.5)
     with pytest.raises(CheckpointError, match='takes more time or memory'):
         read_file(write(tmp_path, bytes(100)))
 
@@ -392,18 +370,6 @@ def test_interrupt_kills_the_sandbox(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert threading.active_count() <= before
 
 
-def test_sandbox_in_a_path_with_spaces_works_and_writes_no_files_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    place = tmp_path / 'a place with spaces'
-    place.mkdir()
-    shutil.copy(readers.SANDBOX, place)
-    monkeypatch.setattr(readers, 'SANDBOX', str(place / 'sandbox.py'))
-    monkeypatch.chdir(place)
-    assert_same(read_checkpoint(write(tmp_path, WRITTEN['pdparams'])).state)
-    assert os.listdir() == ['sandbox.py']
-
-
 @pytest.mark.skipif(not hasattr(os, 'fork'), reason='needs POSIX')
 def test_file_that_shrinks_between_parse_and_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file, read = write(tmp_path, WRITTEN['torch']), readers.read_answer
@@ -425,11 +391,10 @@ def test_names_and_messages_are_printable_and_bounded(tmp_path: Path) -> None:
         torch_file({**SMALL, 'bn1.weight': torch.ones(3), terminal + 'x': torch.ones(1)}),
         torch_file({f'{terminal}{i}.{name}': value + i for name, value in SMALL.items() for i in (1, 2)}),
         b'\x80\x04\x8c\x07builtins\x8c' + bytes([len(terminal.encode())]) + terminal.encode() + b'\x93.',
-        tar(terminal, kind=tarfile.SYMTYPE),
-        tar(terminal, b'abc'),
+        tarred([(terminal, b'')], tarfile.SYMTYPE),
+        tarred([(terminal, b'abc')]),
         save({'a': torch.ones(1)}).replace(b'F32', b'\\n2'),
         mindspore_value(terminal, torch.ones(1)),
-        torch_file({'x' * 5_000_000 + 'layer1.0.convs.0.weight': torch.ones(1)}),
         torch_file({f'x{i}' + 'y' * 400: torch.ones(1) for i in range(100)}),
         torch_file(
             {f'{i}.{name}': torch.ones(1) for i in range(99) for name in ('layer1.0.convs.0.weight', 'conv1.weight')}

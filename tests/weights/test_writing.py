@@ -17,7 +17,7 @@ import timm
 import torch
 from support import tiny
 
-from timm_res2net import export_checkpoint, push
+from timm_res2net import export_checkpoint
 from timm_res2net._errors import first_line
 from timm_res2net._files import atomic_write, atomic_write_text, make_folder, require_writable, write_files
 from timm_res2net.weights.config import CONFIG_FILE, WEIGHTS_FILE
@@ -113,22 +113,13 @@ def limited(size: int, work: Callable[[], object]) -> None:
     os._exit(2)
 
 
-WRITERS: dict[str, Callable[[Path, Path], object]] = {
-    'convert': convert,
-    'export': lambda file, out: export_checkpoint(tiny(), out, 'official'),
-    'push': lambda file, out: push(tiny(), 'user/net', dry_run=out),
-    'files': lambda file, out: write_files(out, {CONFIG_FILE: b'{}', WEIGHTS_FILE: bytes(40_000)}),
-}
-
-
 @pytest.mark.parametrize('size', [0, 30_000])
-@pytest.mark.parametrize('writer', WRITERS)
+@pytest.mark.parametrize('write', [convert, lambda file, out: export_checkpoint(tiny(), out, 'official')])
 def test_full_disk_is_an_os_error_and_leaves_nothing(
-    writer: str, size: int, file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    write: Callable[[Path, Path], object], size: int, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, 'tempdir', str(file.parent))
-    work = partial(WRITERS[writer], file, file.parent / 'out')
-    assert run(limited, size, work) == 0
+    assert run(limited, size, partial(write, file, file.parent / 'out')) == 0
     assert os.listdir(file.parent) == ['net.pth']
 
 
@@ -143,26 +134,20 @@ def test_write_files_replaces_all_or_none_and_keeps_permissions(tmp_path: Path) 
     assert mode(tmp_path / 'a') == 0o600
 
 
-@pytest.mark.parametrize('make', [os.mkfifo, os.mkdir, lambda path: os.symlink('absent/file', path)])
-def test_write_files_onto_anything_but_a_file_writes_nothing(make: Callable[[Path], object], tmp_path: Path) -> None:
+def test_write_files_onto_a_folder_writes_nothing(tmp_path: Path) -> None:
     (tmp_path / 'a').write_bytes(b'old')
-    make(tmp_path / 'b')
-    before = (tmp_path / 'b').lstat()
-    with pytest.raises(OSError, match=r'cannot write .*: (it is|no folder .*absent)'):
+    (tmp_path / 'b').mkdir()
+    with pytest.raises(OSError, match=r'cannot write .*: it is a folder'):
         write_files(tmp_path, {'a': b'new', 'b': b'new'})
     assert (tmp_path / 'a').read_bytes() == b'old'
-    assert (tmp_path / 'b').lstat() == before
     assert sorted(os.listdir(tmp_path)) == ['a', 'b']
 
 
-@pytest.mark.parametrize(
-    'write', [lambda out, text: write_files(out.parent, {out.name: text.encode()}), atomic_write_text]
-)
-def test_write_follows_links(write: Callable[[Path, str], object], tmp_path: Path) -> None:
+def test_atomic_write_follows_links(tmp_path: Path) -> None:
     (tmp_path / 'out').mkdir()
     (tmp_path / 'out' / 'link').symlink_to('../target')
     for text in ('first', 'second'):  # a link to nothing, and one to a file
-        write(tmp_path / 'out' / 'link', text)
+        atomic_write_text(tmp_path / 'out' / 'link', text)
         assert (tmp_path / 'target').read_text() == text
     assert (tmp_path / 'out' / 'link').is_symlink()
 
@@ -193,12 +178,9 @@ def test_convert_into_a_folder_with_a_foreign_file_is_refused(name: str, file: P
     assert os.listdir(out) == [name]
 
 
-@pytest.mark.parametrize(
-    ('name', 'folder'),
-    [('.hidden.pth', 'hidden'), ('net.v2.pth', 'net.v2'), ('.net', 'net'), ('a/last.pth.tar', 'last')],
-)
-def test_convert_names_the_folder_after_the_file(name: str, folder: str) -> None:
-    assert folder_for(name) == Path(folder)
+def test_convert_names_the_folder_after_the_file() -> None:
+    names = {'.hidden.pth': 'hidden', 'net.v2.pth': 'net.v2', '.net': 'net', 'a/last.pth.tar': 'last'}
+    assert {name: str(folder_for(name)) for name in names} == names
     with pytest.raises(ValueError, match=r"cannot name a folder after '\.\.pth'"):
         folder_for('..pth')
 
