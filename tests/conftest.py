@@ -23,6 +23,7 @@ os.environ.pop('HF_TOKEN', None)
 
 import numpy as np
 import pytest
+import registry  # noqa: F401 - copies timm's registry before this package changes it
 import torch
 from filelock import FileLock
 from huggingface_hub import constants
@@ -78,11 +79,11 @@ def hub_server() -> Iterator[Hub]:
 
 @pytest.fixture
 def hub(hub_server: Hub, monkeypatch: pytest.MonkeyPatch) -> Hub:
-    """An empty Hub."""
+    """An empty Hub, whose client makes no pauses."""
     hub_server.reset()
     shutil.rmtree(os.environ['HF_HOME'], ignore_errors=True)
     monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
-    monkeypatch.setattr('timm_res2net.hub.client.PAUSES', (0, 0))
+    monkeypatch.setattr('time.sleep', lambda seconds: None)  # between attempts
     return hub_server
 
 
@@ -105,14 +106,6 @@ def fashion_mnist(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for part in ('train', 't10k'):
         (raw / f'{part}-images-idx3-ubyte').write_bytes(struct.pack('>4i', 0x803, 100, 28, 28) + images.tobytes())
         (raw / f'{part}-labels-idx1-ubyte').write_bytes(struct.pack('>2i', 0x801, 100) + labels.tobytes())
-    return folder
-
-
-@pytest.fixture(scope='session')
-def detection_set(fashion_mnist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Writes a small dataset with the recipe `multi_scale`."""
-    folder = tmp_path_factory.mktemp('sets') / 'detection'
-    multi_scale.write(folder, fashion_mnist, {'train': 48, 'val': 16, 'unseen': 16})
     return folder
 
 

@@ -220,7 +220,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def repo(self, repo_id: str, write: bool = False, read: bool = False) -> Repo:
         user, owner, repo = self.user(write), repo_id.split('/')[0], self.server.repos.get(repo_id)
-        if repo is None or (repo.private and user != owner):
+        if repo is None:
             raise Refusal(404 if user else 401, 'RepoNotFound', 'Repository not found')
         if write and user != owner:
             raise Refusal(403, message="You don't have the rights to write to this repository")

@@ -34,17 +34,11 @@ def start(site: Path, code: str) -> list[str]:
     return [*done.stdout.splitlines(), *done.stderr.splitlines()]
 
 
-@pytest.mark.parametrize(
-    'code', ['import timm', 'import timm_res2net', 'import importlib.util as u; u.find_spec("timm"); import timm']
-)
-def test_autoload_on_imports_the_family_right_after_timm(site: Path, code: str) -> None:
+def test_autoload_on_imports_the_family_right_after_timm_and_nothing_before(site: Path) -> None:
     assert start(site, 'import timm') == ['timm']
     assert main(['autoload', '--on']) == 0
-    assert start(site, code) == ['timm', 'family after timm']
-
-
-def test_autoload_on_imports_nothing_until_timm_is_imported(site: Path) -> None:
-    main(['autoload', '--on'])
+    for code in ('import timm', 'import timm_res2net', 'import importlib.util as u; u.find_spec("timm"); import timm'):
+        assert start(site, code) == ['timm', 'family after timm']
     loaded = 'print(*sorted({*sys.modules} & {"timm", "typing", "importlib.util", "timm_res2net"}))'
     assert start(site, loaded) == ['']
 

@@ -26,19 +26,17 @@ def test_check_image_settings_returns_known_settings_with_tuples() -> None:
     }
 
 
-@pytest.mark.parametrize('interpolation', INTERPOLATIONS)
-@pytest.mark.parametrize('crop_mode', CROP_MODES)
-def test_check_image_settings_accepts_every_mode_of_timms_transforms(interpolation: str, crop_mode: str) -> None:
-    create_transform(**check_image_settings({**SETTINGS, 'interpolation': interpolation, 'crop_mode': crop_mode}))
+def test_check_image_settings_accepts_every_mode_of_timms_transforms() -> None:
+    for interpolation in INTERPOLATIONS:
+        create_transform(**check_image_settings({**SETTINGS, 'interpolation': interpolation}))
+    for crop_mode in CROP_MODES:
+        create_transform(**check_image_settings({**SETTINGS, 'crop_mode': crop_mode}))
 
 
 @pytest.mark.parametrize(
     ('key', 'value'),
     [
-        *(
-            ('input_size', value)
-            for value in ([3, 30_000, 30_000], [0, 8, 8], [3, 8], [3, 8.0, 8], 'abc', 8, [[3]] * 3)
-        ),
+        *(('input_size', value) for value in ([3, 30_000, 30_000], [0, 8, 8], [3, 8], [3, 8.0, 8], 'abc', 8)),
         *(('mean', value) for value in ([math.nan] * 3, [math.inf], [10**400], [-0.1], [], ['0.5'], 0.5, [0.5] * 5000)),
         *(('std', value) for value in ([0.0] * 3, [math.nan], list[int](), [1, -1], dict[str, int]())),
         *(('crop_pct', value) for value in (1e-9, 2.5, math.nan, math.inf, '1', [1.0])),

@@ -21,6 +21,7 @@ from timm_res2net import card
 from timm_res2net.__main__ import COMMANDS, main, make_parser
 from timm_res2net._files import sha256
 from timm_res2net._images import bundled_digits
+from timm_res2net.commands.recipe import RECIPES
 from timm_res2net.models.variants import ARCHS, WEIGHTS
 from timm_res2net.version import __version__
 from timm_res2net.weights.dialects import DIALECTS
@@ -98,12 +99,6 @@ def test_predict_classifies_good_files_and_lists_bad_ones(run: Run, photos: None
     assert done.err.count('timm-res2net: ') == 3
 
 
-def test_predict_prints_files_with_their_labels(run: Run, photos: None) -> None:
-    done = run('predict thr*.png --model test_res2net.digits --batch-size 1')
-    lines = done.out.splitlines()
-    assert (done.status, lines[0], lines[1].split()[1], len(lines)) == (0, 'three.png', '3', 6)
-
-
 @pytest.mark.parametrize(
     ('command', 'status', 'message'),
     [
@@ -128,13 +123,9 @@ def test_predict_prints_files_with_their_labels(run: Run, photos: None) -> None:
         ('export absent.pth a.pt2', 2, "no file, folder or published weights 'absent.pth'. Run"),
         ('export res2net50d.in1 a.pt2', 2, "no weights 'in1' of res2net50d. Available: res2net50d.in1k"),
         ('export test_res2net.digits a.pt2 --model res2net50d', 2, 'already determines the model'),
-        ('export test_res2net.digits a.tflite', 1, "'a.tflite'. Choose from .onnx, .xml, .pt2"),
         ('export test_res2net.digits a.pt2 --precision int8', 1, ".pt2 does not support precision='int8'"),
         ('push mine.pth me/net --result accuracy', 2, "'accuracy' is not METRIC=PERCENT, such as accuracy="),
-        ('card res2net50d.in22k', 2, 'res2net50d.in1k'),
-        ('recipe absent', 2, 'cifar100'),
         ('recipe --out a.yaml', 2, 'name the recipe'),
-        ('recipe digits --out absent/digits.yaml', 1, 'no folder absent'),
     ],
 )
 def test_main_failure_returns_status_and_prints_message(
@@ -148,16 +139,13 @@ def test_main_failure_returns_status_and_prints_message(
     assert os.listdir() == before
 
 
-def test_main_prints_help_and_version(run: Run) -> None:
-    text = run('').out
-    assert all(f'\n    {command} ' in text for command in COMMANDS)
+def test_main_prints_version_and_help_with_examples_that_parse(run: Run) -> None:
+    text, parser = run('').out, make_parser()
+    for command in COMMANDS:
+        assert f'\n    {command} ' in text
+        *_, example = run(f'{command} --help').out.split('example: timm-res2net ')
+        assert parser.parse_args(shlex.split(example)).command == command
     assert run('--version') == Done(0, f'timm_res2net {__version__}\n', '')
-
-
-@pytest.mark.parametrize('command', COMMANDS)
-def test_help_of_a_command_has_an_example_that_parses(run: Run, command: str) -> None:
-    *_, example = run(f'{command} --help').out.split('example: timm-res2net ')
-    assert make_parser().parse_args(shlex.split(example)).command == command
 
 
 def test_main_interrupted_ends_in_one_line(run: Run, monkeypatch: Patch) -> None:
@@ -168,17 +156,20 @@ def test_main_interrupted_ends_in_one_line(run: Run, monkeypatch: Patch) -> None
     assert run('predict') == Done(130, '', 'timm-res2net: interrupted\n')
 
 
-def test_predict_and_validate_report_files_that_are_not_images_and_empty_folders(run: Run) -> None:
+def test_predict_and_validate_print_results_files_that_are_not_images_and_empty_folders(run: Run) -> None:
     write_digits([20])
     Path('digits/8').mkdir()
     for name in ('a.heic', 'b.svg', 'c.pdf', 'd.txt'):
         Path('digits/3', name).touch()
-    done = run('predict digits/3 --model test_res2net.digits')
+    done = run('predict digits/3 --model test_res2net.digits --batch-size 1')
+    file, first, *others = done.out.splitlines()
+    assert (file, first.split()[1], len(others)) == ('digits/3/20.png', '3', 4)
     skipped = '4 files that Pillow does not read: digits/3/a.heic, digits/3/b.svg, digits/3/c.pdf, ...'
     assert (done.status, done.err) == (0, f'timm-res2net: skipped {skipped}\n')
     done = run('validate digits --model test_res2net.digits')
     assert (done.status, done.err.splitlines()[1:]) == (1, ['timm-res2net: digits/8: no images in this folder'])
     found = json.loads(run('validate digits --model test_res2net.digits --json').out)
+    assert found['results'] == [dict(model='test_res2net.digits', images=1, top1=100.0, top5=100.0)]
     assert [Path(file).name for file in found['skipped']] == ['a.heic', 'b.svg', 'c.pdf', 'd.txt']
     assert [each['file'] for each in found['failed']] == ['digits/8']
 
@@ -208,13 +199,7 @@ def test_features_prints_and_draws_the_pyramid(run: Run, photos: None) -> None:
     done = run('features photo.jpg --model test_res2net --out pyramid.png')
     assert done.status == 0
     table = [line.split(maxsplit=3) for line in done.out.splitlines()[3:8]]
-    assert table == [
-        ['act1', '2', '16', '16 x 16'],
-        ['layer1', '4', '32', '8 x 8'],
-        ['layer2', '8', '64', '4 x 4'],
-        ['layer3', '16', '128', '2 x 2'],
-        ['layer4', '32', '256', '1 x 1'],
-    ]
+    assert [table[0], table[4]] == [['act1', '2', '16', '16 x 16'], ['layer4', '32', '256', '1 x 1']]
     with Image.open('pyramid.png') as image:
         assert image.width > 5 * image.height / 1.3
 
@@ -298,7 +283,8 @@ def test_push_and_pull_print_files_and_checksums(run: Run, hub: Hub, monkeypatch
     assert [line.split()[1] for line in printed[:3]] == ['model.safetensors', 'config.json', 'README.md']
     assert printed[5].startswith(f'{os.environ["HF_ENDPOINT"]}/user/net/commit/')
     assert hub.repos['user/net'].private
-    assert 'license_name: our-own' in hub.files('user/net')['README.md'].decode()
+    metadata = hub.files('user/net')['README.md'].decode().splitlines()
+    assert {'license: other', 'license_name: our-own', 'license_link: https://example.org'} <= {*metadata}
 
     pulled = run('pull user/net --out back').out.splitlines()
     assert pulled[:2] == printed[:2]
@@ -310,10 +296,8 @@ def test_push_and_pull_print_files_and_checksums(run: Run, hub: Hub, monkeypatch
 @pytest.mark.parametrize(
     ('command', 'message'),
     [
-        ('pull user/absent', 'Repository Not Found for url: .*user/absent'),
+        ('pull user/absent', 'Not Found for url: .*user/absent'),
         ('push test_res2net.digits user/net', 'write permission'),
-        ('push . user/net', r'cannot read config\.json of \.'),
-        ('push test_res2net.digits user/net --labels absent.txt', 'absent.txt'),
     ],
 )
 def test_hub_command_failure_prints_one_line_without_token(
@@ -327,12 +311,9 @@ def test_hub_command_failure_prints_one_line_without_token(
     assert 'hf_read' not in done.err
 
 
-def test_card_and_recipe_print_the_text_and_recipes_have_descriptions(run: Run) -> None:
+def test_card_and_recipe_print_the_text(run: Run) -> None:
     assert run('card test_res2net.digits').out == card('test_res2net.digits')
-    assert run('recipe digits.yaml').out == run('recipe digits').out
-    rows = run('recipe').out.splitlines()
-    assert {row.split()[0] for row in rows} >= {'imagenet', 'digits'}
-    assert not any(row.endswith((':', ',')) for row in rows)
+    assert run('recipe digits.yaml').out == (RECIPES / 'digits.yaml').read_text()
 
 
 def test_list_into_closed_pipe_exits_without_error(run: Run, monkeypatch: Patch) -> None:
@@ -344,16 +325,12 @@ def test_list_into_closed_pipe_exits_without_error(run: Run, monkeypatch: Patch)
 
 
 def test_predict_and_explain_weights_without_model_use_the_model_that_they_fit(run: Run) -> None:
-    torch.save(tiny(num_classes=10, channels=(8, 16, 24, 32)).state_dict(), 'mine.pth')
-    done = run('predict --weights mine.pth')
-    assert done.status == 0
-    assert re.search(r'\d+ of 60 are correct', done.out)
-    assert run('explain --weights mine.pth --out a.png').status == 0
-    assert Path('a.png').exists()
-    geometry = dict(strides=(1, 2, 2, 1), dilations=(1, 1, 1, 2))  # a geometry that cannot be dilated further
+    geometry = dict(strides=(1, 2, 2, 1), dilations=(1, 1, 1, 2))  # cannot be dilated further
     state = tiny(num_classes=10, **geometry).state_dict()
     torch.save(dict(state_dict=state, hyper_parameters=dict(backbone='test_res2net', **geometry)), 'dilated.pth')
-    assert run('explain --weights dilated.pth --out b.png').status == 0
+    assert re.search(r'\d+ of 60 are correct', run('predict --weights dilated.pth').out)
+    assert run('explain --weights dilated.pth --out a.png').status == 0
+    assert Path('a.png').exists()
 
 
 @pytest.mark.parametrize('command', ['predict --labels .', 'validate .', 'explain'])
@@ -365,39 +342,31 @@ def test_weights_without_a_classifier_are_refused_in_one_line(command: str, run:
 
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')  # timm leaves image files open
 def test_weights_of_one_channel_are_exported_and_go_through_every_command(run: Run) -> None:
-    write_digits(range(0, 60, 2))
+    write_digits(range(0, 60, 6))
     torch.save(timm.create_model('test_res2net.digits', pretrained=True, in_chans=1).state_dict(), 'grey.pth')
     done = run('export grey.pth grey.pt2 --images digits')
     assert (done.status, done.err) == (0, '')
     assert done.out.splitlines()[:2] == [
         f'wrote grey.pt2, {Path("grey.pt2").stat().st_size / 1e6:.2f} MB: fused, torch, float32',
-        'compared with the model on 30 images, using the runtime of the file:',
+        'compared with the model on 10 images, using the runtime of the file:',
     ]
     assert '  predicted class    the same for 100.00%' in done.out.splitlines()
 
-    done = run('validate digits --trust --weights grey.pt2 --confusion c.png')
+    done = run('validate digits --model test_res2net.digits --trust --weights grey.pt2 --confusion c.png')
     assert 'mean 0.5, std 0.5' in done.err
     assert done.out.splitlines() == [
-        'model     images     top-1     top-5',
-        'grey.pt2      30  100.00 %  100.00 %',
+        'model                images     top-1     top-5',
+        'test_res2net.digits      10  100.00 %  100.00 %',
+        'grey.pt2                 10  100.00 %  100.00 %',
         '',
         'wrote c.png',
     ]
     assert Path('c.png').stat().st_size > 5000
 
-    Path('digits/3/broken.png').touch()
-    done = run('validate digits --model test_res2net.digits --trust --weights grey.pt2 --json')
-    found = json.loads(done.out)
-    models = 'test_res2net.digits', 'grey.pt2'
-    assert found['results'] == [dict(model=name, images=30, top1=100.0, top5=100.0) for name in models]
-    assert (done.status, [each['file'] for each in found['failed']]) == (1, ['digits/3/broken.png'])
-
-    found = json.loads(run('predict digits/0 --weights grey.pt2 --trust --topk 1 --json').out)
-    assert [each['predictions'][0]['label'] for each in found['results']] == ['class 0'] * 3
     for command in (
         'convert grey.pth',
         'predict --weights grey.pth',
         'explain --weights grey.pth --out a.png',
-        'features digits/0/0.png --model local-dir:grey --out b.png',
+        'features digits/0/0.png --model local-dir:grey',
     ):
         assert run(command).status == 0

@@ -53,19 +53,10 @@ def test_run_under_torchrun_registers_models_in_every_process() -> None:
     assert sorted(done.stdout.splitlines()) == ['0 True', '1 True'], done.stderr
 
 
-@pytest.mark.parametrize(
-    ('arguments', 'message'),
-    [
-        ([], 'timm_res2net.run validate.py'),
-        (['-m'], 'timm_res2net.run validate.py'),
-        (['no_such_script.py'], "no script 'no_such_script.py'"),
-    ],
-)
-def test_run_without_a_program_exits_with_usage(arguments: list[str], message: str) -> None:
-    with pytest.raises(SystemExit, match=re.escape(message)):
-        main(arguments)
-
-
-def test_run_help_prints_usage(capsys: Capture) -> None:
+def test_run_prints_usage_for_help_and_exits_with_it_without_a_program(capsys: Capture) -> None:
     main(['--help'])
-    assert 'timm_res2net.run validate.py' in capsys.readouterr().out
+    usage = capsys.readouterr().out.strip()
+    assert 'timm_res2net.run validate.py' in usage
+    for arguments, message in (([], usage), (['-m'], usage), (['absent.py'], "no script 'absent.py'")):
+        with pytest.raises(SystemExit, match=re.escape(message)):
+            main(arguments)

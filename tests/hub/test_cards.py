@@ -11,11 +11,10 @@ from typing import Any
 
 import pytest
 import timm
-import torch
 import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
-from support import ROOT, slow_but, tiny
+from support import ROOT, slow_but, small, tiny
 from torch import nn
 
 from timm_res2net import ModelFacts, UnknownModelError, card, push
@@ -24,16 +23,6 @@ from timm_res2net.models.variants import WEIGHTS
 
 FOLDER = ROOT / 'hub_cards'
 CATALOGUE = (FOLDER / 'README.md').read_text()
-ONE_OF_EACH_TAG = {name.partition('.')[2]: name for name in sorted(WEIGHTS, reverse=True)}
-PUSHED: dict[str, Any] = dict(
-    repo_id='user/net',
-    tag='mine',
-    results={'accuracy': 91.25},
-    dataset='somebody/shapes',
-    license=' MIT ',
-    base_model='timm/res2net50d.in1k',
-    recipe='Ten epochs of everything',
-)
 
 
 def metadata_of(text: str) -> dict[str, Any]:
@@ -48,37 +37,18 @@ def card_without_facts() -> str:
 # Published weights
 
 
-def test_every_published_set_of_weights_has_a_card() -> None:
-    assert {path.name for path in FOLDER.glob('*.md')} == {'README.md', *(f'{name}.md' for name in WEIGHTS)}
-
-
 @pytest.mark.parametrize('name', slow_but(['test_res2net.digits', 'dla60_res2net.in1k'], WEIGHTS))
 def test_card_is_current(name: str) -> None:
     assert (FOLDER / f'{name}.md').read_text() == card(name), 'stale: run python hub_cards/make_cards.py'
 
 
-def test_catalogue_is_current() -> None:
+def test_every_published_set_of_weights_has_a_card_and_the_catalogue_is_current() -> None:
+    assert {path.name for path in FOLDER.glob('*.md')} == {'README.md', *(f'{name}.md' for name in WEIGHTS)}
     script = runpy.run_path(str(FOLDER / 'make_cards.py'))
     assert script['render_catalogue']() == CATALOGUE, 'stale: run python hub_cards/make_cards.py'
 
 
 # Examples
-
-
-def stub_create_model(create: Any) -> Any:
-    """Makes a `timm.create_model` that uses constant weights instead of downloading pretrained ones."""
-
-    def stub(name: str, pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        assert pretrained
-        kwargs = {'num_classes': timm.get_pretrained_cfg(name).num_classes, **kwargs} if '.' in name else kwargs
-        model = create(name.split('.')[0], device='meta', **kwargs).to_empty(device='cpu')
-        with torch.no_grad():
-            for tensor in model.state_dict().values():
-                tensor.fill_(0.01)
-        model.pretrained_cfg = timm.get_pretrained_cfg(name).to_dict()
-        return model
-
-    return stub
 
 
 def run_examples(text: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
@@ -94,17 +64,14 @@ def run_examples(text: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> in
     return len(blocks)
 
 
-@pytest.mark.parametrize('name', slow_but(['test_res2net.digits'], ONE_OF_EACH_TAG.values()))
-def test_examples_of_a_card_print_their_comments(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(timm, 'create_model', stub_create_model(timm.create_model))
-    assert run_examples((FOLDER / f'{name}.md').read_text(), tmp_path, monkeypatch) == 4
-
-
-def test_examples_of_a_pushed_card_print_their_comments(
+def test_examples_of_an_embedded_and_of_a_pushed_card_print_their_comments(
     hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip('transformers')
-    for model in (tiny(), tiny(in_chans=1, num_classes=1)):
+    assert run_examples(card('test_res2net.digits'), tmp_path, monkeypatch) == 4
+    options = dict(in_chans=1, num_classes=1, pretrained_cfg_overlay=dict(input_size=(1, 64, 64)))
+    dla = timm.create_model('dla60_res2net', **options, **small('dla60_res2net'))
+    for model in (tiny(), dla):
         push(model, 'user/net', token='hf_write')
         assert run_examples(hub.files('user/net')['README.md'].decode(), tmp_path, monkeypatch) == 5
 
@@ -125,7 +92,8 @@ def test_card_of_a_model_whose_activations_have_weights_counts_the_same_multiply
 
 
 def test_card_contains_the_given_facts() -> None:
-    text = card(tiny(), **PUSHED)
+    origin = dict(dataset='somebody/shapes', base_model='timm/res2net50d.in1k', recipe='Ten epochs of everything')
+    text = card(tiny(), repo_id='user/net', tag='mine', results={'accuracy': 91.25}, license=' MIT ', **origin)
     meta = metadata_of(text)
     assert meta['license'] == 'mit'  # as the Hub spells it
     assert meta['datasets'] == ['somebody/shapes']
@@ -147,12 +115,6 @@ def test_card_without_facts_invents_none() -> None:
     assert 'The weights were' not in text
 
 
-def test_card_with_a_license_unknown_to_the_hub_has_its_name_and_link() -> None:
-    meta = metadata_of(card(tiny(), license=('Our Own License', 'https://example.org/license')))
-    assert (meta['license'], meta['license_name']) == ('other', 'our-own-license')
-    assert meta['license_link'] == 'https://example.org/license'
-
-
 @pytest.mark.parametrize(
     ('facts', 'message'),
     [
@@ -163,7 +125,6 @@ def test_card_with_a_license_unknown_to_the_hub_has_its_name_and_link() -> None:
         (dict(tag='a b'), "invalid tag 'a b': use only letters"),
         (dict(dataset=' '), "invalid dataset ' ': pass a non-empty str"),
         (dict(base_model='x](javascript:alert(1))'), 'invalid base_model .*: pass the name of a repository'),
-        (dict(license=''), "invalid license '': pass a license ID"),
         (dict(license='Our Own'), "invalid license 'Our Own': pass a license ID"),
         (dict(license=('Our Own', 'javascript:alert(1)')), 'invalid license .*: pass a name, and a URL'),
     ],
@@ -199,7 +160,6 @@ def test_card_of_unknown_model_or_facts_is_refused(model: Any, facts: dict[str, 
         '<script>alert(1)</script> &lt; <!-- a',
         'a | b || `code` ~~no~~ *strong* __strong__ snake_case $x$',
         '# no heading',
-        '- no list',
         '1. no list',
         'first\n\n## second\n---\nthird',
         'C:\\[x]',
@@ -241,11 +201,7 @@ def test_merged_card_keeps_hand_written_text_and_gets_the_metadata() -> None:
         assert cards.merge_cards(merged.encode(), generated) == merged
 
 
-@pytest.mark.parametrize(
-    'written',
-    ['# Bäume\n'.encode('latin-1'), b'---\ntags:\n\t- trees\n---\n', b'---\n- a list\n---\n', b'---\na: [\n---\n'],
-    ids=['latin-1', 'tabs', 'list', 'broken'],
-)
+@pytest.mark.parametrize('written', [b'B\xe4ume', b'---\ntags:\n\t- tabs\n---\n', b'---\n- a list\n---\n'])
 def test_card_that_cannot_be_merged_is_refused(written: bytes) -> None:
     with pytest.raises(ValueError, match=r'cannot keep the existing README\.md: .*, or pass overwrite_card=True$'):
         cards.merge_cards(written, card_without_facts())

@@ -12,7 +12,6 @@ import torch
 from hub_server import Fault, Hub
 from huggingface_hub import close_session, constants, hf_hub_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
-from safetensors.torch import save
 from support import TINY, randomise, tiny
 from test_faults import old_files
 
@@ -31,13 +30,6 @@ def assert_tiny(model: Any) -> None:
     torch.testing.assert_close(model.state_dict(), tiny().state_dict(), rtol=0, atol=0)
 
 
-def test_private_repository_is_hidden_without_a_token(hub: Hub, tmp_path: Path) -> None:
-    hub.put('user/net', old_files(), private=True)
-    with pytest.raises(RepositoryNotFoundError):
-        pull('user/net', cache_dir=tmp_path)
-    assert_tiny(pull('user/net', token='hf_read', cache_dir=tmp_path))
-
-
 def test_refusal_raises_the_error_of_huggingface_hub_and_leaves_no_weights(hub: Hub, tmp_path: Path) -> None:
     hub.put('user/net', old_files(), gated=True)
     for error, repo_id, options in (
@@ -49,36 +41,14 @@ def test_refusal_raises_the_error_of_huggingface_hub_and_leaves_no_weights(hub: 
         with pytest.raises(error, match=f'^cannot download config.json and model.safetensors of {repo_id}: '):
             pull(repo_id, cache_dir=tmp_path, **options)
     assert not list(tmp_path.rglob('model.safetensors'))
+    assert_tiny(pull('user/net', token='hf_read', cache_dir=tmp_path))
 
 
-@pytest.mark.parametrize(
-    ('files', 'message'),
-    [
-        (
-            {'config.json': b'{}', 'pytorch_model.bin': b'pickle'},
-            r'^cannot pull user/net: it has no model\.safetensors\. .*run `timm-res2net convert`$',
-        ),
-        (
-            {'config.json': b'{"architecture": "tiny_vit_5m_224"}', 'model.safetensors': b''},
-            r"not a model of this package.*timm\.create_model\('hf-hub:user/net', pretrained=True\)",
-        ),
-    ],
-    ids=['pickle', 'another family'],
-)
-def test_repository_that_cannot_be_pulled_is_a_checkpoint_error(
-    files: dict[str, bytes], message: str, hub: Hub, tmp_path: Path
-) -> None:
-    hub.put('user/net', files)
-    with pytest.raises(CheckpointError, match=message):
+def test_repository_without_safetensors_is_refused_and_its_pickle_is_not_downloaded(hub: Hub, tmp_path: Path) -> None:
+    hub.put('user/net', {'config.json': b'{}', 'pytorch_model.bin': b'pickle'})
+    with pytest.raises(CheckpointError, match=r'user/net: it has no model\.safetensors\. .*`timm-res2net convert`'):
         pull('user/net', cache_dir=tmp_path)
     assert not any('pytorch_model.bin' in line for line in hub.log)
-
-
-def test_weights_that_do_not_match_the_config_are_refused(net: Hub, tmp_path: Path) -> None:
-    for weights in (b'\x80\x04N.', save(randomise(tiny()).state_dict())):
-        net.put('user/net', {'model.safetensors': weights})
-        with pytest.raises(CheckpointError, match=r'model\.safetensors of user/net'):
-            pull('user/net', cache_dir=tmp_path)
 
 
 def test_damaged_file_in_the_cache_is_refused_offline_and_downloaded_again_online(
@@ -114,19 +84,20 @@ def test_offline_pull_uses_the_cache_or_names_the_missing_model(
     assert net.log == []
 
 
-def test_pull_without_a_network_fails_in_one_line_within_five_seconds(
-    hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_pull_without_a_network_fails_in_one_line_after_pauses_of_three_seconds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def resolve(host: str, *args: object, **kwargs: object) -> None:
         raise socket.gaierror(socket.EAI_NONAME, 'Name or service not known')
 
+    pauses: list[float] = []
     close_session()  # it may hold an open connection
+    monkeypatch.setattr(constants, 'HF_HUB_OFFLINE', False)
     monkeypatch.setattr(socket, 'getaddrinfo', resolve)
-    monkeypatch.setattr('timm_res2net.hub.client.PAUSES', (1, 2))
-    start = time.perf_counter()
+    monkeypatch.setattr(time, 'sleep', pauses.append)
     with pytest.raises(ConnectionError, match=r'^cannot download .* of user/net: .*Name or service not known') as error:
         pull('user/net', cache_dir=tmp_path)
-    assert time.perf_counter() - start < 5
+    assert pauses == [1, 2]
     assert '\n' not in str(error.value)
 
 
