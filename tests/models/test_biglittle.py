@@ -3,7 +3,6 @@
 from typing import Any
 
 import pytest
-import timm
 import torch
 import torch.nn.functional as F
 from support import randomise
@@ -19,8 +18,6 @@ SMALL: dict[str, Any] = dict(layers=(2, 3, 2, 2), base_width=8, scale=3)
 @pytest.mark.parametrize(
     ('arguments', 'params'),
     [
-        (dict(layers=(5, 12, 30, 3)), 58_343_561),
-        (dict(layers=(5, 12, 30, 3), scale=1, base_width=64), 57_359_016),
         (dict(layers=(4, 8, 18, 3), scale=1, base_width=64), 41_851_560),
         (dict(attn_layer='se'), 29_420_513),
         (dict(base_width=4, cardinality=8), 25_804_264),
@@ -64,11 +61,10 @@ def big_little(x: Tensor, module: BigLittleModule, stride: int) -> Tensor:
     return block(F.relu(nearest(big, little.shape[-2:]) + little), module.fusion[0], stride)
 
 
-@pytest.mark.parametrize('size', [(64, 64), (61, 43)])
-def test_biglittle_computes_its_published_equations(size: tuple[int, int]) -> None:
+def test_biglittle_computes_its_published_equations() -> None:
     torch.manual_seed(0)
     model = randomise(Res2NetBigLittle(**SMALL)).double().eval()
-    x = torch.randn(1, 3, *size, dtype=torch.double)
+    x = torch.randn(1, 3, 61, 43, dtype=torch.double)
 
     y = F.relu(normalised(F.conv2d(x, model.conv1.weight, stride=2, padding=3), model.bn1))
     stem = model.bl_init
@@ -90,9 +86,3 @@ def test_biglittle_little_branch_depth_and_width_follow_alpha_and_beta() -> None
     assert [len(layer.big) for layer in (model.layer1, model.layer2, model.layer3)] == [2, 3, 11]
     assert model.layer3.little_e[0].in_channels == 1024 // 4
     assert model.bl_init.little[0].out_channels == 16
-
-
-def test_biglittle_features_have_each_stride_once() -> None:
-    features = timm.create_model('blres2net50_26w_4s', features_only=True, device='meta')
-    assert features.feature_info.channels() == [64, 64, 256, 1024, 2048]
-    assert features.feature_info.reduction() == [2, 4, 8, 16, 32]

@@ -11,31 +11,30 @@ from torch import nn
 
 from timm_res2net.models.cifar import Res2NetCifar
 
-VARIANTS = [(6, 24, 4), (8, 25, 4), (6, 24, 6)]
 
-
-def count(norms: bool = True, **arguments: Any) -> int:
+def count(**arguments: Any) -> tuple[int, int]:
+    """Counts the parameters of a network, with and without its norms."""
     model = Res2NetCifar(device='meta', **arguments)
-    left_out = sum(p.numel() for m in model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters())
-    return sum(p.numel() for p in model.parameters()) - (0 if norms else left_out)
+    of_norms = sum(p.numel() for m in model.modules() if isinstance(m, nn.BatchNorm2d) for p in m.parameters())
+    total = sum(p.numel() for p in model.parameters())
+    return total, total - of_norms
 
 
 @pytest.mark.parametrize(
-    ('variant', 'grouped', 'papers', 'published'),
+    ('cardinality', 'base_width', 'scale', 'grouped', 'papers', 'published'),
     [
-        (VARIANTS[0], 24_360_932, 24_302_116, 23_705_732),
-        (VARIANTS[1], 33_905_236, 33_829_172, 32_957_436),
-        (VARIANTS[2], 36_801_380, 36_718_372, 36_146_180),
+        (6, 24, 4, 24_360_932, 24_302_116, 23_705_732),
+        (8, 25, 4, 33_905_236, 33_829_172, 32_957_436),
+        (6, 24, 6, 36_801_380, 36_718_372, 36_146_180),
     ],
 )
 def test_cifar_variants_have_published_parameter_counts(
-    variant: tuple[int, int, int], grouped: int, papers: int, published: int
+    cardinality: int, base_width: int, scale: int, grouped: int, papers: int, published: int
 ) -> None:
-    arguments = dict(zip(('cardinality', 'base_width', 'scale'), variant))
-    assert count(**arguments) == grouped
-    assert count(norms=False, **arguments) == papers
-    assert count(first_block='official', **arguments) == published
-    assert count(attn_layer='se', **arguments) - grouped == 521_808
+    arguments = dict(cardinality=cardinality, base_width=base_width, scale=scale)
+    assert count(**arguments) == (grouped, papers)
+    assert count(first_block='official', **arguments)[0] == published
+    assert count(attn_layer='se', **arguments)[0] - grouped == 521_808
     for number in (papers, published):
         assert f'{number:,}' in ' '.join((Res2NetCifar.__doc__ or '').split())
 

@@ -1,4 +1,4 @@
-"""Feature maps at every stride: dilated networks compute what undilated ones do, under any norm."""
+"""Feature maps at every stride: dilated networks compute what undilated ones do. Frozen norms."""
 
 from functools import partial
 from typing import Any
@@ -7,12 +7,11 @@ import numpy as np
 import pytest
 import timm
 import torch
-import torchvision
-from support import TRUNKS, randomise, small, tiny
-from timm.layers import FrozenBatchNormAct2d, GroupNorm, freeze_batch_norm_2d, unfreeze_batch_norm_2d
-from torch import Tensor, nn
+from support import randomise, small, tiny
+from timm.layers import FrozenBatchNormAct2d
+from torch import Tensor
+from torchvision.ops import FrozenBatchNorm2d
 
-from timm_res2net.models.spec import FIRST_BLOCKS
 from timm_res2net.models.variants import ARCHS
 
 
@@ -24,9 +23,9 @@ def exact(name: str, output_stride: int) -> dict[str, Any]:
 @pytest.mark.parametrize(
     ('name', 'output_stride', 'first_block'),
     [
-        *(('res2net50_26w_4s', 8, first_block) for first_block in FIRST_BLOCKS),
+        ('res2net50_26w_4s', 8, 'official'),
         ('res2net50d', 8, 'paddle'),
-        ('res2net50d', 16, 'official'),
+        ('res2net50d', 16, 'mmdet'),
         ('dla60_res2net', 8, 'paddle'),
         ('blres2net50_26w_4s', 16, 'paddle'),
         ('res2next29_6c_24w_4s', 1, 'group'),
@@ -49,15 +48,12 @@ def test_dilated_network_computes_the_undilated_one_on_a_denser_grid(
         torch.testing.assert_close(ours[..., ::step, ::step], theirs)
 
 
-@pytest.mark.parametrize('name', TRUNKS)
-def test_output_stride_none_equals_default(name: str) -> None:
-    entrypoint = timm.models.model_entrypoint(name)
-    options = dict(features_only=True, device='meta', **small(name))
-    features = [entrypoint(**options), entrypoint(output_stride=None, **options)]
-    assert features[0].feature_info.reduction() == features[1].feature_info.reduction()
+def test_output_stride_none_is_the_default() -> None:
+    make: Any = timm.models.model_entrypoint('test_res2net')  # timm.create_model drops None
+    assert make(output_stride=None, features_only=True).feature_info.reduction() == [2, 4, 8, 16, 32]
 
 
-@pytest.mark.parametrize('name', TRUNKS)
+@pytest.mark.parametrize('name', ['test_res2net', 'res2next29_6c_24w_4s'])
 def test_out_indices_beyond_feature_count_raise_value_error(name: str) -> None:
     count = ARCHS[name].out_indices[-1] + 1
     for indices in ((0, count), (-count - 1,), count + 1):
@@ -81,42 +77,9 @@ def test_feature_cfg_takes_the_arguments_of_features_only() -> None:
     assert timm.create_model('test_res2net', feature_cfg=dict(out_indices=(1,)), device='meta').num_classes == 10
 
 
-# Norms
-
-
-@pytest.mark.parametrize('name', ['test_res2net', 'dla60_res2net'])
-@pytest.mark.parametrize(
-    'norm_layer',
-    [
-        torchvision.ops.FrozenBatchNorm2d,
-        partial(FrozenBatchNormAct2d, apply_act=False),
-        partial(GroupNorm, num_groups=1),
-        'groupnorm1',
-        nn.SyncBatchNorm,
-    ],
-    ids=['torchvision frozen', 'timm frozen', 'group', 'groupnorm1', 'sync'],
-)
-def test_norm_layer_of_every_kind_loads_batch_norm_weights(name: str, norm_layer: Any, images: Tensor) -> None:
-    torch.manual_seed(0)
-    plain = randomise(timm.create_model(name, **small(name))).double().eval()
-    model = timm.create_model(name, norm_layer=norm_layer, **small(name)).double().eval()
-    images = images[..., :32, :32].double()
-    assert model.load_state_dict(plain.state_dict(), strict=False).missing_keys == []
-    if 'group' not in str(norm_layer).lower():
-        torch.testing.assert_close(model(images), plain(images))
-    else:
-        assert model(images).isfinite().all()
-    if 'frozen' in str(norm_layer).lower():
-        assert all('bn' not in key for key, _ in model.named_parameters())
-
-
-def test_batch_norm_frozen_unfrozen_or_synchronized_keeps_output(images: Tensor) -> None:
-    model, images = tiny().double(), images.double()
-    expected = model(images)
-    frozen = freeze_batch_norm_2d(model)
-    torch.testing.assert_close(frozen.train()(images), expected)
-    thawed = unfreeze_batch_norm_2d(frozen).double().eval()
-    torch.testing.assert_close(thawed(images), expected)
-    synchronized = nn.SyncBatchNorm.convert_sync_batchnorm(thawed).eval()
-    assert any(isinstance(module, nn.SyncBatchNorm) for module in synchronized.modules())
-    torch.testing.assert_close(synchronized(images), expected)
+@pytest.mark.parametrize('norm_layer', [FrozenBatchNorm2d, partial(FrozenBatchNormAct2d, apply_act=False)])
+def test_frozen_norms_load_batch_norm_weights_and_have_no_parameters(norm_layer: Any, images: Tensor) -> None:
+    plain, frozen = tiny().double(), tiny(norm_layer=norm_layer).double()
+    assert frozen.load_state_dict(plain.state_dict(), strict=False).missing_keys == []
+    torch.testing.assert_close(frozen(images.double()), plain(images.double()))
+    assert all('bn' not in key for key, _ in frozen.named_parameters())

@@ -1,13 +1,15 @@
 """Every trunk behaves like timm's models where programs rely on it, and its docstrings show calls that work."""
 
 import doctest
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import timm
 import torch
-from support import TRUNKS, small
+from support import TINY, TRUNKS, small
 from timm.layers import DropPath, FrozenBatchNormAct2d
+from timm.models import group_parameters
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
@@ -22,6 +24,7 @@ from timm_res2net.models.cifar import Res2NetCifar
 from timm_res2net.models.dla import Res2NetDla
 from timm_res2net.models.resnet import Res2Net
 from timm_res2net.models.spec import NetworkSpec
+from timm_res2net.models.trunk import Trunk
 
 DOCUMENTED = (
     *(Bottle2neck, Res2Net, Res2NetDla, Res2NetBigLittle, Res2NetCifar),
@@ -34,7 +37,9 @@ def test_docstring_example_gives_the_documented_output(thing: Any) -> None:
     names = dict(timm=timm, timm_res2net=timm_res2net, torch=torch, **{each.__name__: each for each in DOCUMENTED})
     (example,) = doctest.DocTestFinder(recurse=False).find(thing, thing.__name__, globs=names)
     assert example.examples
-    assert doctest.DocTestRunner().run(example).failed == 0
+    on_meta = isinstance(thing, type) and issubclass(thing, Trunk)  # where only the shapes of outputs are shown
+    with torch.device('meta') if on_meta else nullcontext():
+        assert doctest.DocTestRunner().run(example).failed == 0
 
 
 @pytest.mark.parametrize('name', TRUNKS)
@@ -55,14 +60,13 @@ def test_dla_without_pooling_classifies_every_position(images: Tensor) -> None:
     torch.testing.assert_close(dense(images.double()).mean((2, 3)), pooled(images.double()))
 
 
-@pytest.mark.parametrize('name', TRUNKS)
-def test_model_is_made_and_runs_on_fake_tensors(name: str) -> None:
+def test_model_is_made_and_runs_on_fake_tensors() -> None:
     with FakeTensorMode():
-        model = timm.create_model(name, drop_path_rate=0.1, num_classes=7, **small(name))
-        assert model(torch.empty(2, 3, 64, 64)).shape == (2, 7)
+        model = timm.create_model('test_res2net', drop_path_rate=0.1, **TINY)
+        assert model(torch.empty(2, 3, 64, 64)).shape == (2, 10)
 
 
-@pytest.mark.parametrize('name', ['res2net50d', 'res2next50', 'dla60_res2net', 'dla60_res2next'])
+@pytest.mark.parametrize('name', ['res2net50d', 'dla60_res2net'])
 def test_layer_decay_gives_every_parameter_the_learning_rate_of_timm(name: str) -> None:
     scales, matchers = [], []
     for make in (getattr(res2net, name), res2net.timm_entrypoint(name)):
@@ -73,6 +77,13 @@ def test_layer_decay_gives_every_parameter_the_learning_rate_of_timm(name: str) 
         scales.append({names[id(p)]: (g['lr_scale'], g['weight_decay']) for g in groups for p in g['params']})
     assert scales[0] == scales[1]
     assert matchers[0] == matchers[1]
+
+
+def test_coarse_groups_of_parameters_are_stem_stages_and_head() -> None:
+    model: Any = timm.create_model('blres2net50_26w_4s', device='meta')  # a trunk that timm lacks
+    groups = group_parameters(model, model.group_matcher(coarse=True)).values()
+    parts = [{name.partition('.')[0] for name in names} for names in groups]
+    assert parts == [{'conv1', 'bn1', 'bl_init'}, {'layer1'}, {'layer2'}, {'layer3'}, {'layer4'}, {'fc'}]
 
 
 @pytest.mark.parametrize('part', [nn.BatchNorm2d(4), nn.Dropout(), DropPath(0.1)], ids=str)

@@ -54,7 +54,7 @@ def test_items_have_corners_and_labels_from_1_without_crowds_and_empty_boxes(tmp
         (dict(image_id=12), 'unknown image 12'),
         (dict(category_id=4), 'unknown category 4'),
         (dict(bbox=[0, 0, float('nan'), 9]), r'box \[0, 0, nan, 9\] is not four finite numbers'),
-        (dict(bbox=[0, 0, float('inf'), 9]), r'box \[0, 0, inf, 9\] is not'),
+        (dict(bbox=None), 'box None is not'),
         (dict(bbox=[0, 0, '9', 9]), r"box \[0, 0, '9', 9\] is not"),
         (dict(bbox=[0, 0, 9]), r'box \[0, 0, 9\] is not'),
         (dict(area='100'), "area '100' is not a finite number"),
@@ -74,11 +74,6 @@ def test_object_that_cannot_be_used_is_reported(tmp_path: Path, changed: dict[st
         (f'{{"images": {"[" * 99_999}', ''),
         ('{"images": [{"id": 1}], "annotations": [{}], "categories": []}', 'image_id'),
         ('{"images": [], "annotations": [], "categories": []}', 'no images or no categories'),
-        (
-            '{"images": [{"id": 1, "file_name": "1.png"}], "categories": [{"id": 1, "name": "cat"}],'
-            ' "annotations": [{"id": 1, "image_id": 1, "category_id": 1}]}',
-            'object 1: box None is not four finite numbers',
-        ),
     ],
 )
 def test_missing_or_invalid_annotation_file_is_reported(tmp_path: Path, content: str, error: str) -> None:

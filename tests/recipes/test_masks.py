@@ -53,8 +53,7 @@ def test_image_without_a_mask_is_reported_and_other_files_are_left_out(tmp_path:
         MaskedImages(tmp_path, 'val', 3)
 
 
-@pytest.mark.parametrize('suffix', ['.png', '.jpg', '.gif'])
-@pytest.mark.parametrize('levels', [(0, 255), (10, 240), (0, 200)])
+@pytest.mark.parametrize(('levels', 'suffix'), [((0, 255), '.png'), ((10, 240), '.jpg'), ((0, 200), '.gif')])
 def test_binary_masks_of_any_format_are_split_at_the_threshold(
     levels: tuple[int, int], suffix: str, tmp_path: Path
 ) -> None:

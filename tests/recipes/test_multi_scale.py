@@ -1,5 +1,6 @@
 """The multi-scale set is always the same, and its boxes and masks match the visible items exactly."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,12 @@ from timm_res2net.recipes.masks import MaskedImages
 from timm_res2net.recipes.multi_scale import CLASSES, COUNTS, ITEM, MAGNIFICATIONS, SIDE, draw_canvases, main, write
 
 FEW = {'train': 3, 'val': 2, 'unseen': 2}
+photographs = cache(multi_scale.photographs)
+
+
+@pytest.fixture(autouse=True)
+def read_photographs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multi_scale, 'photographs', photographs)
 
 
 def test_multi_scale_set_is_the_same_bit_for_bit(fashion_mnist: Path, tmp_path: Path) -> None:
@@ -27,11 +34,11 @@ def test_multi_scale_set_is_the_same_bit_for_bit(fashion_mnist: Path, tmp_path: 
     assert len(first) == 2 * sum(FEW.values()) + 3
 
 
-@pytest.mark.parametrize('part', COUNTS)
-def test_multi_scale_boxes_and_areas_are_those_of_the_masks(detection_set: Path, part: str) -> None:
-    objects, masks = CocoImages(detection_set, part), MaskedImages(detection_set, part, 1 + len(CLASSES))
+def test_multi_scale_boxes_and_areas_are_those_of_the_masks(fashion_mnist: Path, tmp_path: Path) -> None:
+    write(tmp_path / 'set', fashion_mnist, {'val': 16})
+    objects, masks = CocoImages(tmp_path / 'set', 'val'), MaskedImages(tmp_path / 'set', 'val', 1 + len(CLASSES))
     assert objects.names == list(CLASSES)
-    assert len(objects) == len(masks)
+    assert len(objects) == len(masks) == 16
     for index in range(len(masks)):
         image, mask = masks.read(index)
         assert image.shape == (3, SIDE, SIDE)
@@ -103,8 +110,9 @@ def test_backgrounds_for_training_and_testing_share_no_pixel(monkeypatch: pytest
         return Image.fromarray(pixels)
 
     monkeypatch.setattr(Image, 'open', right_third_is_white)
-    assert all(np.asarray(each).max() == 0 for each in multi_scale.photographs(train=True))
-    assert all(np.asarray(each).min() == 255 for each in multi_scale.photographs(train=False))
+    whole = photographs.__wrapped__
+    assert all(np.asarray(each).max() == 0 for each in whole(train=True))
+    assert all(np.asarray(each).min() == 255 for each in whole(train=False))
 
 
 def test_failed_download_of_fashion_mnist_is_reported_in_one_line(
