@@ -2,6 +2,7 @@
 
 import hashlib
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,11 @@ from PIL import Image
 from safetensors.torch import save
 from support import tiny
 from timm.data import resolve_model_data_config
-from torch import nn
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import timm_res2net
-from timm_res2net import CheckpointError, export, fuse, load_exported, optimize
+from timm_res2net import CheckpointError, export, load_exported, optimize
 from timm_res2net.deploy import calibration
 from timm_res2net.deploy import export as export_module
 from timm_res2net.deploy.backends import BACKENDS
@@ -49,17 +50,12 @@ def test_export_torch_file_computes_what_the_model_does_at_any_batch_size(tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ['net.pt2']
 
 
-def test_export_of_a_compiled_model_exports_the_model_inside(tmp_path: Path) -> None:
-    done = export(torch.compile(tiny(), backend='eager'), tmp_path / 'net.pt2', **SIZE)
-    assert done.agreement == 1
-
-
-def test_exported_file_describes_itself(tmp_path: Path) -> None:
+def test_exported_file_describes_itself_even_if_the_model_was_compiled(tmp_path: Path) -> None:
     cfg = dict(
         input_size=(3, 32, 32), mean=(0.1, 0.2, 0.3), license='mit', origin_url='https://a.b', label_names=[*'abcd']
     )
     model = tiny('mmdet', pretrained_cfg_overlay=cfg)
-    export(model, tmp_path / 'net.pt2', batch=2)
+    export(torch.compile(model, backend='eager'), tmp_path / 'net.pt2', batch=2)
     loaded = load_exported(tmp_path / 'net.pt2', trust=True)
     state = {name: tensor.contiguous() for name, tensor in sorted(model.state_dict().items())}
     expected = dict(
@@ -94,10 +90,9 @@ def test_export_features_returns_them_with_names_and_strides(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('precision', ['float16', 'bfloat16'])
-def test_export_torch_in_half_precision_takes_and_returns_float32(precision: str, tmp_path: Path) -> None:
+def test_export_torch_in_half_precision_takes_and_returns_float32(tmp_path: Path) -> None:
     model = tiny()
-    done = export(model, tmp_path / 'net.pt2', precision=precision, **SIZE)
+    done = export(model, tmp_path / 'net.pt2', precision='bfloat16', **SIZE)
     assert 1e-5 < done.largest_difference < 0.1
     x = torch.randn(2, 3, 32, 32)
     found = load_exported(tmp_path / 'net.pt2', trust=True)(x)
@@ -120,16 +115,13 @@ def optimized() -> nn.Module:
         ('there.pt2', {}, "cannot write '.*there.pt2': it already exists"),
         ('there.xml', {}, "cannot write '.*there.bin': it already exists"),
         ('net.pt2', dict(images=torch.zeros(2, 3, 16, 16)), r'\(N, 3, 32, 32\).*\(2, 3, 16, 16\)'),
-        ('net.pt2', dict(images=[]), 'images is empty'),
         ('net.pt2', dict(images=torch.zeros(0, 3, 32, 32)), 'images is empty'),
         ('net.pt2', dict(images=[{'image': 1}]), 'must be tensors, .* got dict'),
         ('net.pt2', dict(images='nowhere'), "cannot use 'nowhere': no such file"),
         ('net.pt2', dict(images=torch.zeros(1, 3, 32, 32).byte()), 'got .*torch.uint8'),
-        *(('net.pt2', dict(batch=value), "invalid 'input' in its metadata") for value in (10**9, 0)),
-        ('net.pt2', dict(size='32'), "invalid 'input' in its metadata"),
+        ('net.pt2', dict(batch=0), "invalid 'input' in its metadata"),
         ('net.onnx', dict(opset=17), 'opset must be from 18 to 23, got 17'),
         ('net.pt2', dict(model=lambda: tiny().train()), 'training mode'),
-        ('net.pt2', dict(model=lambda: nn.Identity().eval()), 'has no Res2Net block'),
         ('net.pt2', dict(model=optimized), 'cannot export an optimized or exported model'),
     ],
 )
@@ -179,25 +171,26 @@ def test_export_to_a_full_disk_is_an_os_error_that_names_the_file(tmp_path: Path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_export_with_outputs_of_another_shape_is_discarded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export_module, 'load_exported', lambda file, trust: lambda x: torch.zeros(len(x), 2))
-    with pytest.raises(ValueError, match='discarded: its outputs have other shapes than'):
-        export(tiny(), tmp_path / 'net.pt2', **SIZE)
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize(('value', 'found'), [(torch.nan, 'nan%'), pytest.param(0.0, r'\d', marks=pytest.mark.slow)])
-def test_export_with_wrong_outputs_is_discarded(
-    value: float, found: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ('change', 'problem'),
+    [
+        (lambda last: last[:, :2], 'have other shapes than'),
+        (lambda last: last * torch.nan, "differ from the model's by nan%"),
+        (lambda last: last * 1.001, "differ from the model's by 0.10%"),
+    ],
+)
+def test_export_with_a_wrong_output_is_discarded(
+    change: Callable[[Tensor], Tensor], problem: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def wrong(model: nn.Module) -> nn.Module:
-        fused = fuse(model)
-        nn.init.constant_(list(fused.parameters())[-1], value)
-        return fused
+    def run(images: Tensor) -> list[Tensor]:
+        *others, last = model(images)
+        return [*others, change(last)]
 
-    monkeypatch.setattr(export_module, 'fuse', wrong)
-    with pytest.raises(ValueError, match=f'discarded: its outputs differ from the model.s by {found}'):
-        export(tiny(features_only=True), tmp_path / 'net.pt2', **SIZE)
+    model = tiny(features_only=True)
+    monkeypatch.setitem(BACKENDS, '.pt2', replace(BACKENDS['.pt2'], write=lambda program, file: file.touch()))
+    monkeypatch.setattr(export_module, 'load_exported', lambda file, trust: run)
+    with pytest.raises(ValueError, match=f'discarded: its outputs {problem}'):
+        export(model, tmp_path / 'net.pt2', **SIZE)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -234,13 +227,10 @@ def test_predicted_class_of_a_single_logit_is_its_sign() -> None:
     assert predict_classes(torch.cat([logits, -logits], 1)).tolist() == [1, 0]
 
 
-@pytest.mark.parametrize(('package', 'suffix'), [('onnx', '.onnx'), ('onnxscript', '.onnx'), ('openvino', '.xml')])
-def test_export_without_a_package_names_the_extra(
-    package: str, suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setitem(sys.modules, package, None)
-    with pytest.raises(ImportError, match=rf'{suffix} requires .*pip install "timm_res2net\[deploy\]"'):
-        export(tiny(), tmp_path / f'net{suffix}', **SIZE)
+def test_export_without_a_package_names_the_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, 'openvino', None)
+    with pytest.raises(ImportError, match=r'\.xml requires .*pip install "timm_res2net\[deploy\]"'):
+        export(tiny(), tmp_path / 'net.xml', **SIZE)
     assert list(tmp_path.iterdir()) == []
 
 

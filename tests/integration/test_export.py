@@ -13,11 +13,10 @@ from support import TRUNKS, assert_same, built, fitting, slow_but, tiny
 
 from integration.conftest import digits
 from timm_res2net import CheckpointError, export, load_exported
-from timm_res2net._images import bundled_digits
 from timm_res2net.deploy.backend_onnx import OPSET
 from timm_res2net.models.variants import ASSETS
 from timm_res2net.recipes.digits import main as write_digits
-from timm_res2net.vision.predict import predict, pretrained_model
+from timm_res2net.vision.predict import pretrained_model
 from timm_res2net.vision.validate import labelled_images, validate
 from timm_res2net.weights.config import RECORD
 
@@ -48,6 +47,13 @@ def kernels_of_convolutions(file: Path) -> list[str]:
     nodes = [node.get_rt_info() for node in compiled.get_runtime_model().get_ops()]
     convolutions = [node for node in nodes if node['layerType'].astype(str) == 'Convolution']
     return [node['primitiveType'].astype(str).lower() for node in convolutions]  # AMX writes i8, VNNI I8
+
+
+def zero_points(file: Path) -> list[Any]:
+    """Returns the zero points of an ONNX file's quantizers."""
+    graph = onnx.load(file).graph
+    values = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
+    return [values[node.input[2]] for node in graph.node if node.op_type in ('QuantizeLinear', 'DequantizeLinear')]
 
 
 @pytest.mark.parametrize('case', slow_but([('dla60_res2net', '.xml')], CASES), ids=str)
@@ -87,15 +93,10 @@ def test_export_deformable_model_in_8_bits_is_close_and_takes_its_batch_size(suf
     ],
     ids=str,
 )
-def test_export_features_and_other_functions(arguments: dict[str, Any], suffix: str, tmp_path: Path) -> None:
-    model = tiny(**arguments)
-    export(model, tmp_path / f'net{suffix}', size=64)
-    loaded = load_exported(tmp_path / f'net{suffix}')
-    x = torch.randn(2, 3, 64, 64)
-    assert_same(loaded, model, x, 1e-4)
-    if 'features_only' in arguments:
-        strides = [output['stride'] for output in loaded.record['outputs']]
-        assert [64 // feature.shape[-1] for feature in loaded(x)] == strides
+def test_export_features_and_other_functions_computes_the_same(
+    arguments: dict[str, Any], suffix: str, tmp_path: Path
+) -> None:
+    assert export(tiny(**arguments), tmp_path / f'net{suffix}', size=64).largest_difference < 1e-5
 
 
 @pytest.mark.parametrize(('suffix', 'opset'), [('.onnx', None), ('.onnx', 18), ('.onnx', 23), ('.xml', None)])
@@ -132,15 +133,17 @@ def test_export_digits_in_8_bits_loses_at_most_a_fifth_of_a_percent(suffix: str,
     signed = suffix == '.onnx'  # unsigned kernels saturate on processors without VNNI
     done = export(model, tmp_path / f'net{suffix}', precision='int8', images=digits('train', 100), symmetric=signed)
     assert done.mean_difference < (0.06 if signed else 0.035)
-    if suffix == '.xml':
+    assert done.path == ('fused, ONNX, int8, symmetric' if signed else 'fused, OpenVINO, int8')
+    if signed:
+        points = zero_points(done.file)
+        assert {str(point.dtype) for point in points} == {'int8'}
+        assert not any(point.any() for point in points)
+    else:
         assert [kernel for kernel in kernels_of_convolutions(done.file) if not kernel.endswith('i8')] == []
     write_digits([str(tmp_path)])
     images = labelled_images(tmp_path / 'val', [str(i) for i in range(10)])
     loaded = pretrained_model(None, str(tmp_path / f'net{suffix}'))
     assert validate(loaded, images).top1 >= validate(model, images).top1 - 0.2
-    pictures = [image for image, _ in bundled_digits()]
-    labels = [[found[0].label for found in predict(each, pictures, lambda x: x)] for each in (model, loaded)]
-    assert sum(a == b for a, b in zip(*labels)) >= 59
 
 
 def test_openvino_file_with_missing_weights_or_a_pipe_is_refused(tmp_path: Path) -> None:
@@ -167,17 +170,6 @@ def test_onnx_file_that_refers_to_another_file_is_refused_without_opening_it(pla
     (tmp_path / 'net.onnx').write_bytes(model.SerializeToString())
     with pytest.raises(CheckpointError, match='it refers to other files'):
         load_exported(tmp_path / 'net.onnx')
-
-
-def test_export_symmetric_is_signed_without_zero_points_and_close(tmp_path: Path) -> None:
-    images = torch.randn(8, 3, 32, 32)
-    done = export(tiny(), tmp_path / 'net.onnx', precision='int8', images=images, size=32, symmetric=True)
-    assert (done.path, done.mean_difference < 0.08) == ('fused, ONNX, int8, symmetric', True)
-    graph = onnx.load(done.file).graph
-    values = {each.name: onnx.numpy_helper.to_array(each) for each in graph.initializer}
-    points = [values[node.input[2]] for node in graph.node if node.op_type in ('QuantizeLinear', 'DequantizeLinear')]
-    assert {str(point.dtype) for point in points} == {'int8'}
-    assert not any(point.any() for point in points)
 
 
 @pytest.mark.slow

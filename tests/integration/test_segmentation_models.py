@@ -17,8 +17,6 @@ smp = pytest.importorskip('segmentation_models_pytorch')
     [
         ('Unet', 'test_res2net', 1, 32),
         ('Unet', 'dla60_res2net', 3, 32),
-        ('FPN', 'res2net50_vd_26w_4s', 4, 32),
-        ('Unet', 'blres2net50_26w_4s', 3, 32),
         ('PAN', 'blres2net50_26w_4s', 3, 16),
         ('DeepLabV3Plus', 'test_res2net', 3, 16),
         ('DeepLabV3Plus', 'res2net50_vd_26w_4s', 3, 8),

@@ -25,18 +25,9 @@ from timm_res2net.vision.figures import plot_pyramid
 from timm_res2net.vision.predict import feature_pyramid, label_classes, name_classes, predict, pretrained_model
 
 
-@pytest.fixture
-def digits_model() -> Any:
-    return pretrained_model('test_res2net.digits')
-
-
-def identity(image: Image.Image) -> Image.Image:
-    return image
-
-
 def constant(logits: list[float]) -> Any:
-    """Makes a classifier that returns the same logits for every image."""
-    model: Any = timm.create_model('test_res2net', num_classes=len(logits)).eval()
+    """Makes a classifier of images of 32 x 32 that returns the same logits for every image."""
+    model: Any = tiny(num_classes=len(logits), pretrained_cfg_overlay=dict(input_size=(3, 32, 32)))
     torch.nn.init.zeros_(model.fc.weight)
     model.fc.bias.data = torch.tensor(logits, dtype=torch.float32)
     return model
@@ -48,21 +39,19 @@ def constant(logits: list[float]) -> Any:
 GREY = np.linspace(0, 255, 48, dtype=np.uint8).reshape(6, 8)
 
 
-@pytest.mark.parametrize('suffix', ['png', 'tiff'])
 @pytest.mark.parametrize('mode', ['L', 'RGB', 'RGBA', 'LA', 'P', 'CMYK'])
-def test_read_image_every_mode_gives_same_rgb_pixels(mode: str, suffix: str, tmp_path: Path) -> None:
-    file = tmp_path / f'image.{"tiff" if mode == "CMYK" else suffix}'
+def test_read_image_every_mode_gives_same_rgb_pixels(mode: str, tmp_path: Path) -> None:
+    file = tmp_path / f'image.{"tiff" if mode == "CMYK" else "png"}'
     Image.fromarray(GREY).convert(mode).save(file)
     image = read_image(file)
     assert image.mode == 'RGB'
     np.testing.assert_array_equal(np.asarray(image), np.stack([GREY] * 3, axis=-1))
 
 
-@pytest.mark.parametrize('suffix', ['png', 'tiff'])
-def test_read_image_16_bit_greys_are_scaled_to_8_bits(suffix: str, tmp_path: Path) -> None:
+def test_read_image_16_bit_greys_are_scaled_to_8_bits(tmp_path: Path) -> None:
     greys = np.array([[0, 256, 257, 513], [32767, 32896, 65278, 65535]], np.uint16)
-    Image.fromarray(greys).save(tmp_path / f'a.{suffix}')
-    found = np.asarray(read_image(tmp_path / f'a.{suffix}'))[..., 0]
+    Image.fromarray(greys).save(tmp_path / 'a.png')
+    found = np.asarray(read_image(tmp_path / 'a.png'))[..., 0]
     assert found.tolist() == [[0, 0, 1, 1], [127, 128, 254, 255]]
 
 
@@ -109,17 +98,15 @@ NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), d
 @pytest.mark.parametrize(
     ('content', 'reason'),
     [
-        (b'', 'not an image'),
         (b'some text', 'not an image'),
-        (saved(NOISE, 'jpeg')[:900], 'truncated'),
+        (saved(NOISE, 'jpeg')[:900], 'cannot read this image: .*truncated'),
         (png(60000, 60000), 'exceed|bomb'),
         (png(8000, 7000), '8000 x 7000 pixels exceed 50,000,000.*--max-pixels'),
-        (png(8, 8), 'cannot read this image'),
         (saved(Image.new('F', (4, 4))), 'floating-point'),
         (saved(Image.new('I', (4, 4), 1 << 20)), 'exceed 16 bits'),
         (saved(Image.new('L', (1, 300))), 'narrow'),
     ],
-    ids=['empty', 'text', 'truncated', 'bomb', 'large', 'short', 'float', '32-bit', 'narrow'],
+    ids=['text', 'truncated', 'bomb', 'large', 'float', '32-bit', 'narrow'],
 )
 def test_read_image_bad_file_raises_one_line(content: bytes, reason: str, tmp_path: Path) -> None:
     (tmp_path / 'bad.jpg').write_bytes(content)
@@ -171,9 +158,9 @@ def test_find_images_in_unreadable_folder_keeps_its_neighbours(tmp_path: Path, m
     assert found.failed == [(str(tmp_path / 'closed'), 'cannot read this folder: Permission denied')]
 
 
-def test_preprocess_returns_the_image_as_it_looks(digits_model: Any) -> None:
+def test_preprocess_returns_the_image_as_it_looks() -> None:
     image = bundled_digits()[20][0].resize((32, 32))
-    _, visible = preprocess(digits_model, image)
+    _, visible = preprocess(timm.create_model('test_res2net.digits'), image)
     torch.testing.assert_close(visible, torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255, rtol=0, atol=1e-6)
 
 
@@ -194,27 +181,28 @@ def test_bundled_digits_are_held_out_digits_with_their_labels() -> None:
     assert {(image.convert('L').tobytes(), label) for image, label in digits} <= held_out
 
 
-def test_predict_in_training_mode_raises_and_changes_nothing() -> None:
-    model = tiny().train()
-    before = model.get_buffer('bn1.running_mean').clone()
-    with pytest.raises(ValueError, match=r'is in training mode.*Call its \.eval\(\) first'):
-        next(predict(model, [NOISE], identity))
-    torch.testing.assert_close(model.get_buffer('bn1.running_mean'), before)
+@pytest.mark.parametrize('count', [9, 20])  # for many images, the model is fused
+def test_predict_equals_the_model_with_timm_preprocessing_and_yields_errors(count: int) -> None:
+    def read(index: int) -> Image.Image:
+        if index == 5:
+            raise ValueError('not an image')
+        return digits[index]
 
-
-@pytest.mark.parametrize('batch_size', [1, 7])
-def test_predict_equals_the_model_with_timm_preprocessing_at_any_batch_size(batch_size: int, digits_model: Any) -> None:
-    digits = [image for image, _ in bundled_digits()[:9]]
-    x = torch.stack([create_transform(**resolve_model_data_config(digits_model))(digit) for digit in digits])
-    expected = digits_model(x).softmax(1).max(1)
-    for prediction, value, index in zip(predict(digits_model, digits, identity, batch_size=batch_size), *expected):
-        assert prediction[0].index == index
-        assert prediction[0].probability == pytest.approx(value.item(), abs=1e-5)
+    model = pretrained_model('test_res2net.digits')
+    digits = [image for image, _ in bundled_digits()[::3][:count]]
+    x = torch.stack([create_transform(**resolve_model_data_config(model))(digit) for digit in digits])
+    expected = zip(*model(x).softmax(1).max(1))
+    found: Any = list(predict(model, range(count), read, batch_size=7))
+    assert str(found[5]) == 'not an image'
+    for i, (prediction, (value, index)) in enumerate(zip(found, expected, strict=True)):
+        if i != 5:
+            assert prediction[0].index == index
+            assert prediction[0].probability == pytest.approx(value.item(), abs=1e-5)
 
 
 def test_predict_with_a_model_of_four_channels_raises_with_reason() -> None:
     with pytest.raises(ValueError, match='test_res2net takes images with 4 channels, but image files have 3, or 1'):
-        next(predict(tiny(in_chans=4), [NOISE], identity))
+        next(predict(tiny(in_chans=4), [NOISE], Image.Image.copy))
 
 
 @pytest.mark.parametrize(
@@ -231,7 +219,7 @@ def test_predict_uses_a_softmax_or_a_sigmoid_for_one_logit_and_multi_label(
     logits: list[float], options: dict[str, Any], expected: list[tuple[str, float]]
 ) -> None:
     pixel = Image.new('RGB', (1, 1))
-    (found,) = predict(constant(logits).bfloat16(), [pixel], identity, **options)
+    (found,) = predict(constant(logits).bfloat16(), [pixel], Image.Image.copy, **options)
     assert [(each.label, round(each.probability, 4)) for each in found] == expected  # type: ignore[union-attr]
 
 
@@ -246,7 +234,6 @@ def test_name_classes_of_one_logit_uses_the_last_name(labels: list[str]) -> None
     ('name', 'hint'),
     [
         ('res2nt50_26w_4s', 'res2net50_26w_4s'),
-        ('resnet5O', 'resnet50'),
         ('zzzzzz', 'timm-res2net list'),
         ('res2net50d.in22k', 'res2net50d.in1k'),
     ],
