@@ -28,6 +28,7 @@ from timm_res2net.models.classifier import class_names
 
 pytestmark = pytest.mark.filterwarnings('ignore::FutureWarning', 'ignore::DeprecationWarning')
 SIZE: dict[str, Any] = dict(size=32)
+FEW: dict[str, Any] = dict(layers=(1, 1, 1, 1), scale=2)  # few operators to export
 
 
 def test_export_torch_file_computes_what_the_model_does_at_any_batch_size(tmp_path: Path) -> None:
@@ -54,7 +55,7 @@ def test_exported_file_describes_itself_even_if_the_model_was_compiled(tmp_path:
     cfg = dict(
         input_size=(3, 32, 32), mean=(0.1, 0.2, 0.3), license='mit', origin_url='https://a.b', label_names=[*'abcd']
     )
-    model = tiny('mmdet', pretrained_cfg_overlay=cfg)
+    model = tiny('mmdet', **FEW, pretrained_cfg_overlay=cfg)
     export(torch.compile(model, backend='eager'), tmp_path / 'net.pt2', batch=2)
     loaded = load_exported(tmp_path / 'net.pt2', trust=True)
     state = {name: tensor.contiguous() for name, tensor in sorted(model.state_dict().items())}
@@ -79,7 +80,7 @@ def test_exported_file_describes_itself_even_if_the_model_was_compiled(tmp_path:
 
 
 def test_export_features_returns_them_with_names_and_strides(tmp_path: Path) -> None:
-    model = tiny(features_only=True, feature_cls='dict', out_indices=(2, 4))
+    model = tiny(**FEW, features_only=True, feature_cls='dict', out_indices=(2, 4))
     assert export(model, tmp_path / 'net.pt2', **SIZE).agreement is None
     loaded = load_exported(tmp_path / 'net.pt2', trust=True)
     info = model.feature_info
@@ -120,8 +121,10 @@ def optimized() -> nn.Module:
         ('net.pt2', dict(images='nowhere'), "cannot use 'nowhere': no such file"),
         ('net.pt2', dict(images=torch.zeros(1, 3, 32, 32).byte()), 'got .*torch.uint8'),
         ('net.pt2', dict(batch=0), "invalid 'input' in its metadata"),
+        ('net.onnx', dict(precision='int8'), 'int8 requires images'),
         ('net.onnx', dict(opset=17), 'opset must be from 18 to 23, got 17'),
         ('net.pt2', dict(model=lambda: tiny().train()), 'training mode'),
+        ('net.pt2', dict(model=lambda: nn.Sequential(tiny()).eval()), 'it is not a timm model'),
         ('net.pt2', dict(model=optimized), 'cannot export an optimized or exported model'),
     ],
 )
@@ -162,10 +165,10 @@ def test_interrupted_export_leaves_nothing(
 def test_export_to_a_full_disk_is_an_os_error_that_names_the_file(tmp_path: Path) -> None:
     resource = pytest.importorskip('resource')
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
     try:
         with pytest.raises(OSError, match=r"cannot write '.*net\.pt2': .*File too large"):
-            export(tiny(), tmp_path / 'net.pt2', **SIZE)
+            export(tiny(**FEW), tmp_path / 'net.pt2', **SIZE)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert list(tmp_path.iterdir()) == []

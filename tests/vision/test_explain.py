@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 from PIL import Image
-from support import tiny
+from support import small, tiny
 from torch import Tensor, nn
 
 from timm_res2net import class_activation_map, receptive_field
@@ -132,8 +132,9 @@ def test_receptive_field_and_explain_of_unknown_parts_raise_and_list_choices(ima
 
 
 @pytest.mark.parametrize(('name', 'block'), [('test_res2net', 'layer1.1'), ('dla60_res2net', 'level2.tree2')])
-def test_explain_measures_the_second_block_of_a_stage(name: str, block: str, build: Any) -> None:
-    explanation = explain(build(name), bundled_digits()[0][0], 1)
+def test_explain_measures_the_second_block_of_a_stage(name: str, block: str) -> None:
+    model = timm.create_model(name, pretrained_cfg_overlay=dict(input_size=(3, 32, 32)), **small(name)).eval()
+    explanation = explain(model, bundled_digits()[0][0], 1)
     assert explanation.block == block
     assert (len(explanation.predictions), len(explanation.fields)) == (3, len(explanation.radii))
 
