@@ -59,7 +59,9 @@ def test_torch_program_runs_no_code_without_trust(program: Path, tmp_path: Path)
     [
         *((dict(input=[value, 3, 32, 32]), 'input') for value in (10**9, 0, 1.0)),
         *((dict(input=value), 'input') for value in ([4096, 3, 4096, 4096], [None, 3, 32], None)),
-        *((dict(outputs=value), 'outputs') for value in ([], [{}], [{'name': 3}], None)),
+        (dict(outputs=None), 'outputs'),
+        (dict(outputs=[]), 'outputs'),
+        (dict(outputs=[{'name': 3}]), 'outputs'),
         *((dict(precision=value), 'precision') for value in ('float8', ['int8'])),
         (dict(features=0), 'features'),
         (dict(architecture=7), 'architecture'),

@@ -77,8 +77,9 @@ def test_fsdp2_sharded_stages_take_same_step_as_whole_model(images: torch.Tensor
             optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
             model(images).square().sum().backward()
             optimizer.step()
-        for parameter, expected in zip(sharded.parameters(), whole.parameters()):
-            torch.testing.assert_close(parameter.full_tensor(), expected.data)
+        for name, expected in whole.named_parameters():
+            found: Any = sharded.get_parameter(name)
+            torch.testing.assert_close(found.full_tensor(), expected.data)
         torch.testing.assert_close(dict(sharded.named_buffers()), dict(whole.named_buffers()))
     finally:
         dist.destroy_process_group()
