@@ -196,7 +196,7 @@ class Trunk(ExactCheckpointing):
         With `zero_init_last`, every block starts as the identity.
         """
         for module in self.modules():
-            if isinstance(module, nn.Conv2d):
+            if isinstance(module, nn.Conv2d) and not module.weight.is_meta:  # there, it takes longer than with values
                 nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
         for module in self.modules():
             if isinstance(module, DeformableConv2d):
