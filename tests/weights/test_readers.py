@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pickle
+import re
 import struct
 import subprocess
 import sys
@@ -258,13 +259,15 @@ def test_mindspore_optimizer_state_is_dropped(references: Callable[[str], Path],
     assert len(checkpoint.dropped) == 2 * len(weights) + 2  # 'recipe' is text, not a tensor
 
 
-def test_mindspore_port_with_different_padding_loads_only_with_explicit_first_block(tmp_path: Path) -> None:
+@pytest.mark.parametrize('stem', ['conv1.', 'conv1_'])
+def test_mindspore_port_with_different_padding_loads_only_with_explicit_first_block(stem: str, tmp_path: Path) -> None:
     state = {}
     for name, tensor in SMALL.items():
         module, _, part = name.rpartition('.')
         is_norm = f'{module}.running_mean' in SMALL and part in THEIRS
         state[f'{module}.{THEIRS[part]}' if is_norm else name] = tensor
-    file = write(tmp_path, FORMATS['mindspore'](state))
+    renamed = {re.sub(r'^conv1\.(?=\d)', stem, name): tensor for name, tensor in state.items()}
+    file = write(tmp_path, FORMATS['mindspore'](renamed))
     with pytest.raises(CheckpointError, match=r"pad strided .* at the end only.* pass first_block='official'"):
         load_checkpoint(tiny('official'), file)
     model = tiny('official')

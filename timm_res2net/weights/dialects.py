@@ -185,7 +185,7 @@ DIALECTS = {
     'mindspore': Dialect(
         "MindSpore ports, .ckpt: CFANet's, and MindSpore's own from before MindCV",
         ('layer1.0.bn1.moving_mean',),
-        (('conv1.weight', ()), ('conv1.0.weight', ()), ('conv1_0.weight', ())),
+        (('conv1.weight', ()), ('conv1.0.weight', ()), ('conv1_0.weight', (('conv1_{j}.', 'conv1.{j}.'),))),
         suffixes=MINDSPORE_TENSORS,
         spec=None,
         unsupported="its tensor names are those of MindSpore ports such as CFANet's, which pad strided convolutions at "
