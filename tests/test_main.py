@@ -274,15 +274,19 @@ def test_convert_lists_all_dialects(run: Run) -> None:
 def test_push_and_pull_print_files_and_checksums(run: Run, hub: Hub, monkeypatch: Patch) -> None:
     monkeypatch.setenv('HF_TOKEN', 'hf_write')
     torch.save(tiny('mmdet').state_dict(), 'mine.pth')
-    Path('labels.txt').write_text('a\nb\nc\nd\n')
-    options = '--license "Our Own" --license-link https://example.org --result accuracy=91.5 --labels labels.txt'
-    done = run(f'push mine.pth user/net {options} --dry-run folder')
+    for name in ('2', '10', 'a', 'b'):
+        Path('classes', name).mkdir(parents=True)
+        Path('classes', name, '1.jpg').touch()
+    options = '--license "Our Own" --license-link https://example.org --result accuracy=91.5'
+    labels = '--labels classes --class-order lexicographic'
+    done = run(f'push mine.pth user/net {options} {labels} --dry-run folder')
     assert (done.status, 'wrote folder; nothing was sent' in done.out) == (0, True)
     assert hub.log == []
     printed = run(f'push folder user/net {options} --private --message First').out.splitlines()
     assert [line.split()[1] for line in printed[:3]] == ['model.safetensors', 'config.json', 'README.md']
     assert printed[5].startswith(f'{os.environ["HF_ENDPOINT"]}/user/net/commit/')
     assert hub.repos['user/net'].private
+    assert json.loads(hub.files('user/net')['config.json'])['label_names'] == ['10', '2', 'a', 'b']
     metadata = hub.files('user/net')['README.md'].decode().splitlines()
     assert {'license: other', 'license_name: our-own', 'license_link: https://example.org'} <= {*metadata}
 
