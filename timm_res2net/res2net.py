@@ -190,8 +190,7 @@ def entrypoint(name: str, arch: Arch) -> Callable[..., nn.Module]:
     return fn
 
 
-for name, arch in ARCHS.items():
-    globals()[name] = entrypoint(name, arch)
+globals().update({name: entrypoint(name, arch) for name, arch in ARCHS.items()})
 
 
 def register() -> None:
