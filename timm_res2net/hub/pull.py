@@ -66,7 +66,7 @@ def fetch_model(
     folder = fetch(repo_id, (CONFIG_FILE, WEIGHTS_FILE), revision, token, cache_dir)
     for name in (CONFIG_FILE, WEIGHTS_FILE):
         if not (folder / name).is_file():
-            hint = 'If it has weights in another format, download them and run `timm-res2net convert`'
+            hint = 'Download its weights and run `timm-res2net convert`'
             raise CheckpointError(f'cannot pull {repo_id}: it has no {name}. {hint}')
     return folder
 
