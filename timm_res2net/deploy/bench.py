@@ -43,8 +43,8 @@ INSTRUCTION_SETS = 'avx2', 'avx512f', 'avx512_bf16', 'amx_bf16', 'avx_vnni', 'av
 TOLERANCES = {'float32': 1e-3, 'bfloat16': 5e-2, 'float16': 1e-2, 'int8': 5e-1}
 
 Make = Callable[[], nn.Module]
-Run = Callable[[], Tensor]
-run: Run  # in a worker process, made by `start`
+Call = Callable[[], Tensor]
+run: Call  # in a worker process, made by `start`
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Way:
     model: str
     name: str
     dtype: str
-    prepare: Callable[[Tensor, str], Run]  # for images (N, C, H, W), in a data type
+    prepare: Callable[[Tensor, str], Call]  # for images (N, C, H, W), in a data type
 
     def __str__(self) -> str:
         return f'{self.model} ({self.name}, {self.dtype})'
@@ -125,15 +125,15 @@ def make_timms(name: str) -> nn.Module:
     return make().eval()
 
 
-def run_eager(make: Make, x: Tensor, dtype: str) -> Run:
+def run_eager(make: Make, x: Tensor, dtype: str) -> Call:
     return partial(make().to(x.device), x)
 
 
-def run_optimized(make: Make, compile: bool, x: Tensor, dtype: str) -> Run:
+def run_optimized(make: Make, compile: bool, x: Tensor, dtype: str) -> Call:
     return partial(optimize(make().to(x.device), x, dtype=getattr(torch, dtype), compile=compile), x)
 
 
-def run_exported(make: Make, suffix: str, x: Tensor, dtype: str) -> Run:
+def run_exported(make: Make, suffix: str, x: Tensor, dtype: str) -> Call:
     """Writes a model to a file, and runs it from there."""
     record = dict(input=[None, *x.shape[1:]], outputs=[{'name': 'logits'}])
     program = Program(Exportable(make(), dtype), x, record, calibration=x if dtype == 'int8' else None)
@@ -145,7 +145,7 @@ def run_exported(make: Make, suffix: str, x: Tensor, dtype: str) -> Run:
     return lambda: run(x)[0]
 
 
-def run_step(make: Make, x: Tensor, dtype: str, checkpointing: bool = False) -> Run:
+def run_step(make: Make, x: Tensor, dtype: str, checkpointing: bool = False) -> Call:
     """Makes a training step with SGD, in channels-last memory format, that returns the loss."""
     model: Any = make().train().to(x.device).to(memory_format=torch.channels_last)
     if checkpointing:
@@ -264,11 +264,11 @@ def require_agreement(outputs: Mapping[Way, Any]) -> None:
 def second_call(device: torch.device) -> float:
     """Returns the seconds that the second of two calls takes, in a worker process."""
     for _ in range(2):
-        start = time.perf_counter()
+        began = time.perf_counter()
         run()
         if device.type == 'cuda':
             torch.cuda.synchronize()
-    return time.perf_counter() - start
+    return time.perf_counter() - began
 
 
 def peak_memory(device: torch.device) -> int | None:

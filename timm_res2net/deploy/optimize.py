@@ -38,7 +38,8 @@ def optimize(
         model: Model of this package in evaluation mode. It is not changed.
         example_input: Images (N, C, H, W) of the size that matters most, on the model's device. They calibrate
             `torch.int8`: pass some 300 real ones.
-        dtype: Data type to compute in; the model's if None. OpenVINO runs `torch.int8`.
+        dtype: Data type to compute in; the model's if None. OpenVINO runs `torch.int8`, and compiles it in the
+            first call.
         compile: Compile with torch.compile. OpenVINO always compiles.
         backend: 'openvino' to run on the CPU with OpenVINO, for any batch size and the height and width of
             `example_input`; torch if None, except for `torch.int8`.
