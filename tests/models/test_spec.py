@@ -14,7 +14,14 @@ from torch import nn
 
 from timm_res2net import fuse
 from timm_res2net.models.block import spec_of
-from timm_res2net.models.spec import ARGUMENTS, HIDDEN_ATTENTION, NetworkSpec, activation_name, hidden_attention
+from timm_res2net.models.spec import (
+    ARGUMENTS,
+    FIRST_BLOCKS,
+    HIDDEN_ATTENTION,
+    NetworkSpec,
+    activation_name,
+    hidden_attention,
+)
 from timm_res2net.models.trunk import TrunkOptions
 from timm_res2net.models.variants import ARCHS
 
@@ -36,6 +43,11 @@ def test_spec_of_a_model_has_the_arguments_that_made_it() -> None:
     assert spec_of(nn.Linear(2, 2)) is None
     dla = timm.create_model('dla60_res2net', shortcut_root=True, device='meta', **small('dla60_res2net'))
     assert spec_of(dla) == NetworkSpec(shortcut_root=True) == NetworkSpec.from_arguments(dict(shortcut_root=True))
+
+
+def test_blocks_without_splits_have_the_same_spec_whatever_their_first_block() -> None:
+    specs = [spec_of(timm.create_model('resnext29_8c_64w', device='meta', first_block=kind)) for kind in FIRST_BLOCKS]
+    assert specs == [NetworkSpec()] * len(FIRST_BLOCKS)
 
 
 @pytest.mark.parametrize('name', TRUNKS)

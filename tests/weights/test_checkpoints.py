@@ -238,7 +238,7 @@ def test_load_checkpoint_mismatch_lists_problems_and_suggests_a_model_and_change
 ONE, FC = torch.ones(1), STATE['fc.weight']
 BAD: list[tuple[dict[str, Tensor], str]] = [
     ({**STATE, 'fc.bias': torch.tensor([1.0, 2.0, math.nan, 0.0])}, 'fc.bias has NaN or infinite values'),
-    ({**STATE, 'layer1.0.bn1.bias': torch.full((12,), math.inf)}, 'NaN or infinite'),
+    *(({**STATE, 'fc.bias': torch.tensor([0, limit, 0, 0])}, 'NaN or infinite') for limit in (math.inf, -math.inf)),
     ({**STATE, 'layer1.0.bn1.running_var': -STATE['layer1.0.bn1.running_var']}, 'running_var has a negative variance'),
     ({**STATE, 'layer1.0.extra.weight': ONE}, '1 tensors are unknown to the model'),
     ({**STATE, **{f'depth.{name}': tensor.clone() for name, tensor in STATE.items()}}, "under '', 'depth.'"),
