@@ -95,6 +95,13 @@ def test_file_can_be_deleted_or_overwritten_after_reading(tmp_path: Path) -> Non
 ONE_FLOAT = 'shape {\n  dim: 1\n}\ndata_type: kFloat\n'
 
 
+def longer_storage() -> bytes:
+    """Returns a file of torch whose storage has a number more than its description says."""
+    with zipfile.ZipFile(io.BytesIO(torch_file({'a': torch.ones(3)}))) as archive:
+        members = [(name, archive.read(name)) for name in archive.namelist()]
+    return zipped((name, content + bytes(4 * name.endswith('data/0'))) for name, content in members)
+
+
 def oneflow_tensor(meta: str) -> bytes:
     return zipped([('net/snapshot_done', ''), ('net/w/meta', meta), ('net/w/out', bytes(4))])
 
@@ -116,7 +123,7 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     'another zip': (b'PK\x03\x04' + bytes(100), 'not a zip file|BadZipFile'),
     'a list': (pickle.dumps([1, 2]), 'holds a list, not tensors by name'),
     'array of text': (pickle.dumps({'a': np.array(['text'])}), r'no Res2Net'),
-    'big-endian array': (pickle.dumps({'a': np.ones(2, '>f4')}), 'no Res2Net'),
+    'long storage': (longer_storage(), 'a storage of 3 numbers has 16 bytes'),
     'large OneFlow shape': (oneflow_tensor(ONE_FLOAT.replace('1', '1' + 11 * '0')), 'has 4 bytes'),
     'negative OneFlow shape': (oneflow_tensor(ONE_FLOAT.replace('1', '-1')), 'w/meta is not the type and shape'),
     'unknown OneFlow type': (oneflow_tensor(ONE_FLOAT.replace('kFloat', 'kOFRecord')), 'no Res2Net'),
@@ -139,6 +146,11 @@ def test_file_without_weights_is_refused_in_one_line_with_its_path_and_reason(
         read_checkpoint(write(tmp_path, content))
     assert '\n' not in str(error.value)
     assert str(tmp_path / 'file') in str(error.value)
+
+
+def test_big_endian_array_is_unsupported(tmp_path: Path) -> None:
+    found = read_file(write(tmp_path, pickle.dumps({'a': np.ones(2, '>f4'), 'b': np.ones(2, '<f4')})))
+    assert ([*found.unsupported], [*found.tensors]) == (['a'], ['b'])
 
 
 @pytest.mark.filterwarnings('ignore:.*jit')
