@@ -95,9 +95,12 @@ def test_file_can_be_deleted_or_overwritten_after_reading(tmp_path: Path) -> Non
 ONE_FLOAT = 'shape {\n  dim: 1\n}\ndata_type: kFloat\n'
 
 
-def longer_storage() -> bytes:
+def longer_storage(legacy: bool) -> bytes:
     """Returns a file of torch whose storage has a number more than its description says."""
-    with zipfile.ZipFile(io.BytesIO(torch_file({'a': torch.ones(3)}))) as archive:
+    content = torch_file({'a': torch.ones(3)}, _use_new_zipfile_serialization=not legacy)
+    if legacy:
+        return content[:-20] + struct.pack('<q4f', 4, 1, 1, 1, 1)
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
         members = [(name, archive.read(name)) for name in archive.namelist()]
     return zipped((name, content + bytes(4 * name.endswith('data/0'))) for name, content in members)
 
@@ -123,7 +126,8 @@ REFUSED: dict[str, tuple[bytes, str]] = {
     'another zip': (b'PK\x03\x04' + bytes(100), 'not a zip file|BadZipFile'),
     'a list': (pickle.dumps([1, 2]), 'holds a list, not tensors by name'),
     'array of text': (pickle.dumps({'a': np.array(['text'])}), r'no Res2Net'),
-    'long storage': (longer_storage(), 'a storage of 3 numbers has 16 bytes'),
+    'long storage': (longer_storage(legacy=False), 'a storage of 3 numbers has 16 bytes'),
+    'long legacy storage': (longer_storage(legacy=True), 'a storage should have 3 numbers, but has 4'),
     'large OneFlow shape': (oneflow_tensor(ONE_FLOAT.replace('1', '1' + 11 * '0')), 'has 4 bytes'),
     'negative OneFlow shape': (oneflow_tensor(ONE_FLOAT.replace('1', '-1')), 'w/meta is not the type and shape'),
     'unknown OneFlow type': (oneflow_tensor(ONE_FLOAT.replace('kFloat', 'kOFRecord')), 'no Res2Net'),
