@@ -58,11 +58,12 @@ def folder(path: Path, text: bytes | None = None, content: bytes | None = None) 
 
 
 def test_load_folder_loads_all_weights_and_adapts_as_timm_does(tmp_path: Path) -> None:
-    model = load_folder(folder(tmp_path))
+    model: Any = load_folder(folder(tmp_path, config('label_names', [*'abcd'])))
     torch.testing.assert_close(model.state_dict(), tiny().state_dict(), rtol=0, atol=0)
-    assert not model.training
-    adapted = load_folder(tmp_path, num_classes=2, in_chans=1)
+    assert (model.training, [*model.pretrained_cfg['label_names']]) == (False, [*'abcd'])
+    adapted: Any = load_folder(tmp_path, num_classes=2, in_chans=1)
     assert adapted(torch.zeros(1, 1, 64, 64)).shape == (1, 2)
+    assert 'label_names' not in adapted.pretrained_cfg
 
 
 @pytest.mark.parametrize('name', ['resnet50', ['test_res2net']])
