@@ -235,7 +235,8 @@ def test_load_checkpoint_mismatch_lists_problems_and_suggests_a_model_and_change
 ) -> None:
     file = save_checkpoint(STATE, tmp_path)
     error = assert_refused_and_unchanged(tiny(**args), file, message)
-    assert re.search(r"It fits timm\.create_model\('.*', .*layers=\(1, 2, 1, 1\), .*, num_classes=4\)$", error)
+    found = 'scale=3, base_width=32, layers=(1, 2, 1, 1), channels=(8, 8, 8, 8), num_classes=4'
+    assert f"It fits timm.create_model('test_res2net', {found})" in error
     assert str(file) in error
 
 
