@@ -1,4 +1,7 @@
-"""Environment and fixtures of all tests."""
+"""Environment and fixtures of all tests.
+
+Imports torch only where tests are collected: the process that distributes them does not need it.
+"""
 
 import atexit
 import json
@@ -23,14 +26,8 @@ os.environ.pop('HF_TOKEN', None)
 
 import numpy as np
 import pytest
-import registry  # noqa: F401 - copies timm's registry before this package changes it
-import torch
 from filelock import FileLock
 from huggingface_hub import constants
-from support import ROOT, built
-from torch import nn
-
-from timm_res2net.recipes import multi_scale
 
 # Python 3.11 before 3.11.4 has no filters yet.
 SAFELY: dict[str, Any] = {'filter': 'data'} if hasattr(tarfile, 'data_filter') else {}
@@ -38,15 +35,23 @@ SAFELY: dict[str, Any] = {'filter': 'data'} if hasattr(tarfile, 'data_filter') e
 atexit.register(shutil.rmtree, os.environ['HF_HOME'], ignore_errors=True)
 
 
+def pytest_collectstart() -> None:
+    import registry  # noqa: F401 - copies timm's registry before this package changes it
+
+
 @pytest.fixture
-def build() -> Callable[..., nn.Module]:
+def build() -> Callable[..., Any]:
     """Builds a registered model, small unless `full`, once for all tests of a process: do not change it."""
+    from support import built
+
     return built
 
 
 @pytest.fixture
-def images() -> torch.Tensor:
+def images() -> Any:
     """Two images, (2, 3, 64, 64)."""
+    import torch
+
     return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
 
@@ -62,7 +67,7 @@ def references(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
         folder = root / framework
         with FileLock(f'{folder}.lock'):
             if not folder.exists():
-                with tarfile.open(ROOT / 'tests' / 'data' / f'{framework}.tar.xz') as archive:
+                with tarfile.open(Path(__file__).with_name('data') / f'{framework}.tar.xz') as archive:
                     archive.extractall(folder, **SAFELY)
         return folder
 
@@ -112,6 +117,8 @@ def fashion_mnist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope='session')
 def simple_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Writes a dataset that is quick to learn: a bright or a dark square on each image of grey noise."""
+    from timm_res2net.recipes import multi_scale
+
     folder = tmp_path_factory.mktemp('sets') / 'simple'
     rng = np.random.default_rng(0)
     drawn = []

@@ -1,4 +1,4 @@
-"""A copy of timm's registry from before this package changed it: conftest.py imports this file first."""
+"""A copy of timm's registry from before this package changes it: conftest.py imports this file before any test."""
 
 import copy
 from typing import Any

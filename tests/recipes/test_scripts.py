@@ -12,7 +12,6 @@ import pytest
 import timm
 from PIL import Image
 from safetensors.torch import save_file
-from sklearn.datasets import load_sample_image
 from support import ROOT, TINY
 
 SCRIPTS = Path(os.environ.get('TIMM_SCRIPTS', ''))
@@ -100,6 +99,8 @@ def test_readme_commands_fine_tune_on_a_folder_of_photos(tmp_path: Path) -> None
     clone, *commands = section.split('```')[1].replace('\\\n', ' ').strip().splitlines()
     assert clone == 'git clone --depth 1 https://github.com/huggingface/pytorch-image-models'
     (tmp_path / 'pytorch-image-models').symlink_to(SCRIPTS.resolve())
+    from sklearn.datasets import load_sample_image
+
     photos = {name: load_sample_image(f'{name}.jpg') for name in ('china', 'flower')}
     for name, pixels in {**photos, 'negative': 255 - photos['china']}.items():
         for i in range(20):
