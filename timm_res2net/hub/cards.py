@@ -85,10 +85,8 @@ def render(
     arch = ARCHS[model_name(network)]
     size = network.pretrained_cfg['input_size'][-1]
     out_indices = arch.out_indices
-    x = torch.empty(1, network.in_chans, size, size, device='meta')
-    features = network.forward_intermediates(x, intermediates_only=True)
     neck = out_indices[-4:] if len(out_indices) > 4 else out_indices[1:]  # the levels of a feature pyramid
-    gmacs, activations = measure(network, size)
+    shapes, gmacs, activations = measure(network, size)
 
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
     body = environment.from_string(TEMPLATE.read_text(encoding='utf-8')).render(
@@ -99,9 +97,9 @@ def render(
         params=sum(parameter.numel() for parameter in network.parameters()),
         gmacs=gmacs,
         activations=activations,
-        shapes=[tuple(features[index].shape) for index in out_indices],
+        shapes=[shapes[index] for index in out_indices],
         neck=neck,
-        neck_shapes=[(1, 256, *features[index].shape[2:]) for index in neck],
+        neck_shapes=[(1, 256, *shapes[index][2:]) for index in neck],
         title=title,
         source=f'hf-hub:{repo_id}' if repo_id else title,
         size=size,
@@ -113,8 +111,12 @@ def render(
     return f'{text}\n{sign(text)}\n'
 
 
-def measure(model: Classifier, size: int) -> tuple[float, float]:
-    """Counts multiply-adds (in 10^9) and outputs of convolutions and classifier (in 10^6) for one image."""
+def measure(model: Classifier, size: int) -> tuple[list[tuple[int, ...]], float, float]:
+    """Runs a model on the meta device on one image.
+
+    Returns the shapes of its features, and the multiply-adds (in 10^9) and outputs (in 10^6) of its convolutions and
+    classifier.
+    """
     macs = activations = 0
 
     def count(layer: nn.Module, inputs: object, output: Tensor) -> None:
@@ -124,10 +126,11 @@ def measure(model: Classifier, size: int) -> tuple[float, float]:
 
     layers = [module for module in model.modules() if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Linear)]
     hooks = [layer.register_forward_hook(count) for layer in layers]
-    model(torch.empty(1, model.in_chans, size, size, device='meta'))
+    x, features = model.forward_intermediates(torch.empty(1, model.in_chans, size, size, device='meta'))
+    model.forward_head(x)
     for hook in hooks:
         hook.remove()
-    return macs / 1e9, activations / 1e6
+    return [tuple(feature.shape) for feature in features], macs / 1e9, activations / 1e6
 
 
 def escape(text: str) -> str:
