@@ -345,6 +345,7 @@ def test_weights_without_a_classifier_are_refused_in_one_line(command: str, run:
 
 
 @pytest.mark.filterwarnings('ignore::pytest.PytestUnraisableExceptionWarning')  # timm leaves image files open
+@pytest.mark.slow
 def test_weights_of_one_channel_are_exported_and_go_through_every_command(run: Run) -> None:
     write_digits(range(0, 60, 6))
     torch.save(timm.create_model('test_res2net.digits', pretrained=True, in_chans=1).state_dict(), 'grey.pth')

@@ -51,6 +51,7 @@ def test_export_torch_file_computes_what_the_model_does_at_any_batch_size(tmp_pa
     assert [path.name for path in tmp_path.iterdir()] == ['net.pt2']
 
 
+@pytest.mark.slow
 def test_exported_file_describes_itself_even_if_the_model_was_compiled(tmp_path: Path) -> None:
     cfg = dict(
         input_size=(3, 32, 32), mean=(0.1, 0.2, 0.3), license='mit', origin_url='https://a.b', label_names=[*'abcd']
@@ -79,6 +80,7 @@ def test_exported_file_describes_itself_even_if_the_model_was_compiled(tmp_path:
         loaded(torch.zeros(3, 3, 32, 32))
 
 
+@pytest.mark.slow
 def test_export_features_returns_them_with_names_and_strides(tmp_path: Path) -> None:
     model = tiny(**FEW, features_only=True, feature_cls='dict', out_indices=(2, 4))
     assert export(model, tmp_path / 'net.pt2', **SIZE).agreement is None
@@ -162,6 +164,7 @@ def test_interrupted_export_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_export_to_a_full_disk_is_an_os_error_that_names_the_file(tmp_path: Path) -> None:
     resource = pytest.importorskip('resource')
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

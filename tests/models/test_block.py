@@ -96,6 +96,7 @@ def test_grad_checkpointing_repeated_backward_keeps_norm_statistics() -> None:
     torch.testing.assert_close(dict(stage.named_buffers()), before, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 def test_grad_checkpointing_compiles_without_graph_break_to_the_same_gradients() -> None:
     torch.manual_seed(0)
     stage = randomise(Stage(Bottle2neck(16, 4, scale=2)))

@@ -79,6 +79,7 @@ def finished(simple_set: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
     return folder
 
 
+@pytest.mark.slow
 def test_killed_run_continues_to_the_same_weights_and_losses(
     finished: Path, simple_set: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
