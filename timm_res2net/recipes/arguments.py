@@ -30,8 +30,8 @@ def report_errors(parser: argparse.ArgumentParser) -> Iterator[None]:
         parser.exit(130, f'{parser.prog}: interrupted\n')
     except (ImportError, ValueError, TypeError, KeyError, OSError, RuntimeError) as error:
         message = first_line(error)
-        if message.startswith('Caught '):  # a DataLoader quotes its worker's traceback, whose last line is the message
-            message = sanitize(str(error).strip().splitlines()[-1], 500)
+        if message.startswith('Caught '):  # a DataLoader quotes its worker's traceback, which ends in TYPE: MESSAGE
+            message = sanitize(str(error).strip().splitlines()[-1].partition(': ')[2], 500)
         if isinstance(error, ImportError):
             message += ". Install the recipes: pip install 'timm_res2net[recipes]'"
         sys.stdout.flush()
