@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import TRUNKS, assert_same, built, fitting, randomise, tiny
+from support import TRUNKS, assert_same, built, fitting, randomize, tiny
 from timm.layers import BatchNormAct2d
 from timm.models import reparameterize_model
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ def count_norms(model: nn.Module) -> int:
 def make_segmenter() -> nn.Module:
     """A backbone with a neck and a head that have norms of their own."""
     head = nn.Sequential(nn.Conv2d(8, 4, 1), nn.BatchNorm2d(4), nn.ReLU())
-    return randomise(nn.Sequential(tiny(num_classes=0, global_pool=''), nn.Conv2d(32, 8, 1), head)).eval()
+    return randomize(nn.Sequential(tiny(num_classes=0, global_pool=''), nn.Conv2d(32, 8, 1), head)).eval()
 
 
 MODELS: dict[str, Callable[[], nn.Module]] = {

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from support import assert_same, randomise, tiny
+from support import assert_same, randomize, tiny
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
@@ -27,7 +27,7 @@ def test_two_optimized_models_keep_their_own_outputs_without_recompiling(log: py
     torch._dynamo.reset()
     images = torch.randn(2, 16, 16, 16)
     # A single block compiles faster than a whole network.
-    first, second = (nn.Sequential(model.layer1).eval() for model in (tiny(), randomise(tiny())))
+    first, second = (nn.Sequential(model.layer1).eval() for model in (tiny(), randomize(tiny())))
     optimized = [optimize(model, images) for model in (first, second)]
     assert [each.path for each in optimized] == ['fused, channels last, float32, compiled'] * 2
     ours = [record.message for record in log.records if record.name.startswith('timm_res2net')]

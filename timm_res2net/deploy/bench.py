@@ -31,6 +31,7 @@ from ..models.variants import ARCHS
 from ..res2net import timm_entrypoint
 from .backends import BACKENDS
 from .fuse import fuse
+from .inference import TOLERANCES
 from .optimize import optimize
 from .program import Exportable, Program
 
@@ -39,8 +40,6 @@ RUNTIMES = {'openvino': '.xml', 'onnxruntime': '.onnx'}  # and the suffixes of t
 OPPONENTS = 'timm', *RUNTIMES
 TIMM, OURS = 'timm', 'timm_res2net'  # ratios are to timm's own model as people run it: eager, float32, NCHW
 INSTRUCTION_SETS = 'avx2', 'avx512f', 'avx512_bf16', 'amx_bf16', 'avx_vnni', 'avx512_vnni', 'amx_int8'
-# Differences between outputs, relative to the largest; int8 is calibrated with random images.
-TOLERANCES = {'float32': 1e-3, 'bfloat16': 5e-2, 'float16': 1e-2, 'int8': 5e-1}
 
 Make = Callable[[], nn.Module]
 Call = Callable[[], Tensor]

@@ -27,14 +27,10 @@ from .backends import Backend, find_backend, requires_extra
 from .calibration import Images, calibration_images, repeat_to_whole_batches
 from .exported import load_exported, parse_record
 from .fuse import fuse
-from .inference import ForInference
+from .inference import TOLERANCES, ForInference
 from .program import Exportable, Program
 
 _logger = logging.getLogger(__name__)
-
-# Largest difference from the model, relative to its largest output, at which a file still counts as correct. In int8,
-# the difference depends on the weights and calibration images; a file that computes nonsense exceeds the limit by far.
-TOLERANCES = {'float32': 1e-4, 'float16': 2e-2, 'bfloat16': 1e-1, 'int8': 5e-1}
 
 
 @dataclass(frozen=True)
