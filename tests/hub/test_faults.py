@@ -70,7 +70,7 @@ CELLS = {
     if outcomes != '-'
 }
 FAST = [  # at least one for each step; together they cover every kind of fault, and every outcome
-    *('push check 503 100', 'push head 503 1', 'push create 403 100', 'push card corrupt 1', 'push preupload 429 100'),
+    *('push check 503 100', 'push head 503 1', 'push create 403 100', 'push card corrupt 1', 'push preupload 429 1'),
     *('push upload corrupt 1', 'push verify nonsense 1', 'push commit drop 100', 'push commit lost 1'),
     *('push commit corrupt 1', 'pull head drop 1', 'pull tree 403 1', 'pull config cut 1', 'pull weights corrupt 100'),
 ]
