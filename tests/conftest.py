@@ -116,7 +116,7 @@ def fashion_mnist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope='session')
 def simple_set(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Writes a dataset that is quick to learn: a bright or a dark square on each image of grey noise."""
+    """Writes a dataset that is quick to learn: a bright or a dark square on each image of gray noise."""
     from timm_res2net.recipes import multi_scale
 
     folder = tmp_path_factory.mktemp('sets') / 'simple'

@@ -15,7 +15,7 @@ from typing import Any
 
 import timm
 import torch
-from support import randomise
+from support import randomize
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 
@@ -27,7 +27,7 @@ from timm_res2net.models.classifier import class_names
 from timm_res2net.models.variants import EMBEDDED
 from timm_res2net.recipes import digits
 from timm_res2net.recipes.multi_scale import whole_photographs
-from timm_res2net.vision.validate import labelled_images, validate
+from timm_res2net.vision.validate import labeled_images, validate
 
 MODELS = (
     *('res2net50_48w_2s', 'res2net50_26w_4s', 'res2net50_26w_6s', 'res2net50_26w_8s'),  # several scales
@@ -54,7 +54,7 @@ def crops(model: nn.Module) -> Tensor:
 def measure(name: str) -> dict[str, Any]:
     """Measures the root mean square difference of the logits in int8, relative to the float32 logits."""
     torch.manual_seed(0)
-    model = randomise(timm.create_model(name)).eval()
+    model = randomize(timm.create_model(name)).eval()
     images = crops(model)
     found: dict[str, Any] = dict(model=name)
     with TemporaryDirectory() as folder:
@@ -69,7 +69,7 @@ def measure_digits() -> dict[str, Any]:
     model = timm.create_model(EMBEDDED, pretrained=True).eval()
     with TemporaryDirectory() as folder:
         digits.main([f'{folder}/digits'])
-        images = labelled_images(f'{folder}/digits/val', class_names(model))
+        images = labeled_images(f'{folder}/digits/val', class_names(model))
         found: dict[str, Any] = dict(model=EMBEDDED, top1=round(validate(model, images).top1, 2))
         for runtime, suffix in SUFFIXES.items():
             done = export(model, f'{folder}/net{suffix}', precision='int8', images=f'{folder}/digits/train')

@@ -1,4 +1,4 @@
-"""Shared by tests: small models with randomised norms, comparisons, and a helper to run programs."""
+"""Shared by tests: small models with randomized norms, comparisons, and a helper to run programs."""
 
 import subprocess
 import sys
@@ -44,10 +44,10 @@ def shallow(name: str) -> dict[str, Any]:
     return {key: value for key, value in small(name).items() if key in ('layers', 'levels')}
 
 
-def randomise(model: nn.Module) -> nn.Module:
+def randomize(model: nn.Module) -> nn.Module:
     """Gives every norm random statistics, weights and biases, as training would.
 
-    timm zero-initialises the last norm of each block, so a fresh network computes only its shortcuts.
+    timm zero-initializes the last norm of each block, so a fresh network computes only its shortcuts.
     """
     norm: Any
     for norm in model.modules():
@@ -61,14 +61,14 @@ def randomise(model: nn.Module) -> nn.Module:
 
 
 def built(name: str, full: bool = False) -> nn.Module:
-    """A registered model, small unless `full`, in evaluation mode with randomised norms."""
+    """A registered model, small unless `full`, in evaluation mode with randomized norms."""
     return build_full(name) if full else build_small(name)
 
 
 @lru_cache(maxsize=1)  # a model takes up to 300 MB
 def build_full(name: str) -> nn.Module:
     torch.manual_seed(0)
-    return randomise(timm.create_model(name)).eval()
+    return randomize(timm.create_model(name)).eval()
 
 
 @cache
@@ -80,7 +80,7 @@ def build_meta(name: str) -> Any:
 @cache
 def build_small(name: str) -> nn.Module:
     torch.manual_seed(0)
-    return randomise(timm.create_model(name, **small(name))).eval()
+    return randomize(timm.create_model(name, **small(name))).eval()
 
 
 def fitting(name: str, images: Tensor) -> Tensor:
@@ -103,10 +103,10 @@ def slow_but(fast: Sequence[Any], values: Iterable[Any]) -> list[Any]:
 
 
 def tiny(first_block: str = 'official', **arguments: Any) -> nn.Module:
-    """Makes the tiny network in evaluation mode with randomised norms."""
+    """Makes the tiny network in evaluation mode with randomized norms."""
     torch.manual_seed(0)
     model = timm.create_model('test_res2net', **{**TINY, 'num_classes': 4, 'first_block': first_block, **arguments})
-    return randomise(model).eval()
+    return randomize(model).eval()
 
 
 def assert_same(fast: Callable[[Tensor], Any], model: nn.Module, x: Tensor, tolerance: float = 1e-5) -> None:

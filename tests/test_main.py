@@ -348,30 +348,30 @@ def test_weights_without_a_classifier_are_refused_in_one_line(command: str, run:
 @pytest.mark.slow
 def test_weights_of_one_channel_are_exported_and_go_through_every_command(run: Run) -> None:
     write_digits(range(0, 60, 6))
-    torch.save(timm.create_model('test_res2net.digits', pretrained=True, in_chans=1).state_dict(), 'grey.pth')
-    done = run('export grey.pth grey.pt2 --images digits')
+    torch.save(timm.create_model('test_res2net.digits', pretrained=True, in_chans=1).state_dict(), 'gray.pth')
+    done = run('export gray.pth gray.pt2 --images digits')
     assert (done.status, done.err) == (0, '')
     assert done.out.splitlines()[:2] == [
-        f'wrote grey.pt2, {Path("grey.pt2").stat().st_size / 1e6:.2f} MB: fused, torch, float32',
+        f'wrote gray.pt2, {Path("gray.pt2").stat().st_size / 1e6:.2f} MB: fused, torch, float32',
         'compared with the model on 10 images, using the runtime of the file:',
     ]
     assert '  predicted class    the same for 100.00%' in done.out.splitlines()
 
-    done = run('validate digits --model test_res2net.digits --trust --weights grey.pt2 --confusion c.png')
+    done = run('validate digits --model test_res2net.digits --trust --weights gray.pt2 --confusion c.png')
     assert 'mean 0.5, std 0.5' in done.err
     assert done.out.splitlines() == [
         'model                images     top-1     top-5',
         'test_res2net.digits      10  100.00 %  100.00 %',
-        'grey.pt2                 10  100.00 %  100.00 %',
+        'gray.pt2                 10  100.00 %  100.00 %',
         '',
         'wrote c.png',
     ]
     assert Path('c.png').stat().st_size > 5000
 
     for command in (
-        'convert grey.pth',
-        'predict --weights grey.pth',
-        'explain --weights grey.pth --out a.png',
-        'features digits/0/0.png --model local-dir:grey',
+        'convert gray.pth',
+        'predict --weights gray.pth',
+        'explain --weights gray.pth --out a.png',
+        'features digits/0/0.png --model local-dir:gray',
     ):
         assert run(command).status == 0

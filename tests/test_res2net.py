@@ -11,7 +11,7 @@ import torch
 from registry import ORIGINAL, copy_registry
 from safetensors import safe_open
 from safetensors.torch import save_file
-from support import ROOT, TINY, TRUNKS, build_meta, fitting, randomise, shallow, slow_but, small, strides, tiny
+from support import ROOT, TINY, TRUNKS, build_meta, fitting, randomize, shallow, slow_but, small, strides, tiny
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -111,7 +111,7 @@ def test_model_weights_outputs_and_gradients_equal_timm_bit_for_bit(
         model: Any = make(**arguments)
         initial = copy.deepcopy(model.state_dict())
         torch.manual_seed(0)
-        randomise(model)(images).square().sum().backward()
+        randomize(model)(images).square().sum().backward()
         gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
         results.append((initial, gradients, model.state_dict(), model.eval()(images)))
         features.append([list(info.values()) for info in model.feature_info])
@@ -308,7 +308,7 @@ COMPILED = {'test_res2net': TINY, 'dla60_res2net': dict(small('dla60_res2net'), 
 @pytest.mark.parametrize('name', COMPILED)
 def test_model_scripted_traced_or_exported_keeps_output(name: str, images: Tensor) -> None:
     torch.manual_seed(0)
-    model = randomise(timm.create_model(name, **COMPILED[name])).eval()
+    model = randomize(timm.create_model(name, **COMPILED[name])).eval()
     expected = model(images)
     for converted in (
         torch.jit.script(model),
@@ -340,7 +340,7 @@ def test_grad_checkpointing_keeps_exact_gradients_and_norm_statistics(
     results = []
     for enable in (False, True):
         torch.manual_seed(0)
-        model = randomise(timm.create_model(name, drop_path_rate=0.2, drop_block_rate=0.1, **options, **small(name)))
+        model = randomize(timm.create_model(name, drop_path_rate=0.2, drop_block_rate=0.1, **options, **small(name)))
         model.set_grad_checkpointing(enable)
         assert any(getattr(module, 'grad_checkpointing', False) for module in model.modules()) == enable
         results.append(step(model, fitting(name, images)))
@@ -380,7 +380,7 @@ def test_grad_checkpointing_compiles_without_graph_break(name: str, images: Tens
     results = []
     for compile_it in (False, True):
         torch.manual_seed(0)
-        model: Any = randomise(timm.create_model(name, **COMPILED[name])).train()
+        model: Any = randomize(timm.create_model(name, **COMPILED[name])).train()
         model.set_grad_checkpointing()
         runner = torch.compile(model, fullgraph=True, backend='aot_eager') if compile_it else model
         results.append(step(runner, images))

@@ -57,7 +57,7 @@ def create(name: str, pretrained: bool = False, block_args: dict[str, Any] | Non
         **kwargs: Arguments of the trunk, which override those of `ARCHS`, and of timm's `build_model_with_cfg`.
     """
     arch = ARCHS[name]
-    kwargs = normalise_arguments(name, kwargs, block_args or {})
+    kwargs = normalize_arguments(name, kwargs, block_args or {})
     options: dict[str, Any] = dict(
         feature_cfg=dict(out_indices=arch.out_indices), pretrained_filter_fn=adapt_state_dict
     )
@@ -84,7 +84,7 @@ def create(name: str, pretrained: bool = False, block_args: dict[str, Any] | Non
     return model
 
 
-def normalise_arguments(name: str, kwargs: dict[str, Any], block_args: dict[str, Any]) -> dict[str, Any]:
+def normalize_arguments(name: str, kwargs: dict[str, Any], block_args: dict[str, Any]) -> dict[str, Any]:
     """Merges `block_args` into `kwargs`, drops `output_stride=None`, and checks those of `features_only`."""
     if twice := sorted(kwargs.keys() & block_args.keys()):
         raise TypeError(f'{name} got {", ".join(twice)} both as a keyword and in block_args. Pass it once.')

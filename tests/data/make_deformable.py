@@ -39,7 +39,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from make_dilated import randomise
+from make_dilated import randomize
 from make_openmmlab import mmdet_backbone
 from reference import bare, pack, save_reference, stub
 from torch import nn
@@ -150,7 +150,7 @@ def main(folder: Path) -> None:
     with tempfile.TemporaryDirectory() as temporary, torch.no_grad():
         for name, model in made.items():
             model.eval()  # mmdet's `eval` does not return the model
-            randomise(model, drawn, rng, common_name, filters=10_000)
+            randomize(model, drawn, rng, common_name, filters=10_000)
             file = Path(temporary, name)
             if name.startswith(('mmdet', 'universenet')):
                 state = {f'backbone.{key}': tensor for key, tensor in model.state_dict().items()}

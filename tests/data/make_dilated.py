@@ -107,7 +107,7 @@ def common_name(name: str, shape: torch.Size) -> str:
     return re.sub(r'^(layer\d)\.[1-9]', r'\1.n', name) if len(shape) > 1 else name
 
 
-def randomise(
+def randomize(
     model: nn.Module,
     drawn: dict[tuple[str, torch.Size], np.ndarray],
     rng: np.random.Generator,
@@ -144,7 +144,7 @@ def main(folder: Path) -> None:
     with tempfile.TemporaryDirectory() as temporary, torch.no_grad():
         for name, (file, prefix, model) in networks(folder).items():
             model.eval()  # mmdet's `eval` does not return the model
-            randomise(model, drawn, rng)
+            randomize(model, drawn, rng)
             state = {prefix + key: tensor for key, tensor in model.state_dict().items()}
             save_state(state, Path(temporary, f'{file}.pth'))
 

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from make_dilated import randomise
+from make_dilated import randomize
 from make_vecroad import repeat_vectors
 from reference import images, pack, save_reference, stage_maps
 from torch import nn
@@ -80,7 +80,7 @@ def main(folder: Path) -> None:
             net, parts, run = build(folder)
             backbone = nn.ModuleDict(parts)
             net.eval()
-            randomise(backbone, drawn, rng)
+            randomize(backbone, drawn, rng)
             repeat_vectors(backbone)
             own = {tensor.data_ptr() for tensor in backbone.state_dict().values()}
             state = net.state_dict()

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from holocron.models.classification.res2net import _res2net
-from reference import pack, randomise_state, save_reference
+from reference import pack, randomize_state, save_reference
 
 PLANES = [16, 32, 64, 128]
 
@@ -26,7 +26,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         for seed, (name, model) in enumerate(made.items()):
             rng = np.random.default_rng(seed)
-            randomise_state(model, rng)
+            randomize_state(model, rng)
             torch.save(model.state_dict(), Path(folder, f'{name}.pth'))
             save_reference(lambda x, model=model: model.eval()(torch.from_numpy(x)).numpy(), Path(folder, name), rng)
         pack(folder, 'holocron.tar.xz')

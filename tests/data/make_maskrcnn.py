@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from make_dilated import randomise
+from make_dilated import randomize
 from reference import pack, save_reference
 from torch import nn
 
@@ -58,7 +58,7 @@ def main(folder: Path) -> None:
     model = backbone(folder).eval()
     body: Any = model.body
     with tempfile.TemporaryDirectory() as temporary, torch.no_grad():
-        randomise(body, {}, np.random.default_rng(5))  # a seed with which wrong specs differ more than with most
+        randomize(body, {}, np.random.default_rng(5))  # a seed with which wrong specs differ more than with most
         shrink_variances(body)
         state = {f'module.backbone.body.{name}': tensor for name, tensor in body.state_dict().items()}
         state['module.backbone.fpn.fpn_inner1.weight'] = torch.ones_like(model.fpn.fpn_inner1.weight)

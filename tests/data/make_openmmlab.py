@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from reference import bare, pack, randomise_state, save_reference
+from reference import bare, pack, randomize_state, save_reference
 from torch import nn
 
 
@@ -78,7 +78,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, torch.no_grad():
         for seed, (name, model) in enumerate(made.items()):
             rng = np.random.default_rng(seed)
-            randomise_state(model, rng)
+            randomize_state(model, rng)
             torch.save({'meta': {}, 'state_dict': model.state_dict()}, Path(folder, f'{name}.pth'))
             save_reference(lambda x, model=model: arrays(model.eval()(torch.from_numpy(x))), Path(folder, name), rng)
         pack(folder, 'openmmlab.tar.xz')

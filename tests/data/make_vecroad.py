@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from make_dilated import randomise
+from make_dilated import randomize
 from reference import images, pack, save_reference, stage_maps
 from torch import nn
 
@@ -48,11 +48,11 @@ def main(folder: Path) -> None:
     net = rpnet(folder).eval()
     rng = np.random.default_rng(10)  # a seed with which wrong dilations differ more than with most
     wide = images((1, 3, 8, 264), rng)
-    # The authors' names, by which `randomise` chooses the tensors that share values.
+    # The authors' names, by which `randomize` chooses the tensors that share values.
     stages = {f'layer{i}': net.get_submodule(f'stage_{i + 1}') for i in (1, 2, 3, 4)}
     with tempfile.TemporaryDirectory() as temporary, torch.no_grad():
         backbone = nn.ModuleDict({'conv1': net.stage_1[0], **stages})
-        randomise(backbone, {}, rng)
+        randomize(backbone, {}, rng)
         repeat_vectors(backbone)
         state = {f'module.{name}': tensor for name, tensor in net.state_dict().items() if name.startswith('stage_')}
         state['module.next_step_final.weight'] = torch.ones_like(net.next_step_final.weight)

@@ -51,7 +51,7 @@ def random_value(shape: tuple[int, ...], positive: bool, rng: np.random.Generato
     return filters.reshape(shape)
 
 
-def randomise_state(model: Any, rng: np.random.Generator) -> None:
+def randomize_state(model: Any, rng: np.random.Generator) -> None:
     """Fills a torch network with random values; variances and weights of norms are positive."""
     import torch  # not installed for all frameworks
 

@@ -12,7 +12,7 @@ import torch
 from hub_server import Fault, Hub
 from huggingface_hub import close_session, constants, hf_hub_download
 from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError, RevisionNotFoundError
-from support import TINY, randomise, tiny
+from support import TINY, randomize, tiny
 from test_faults import old_files
 
 from timm_res2net import CheckpointError, pull, push
@@ -134,7 +134,7 @@ def test_create_model_without_the_hub_uses_the_cache_or_fails_in_one_line(
 def test_create_model_uses_the_latest_weights_or_those_of_a_revision(hub: Hub, tmp_path: Path) -> None:
     first = hub.put('user/net', old_files())
     timm.create_model('test_res2net', **hub_options('user/net', tmp_path))
-    changed = randomise(tiny())
+    changed = randomize(tiny())
     push(changed, 'user/net', token='hf_write')
     model = timm.create_model('test_res2net', **hub_options('user/net', tmp_path))
     torch.testing.assert_close(model.state_dict(), changed.state_dict(), rtol=0, atol=0)

@@ -15,7 +15,7 @@ import torch
 from hub_server import Hub
 from safetensors import safe_open
 from safetensors.torch import save_file
-from support import ROOT, randomise, tiny
+from support import ROOT, randomize, tiny
 from torch import nn
 
 import timm_res2net
@@ -35,7 +35,7 @@ def digests(hub: Hub, repo_id: str = 'user/net', revision: str = 'main') -> dict
 def fine_tuned() -> nn.Module:
     """The embedded model in bfloat16 with three new classes and one image channel."""
     torch.manual_seed(0)
-    model = randomise(timm.create_model('test_res2net.digits', pretrained=True, num_classes=3, in_chans=1))
+    model = randomize(timm.create_model('test_res2net.digits', pretrained=True, num_classes=3, in_chans=1))
     return model.to(torch.bfloat16).to(memory_format=torch.channels_last).eval()
 
 
@@ -202,7 +202,7 @@ def test_file_next_to_its_config_keeps_its_facts_until_it_is_replaced(tmp_path: 
     copy = push_to('copy', load_model(file))
     assert copy['timm_res2net'] == config['timm_res2net']
     assert copy['pretrained_cfg']['tag'] == 'mine'
-    save_file(randomise(tiny()).state_dict(), file)
+    save_file(randomize(tiny()).state_dict(), file)
     replaced = push_to('replaced', load_model(file))
     assert replaced['timm_res2net'].keys() == {'version', 'sha256'}
     assert replaced['pretrained_cfg'].get('tag') != 'mine'

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import timm
 import torch
-from support import randomise, small
+from support import randomize, small
 from torch import Tensor, nn
 
 from timm_res2net.recipes.digits import split
@@ -14,9 +14,9 @@ KINDS = 'res2net50_26w_4s', 'res2net50_vd_26w_4s', 'dla60_res2net', 'blres2net50
 
 
 def make(name: str, **arguments: Any) -> nn.Module:
-    """Makes a small model with randomised norms."""
+    """Makes a small model with randomized norms."""
     torch.manual_seed(0)
-    return randomise(timm.create_model(name, **small(name), **arguments))
+    return randomize(timm.create_model(name, **small(name), **arguments))
 
 
 def digits(part: str, count: int) -> Tensor:

@@ -17,7 +17,7 @@ from timm_res2net.deploy.backend_onnx import OPSET
 from timm_res2net.models.variants import ASSETS
 from timm_res2net.recipes.digits import main as write_digits
 from timm_res2net.vision.predict import pretrained_model
-from timm_res2net.vision.validate import labelled_images, validate
+from timm_res2net.vision.validate import labeled_images, validate
 from timm_res2net.weights.config import RECORD
 
 onnx = pytest.importorskip('onnx')
@@ -141,7 +141,7 @@ def test_export_digits_in_8_bits_loses_at_most_a_fifth_of_a_percent(suffix: str,
     else:
         assert [kernel for kernel in kernels_of_convolutions(done.file) if not kernel.endswith('i8')] == []
     write_digits([str(tmp_path)])
-    images = labelled_images(tmp_path / 'val', [str(i) for i in range(10)])
+    images = labeled_images(tmp_path / 'val', [str(i) for i in range(10)])
     loaded = pretrained_model(None, str(tmp_path / f'net{suffix}'))
     assert validate(loaded, images).top1 >= validate(model, images).top1 - 0.2
 

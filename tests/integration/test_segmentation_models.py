@@ -5,7 +5,7 @@ import re
 import pytest
 import timm
 import torch
-from support import ROOT, randomise
+from support import ROOT, randomize
 
 from integration.conftest import assert_gradient_reaches_first_layer
 
@@ -29,7 +29,7 @@ def test_smp_encoder_equals_intermediates_and_model_trains(
     options = dict(encoder_output_stride=output_stride) if output_stride < 32 else {}
     torch.manual_seed(0)
     make = getattr(smp, architecture)
-    model = randomise(make(f'tu-{name}', encoder_weights=None, in_channels=in_channels, classes=2, **options))
+    model = randomize(make(f'tu-{name}', encoder_weights=None, in_channels=in_channels, classes=2, **options))
     x = torch.randn(2, in_channels, 128, 128)
     with torch.no_grad():
         assert model.eval()(x).shape == (2, 2, 128, 128)

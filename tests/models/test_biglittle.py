@@ -5,8 +5,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support import randomise
-from test_block import branch, normalised, pooled
+from support import randomize
+from test_block import branch, normalized, pooled
 from torch import Tensor, nn
 
 from timm_res2net.models.biglittle import BigLittleModule, Res2NetBigLittle
@@ -31,7 +31,7 @@ def test_biglittle_variants_have_published_parameter_counts(arguments: dict[str,
 def conv(x: Tensor, layers: Any, at: int, stride: int = 1) -> Tensor:
     """The convolution and norm at an index of a sequence, written out."""
     weight = layers[at].weight
-    return normalised(F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2), layers[at + 1])
+    return normalized(F.conv2d(x, weight, stride=stride, padding=weight.shape[-1] // 2), layers[at + 1])
 
 
 def block(x: Tensor, module: Bottle2neck, stride: int, last_relu: bool = True) -> Tensor:
@@ -63,10 +63,10 @@ def big_little(x: Tensor, module: BigLittleModule, stride: int) -> Tensor:
 
 def test_biglittle_computes_its_published_equations() -> None:
     torch.manual_seed(0)
-    model = randomise(Res2NetBigLittle(**SMALL)).double().eval()
+    model = randomize(Res2NetBigLittle(**SMALL)).double().eval()
     x = torch.randn(1, 3, 61, 43, dtype=torch.double)
 
-    y = F.relu(normalised(F.conv2d(x, model.conv1.weight, stride=2, padding=3), model.bn1))
+    y = F.relu(normalized(F.conv2d(x, model.conv1.weight, stride=2, padding=3), model.bn1))
     stem = model.bl_init
     little = F.relu(conv(y, stem.little, 0))
     little = F.relu(conv(little, stem.little, 3, stride=2))

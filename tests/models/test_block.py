@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support import randomise
+from support import randomize
 from torch import Tensor, nn
 
 from timm_res2net.models.block import Bottle2neck
@@ -14,7 +14,7 @@ from timm_res2net.models.recompute import Stage
 from timm_res2net.models.spec import FIRST_BLOCKS, STYLES
 
 
-def normalised(x: Tensor, norm: Any) -> Tensor:
+def normalized(x: Tensor, norm: Any) -> Tensor:
     """Batch normalization in evaluation mode."""
     return F.batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
 
@@ -29,7 +29,7 @@ def branch(block: Any, x: Tensor, first_block: str, position: str, stride: int, 
     first_stride, stride = (stride, 1) if style == 'caffe' else (1, stride)
     if style == 'caffe' and position == 'later stage':
         position = 'first stage'  # the stride of the 3x3 convolutions decides
-    y = F.relu(normalised(F.conv2d(x, block.conv1.weight, stride=first_stride), block.bn1))
+    y = F.relu(normalized(F.conv2d(x, block.conv1.weight, stride=first_stride), block.bn1))
     splits = y.chunk(block.scale, 1)
     outs: list[Tensor] = []
     convolves_all = first_block == 'group' and position != 'later block'
@@ -39,13 +39,13 @@ def branch(block: Any, x: Tensor, first_block: str, position: str, stride: int, 
         if cascades and i > 0:
             z = z + outs[i - 1]
         z = F.conv2d(z, block.convs[i].weight, stride=stride, padding=1, groups=block.convs[i].groups)
-        outs.append(F.relu(normalised(z, block.bns[i])))
+        outs.append(F.relu(normalized(z, block.bns[i])))
     if block.scale > 1 and not convolves_all:
         last = splits[-1]
         if position == 'later stage' or (position == 'first stage' and first_block == 'official'):
             last = pooled(last, stride, count_include_pad=first_block != 'paddle')
         outs.append(last)
-    return normalised(F.conv2d(torch.cat(outs, 1), block.conv3.weight), block.bn3)
+    return normalized(F.conv2d(torch.cat(outs, 1), block.conv3.weight), block.bn3)
 
 
 def projection(inplanes: int, outplanes: int, stride: int) -> nn.Sequential:
@@ -67,7 +67,7 @@ def test_block_and_its_fused_form_compute_the_published_equations(
         cardinality=cardinality, scale=scale, first=position != 'later block', first_block=first_block, style=style
     )
     block = Bottle2neck(inplanes, 16, stride, downsample, **options)
-    randomise(block.double()).eval()
+    randomize(block.double()).eval()
     x = torch.randn(2, inplanes, 7, 8, dtype=torch.double)
     shortcut = x if downsample is None else downsample(x)
     expected = F.relu(branch(block, x, first_block, position, stride, style) + shortcut)
@@ -87,7 +87,7 @@ def test_block_each_activation_runs_once_per_forward() -> None:
 
 def test_grad_checkpointing_repeated_backward_keeps_norm_statistics() -> None:
     torch.manual_seed(0)
-    stage = randomise(Stage(*(Bottle2neck(64, 16) for _ in range(2))))
+    stage = randomize(Stage(*(Bottle2neck(64, 16) for _ in range(2))))
     stage.grad_checkpointing = True  # type: ignore[assignment]
     y = stage(torch.randn(2, 64, 8, 8, requires_grad=True)).sum()
     before = {name: buffer.clone() for name, buffer in stage.named_buffers()}
@@ -99,7 +99,7 @@ def test_grad_checkpointing_repeated_backward_keeps_norm_statistics() -> None:
 @pytest.mark.slow
 def test_grad_checkpointing_compiles_without_graph_break_to_the_same_gradients() -> None:
     torch.manual_seed(0)
-    stage = randomise(Stage(Bottle2neck(16, 4, scale=2)))
+    stage = randomize(Stage(Bottle2neck(16, 4, scale=2)))
     stage.grad_checkpointing = True  # type: ignore[assignment]
     x = torch.randn(2, 16, 8, 8)
     gradients = []

@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 import torch.nn.functional as F
-from support import randomise
+from support import randomize
 from torch import nn
 
 from timm_res2net.models.cifar import Res2NetCifar
@@ -42,7 +42,7 @@ def test_cifar_variants_have_published_parameter_counts(
 @torch.inference_mode()
 def test_cifar_scale_1_equals_bottlenecks_of_timm() -> None:
     torch.manual_seed(0)
-    model = randomise(Res2NetCifar(channels=(8, 16, 32), scale=1, base_width=64, cardinality=8)).eval()
+    model = randomize(Res2NetCifar(channels=(8, 16, 32), scale=1, base_width=64, cardinality=8)).eval()
     x = torch.randn(2, 3, 32, 32)
     y = model.act1(model.bn1(model.conv1(x)))
     for stage, planes in zip((model.layer1, model.layer2, model.layer3), (8, 16, 32)):

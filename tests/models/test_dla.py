@@ -6,7 +6,7 @@ import pytest
 import timm
 import torch
 from safetensors.torch import save_file
-from support import randomise, small
+from support import randomize, small
 from timm.layers import apply_test_time_pool
 from torch import Tensor, nn
 
@@ -37,7 +37,7 @@ DEAD = {'level3.project': (32, 32), 'level4.project': (32, 64), 'level4.tree1.pr
 
 def test_dla_official_file_loads_without_its_dead_projections_but_no_other_tensors(tmp_path: Any) -> None:
     torch.manual_seed(0)
-    model = randomise(timm.create_model('dla60_res2net', **SMALL))
+    model = randomize(timm.create_model('dla60_res2net', **SMALL))
     state = dict(model.state_dict())
     for name, (in_chs, out_chs) in DEAD.items():
         project = nn.Sequential(nn.Conv2d(in_chs, out_chs, 1, bias=False), nn.BatchNorm2d(out_chs))
@@ -56,7 +56,7 @@ def test_dla_official_file_loads_without_its_dead_projections_but_no_other_tenso
 @pytest.mark.parametrize('levels', [(1, 1, 1, 2, 1, 1), (1, 1, 1, 1, 3, 2)])
 def test_dla_projections_of_leaves_are_loaded(levels: tuple[int, ...], tmp_path: Any) -> None:
     options = dict(levels=levels, channels=(8, 8, 16, 24, 32, 40), num_classes=3)
-    model = randomise(timm.create_model('dla60_res2net', **options))
+    model = randomize(timm.create_model('dla60_res2net', **options))
     save_file(model.state_dict(), tmp_path / 'a.safetensors')
     loaded = timm.create_model('dla60_res2net', **options)
     assert load_checkpoint(loaded, tmp_path / 'a.safetensors').dropped == {}
@@ -65,7 +65,7 @@ def test_dla_projections_of_leaves_are_loaded(levels: tuple[int, ...], tmp_path:
 
 def test_dla_with_test_time_pooling_computes_what_timms_own_does() -> None:
     options = dict(num_classes=5, **small('dla60_res2net'))
-    ours = randomise(timm.create_model('dla60_res2net', **options)).eval()
+    ours = randomize(timm.create_model('dla60_res2net', **options)).eval()
     theirs = cast(Any, timm_entrypoint('dla60_res2net'))(**options).eval()
     theirs.load_state_dict(ours.state_dict())
     x = torch.randn(1, 3, 256, 288)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from support import randomise, small, tiny
+from support import randomize, small, tiny
 from timm.layers import FrozenBatchNormAct2d
 from torch import Tensor
 from torchvision.ops import FrozenBatchNorm2d
@@ -36,7 +36,7 @@ def test_dilated_network_computes_the_undilated_one_on_a_denser_grid(
 ) -> None:
     torch.manual_seed(0)
     options = dict(first_block=first_block, dtype=torch.float64, **small(name))
-    plain = randomise(timm.create_model(name, **options)).eval()
+    plain = randomize(timm.create_model(name, **options)).eval()
     dilated = timm.create_model(name, **options, **exact(name, output_stride)).eval()
     dilated.load_state_dict(plain.state_dict())
     x = torch.randn(1, 3, 88, 64, dtype=torch.float64)  # 11 rows at stride 8: the last window of a pool is cut

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from support import randomise
+from support import randomize
 from torch import Tensor
 
 from timm_res2net.models.resnet import Res2Net
@@ -18,7 +18,7 @@ def test_resnet_scale_1_width_64_has_parameter_count_of_plain_resnet() -> None:
 
 def test_resnet_dilated_except_in_first_blocks_equals_timms_output_stride(images: Tensor) -> None:
     torch.manual_seed(0)
-    dilated = randomise(Res2Net(output_stride=16, first_block='paddle', **SHALLOW)).eval()
+    dilated = randomize(Res2Net(output_stride=16, first_block='paddle', **SHALLOW)).eval()
     geometry: dict[str, Any] = dict(strides=(1, 2, 2, 1), dilations=(1, 1, 1, 2), dilate_first=False)
     explicit = Res2Net(first_block='paddle', **geometry, **SHALLOW).eval()
     explicit.load_state_dict(dilated.state_dict())

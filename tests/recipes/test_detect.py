@@ -27,7 +27,7 @@ def test_backbone_with_other_strides_is_an_error() -> None:
         create_backbone('res2next29_6c_24w_4s')
 
 
-def test_detector_uses_normalisation_of_the_backbone_and_keywords_of_fcos() -> None:
+def test_detector_uses_normalization_of_the_backbone_and_keywords_of_fcos() -> None:
     body: Any = create_backbone('test_res2net')
     body.pretrained_cfg = {**body.pretrained_cfg, 'mean': (0.1, 0.2, 0.3)}
     model: Any = create_detector(body, 4, channels=64, nms_thresh=0.4)
@@ -56,9 +56,9 @@ def test_objects_are_the_most_likely_of_each_place_above_the_score() -> None:
     assert found['scores'].tolist() == pytest.approx([0.8, 0.4])
 
 
-def test_no_two_of_80_classes_share_a_colour() -> None:
-    colours = {pictures.color_of(label) for label in range(81)}
-    assert len(colours) == 81
+def test_no_two_of_80_classes_share_a_color() -> None:
+    colors = {pictures.color_of(label) for label in range(81)}
+    assert len(colors) == 81
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ POLYPS = [*SEGMENT, '--train', 'TrainDataset', '--val', 'TestDataset/CVC', '--bi
 
 
 def write_polyps(folder: Path, count: int = 16) -> Path:
-    """Writes bright rectangles on grey noise with binary JPEG masks, in PraNet's layout."""
+    """Writes bright rectangles on gray noise with binary JPEG masks, in PraNet's layout."""
     rng = np.random.default_rng(0)
     for part in ('TrainDataset', 'TestDataset/CVC'):
         for kind in ('images', 'masks'):
@@ -35,7 +35,7 @@ def write_polyps(folder: Path, count: int = 16) -> Path:
     return folder
 
 
-def test_segmenter_takes_images_of_any_size_and_normalises_them(images: Tensor) -> None:
+def test_segmenter_takes_images_of_any_size_and_normalizes_them(images: Tensor) -> None:
     model = create_segmenter('fpn', 'test_res2net', 5).eval()
     with torch.no_grad():
         assert model(torch.rand(1, 3, 50, 70)).shape == (1, 5, 50, 70)
@@ -69,11 +69,11 @@ def test_binary_run_computes_metrics_and_segments_new_images(tmp_path: Path) -> 
     assert {path.name for path in (out / 'predictions').iterdir()} == {path.name for path in images.iterdir()}
     with Image.open(out / 'predictions' / '3.png') as picture:
         assert (picture.size, picture.mode) == ((70, 48), 'L')
-        grey = torch.from_numpy(np.array(picture))
+        gray = torch.from_numpy(np.array(picture))
     pixels = read_image(images / '3.png')
     with torch.no_grad():
         probability = load_segmenter(out)(pixels[None])[0].softmax(dim=0)[1]
-    torch.testing.assert_close(grey / 255, probability, rtol=0, atol=1 / 255)
+    torch.testing.assert_close(gray / 255, probability, rtol=0, atol=1 / 255)
 
 
 @pytest.mark.slow

@@ -139,7 +139,7 @@ def test_explain_measures_the_second_block_of_a_stage(name: str, block: str) -> 
     assert (len(explanation.predictions), len(explanation.fields)) == (3, len(explanation.radii))
 
 
-def test_explain_command_draws_bundled_digit_in_colours(
+def test_explain_command_draws_bundled_digit_in_colors(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -150,4 +150,4 @@ def test_explain_command_draws_bundled_digit_in_colours(
     with Image.open('explain.png') as picture:
         pixels = np.asarray(picture.convert('RGB')).astype(int)
     assert pixels.shape[0] > 700
-    assert (np.ptp(pixels, axis=2) > 60).mean() > 0.05  # the map, the bars and the receptive fields have colours
+    assert (np.ptp(pixels, axis=2) > 60).mean() > 0.05  # the map, the bars and the receptive fields have colors

@@ -36,21 +36,21 @@ def constant(logits: list[float]) -> Any:
 # Reading
 
 
-GREY = np.linspace(0, 255, 48, dtype=np.uint8).reshape(6, 8)
+GRAY = np.linspace(0, 255, 48, dtype=np.uint8).reshape(6, 8)
 
 
 @pytest.mark.parametrize('mode', ['L', 'RGB', 'RGBA', 'LA', 'P', 'CMYK'])
 def test_read_image_every_mode_gives_same_rgb_pixels(mode: str, tmp_path: Path) -> None:
     file = tmp_path / f'image.{"tiff" if mode == "CMYK" else "png"}'
-    Image.fromarray(GREY).convert(mode).save(file)
+    Image.fromarray(GRAY).convert(mode).save(file)
     image = read_image(file)
     assert image.mode == 'RGB'
-    np.testing.assert_array_equal(np.asarray(image), np.stack([GREY] * 3, axis=-1))
+    np.testing.assert_array_equal(np.asarray(image), np.stack([GRAY] * 3, axis=-1))
 
 
-def test_read_image_16_bit_greys_are_scaled_to_8_bits(tmp_path: Path) -> None:
-    greys = np.array([[0, 256, 257, 513], [32767, 32896, 65278, 65535]], np.uint16)
-    Image.fromarray(greys).save(tmp_path / 'a.png')
+def test_read_image_16_bit_grays_are_scaled_to_8_bits(tmp_path: Path) -> None:
+    grays = np.array([[0, 256, 257, 513], [32767, 32896, 65278, 65535]], np.uint16)
+    Image.fromarray(grays).save(tmp_path / 'a.png')
     found = np.asarray(read_image(tmp_path / 'a.png'))[..., 0]
     assert found.tolist() == [[0, 0, 1, 1], [127, 128, 254, 255]]
 
@@ -63,8 +63,8 @@ def test_read_image_transparency_becomes_white(tmp_path: Path) -> None:
 def test_read_image_applies_exif_rotation(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # rotate by a quarter turn clockwise
-    Image.fromarray(GREY).save(tmp_path / 'turned.png', exif=exif)
-    np.testing.assert_array_equal(np.asarray(read_image(tmp_path / 'turned.png').convert('L')), np.rot90(GREY, -1))
+    Image.fromarray(GRAY).save(tmp_path / 'turned.png', exif=exif)
+    np.testing.assert_array_equal(np.asarray(read_image(tmp_path / 'turned.png').convert('L')), np.rot90(GRAY, -1))
 
 
 def test_read_image_never_opens_postscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,7 +142,7 @@ def test_find_images_follows_linked_folders_once(tmp_path: Path) -> None:
     assert find_images([str(tmp_path / 'photos')]).files == [tmp_path / 'photos' / 'real' / 'a.png']
 
 
-def test_find_images_in_unreadable_folder_keeps_its_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_find_images_in_unreadable_folder_keeps_its_neighbors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / 'a.png').touch()
     (tmp_path / 'closed').mkdir()
     scandir = os.scandir
@@ -164,11 +164,11 @@ def test_preprocess_returns_the_image_as_it_looks() -> None:
     torch.testing.assert_close(visible, torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255, rtol=0, atol=1e-6)
 
 
-def test_preprocess_for_one_channel_returns_grey_images() -> None:
+def test_preprocess_for_one_channel_returns_gray_images() -> None:
     x, visible = preprocess(tiny(in_chans=1), NOISE.resize((32, 32)))
-    greys = torch.from_numpy(np.array(NOISE.resize((32, 32)).convert('L')))[None] / 255
-    torch.testing.assert_close(x, (greys - 0.5) / 0.5)
-    torch.testing.assert_close(visible, greys.expand(3, -1, -1))
+    grays = torch.from_numpy(np.array(NOISE.resize((32, 32)).convert('L')))[None] / 255
+    torch.testing.assert_close(x, (grays - 0.5) / 0.5)
+    torch.testing.assert_close(visible, grays.expand(3, -1, -1))
 
 
 # Predicting

@@ -13,7 +13,7 @@ from timm_res2net.models.variants import WEIGHTS
 from timm_res2net.recipes.digits import split
 from timm_res2net.vision.figures import plot_confusion
 from timm_res2net.vision.predict import FEW_IMAGES, classify
-from timm_res2net.vision.validate import LabelledImages, decided_classes, labelled_images, validate
+from timm_res2net.vision.validate import LabeledImages, decided_classes, labeled_images, validate
 
 
 def write_images(folder: Path, names: list[str]) -> None:
@@ -25,7 +25,7 @@ def write_images(folder: Path, names: list[str]) -> None:
 def test_validate_finds_the_accuracy_of_digits_in_the_weights_table() -> None:
     model = timm.create_model('test_res2net.digits', pretrained=True).eval()
     pixels, classes = split()['val']
-    held_out: Any = LabelledImages(files=list(pixels), classes=classes.tolist())
+    held_out: Any = LabeledImages(files=list(pixels), classes=classes.tolist())
     found = validate(model, held_out, batch_size=64, read=lambda image: Image.fromarray(image).convert('RGB'))
     assert (found.images, round(found.top1, 3), found.unread) == (599, WEIGHTS['test_res2net.digits'].top1, [])
 
@@ -34,7 +34,7 @@ def test_validate_counts_top1_top5_confusion_and_failures_of_a_known_case(tmp_pa
     write_images(tmp_path, ['class 0/a.png', 'class 1/a.png', 'class 1/b.png', 'class 5/a.png'])
     (tmp_path / 'class 1' / 'broken.png').write_bytes(b'no image')
     model = constant([5, 4, 3, 2, 1, 0])
-    found = validate(model, labelled_images(tmp_path, decided_classes(model)))
+    found = validate(model, labeled_images(tmp_path, decided_classes(model)))
     assert (found.images, found.top1, found.top5) == (4, 25, 75)
     assert found.confusion[:, 0].tolist() == [1, 2, 0, 0, 0, 1]
     assert found.confusion[:, 1:].sum() == 0
@@ -49,7 +49,7 @@ def test_folders_that_sort_differently_follow_the_given_order_or_log_the_default
     order: str | None, classes: list[int], warnings: int, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     write_images(tmp_path, ['1/a.png', '2/b.png', '10/c.png', '.hidden/d.png'])
-    found = labelled_images(tmp_path, ['cat', 'dog', 'fox'], class_order=order)
+    found = labeled_images(tmp_path, ['cat', 'dog', 'fox'], class_order=order)
     assert [found.classes[found.files.index(tmp_path / name)] for name in ('1/a.png', '10/c.png', '2/b.png')] == classes
     assert len(caplog.records) == warnings
     assert all("natural order ('2' before '10')" in message for message in caplog.messages)
@@ -58,9 +58,9 @@ def test_folders_that_sort_differently_follow_the_given_order_or_log_the_default
 def test_synset_folders_are_classes_of_imagenet(tmp_path: Path) -> None:
     write_images(tmp_path, ['n02102040/b.png', 'n01440764/a.png'])
     names = [f'class {i}' for i in range(1000)]
-    assert labelled_images(tmp_path, names).classes == [0, 217]
+    assert labeled_images(tmp_path, names).classes == [0, 217]
     (tmp_path / 'truth.txt').write_text('n01440764/a.png n02102040\n')
-    assert labelled_images(tmp_path, names, tmp_path / 'truth.txt').classes == [217]
+    assert labeled_images(tmp_path, names, tmp_path / 'truth.txt').classes == [217]
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_validate_one_logit_decides_between_two_folders_at_one_half(
     for logit, predicted in ((0.1, [0, 2]), (-0.1, [2, 0])):
         model = constant([logit])
         model.pretrained_cfg['label_names'] = labels
-        images = labelled_images(tmp_path, decided_classes(model))
+        images = labeled_images(tmp_path, decided_classes(model))
         assert images.classes == classes
         found = validate(model, images)
         assert (found.top1, found.confusion.sum(dim=0).tolist()) == (50, predicted)
@@ -84,7 +84,7 @@ def test_truth_file_may_have_spaces_in_paths_and_names_or_numbers_of_classes(tmp
     write_images(tmp_path, ['my.png', 'my.png cat.png', 'deep/b.png'])
     lines = 'my.png cat.png tabby cat', '', 'my.png cat.png  0', 'my.png dog', 'none.png tabby cat', 'deep/b.png 1'
     (tmp_path / 'labels.txt').write_text('\n'.join(lines))
-    found = labelled_images(tmp_path, ['dog', 'tabby cat'], tmp_path / 'labels.txt')
+    found = labeled_images(tmp_path, ['dog', 'tabby cat'], tmp_path / 'labels.txt')
     assert [file.name for file in found.files] == ['my.png cat.png', 'my.png cat.png', 'my.png', 'none.png', 'b.png']
     assert found.classes == [1, 0, 0, 1, 1]
 
@@ -111,20 +111,20 @@ def test_images_that_do_not_match_the_classes_raise_with_reason(
     if truth is not None:
         (tmp_path / 'truth.txt').write_bytes(truth)
     with pytest.raises(ValueError, match=message):
-        labelled_images(tmp_path / 'data', ['cat', 'dog'], truth and tmp_path / 'truth.txt')
+        labeled_images(tmp_path / 'data', ['cat', 'dog'], truth and tmp_path / 'truth.txt')
 
 
 def test_name_shared_by_two_classes_is_refused_but_their_numbers_are_not(tmp_path: Path) -> None:
     names = ['crane', 'dog', 'crane']  # as in ImageNet, the bird and the machine
     write_images(tmp_path / 'data', ['crane/x.png', 'dog/y.png'])
     with pytest.raises(ValueError, match=r"'crane' is not the name of exactly one"):
-        labelled_images(tmp_path / 'data', names)
+        labeled_images(tmp_path / 'data', names)
     truth = tmp_path / 'truth.txt'
     truth.write_text('crane/x.png crane\n')
     with pytest.raises(ValueError, match=r"line 1 of .*: 'crane', the class of crane/x\.png, is not"):
-        labelled_images(tmp_path / 'data', names, truth)
+        labeled_images(tmp_path / 'data', names, truth)
     truth.write_text('crane/x.png 0\ndog/y.png dog\n')
-    assert labelled_images(tmp_path / 'data', names, truth).classes == [0, 1]
+    assert labeled_images(tmp_path / 'data', names, truth).classes == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_name_shared_by_two_classes_is_refused_but_their_numbers_are_not(tmp_pat
 def test_validate_without_any_result_raises(scores: list[float], name: str, message: str, tmp_path: Path) -> None:
     write_images(tmp_path, ['a.png'])
     with pytest.raises(ValueError, match=message):
-        validate(constant(scores), LabelledImages([tmp_path / name], classes=[0]))
+        validate(constant(scores), LabeledImages([tmp_path / name], classes=[0]))
 
 
 def test_classify_runs_a_model_without_splits_unchanged() -> None:

@@ -14,7 +14,7 @@ import timm
 import torch
 from formats import save_checkpoint, under
 from safetensors.torch import save_file
-from support import TINY, TRUNKS, assert_computes, built, randomise, slow_but, small, tiny
+from support import TINY, TRUNKS, assert_computes, built, randomize, slow_but, small, tiny
 from torch import Tensor, nn
 
 from timm_res2net import CheckpointError, export_checkpoint, fuse, load_checkpoint
@@ -317,7 +317,7 @@ def test_network_compiled_in_parts_loads_and_saves_without_compile_prefixes(tmp_
     compiled = compile(parts)
     torch.save(compiled.state_dict(), tmp_path / 'compiled.pth')
     torch.testing.assert_close(load_model(tmp_path / 'compiled.pth').state_dict(), model.state_dict())
-    torch.save(randomise(model).state_dict(), tmp_path / 'plain.pth')
+    torch.save(randomize(model).state_dict(), tmp_path / 'plain.pth')
     load_checkpoint(compiled, tmp_path / 'plain.pth')
     torch.testing.assert_close([*compiled.state_dict().values()], [*model.state_dict().values()], rtol=0, atol=0)
     torch.save({**compiled.state_dict(), **model.state_dict()}, tmp_path / 'both.pth')

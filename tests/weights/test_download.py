@@ -13,7 +13,7 @@ import timm
 import torch
 from hub_server import Fault, Hub
 from safetensors.torch import save, save_file
-from support import TINY, randomise, tiny
+from support import TINY, randomize, tiny
 from torch import nn
 
 from timm_res2net import CheckpointError, export_checkpoint
@@ -128,7 +128,7 @@ def test_create_model_pretrained_paddleclas_downloads_once_then_uses_cache(serve
     name = 'res2net200_vd_26w_4s.ssld_in1k'
     arch, args = name.split('.')[0], dict(layers=(1, 1, 1, 1), channels=(32, 32, 32, 64), base_width=32)
     torch.manual_seed(0)
-    expected = randomise(timm.create_model(arch, num_classes=5, **args)).eval()
+    expected = randomize(timm.create_model(arch, num_classes=5, **args)).eval()
     export_checkpoint(expected, tmp_path / 'file', 'paddleclas')
     overlay = serve_file(server, FOREIGN[name], (tmp_path / 'file').read_bytes())
     options = dict(pretrained=True, cache_dir=tmp_path / 'cache', pretrained_cfg_overlay={**overlay, 'num_classes': 5})

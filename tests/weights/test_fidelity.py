@@ -13,7 +13,7 @@ import pytest
 import timm
 import torch
 from formats import save_checkpoint, under
-from support import TINY, TRUNKS, randomise, slow_but, small, tiny
+from support import TINY, TRUNKS, randomize, slow_but, small, tiny
 from timm.models import save_for_hf
 from torch import Tensor, nn
 
@@ -330,7 +330,7 @@ def random_model(seed: int) -> tuple[nn.Module, str, dict[str, Any]]:
     args = {**(TINY if name == 'test_res2net' else small(name)), **args}
     torch.manual_seed(seed)
     try:
-        model = randomise(timm.create_model(name, **args)).eval()
+        model = randomize(timm.create_model(name, **args)).eval()
     except (TypeError, RuntimeError, AssertionError, ZeroDivisionError) as error:
         raise ValueError(str(error)) from error
     for each, parameter in model.named_parameters():

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from ..vision.figures import plot_confusion, require_drawable
 from ..vision.predict import is_exported
-from ..vision.validate import decided_classes, labelled_images, validate
+from ..vision.validate import decided_classes, labeled_images, validate
 from .options import CLASSIFYING, add_options, add_weights
 from .output import print, print_json, print_table, report_left_out
 from .sources import PHOTO, image_reader, make_classifier, read_weights
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         )
         name = str(path or default)
         names = decided_classes(model)
-        images = labelled_images(args.folder, names, args.truth, args.class_order)
+        images = labeled_images(args.folder, names, args.truth, args.class_order)
         bar = partial(tqdm, total=len(images.files), desc=name, unit='image', disable=None, leave=False)
         found = validate(model, images, args.batch_size, bar, image_reader(args))
         rows.append((name, str(found.images), f'{found.top1:.2f} %', f'{found.top5:.2f} %'))

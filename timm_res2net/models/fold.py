@@ -36,7 +36,7 @@ def fold_norm(conv: nn.Module | None, norm: nn.Module) -> nn.Module:
         return norm
     if norm.running_mean is None or norm.running_var is None:
         return norm
-    if 'weight' not in dict(conv.named_parameters(recurse=False)):  # pruned or normalised: recomputed at each call
+    if 'weight' not in dict(conv.named_parameters(recurse=False)):  # pruned or normalized: recomputed at each call
         return norm
     if not isinstance(getattr(norm, 'act', None), nn.Identity | None):  # timm has norms that include an activation
         return norm

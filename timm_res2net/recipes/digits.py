@@ -3,7 +3,7 @@
     python -m timm_res2net.recipes.digits data/digits
 
 The data are the test part of `Optical Recognition of Handwritten Digits` (CC BY 4.0,
-https://archive.ics.uci.edu/dataset/80): 1797 images of 8x8 pixels with 17 grey levels, light strokes on a dark
+https://archive.ics.uci.edu/dataset/80): 1797 images of 8x8 pixels with 17 gray levels, light strokes on a dark
 background. A third of each class is held out.
 """
 

@@ -31,7 +31,7 @@ class MaskedImages(Dataset[dict[str, Any]]):
     """The images and masks of one part of a data set, optionally augmented.
 
     `classes` is the number of labels, including the background. Binary masks have a `threshold` instead: pixels of at
-    least this grey level (0..255) are foreground. An item has `image` (3, H, W) in 0..1, `mask` (H, W) of labels, and
+    least this gray level (0..255) are foreground. An item has `image` (3, H, W) in 0..1, `mask` (H, W) of labels, and
     its `index`.
 
     Raises ValueError if the part is missing or an image has no mask.

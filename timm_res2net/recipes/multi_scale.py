@@ -44,7 +44,7 @@ MAGNIFICATIONS = {'train': SEEN, 'val': SEEN, 'unseen': ((0.36, 0.5), (3.0, 3.4)
 COUNTS = {'train': 10_000, 'val': 2_000, 'unseen': 2_000}  # canvases in each part
 COVERED = 0.1  # largest part of an item that another one may cover
 TRIES = 20  # attempts to place an item
-EMPTY = 15  # highest grey level of Fashion-MNIST's background, which has JPEG artefacts around the items
+EMPTY = 15  # highest gray level of Fashion-MNIST's background, which has JPEG artefacts around the items
 
 PHOTOGRAPHS = (
     'astronaut.png', 'brick.png', 'camera.png', 'cell.png', 'chelsea.png', 'coffee.png', 'coins.png', 'grass.png',
@@ -82,7 +82,7 @@ def whole_photographs(mode: str) -> Iterator[Image.Image]:
 
 
 def photographs(train: bool) -> list[Image.Image]:
-    """Returns the left two thirds of each photograph for training, else the right third, in grey."""
+    """Returns the left two thirds of each photograph for training, else the right third, in gray."""
     parts = []
     for photograph in whole_photographs('L'):
         cut = photograph.width * 2 // 3
@@ -105,12 +105,12 @@ def draw_canvases(folder: Path, part: str, count: int, items: tuple[int, int] = 
         wanted = int(rng.integers(items[0], items[1] + 1))
         for size in sorted((random_size(rng, ranges) for _ in range(wanted)), reverse=True):  # small ones fill gaps
             item = int(rng.integers(len(images)))
-            grey, silhouette = magnify(images[item], size)
+            gray, silhouette = magnify(images[item], size)
             while not silhouette.any() and size < ITEM:  # thin items vanish when shrunk
                 size += 1
-                grey, silhouette = magnify(images[item], size)
+                gray, silhouette = magnify(images[item], size)
             if silhouette.any() and (place := find_place(rng, silhouette, canvas.masks)):
-                pixels[place][silhouette] = grey[silhouette]
+                pixels[place][silhouette] = gray[silhouette]
                 mask = np.zeros((SIDE, SIDE), bool)
                 mask[place] = silhouette
                 for covered in canvas.masks:
@@ -139,9 +139,9 @@ def random_size(rng: np.random.Generator, ranges: Sequence[tuple[float, float]])
 
 def magnify(item: Bytes, size: int) -> tuple[Bytes, NDArray[np.bool_]]:
     """Resizes an item, and returns it with its silhouette, both (size, size)."""
-    grey = Image.fromarray(item).resize((size, size), Image.Resampling.BILINEAR)
+    gray = Image.fromarray(item).resize((size, size), Image.Resampling.BILINEAR)
     silhouette = Image.fromarray((item > EMPTY).astype(np.uint8) * 255).resize((size, size), Image.Resampling.BILINEAR)
-    return np.asarray(grey), np.asarray(silhouette) > 127
+    return np.asarray(gray), np.asarray(silhouette) > 127
 
 
 def find_place(

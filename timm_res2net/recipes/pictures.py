@@ -1,4 +1,4 @@
-"""Draws images with their truth and predictions on a grid of equal cells, with a colour for each class."""
+"""Draws images with their truth and predictions on a grid of equal cells, with a color for each class."""
 
 import colorsys
 from collections.abc import Sequence
@@ -25,7 +25,7 @@ class Panel:
 
 
 def color_of(label: int) -> tuple[float, float, float]:
-    """Returns the colour of a label. Hues are a golden ratio apart, so that classes look different."""
+    """Returns the color of a label. Hues are a golden ratio apart, so that classes look different."""
     if label == 0:
         return 0.0, 0.0, 0.0
     if label == IGNORED:

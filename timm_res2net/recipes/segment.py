@@ -130,7 +130,7 @@ def train(options: Namespace, args: Any) -> None:
 
 @torch.no_grad()
 def predict(files: list[Path], options: Namespace, args: Any) -> None:
-    """Writes a PNG for each new image to predictions/: probabilities as grey levels if binary, else coloured labels."""
+    """Writes a PNG for each new image to predictions/: probabilities as gray levels if binary, else colored labels."""
     run, model = training.read_run(args.output_dir), load_segmenter(args.output_dir).to(args.device)
     out = make_folder(Path(args.output_dir, 'predictions'))
     for file in files:
@@ -144,7 +144,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Trains a segmenter, or segments new images with a trained one."""
     parser = training.make_parser(__doc__, metric='mIoU')
     parser.add_argument('--classes', type=int, help='number of labels in the masks, including the background')
-    parser.add_argument('--binary', action='store_true', help='masks are grey images, see --threshold')
+    parser.add_argument('--binary', action='store_true', help='masks are gray images, see --threshold')
     parser.add_argument(
         '--threshold', type=int, default=128, help='with --binary: lowest level of the foreground (0..255)'
     )

@@ -24,7 +24,7 @@ CLASS_ORDERS: dict[str, Callable[[str], Any]] = {'natural': natural_key, 'lexico
 
 
 @dataclass
-class LabelledImages(Found):
+class LabeledImages(Found):
     """Image files and their classes."""
 
     classes: list[int] = field(default_factory=list)  # one per file
@@ -63,9 +63,9 @@ def sort_classes(names: Iterable[str], order: str | None = None) -> list[str]:
     return lexicographic if order == 'lexicographic' else natural
 
 
-def labelled_images(
+def labeled_images(
     folder: PathLike, names: Sequence[str], truth: PathLike | None = None, class_order: str | None = None
-) -> LabelledImages:
+) -> LabeledImages:
     """Finds images and their classes; ValueError if there are none, or a class is unknown.
 
     Args:
@@ -96,7 +96,7 @@ def labelled_images(
     found = find_images(str(root / name) for name in sorted(folders, key=natural_key))
     if not found.files:
         raise ValueError(f'no images in the subfolders of {root}. If it has no folders, list images with --truth')
-    return LabelledImages(**vars(found), classes=[index[file.relative_to(root).parts[0]] for file in found.files])
+    return LabeledImages(**vars(found), classes=[index[file.relative_to(root).parts[0]] for file in found.files])
 
 
 def class_numbers(names: Sequence[str]) -> dict[str, int]:
@@ -110,9 +110,9 @@ def class_numbers(names: Sequence[str]) -> dict[str, int]:
     return {name: i for each in (synsets, names) for i, name in enumerate(each) if counts[name] < 2}
 
 
-def images_in_list(root: Path, truth: PathLike, index: dict[str, int], count: int) -> LabelledImages:
-    """Finds the images and classes that the file `truth` of `labelled_images` lists."""
-    images = LabelledImages()
+def images_in_list(root: Path, truth: PathLike, index: dict[str, int], count: int) -> LabeledImages:
+    """Finds the images and classes that the file `truth` of `labeled_images` lists."""
+    images = LabeledImages()
     for number, line in enumerate(read_text(truth).splitlines(), 1):
         if not line.strip():
             continue
@@ -143,7 +143,7 @@ def split_line(line: str, root: Path) -> tuple[str, str]:
 
 def validate(
     model: nn.Module,
-    images: LabelledImages,
+    images: LabeledImages,
     batch_size: int = 16,
     progress: Callable[[Iterable[Any]], Iterable[Any]] = iter,
     read: Callable[[PathLike], Image.Image] = read_image,
