@@ -200,7 +200,15 @@ def test_export_with_a_wrong_output_is_discarded(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_two_exports_to_one_name_leave_the_files_of_the_first(tmp_path: Path) -> None:
+def test_two_exports_to_one_name_leave_the_files_of_the_first_whose_bin_appears_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def replace_and_record(source: Path, target: Path) -> None:
+        moved.append(target.name)
+        source.rename(target)
+
+    moved: list[str] = []
+    monkeypatch.setattr('os.replace', replace_and_record)
     for i in range(2):
         (tmp_path / str(i)).mkdir()
         for part in ('net.xml', 'net.bin'):
@@ -208,6 +216,7 @@ def test_two_exports_to_one_name_leave_the_files_of_the_first(tmp_path: Path) ->
     publish(tmp_path / '0', tmp_path / 'net.xml')
     with pytest.raises(ValueError, match=r'net\.xml.: it already exists'):
         publish(tmp_path / '1', tmp_path / 'net.xml')
+    assert moved == ['net.bin', 'net.xml']
     contents = {part.name: part.read_text() for part in tmp_path.glob('net.*')}
     assert contents == {'net.xml': 'net.xml of 0', 'net.bin': 'net.bin of 0'}
 
