@@ -14,9 +14,11 @@ from support import tiny
 from torch import nn
 
 from timm_res2net import CheckpointError, load_exported
+from timm_res2net._images import bundled_digits
 from timm_res2net.deploy.backends import BACKENDS
 from timm_res2net.deploy.export import describe
 from timm_res2net.deploy.exported import ExportedModel, parse_record
+from timm_res2net.vision.predict import predict
 
 pytestmark = pytest.mark.filterwarnings('ignore')  # torch.export warns about its own internals
 
@@ -91,6 +93,15 @@ def test_error_for_an_invalid_value_in_a_record_names_its_key(
 def test_record_that_is_not_a_mapping_is_refused(wrong: str) -> None:
     with pytest.raises((ValueError, RecursionError)):
         parse_record(wrong)
+
+
+def test_images_that_do_not_fill_a_fixed_batch_are_classified(record: dict[str, Any]) -> None:
+    record['input'][0] = 4
+    model: Any = ExportedModel(Path('net.onnx'), lambda x: [x.mean(dim=(2, 3)) @ torch.eye(3, 4)], record)
+    images = [image for image, _ in bundled_digits()[:6]]
+    found = [*predict(model.eval(), images, read=lambda image: image, topk=1)]
+    record['input'][0] = 1
+    assert found == [*predict(model, images, read=lambda image: image, topk=1)]
 
 
 def test_unknown_keys_of_a_record_do_not_reach_the_configuration(record: dict[str, Any]) -> None:
