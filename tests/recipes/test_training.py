@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from support import torchrun
 from torch import nn
 from torch._utils import ExceptionWrapper
+from transformers import TrainingArguments
 
 from timm_res2net import load_model
 from timm_res2net.models.block import spec_of
@@ -26,7 +27,7 @@ from timm_res2net.recipes.arguments import make_parser, report_errors
 from timm_res2net.recipes.coco import CocoImages, read_image
 from timm_res2net.recipes.detect import create_backbone, load_detector
 from timm_res2net.recipes.metrics import AREAS, compute_precision, pack_detections
-from timm_res2net.recipes.training import MarkComplete, find_checkpoint, prepare_backbone
+from timm_res2net.recipes.training import MarkComplete, RecipeTrainer, find_checkpoint, prepare_backbone
 
 TINY = [
     *('--backbone', 'test_res2net', '--use-cpu', '--disable-tqdm', 'true', '--per-device-train-batch-size', '8'),
@@ -218,6 +219,14 @@ def test_best_model_records_the_function_of_its_backbone(finished: Path) -> None
     assert spec_of(backbone) == NetworkSpec(first_block='paddle')
     trained = load_detector(finished).backbone.body.state_dict()
     assert all(torch.equal(value, trained[name]) for name, value in backbone.state_dict().items())
+
+
+def test_evaluation_keeps_the_last_batch_although_training_drops_it(simple_set: Path, tmp_path: Path) -> None:
+    sizes: Any = dict(per_device_train_batch_size=5, per_device_eval_batch_size=5, dataloader_drop_last=True)
+    dataset, args = CocoImages(simple_set, 'train'), TrainingArguments(str(tmp_path), use_cpu=True, **sizes)
+    trainer = RecipeTrainer(len, len, model=nn.Linear(1, 1), args=args, train_dataset=dataset, eval_dataset=dataset)
+    assert len(trainer.get_train_dataloader()) == 6
+    assert [len(batch['index']) for batch in trainer.get_eval_dataloader()] == [5] * 6 + [2]
 
 
 def backbone_options(**changed: Any) -> Namespace:
