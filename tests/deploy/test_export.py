@@ -1,5 +1,6 @@
 """Exported files are verified before they appear; an export that fails raises one clear error and writes nothing."""
 
+import copy
 import hashlib
 import sys
 from collections.abc import Callable
@@ -32,8 +33,8 @@ FEW: dict[str, Any] = dict(layers=(1, 1, 1, 1), scale=2)  # few operators to exp
 
 
 def test_export_torch_file_computes_what_the_model_does_at_any_batch_size(tmp_path: Path) -> None:
-    model = tiny('mmdet', style='caffe', strides=(1, 2, 2, 1), dilations=(1, 1, 1, 2))
-    done = export(model, tmp_path / 'net.pt2', **SIZE)
+    model = tiny('mmdet', style='caffe', strides=(1, 2, 2, 1), dilations=(1, 1, 1, 2)).bfloat16().float()
+    done = export(copy.deepcopy(model).bfloat16(), tmp_path / 'net.pt2', **SIZE)
     assert (done.path, done.bytes) == ('fused, torch, float32', (tmp_path / 'net.pt2').stat().st_size)
     assert (done.agreement, done.images) == (1, 3)
     assert done.largest_difference < 1e-5

@@ -1,5 +1,6 @@
 """Optimized models compute the same, and refuse images for which they would return wrong outputs."""
 
+import copy
 import logging
 import sys
 from collections.abc import Callable, Iterator
@@ -51,6 +52,8 @@ def test_optimize_bfloat16_returns_dtype_of_input(images: Tensor) -> None:
     assert optimized(images.bfloat16()).dtype == torch.bfloat16
     assert_same(optimized, model, images, tolerance=5e-2)
     assert next(model.parameters()).dtype == torch.float32
+    halved = optimize(copy.deepcopy(model).bfloat16(), images, dtype=torch.float32, compile=False)
+    assert_same(halved, copy.deepcopy(model).bfloat16().float(), images)
 
 
 def test_optimize_features_only_keeps_features_and_their_names(images: Tensor) -> None:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -67,6 +68,14 @@ def test_openvino_model_is_compiled_for_the_first_shape_and_once_for_all_others(
     for batch in (2, 1, 5, 2, 3):
         assert len(optimized(torch.randn(batch, 3, 32, 32))) == batch
     assert shapes == ['[2,3,32,32]', '[?,3,32,32]']
+
+
+def test_openvino_model_called_from_two_threads_keeps_their_images_apart() -> None:
+    optimized = optimize(tiny(), torch.randn(1, 3, 64, 64), backend='openvino')
+    images = torch.randn(200, 3, 64, 64).split(1)
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(optimized, images))
+    torch.testing.assert_close(found, [optimized(image) for image in images])
 
 
 def test_openvino_models_freed_in_any_order_leave_a_process_that_survives_signals() -> None:

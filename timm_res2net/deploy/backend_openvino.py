@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -108,17 +109,19 @@ def compile_openvino(model: Any, precision: str) -> Run:
         'INFERENCE_NUM_THREADS': torch.get_num_threads(),
     }
     compiled: dict[tuple[int, ...] | None, Callable[..., Any]] = {}
+    lock = Lock()  # calls from two threads would exchange their inputs
 
     def run(images: Tensor) -> list[Tensor]:
-        shape = images.shape if not compiled or images.shape in compiled else None
-        if shape not in compiled:
-            fixed = model.clone()
-            if shape is not None:
-                fixed.reshape(shape)
-            with ThreadPoolExecutor(1) as thread:
-                compiled[shape] = thread.submit(openvino.Core().compile_model, fixed, 'CPU', hints).result()
-        results = compiled[shape](images.numpy(), share_inputs=True)
-        return [torch.from_numpy(results[i]) for i in range(len(results))]
+        with lock:
+            shape = images.shape if not compiled or images.shape in compiled else None
+            if shape not in compiled:
+                fixed = model.clone()
+                if shape is not None:
+                    fixed.reshape(shape)
+                with ThreadPoolExecutor(1) as thread:
+                    compiled[shape] = thread.submit(openvino.Core().compile_model, fixed, 'CPU', hints).result()
+            results = compiled[shape](images.numpy(), share_inputs=True)
+            return [torch.from_numpy(results[i]) for i in range(len(results))]
 
     return run
 

@@ -1,5 +1,6 @@
 """Exports a model to a small file that runs without this package, and verifies the file before it appears."""
 
+import copy
 import hashlib
 import json
 import logging
@@ -106,7 +107,7 @@ def export(
         raise ValueError('cannot export an optimized or exported model. Export the original model.')
     model = unwrap_model(model)
     require_finite_weights(model)
-    fused = fuse(model)
+    fused = fuse(copy.deepcopy(model).cpu().float())  # folding norms in half precision would lose accuracy
     record = describe(model, backend, precision, batch, size, dynamic_size)
     record = parse_record(json.dumps(record))  # checks it as when the file is loaded
     shape = record['pretrained_cfg']['input_size']

@@ -1,5 +1,6 @@
 """Optimizes models for inference: fuses them, and compiles them with torch or OpenVINO."""
 
+import copy
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -65,8 +66,8 @@ def optimize(
     require_floating_point(example_input)
     if backend not in (None, 'openvino'):
         raise ValueError(f"unknown backend={backend!r}. Choose 'openvino', or None for torch.")
-    fused = fuse(model)
-    dtype = dtype or next(fused.parameters()).dtype
+    fused = fuse(copy.deepcopy(model).float())  # folding norms in half precision would lose accuracy
+    dtype = dtype or next(model.parameters()).dtype
     if dtype not in DTYPES:
         raise ValueError(f'unsupported dtype={dtype}. Choose from {", ".join(map(str, DTYPES))}.')
     optimized: Optimized | OptimizedByOpenVINO
@@ -76,7 +77,7 @@ def optimize(
         if example_input.device.type != 'cpu':
             raise ValueError(f'OpenVINO and torch.int8 run on the CPU, but example_input is on {example_input.device}')
         with requires_extra('running with OpenVINO'):
-            optimized = OptimizedByOpenVINO(fused.float(), example_input.float(), dtype)
+            optimized = OptimizedByOpenVINO(fused, example_input.float(), dtype)
     else:
         optimized = Optimized(fused.to(dtype).to(memory_format=torch.channels_last), dtype)
         run_example(optimized, example_input)  # so that a wrong example is not blamed on the compiler
