@@ -21,21 +21,24 @@ def exact(name: str, output_stride: int) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ('name', 'output_stride', 'first_block'),
+    ('name', 'output_stride', 'arguments'),
     [
-        ('res2net50_26w_4s', 8, 'official'),
-        ('res2net50d', 8, 'paddle'),
-        ('res2net50d', 16, 'mmdet'),
-        ('dla60_res2net', 8, 'paddle'),
-        ('blres2net50_26w_4s', 16, 'paddle'),
-        ('res2next29_6c_24w_4s', 1, 'group'),
+        ('res2net50_26w_4s', 8, {}),
+        ('res2net50_26w_4s', 8, dict(first_block='mmdet', style='caffe')),
+        ('res2net50d', 8, dict(first_block='paddle')),
+        ('res2net50d', 16, dict(first_block='mmdet')),
+        ('res2net50d', 16, dict(style='caffe')),
+        ('dla60_res2net', 8, dict(first_block='paddle')),
+        ('blres2net50_26w_4s', 16, dict(first_block='paddle')),
+        ('res2next29_6c_24w_4s', 1, {}),
     ],
+    ids=str,
 )
 def test_dilated_network_computes_the_undilated_one_on_a_denser_grid(
-    name: str, output_stride: int, first_block: str
+    name: str, output_stride: int, arguments: dict[str, Any]
 ) -> None:
     torch.manual_seed(0)
-    options = dict(first_block=first_block, dtype=torch.float64, **small(name))
+    options = dict(dtype=torch.float64, **arguments, **small(name))
     plain = randomize(timm.create_model(name, **options)).eval()
     dilated = timm.create_model(name, **options, **exact(name, output_stride)).eval()
     dilated.load_state_dict(plain.state_dict())

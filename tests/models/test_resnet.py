@@ -35,6 +35,8 @@ def test_resnet_explicit_geometry_dilates_first_blocks_and_pools_by_strides() ->
     shortcuts = [type(stage[0].downsample[0]).__name__ for stage in stages]
     assert shortcuts == ['Identity', 'AvgPool2d', 'Identity', 'AvgPool2d']
     assert [info['reduction'] for info in model.feature_info] == [2, 4, 8, 8, 16]
+    after_dilation = Res2Net(dilations=(1, 2, 1, 1), dilate_first=False, first_block='mmdet', **SHALLOW)
+    assert after_dilation.layer3[0].pool.stride == 2
 
 
 def test_resnet_explicit_geometry_keeps_shortcuts_between_equal_channels() -> None:

@@ -94,7 +94,7 @@ class Bottle2neck(Foldable):
         first_dilation = first_dilation or dilation
         splits = LATER_BLOCK
         if first:  # its kind depends on the stride that the 3x3 convolutions had in training; dilation may replace it
-            trained_stride = 1 if style == 'caffe' else stride * dilation // first_dilation
+            trained_stride = 1 if style == 'caffe' else max(stride, stride * dilation // first_dilation)
             at_stride_1, at_stride_2 = FIRST_BLOCKS[first_block]
             splits = at_stride_1 if trained_stride == 1 else at_stride_2
         num_convs = scale if splits.last == 'convolved' else max(1, scale - 1)

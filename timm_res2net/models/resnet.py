@@ -162,6 +162,8 @@ class Res2Net(Trunk):
             shortcut = None
             if grid.stride > 1 or inplanes != outplanes or not default_grid:
                 shortcut = make_shortcut(opts, inplanes, outplanes, grid, down_kernel_size, avg_down, dilate_pool)
+            if style == 'caffe' and default_grid:  # its 3x3 convolutions follow the stride that dilation replaces
+                grid = grid._replace(first_dilation=grid.dilations[0])
             block = opts.block(style=style, deformable=spec.deformable[i], dilate_pool=dilate_pool)
             stages.append(make_stage(block, inplanes, planes, grid, shortcut))
             inplanes = outplanes
