@@ -218,9 +218,13 @@ def test_features_need_all_tensors_of_the_backbone_unless_pretrained_strict_is_f
     torch.testing.assert_close(model(images), expected, rtol=0, atol=0)
     with pytest.raises(RuntimeError, match=r'Missing key.* "fc\.weight", "fc\.bias"'):
         timm.create_model('test_res2net', **options)
+    with pytest.raises(RuntimeError, match=r"Missing key.* 'layer1\.0\.se\.fc1\.bias'"):
+        timm.create_model('test_res2net', attn_layer='se', num_classes=2, **options)
+    with pytest.raises(RuntimeError, match=r"Unexpected key.* 'layer2\.1\.bn1\.bias'"):
+        timm.create_model('test_res2net', num_classes=2, **options | dict(layers=(1, 1, 1, 1)))
     del state['layer4.0.conv1.weight']
     save_file(state, tmp_path / 'backbone.safetensors')
-    with pytest.raises(RuntimeError, match=r'Missing key.* "layer4\.0\.conv1\.weight"\.'):
+    with pytest.raises(RuntimeError, match=r"Missing key.* 'layer4\.0\.conv1\.weight'"):
         timm.create_model('test_res2net', features_only=True, **options)
     timm.create_model('test_res2net', features_only=True, pretrained_strict=False, **options)
 

@@ -7,6 +7,7 @@ names a module after the file that registers it, so `timm.list_models(module='re
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from torch import Tensor, nn
 
 from .hub.pull import fetch_file
 from .models.cifar import Res2NetCifar
+from .models.classifier import registered_cfg
 from .models.recompute import FeatureDict, FeatureGetter, FeatureHook, FeatureList
 from .models.resnet import Res2Net
 from .models.spec import NetworkSpec
@@ -37,6 +39,7 @@ from .weights.loading import adapt_state_dict, require_no_overflow, require_same
 __all__ = ['register', 'unregister']  # register_model adds the models
 
 GEOMETRY = 'style', 'strides', 'dilations', 'dilate_first', 'deformable', 'stem_ceil_mode'  # of Res2Net only
+source_of = attrgetter('url', 'file', 'hf_hub_id', 'state_dict')  # of timm's configuration
 FEATURE_CLASSES = {'list': FeatureList, 'dict': FeatureDict, 'hook': FeatureHook, 'getter': FeatureGetter}
 
 with_weights = {name.split('.')[0] for name in WEIGHTS}
@@ -74,13 +77,13 @@ def create(name: str, pretrained: bool = False, block_args: dict[str, Any] | Non
     # timm loads the checkpoint's tensors, and adapts them to other channels and classes.
     source = {**cfg.to_dict(), 'source': '', 'custom_load': False, 'state_dict': dict(checkpoint.state)}
     kwargs.update(pretrained_cfg=PretrainedCfg(**source), pretrained_cfg_overlay=None)
-    is_strict_backbone = kwargs.get('features_only') and kwargs.get('pretrained_strict', True)
-    options['pretrained_filter_fn'] = require_backbone if is_strict_backbone else None
+    options['pretrained_filter_fn'] = require_backbone if kwargs.get('pretrained_strict', True) else None
     model: Any = build_model_with_cfg(arch.trunk, name, True, **options, **{**arch.args, **kwargs})
     require_same_spec(model, checkpoint)
     require_no_overflow(model, checkpoint.file)
     model.pretrained_cfg.update(source=cfg.source, custom_load=cfg.custom_load)
-    del model.pretrained_cfg['state_dict']
+    for each in (model, getattr(model, 'model', model)):  # timm's FeatureGetterNet copies the configuration
+        each.pretrained_cfg.pop('state_dict', None)
     return model
 
 
@@ -114,8 +117,9 @@ def require_features(name: str, out_indices: int | Sequence[int] | None, count: 
 
 def require_published_spec(arch: Arch, cfg: PretrainedCfg, kwargs: dict[str, Any]) -> NetworkSpec | None:
     """Returns the spec of published weights, None for others; ValueError if the model would compute something else."""
-    overlay = kwargs.get('pretrained_cfg_overlay') or {}
-    if overlay.keys() & {'url', 'file', 'hf_hub_id', 'state_dict'}:
+    names = [key for key in (*WEIGHTS, *ARCHS) if key.partition('.')[0] == cfg.architecture]
+    is_published = source_of(cfg) in [source_of(registered_cfg(key)) for key in names]
+    if not is_published and cfg.source not in ('hf-hub', 'local-dir'):
         return None
     saved = kwargs.get('pretrained_model_args') or {}
     published, wanted = (NetworkSpec.from_arguments({**arch.args, **args}) for args in (saved, kwargs))
@@ -152,13 +156,15 @@ def read_weights(cfg: PretrainedCfg, cache_dir: str | Path | None) -> Checkpoint
 
 
 def require_backbone(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """timm's `pretrained_filter_fn` for feature extractors: RuntimeError if tensors of the backbone are missing.
+    """timm's `pretrained_filter_fn`: RuntimeError if the tensors of the backbone are not those of the model.
 
-    timm itself ignores missing tensors when it removes the classifier.
+    timm itself ignores differences when it replaces or removes the classifier.
     """
-    missing = [f'"{name}"' for name in model.state_dict() if name not in state and not name.startswith('fc.')]
-    if missing:
-        raise RuntimeError(f'Missing key(s) in state_dict: {", ".join(missing)}.')
+    wanted = model.state_dict()
+    differing = {'Missing': wanted.keys() - state.keys(), 'Unexpected': state.keys() - wanted.keys()}
+    for kind, names in differing.items():
+        if others := sorted(name for name in names if not name.startswith('fc.')):
+            raise RuntimeError(f'{kind} key(s) in state_dict: {", ".join(map(repr, others))}')
     return state
 
 

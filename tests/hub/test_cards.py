@@ -107,6 +107,12 @@ def test_card_contains_the_given_facts() -> None:
     assert str(ModelCard(text)) == text
 
 
+def test_card_describes_the_model_and_not_its_row() -> None:
+    text = card(tiny('mmdet', scale=2, attn_layer='se', block_args=dict(cardinality=2)))
+    assert 'Res2Net blocks of 2 splits with 2 groups and squeeze-and-excitation' in text
+    assert 'same function as in mmdet.' in text
+
+
 def test_card_without_facts_invents_none() -> None:
     text = card_without_facts()
     assert not {'license', 'datasets', 'metrics', 'base_model', 'model-index'} & metadata_of(text).keys()
@@ -187,7 +193,7 @@ def test_generated_card_is_recognized_until_somebody_edits_it() -> None:
     assert not cards.is_generated('')
 
 
-def test_merged_card_keeps_hand_written_text_and_gets_the_metadata() -> None:
+def test_merged_card_keeps_hand_written_text_and_gets_the_metadata(caplog: pytest.LogCaptureFixture) -> None:
     generated = card_without_facts()
     for written, kept, metadata in (
         ('# Bäume\r\nund Äste\r\n', '# Bäume\nund Äste\n', {}),
@@ -199,6 +205,7 @@ def test_merged_card_keeps_hand_written_text_and_gets_the_metadata() -> None:
         assert merged.endswith(f'---\n{kept}')
         assert metadata_of(merged) == {**metadata_of(generated), **metadata}
         assert cards.merge_cards(merged.encode(), generated) == merged
+        assert ('kept the results in the existing card' in caplog.text) == ('model-index' in metadata)
 
 
 @pytest.mark.parametrize('written', [b'B\xe4ume', b'---\ntags:\n\t- tabs\n---\n', b'---\n- a list\n---\n'])

@@ -58,7 +58,8 @@ def test_pulled_model_has_the_pushed_weights_outputs_and_labels(labels: Any, hub
 
 
 def test_timm_loads_the_pushed_repository_and_folder(hub: Hub, tmp_path: Path) -> None:
-    model = tiny('paddle', attn_layer='se', act_layer='silu', global_pool='max', output_stride=8)
+    block_args = dict(first_block='paddle', act_layer='silu')
+    model = tiny(None, attn_layer='se', global_pool='max', output_stride=8, block_args=block_args)
     push(model, 'user/net', **WRITE)
     push(model, 'user/net', dry_run=tmp_path / 'folder')
     x = torch.randn(1, 3, 64, 64)

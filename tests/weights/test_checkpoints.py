@@ -196,7 +196,7 @@ def test_find_model_infers_model_and_arguments_from_shapes(name: str, args: dict
     assert (*find_model(checkpoint)[:2], checkpoint.num_classes) == (name, args, 3)
 
 
-def test_bare_backbone_of_mmdet_defaults_to_official_but_a_detector_proves_its_block(tmp_path: Path) -> None:
+def test_bare_backbone_of_mmdet_defaults_to_official_but_a_detector_to_mmdet(tmp_path: Path) -> None:
     stem = {'conv1.': 'stem.', 'bn1.': 'stem.7.'}
     state = {re.sub(r'^(conv1|bn1)\.', lambda match: stem[match[0]], name): each for name, each in STATE.items()}
     file = save_checkpoint(state, tmp_path)
@@ -206,7 +206,7 @@ def test_bare_backbone_of_mmdet_defaults_to_official_but_a_detector_proves_its_b
     assert 'first_block' in read_checkpoint(file).assumed
     detector = under('backbone.', state) | {'bbox_head.fc.weight': torch.ones(2)}
     found = read_checkpoint(save_checkpoint(detector, tmp_path))
-    assert (found.spec.first_block, found.provenance['first_block']) == ('mmdet', 'proved')
+    assert (found.spec.first_block, found.provenance['first_block']) == ('mmdet', 'inferred')
 
 
 # Errors

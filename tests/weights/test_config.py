@@ -275,16 +275,32 @@ def test_impossible_recorded_pool_is_a_checkpoint_error(pool: object, tmp_path: 
             load_model(saved(tmp_path, gp=pool), **options)
 
 
-def test_lightnings_hyper_parameters_record_the_model(tmp_path: Path) -> None:
+def test_lightnings_hyper_parameters_record_the_model(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     state = {f'model.{name}': tensor for name, tensor in tiny('paddle').state_dict().items()}
     contents = {'state_dict': state, 'hyper_parameters': {'lr': 0.1, 'backbone': VD}}
     torch.save(contents, tmp_path / 'last.ckpt')
     checkpoint = load_checkpoint(tiny('paddle'), tmp_path / 'last.ckpt')
     assert (checkpoint.spec, checkpoint.assumed) == (NetworkSpec('paddle'), ())
+    assert caplog.messages == []
+    nested = dict(model_kwargs=dict(norm_eps=1e-3, global_pool='max'), decoder=dict(act_layer='silu', depth=3))
+    contents['hyper_parameters'] |= dict(nested, strides=[1, 1, 1, 1])
+    torch.save(contents, tmp_path / 'last.ckpt')
+    checkpoint = read_checkpoint(tmp_path / 'last.ckpt')
+    assert checkpoint.spec == NetworkSpec('paddle', norm_eps=1e-3, strides=(1, 1, 1, 1))
+    assert checkpoint.model_args['global_pool'] == 'max'
+    assert 'took strides=[1, 1, 1, 1] from its hyper_parameters. If these are of another' in caplog.text
     contents['hyper_parameters'] |= {'teacher': 'res2net50d'}  # ambiguous
     torch.save(contents, tmp_path / 'last.ckpt')
     with pytest.raises(CheckpointError, match='first_block is assumed'):
         load_checkpoint(tiny('paddle'), tmp_path / 'last.ckpt')
+
+
+def test_train_script_with_a_model_of_the_hub_or_a_folder_is_warned_about(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.save(dict(state_dict=tiny('paddle').state_dict(), arch='hf-hub:user/net'), tmp_path / 'last.pth.tar')
+    assert read_checkpoint(tmp_path / 'last.pth.tar').assumed
+    assert 'records the model hf-hub:user/net, but does not record what that network computes' in caplog.text
 
 
 def test_transformers_config_next_to_the_weights_records_the_model(tmp_path: Path) -> None:
@@ -316,7 +332,8 @@ def test_convert_of_a_bare_state_dict_records_the_default_image_settings_of_load
     made = timm.create_model(f'local-dir:{tmp_path}/net', pretrained=True)
     loaded = load_model(tmp_path / 'weights.pth')
     assert json.dumps(resolve_model_data_config(made)) == json.dumps(resolve_model_data_config(loaded))
-    assert made.pretrained_cfg.get('license') is None
+    for model in (made, loaded):
+        assert all(model.pretrained_cfg.get(key) is None for key in ('license', 'tag', 'description', 'origin_url'))
 
 
 def test_other_numbers_of_channels_get_the_average_mean_and_std(tmp_path: Path) -> None:

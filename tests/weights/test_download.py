@@ -167,6 +167,7 @@ def test_create_model_pretrained_with_another_eps_hidden_in_a_function_is_refuse
     overlay = dict(file=str(tmp_path / 'net.safetensors'), num_classes=4)
     options = dict(pretrained=True, pretrained_cfg_overlay=overlay, **TINY)
     timm.create_model('test_res2net', norm_layer=nn.BatchNorm2d, **options)
+    timm.create_model('test_res2net', first_block='mmdet', pretrained=True, pretrained_cfg=overlay, **TINY)
     with pytest.raises(ValueError, match=r'its network has norm_eps=1e-05 .*, the model has norm_eps=0\.01'):
         timm.create_model('test_res2net', norm_layer=lambda size, **dd: nn.BatchNorm2d(size, 1e-2, **dd), **options)
 

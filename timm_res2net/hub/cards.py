@@ -1,6 +1,7 @@
 """Renders model cards from one template: what a model is, what it costs, how to use it, and its license."""
 
 import hashlib
+import logging
 import re
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,11 @@ from torch import Tensor, nn
 from .._errors import UnknownModelError, first_line
 from ..models.classifier import Classifier, as_classifier, model_name, registered_cfg
 from ..models.variants import ARCHS, WEIGHTS, Weights
+from ..weights.config import network_arguments
 from .client import require_repo_id
 from .facts import REPOSITORY, ModelFacts
+
+_logger = logging.getLogger(__name__)
 
 TEMPLATE = Path(__file__).with_name('card.md.jinja')
 
@@ -92,6 +96,7 @@ def render(
     body = environment.from_string(TEMPLATE.read_text(encoding='utf-8')).render(
         facts=facts,
         arch=arch,
+        args={**arch.args, **network_arguments(get_model_args(network))},
         escape=escape,
         model=network,
         params=sum(parameter.numel() for parameter in network.parameters()),
@@ -186,6 +191,8 @@ def merge_cards(written: bytes, generated: str) -> str:
             return generated
         block = METADATA.match(text)
         old = yaml.safe_load(block[2]) or {} if block else {}
+        if old.get('model-index') and 'model-index' not in new:
+            _logger.warning('kept the results in the existing card: are they those of the new weights?')
         tags = old.get('tags') or []
         tags = [tags] if isinstance(tags, str) else tags
         merged = {**old, **new, 'tags': [*dict.fromkeys([*tags, *new['tags']])]}

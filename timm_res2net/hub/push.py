@@ -28,6 +28,7 @@ from ..weights.config import (
     RECORD,
     WEIGHTS_FILE,
     make_config,
+    network_arguments,
     require_labels,
     require_no_model,
     write_folder,
@@ -157,7 +158,7 @@ def write_model(model: Classifier, folder: Path, labels: Sequence[str] | None) -
     if labels is not None:
         require_labels(labels, model.num_classes)
     defaults = {'in_chans': 3, 'global_pool': 'avg', 'num_classes': model.num_classes}
-    args = {key: value for key, value in get_model_args(model).items() if defaults.get(key) != value}
+    args = {key: value for key, value in network_arguments(get_model_args(model)).items() if defaults.get(key) != value}
     known = model.pretrained_cfg.get('label_names') or ()
     labels = list(labels or (known if len(known) == model.num_classes else ()))
     inherited = {*PretrainedCfg.__dataclass_fields__} - {*ABOUT_WEIGHTS}

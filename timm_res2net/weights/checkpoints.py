@@ -200,7 +200,7 @@ def identify(
             key,
             prefix,
             {**state, **filled},
-            **specify(raw, key, prefix, state, part, config),
+            **specify(raw, file, key, prefix, state, part, config),
             is_part=part,
             weights_from=chosen,
             dropped=dropped,
@@ -214,11 +214,17 @@ def identify(
 
 
 def specify(
-    raw: RawFile, dialect: str, prefix: str, state: Mapping[str, Tensor], is_part: bool, config: Mapping[str, Any]
+    raw: RawFile,
+    file: str,
+    dialect: str,
+    prefix: str,
+    state: Mapping[str, Tensor],
+    is_part: bool,
+    config: Mapping[str, Any],
 ) -> dict[str, Any]:
     """Returns the fields of a `Checkpoint` about its spec: the recorded, the known project's, or the dialect's."""
     try:
-        name, args = recorded_model(raw, config)
+        name, args = recorded_model(raw, config, file)
         recorded = recorded_spec(raw, name, args)
     except (ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(f'it records an impossible network: {first_line(error)}') from error
@@ -227,9 +233,9 @@ def specify(
 
     names = DIALECTS[dialect]
     spec, ambiguous, unsupported, project = names.spec, {*names.ambiguous}, names.unsupported, None
-    if names.detector_spec is not None and is_part:
+    is_detector = names.detector_spec is not None and is_part
+    if is_detector:
         spec = names.detector_spec
-        ambiguous -= {'first_block'}
     if dialect == 'official':
         project = find_project(prefix, {each: tuple(tensor.shape) for each, tensor in raw.tensors.items()})
     if project is not None:
@@ -242,6 +248,8 @@ def specify(
         spec = replace(spec, deformable=deformable_stages(state))
     assumed = 'default' if project is None else 'inferred'
     provenance = {field: assumed if field in ambiguous else 'proved' for field in FIELDS}
+    if is_detector and 'first_block' in ambiguous:
+        provenance['first_block'] = 'inferred'
     return dict(spec=spec, provenance=provenance, project=project and project.name, unsupported=unsupported)
 
 

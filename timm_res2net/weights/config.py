@@ -34,6 +34,7 @@ MAX_CONFIG = 5_000_000  # bytes
 IMAGES = tuple(IMAGE_SETTINGS)
 # Limits of `model_args`: without them, a small file could describe a network that takes hours to build.
 MAX_NUMBERS = {'layers': 200, 'levels': 8, 'scale': 64, 'num_classes': 1_000_000}
+BUILDER_ARGUMENTS = 'pretrained_strict', 'features_only', 'feature_cfg', 'out_indices'  # which timm records, too
 MAX_NUMBER, MAX_TEXT, MAX_ITEMS, MAX_DEPTH = 4096, 100, 64, 3
 
 
@@ -104,24 +105,51 @@ def is_plain(value: object, largest: float, depth: int = MAX_DEPTH) -> bool:
     return isinstance(value, int | float) and 0 <= value <= largest
 
 
-def recorded_model(raw: RawFile, config: Mapping[str, Any]) -> tuple[str | None, dict[str, Any]]:
+def recorded_model(raw: RawFile, config: Mapping[str, Any], source: str) -> tuple[str | None, dict[str, Any]]:
     """Returns the recorded model's name, a key of `ARCHS`, and its arguments; (None, {}) if none is recorded."""
-    parameters = raw.values.get('hyper_parameters') or {}
-    names = {value for value in parameters.values() if isinstance(value, str) and value.partition('.')[0] in ARCHS}
-    spec = {key: value for key, value in parameters.items() if key in ARGUMENTS['spec']}
     sources: list[tuple[Any, Any]] = [
         (raw.metadata.get('architecture'), json.loads(raw.metadata.get('model_args', '{}'))),
         train_script_model(raw.values),
         (config.get('architecture'), config.get('model_args')),
-        (names.pop() if len(names) == 1 else None, spec),
+        lightning_model(raw.values.get('hyper_parameters') or {}, source),
     ]
-    for name, args in sources:
-        name = str(name).partition('.')[0]
+    for recorded, args in sources:
+        name = str(recorded).partition('.')[0]
         if name in ARCHS:
-            known = {key: value for key, value in (args or {}).items() if value is not None}
+            known = {key: value for key, value in network_arguments(args or {}).items() if value is not None}
             check_model_args(ARCHS[name], known)
             return name, known
+        if name.startswith(('local-dir:', 'hf-hub:', 'hf_hub:')):
+            problem = 'but does not record what that network computes. Pass its first_block, unless it is the default.'
+            _logger.warning('%s records the model %s, %s', sanitize(source), sanitize(recorded), problem)
     return None, {}
+
+
+def network_arguments(args: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the arguments of a network among those of `timm.create_model`, with `block_args` merged into them."""
+    merged = {**args, **(args.get('block_args') or {})}
+    return {key: value for key, value in merged.items() if key not in ('block_args', *BUILDER_ARGUMENTS)}
+
+
+def lightning_model(parameters: Mapping[str, Any], source: str) -> tuple[str | None, dict[str, Any]]:
+    """Returns the name and arguments of the only model among Lightning's hyperparameters.
+
+    A mapping that contains nothing but arguments of networks is taken to be the model's. Arguments beside the name may
+    be another module's, so a warning lists them.
+    """
+    names = {value for value in parameters.values() if isinstance(value, str) and value.partition('.')[0] in ARCHS}
+    if len(names) != 1:
+        return None, {}
+    known = {name for group in ARGUMENTS.values() for name in group}
+    args = {key: value for key, value in parameters.items() if key in (*ARGUMENTS['spec'], *ARGUMENTS['use'])}
+    if args:
+        shown = ', '.join(f'{key}={value!r}' for key, value in args.items())
+        advice = 'If these are of another module, pass the right ones.'
+        _logger.warning('%s: took %s from its hyper_parameters. %s', sanitize(source), sanitize(shown), advice)
+    for each in parameters.values():
+        if isinstance(each, dict) and each.keys() <= known:
+            args |= each
+    return names.pop(), args
 
 
 def train_script_model(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

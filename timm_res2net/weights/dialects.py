@@ -196,7 +196,7 @@ DIALECTS = {
         ('layer1.0.convs.0.weight',),
         (('../head.fc.weight', ()), ('stem.0.conv.weight', MMPRETRAIN_DEEP_STEM)),
         (('../head.fc.', 'fc.'),),
-        ambiguous=('style', *GEOMETRY),
+        ambiguous=('style', 'norm_eps', *GEOMETRY),
         prefix='backbone.',
     ),
     'mmdet': Dialect(
@@ -204,7 +204,7 @@ DIALECTS = {
         ('layer1.0.convs.0.weight',),
         (('stem.7.weight', MMDET_STEM),),
         detector_spec=NetworkSpec('mmdet'),
-        ambiguous=('first_block', 'style', *GEOMETRY),
+        ambiguous=('first_block', 'style', 'norm_eps', *GEOMETRY),
         options=('strides', 'dilations', 'deformable'),
         prefix='backbone.',
     ),

@@ -155,7 +155,8 @@ def load_model(
     kwargs = {'num_classes': checkpoint.num_classes, **found, **kwargs}
     same_classes = kwargs['num_classes'] == checkpoint.num_classes
     labels = (same_classes and checkpoint.labels) or None
-    overlay = dict(checkpoint.images, num_classes=kwargs['num_classes'], label_names=labels)
+    overlay = dict.fromkeys((*DESCRIPTIONS, *SOURCES))  # those of the published weights do not apply
+    overlay |= dict(checkpoint.images, num_classes=kwargs['num_classes'], label_names=labels)
     overlay |= kwargs.pop('pretrained_cfg_overlay', {})
     in_chans = kwargs.get('in_chans', 3)
     model: Any = timm.create_model(name, pretrained_cfg_overlay=overlay, **kwargs)
@@ -222,7 +223,7 @@ def load_folder(folder: PathLike, source: str | None = None, **kwargs: Any) -> n
         raise CheckpointError(f'cannot load {shown}: {problem}')
     cfg = config['pretrained_cfg']
     known = {key: cfg[key] if isinstance(cfg.get(key), str) else None for key in DESCRIPTIONS}
-    overlay = {**known, **dict.fromkeys(SOURCES), **kwargs.pop('pretrained_cfg_overlay', {})}
+    overlay = {**known, **kwargs.pop('pretrained_cfg_overlay', {})}
     return load_model(checkpoint, name, **kwargs, pretrained_cfg_overlay=overlay).eval()
 
 
