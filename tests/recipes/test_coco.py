@@ -48,6 +48,11 @@ def test_items_have_corners_and_labels_from_1_without_crowds_and_empty_boxes(tmp
     assert dataset[1]['target']['boxes'].shape == (0, 4)
 
 
+def test_annotations_for_an_image_of_another_size_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"0\.png' has \(64, 80\) pixels, but its annotations are for \(80, 64\)"):
+        write_set(tmp_path, [square(BIG, 7)], width=64, height=80)[0]
+
+
 @pytest.mark.parametrize(
     ('changed', 'error'),
     [

@@ -194,6 +194,9 @@ def test_finished_run_predicts_new_images(
         )
     options = ['--predict', str(photos), '--output-dir', str(finished), '--use-cpu', '--score', '0.05']
     assert run(detect, *options) == 0
+    (photos / '00000.jpg').write_bytes(b'')
+    assert run(detect, *options) == 2
+    assert "1 images were left out. The first: cannot read '" in capsys.readouterr().err
     results = json.loads((finished / 'predictions' / 'objects.json').read_text())
     assert [Path(each['file']).name for each in results] == ['00001.jpg', '00002.jpg']
     objects = [found for each in results for found in each['objects']]
@@ -206,7 +209,7 @@ def test_finished_run_predicts_new_images(
     (photos / '00001.png').write_bytes(b'')
     for path, more, error in (
         (photos, [], "two images are called '00001'"),
-        (photos / '00001.png', [], 'not an image'),
+        (photos / '00001.png', [], 'not an image in'),
         (photos, ['--data', str(simple_set)], 'argument --data: not allowed with argument --predict'),
         (photos, ['--learning_rate', '1'], 'cannot use --learning-rate with --predict'),
     ):

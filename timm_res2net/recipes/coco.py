@@ -72,10 +72,14 @@ class CocoImages(Dataset[dict[str, Any]]):
         return len(self.ids)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        image = read_image(self.folder / self.files[index])
+        file, info = self.folder / self.files[index], self.coco.imgs[self.ids[index]]
+        image = read_image(file)
+        size = (image.shape[1], image.shape[2])
+        annotated = (info.get('height', size[0]), info.get('width', size[1]))
+        if annotated != size:  # such as those of an image that was annotated in its EXIF orientation
+            raise ValueError(sanitize(f'{str(file)!r} has {size} pixels, but its annotations are for {annotated}', 500))
         objects = [each for each in self.coco.imgToAnns[self.ids[index]] if not each['iscrowd']]
         sides = torch.tensor([each['bbox'] for each in objects], dtype=torch.float32).reshape(-1, 4)
-        size = (image.shape[1], image.shape[2])
         boxes = BoundingBoxes(sides, format=BoundingBoxFormat.XYWH, canvas_size=size)
         labels = torch.tensor([self.labels[each['category_id']] for each in objects], dtype=torch.int64)
         target = CLEAN(dict(boxes=boxes, labels=labels))

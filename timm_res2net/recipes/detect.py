@@ -11,7 +11,7 @@ apply, and torchrun or `accelerate launch` uses several GPUs. The second command
 import json
 from argparse import Namespace
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -29,7 +29,7 @@ from torchvision.transforms import v2
 
 from .._files import atomic_write_text, make_folder
 from . import training
-from .coco import CocoImages, read_image
+from .coco import CocoImages
 from .metrics import AREAS, compute_precision, pack_detections
 from .pictures import SHOWN, Panel, draw_grid
 
@@ -138,12 +138,11 @@ def train(options: Namespace, args: Any) -> None:
     training.train(make_trainer(model, args, train_set, val_set, options.areas), options, body, draw_examples)
 
 
-def predict(files: list[Path], options: Namespace, args: Any) -> None:
+def predict(images: Iterable[tuple[Path, Tensor]], options: Namespace, args: Any) -> None:
     """Writes predictions/objects.json with the objects in new images, and a picture of each image."""
     model, names = load_detector(args.output_dir).to(args.device), training.read_run(args.output_dir)['names']
     out, results = make_folder(Path(args.output_dir, 'predictions')), []
-    for file in files:
-        image = read_image(file)
+    for file, image in images:
         found = find_objects(model, image, options.score)
         boxes, labels, scores = (found[name].tolist() for name in ('boxes', 'labels', 'scores'))
         draw_grid([Panel(file.name, image, boxes, labels)], names, str(out / f'{file.stem}.png'), columns=1)

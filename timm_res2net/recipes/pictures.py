@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..vision.figures import new_figure, save
+from ..vision.figures import as_text, new_figure, save
 from .masks import IGNORED
 
 SHOWN = 6  # images in examples.png
@@ -58,13 +58,13 @@ def draw_grid(panels: Sequence[Panel], names: Sequence[str], out: str, columns: 
         side = max(height, width)  # a square around every image, so that cells have one size
         cell.set(xlim=(width / 2 - side / 2 - 0.5, width / 2 + side / 2 - 0.5))
         cell.set(ylim=(height / 2 + side / 2 - 0.5, height / 2 - side / 2 - 0.5))
-        cell.set_title(panel.title, fontsize=8)
+        cell.set_title(as_text(panel.title), fontsize=8)
         for (left, top, right, bottom), label in zip(panel.boxes, panel.labels):
             corner = (left - 0.5, top - 0.5)
             box = Rectangle(corner, right - left, bottom - top, fill=False, edgecolor=color_of(label), linewidth=1.2)
             box.set_path_effects([Stroke(linewidth=2.4, foreground='black'), Normal()])
             cell.add_patch(box)
     if used:
-        patches = [Patch(color=color_of(label), label=names[label - 1]) for label in used]
+        patches = [Patch(color=color_of(label), label=as_text(names[label - 1])) for label in used]
         figure.legend(handles=patches, loc='outside lower center', ncols=2 * columns, fontsize=8)
     save(figure, out)

@@ -11,7 +11,7 @@ apply, and torchrun or `accelerate launch` uses several GPUs. The last command s
 """
 
 from argparse import Namespace
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,6 @@ from torchvision.transforms.v2.functional import to_pil_image
 
 from .._files import atomic_write, make_folder
 from . import training
-from .coco import read_image
 from .masks import IGNORED, MaskedImages, augment, require_foreground
 from .metrics import average_scores, compute_iou, count_pixels, score_binary
 from .pictures import SHOWN, Panel, draw_grid, paint_labels
@@ -129,15 +128,17 @@ def train(options: Namespace, args: Any) -> None:
 
 
 @torch.no_grad()
-def predict(files: list[Path], options: Namespace, args: Any) -> None:
+def predict(images: Iterable[tuple[Path, Tensor]], options: Namespace, args: Any) -> None:
     """Writes a PNG for each new image to predictions/: probabilities as gray levels if binary, else colored labels."""
     run, model = training.read_run(args.output_dir), load_segmenter(args.output_dir).to(args.device)
     out = make_folder(Path(args.output_dir, 'predictions'))
-    for file in files:
-        logits = model(read_image(file)[None].to(args.device))[0].cpu()
+    count = 0
+    for file, image in images:
+        count += 1
+        logits = model(image[None].to(args.device))[0].cpu()
         picture = to_pil_image(logits.softmax(dim=0)[1] if run['binary'] else paint_labels(logits.argmax(dim=0)))
         atomic_write(out / f'{file.stem}.png', partial(picture.save, format='PNG'))
-    print(f'Segmented {len(files)} images: {out}')
+    print(f'Segmented {count} images: {out}')
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -10,7 +10,7 @@ examples.png         predictions next to the truth
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +30,7 @@ from ..models.block import spec_of
 from ..vision.figures import new_figure, save
 from ..weights.loading import load_checkpoint
 from .arguments import report_errors
+from .coco import read_image
 
 RUN, COMPLETE, WEIGHTS = 'run.json', 'complete', 'model.safetensors'
 DEFAULTS: dict[str, Any] = dict(  # defaults that differ from the Trainer's
@@ -79,9 +80,9 @@ def make_parser(description: str | None, metric: str) -> Any:
 
 
 def run(parser: Any, argv: Sequence[str] | None, train: Any, predict: Any) -> None:
-    """Parses the command line, then calls `train(options, args)` or `predict(files, options, args)`.
+    """Parses the command line, then calls `train(options, args)` or `predict(images, options, args)`.
 
-    `args` are the TrainingArguments, `options` all other options.
+    `args` are the TrainingArguments, `options` all other options, `images` yields files with their images.
     """
     argv = sys.argv[1:] if argv is None else argv
     with report_errors(parser):
@@ -90,7 +91,10 @@ def run(parser: Any, argv: Sequence[str] | None, train: Any, predict: Any) -> No
             given = {each.partition('=')[0].replace('_', '-') for each in argv if each.startswith('--')}
             if unused := sorted(given - PREDICTING):
                 raise ValueError(f'cannot use {unused[0]} with --predict. Leave it out.')
-            predict(find_pictures(options.predict), options, args)
+            failed: list[str] = []
+            predict(read_pictures(find_pictures(options.predict), failed), options, args)
+            if failed:
+                raise ValueError(f'{len(failed)} images were left out. The first: {failed[0]}')
         else:
             if args.label_smoothing_factor:
                 raise ValueError('--label-smoothing-factor has no effect on these losses. Leave it out.')
@@ -107,6 +111,17 @@ def find_pictures(path: str) -> list[Path]:
     if twice := {stem for stem in stems if stems.count(stem) > 1}:
         raise ValueError(f'two images are called {min(twice)!r}, and so would be their outputs. Predict one at a time.')
     return found.files
+
+
+def read_pictures(files: Sequence[Path], failed: list[str]) -> Iterator[tuple[Path, Tensor]]:
+    """Yields files with their images, (3, H, W) in 0..1; adds the errors of those that cannot be read to `failed`."""
+    for file in files:
+        try:
+            image = read_image(file)
+        except ValueError as error:
+            failed.append(str(error))
+        else:
+            yield file, image
 
 
 def prepare_backbone(body: Any, options: argparse.Namespace) -> None:
