@@ -112,6 +112,8 @@ def test_predict_classifies_good_files_and_lists_bad_ones(run: Run, photos: None
         ('predict --weights absent.pt2', 1, "cannot load 'absent.pt2': no such file"),
         ('predict --weights .', 1, 'cannot read config.json of .: No such file'),
         ('predict --weights net.onnx --weights-from ema', 2, '--weights-from would have no effect'),
+        ('predict --class-order natural', 2, '--class-order would have no effect: --labels is not a folder'),
+        ('validate . --weights text.png absent.pth', 1, 'cannot read text.png'),
         ('predict --topk 0', 2, '0 is not above zero'),
         ('predict --threshold 50', 2, '50 is not between 0 and 1'),
         ('predict --device warp', 2, "cannot use device 'warp'"),

@@ -138,8 +138,8 @@ def read_image(path: PathLike, rotate: bool = True, max_pixels: int = MAX_PIXELS
         raise ValueError('pixels are floating-point values of unknown range. Save the image with 8 bits')
     if image.mode.startswith('I'):  # Pillow would clip these instead of scaling them
         pixels = np.asarray(image)
-        if pixels.min() < 0 or pixels.max() > 65535:
-            raise ValueError('pixel values exceed 16 bits. Save the image with 8 bits')
+        if pixels.min() < 0 or pixels.max() > 65535 or (image.mode == 'I' and pixels.max() < 256):
+            raise ValueError('pixels are 32-bit integers of unknown range. Save the image with 8 or 16 bits')
         image = Image.fromarray((pixels // 257).astype(np.uint8))
     if image.has_transparency_data:
         image = image.convert('RGBA')

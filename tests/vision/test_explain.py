@@ -33,6 +33,15 @@ def test_class_activation_map_mean_equals_score_without_bias(name: str, build: A
         assert maps.shape[1:] == model.forward_features(images).shape[2:]
 
 
+def test_class_activation_map_takes_one_class_for_each_image(images: Tensor) -> None:
+    model = tiny()
+    maps = class_activation_map(model, images, torch.tensor([3, 1]))
+    np.testing.assert_array_equal(maps, class_activation_map(model, images, [3, 1]))
+    for classes in ([3], [3, 4], [-1, 0]):
+        with pytest.raises(ValueError, match='an index from 0 to 3 for each of 2 images'):
+            class_activation_map(model, images, classes)
+
+
 def test_class_activation_map_without_classifier_on_average_pooling_raises(images: Tensor) -> None:
     for options in (dict(num_classes=0), dict(global_pool='max')):
         with pytest.raises(ValueError, match='it has no classifier after average pooling'):
@@ -118,7 +127,9 @@ def test_radius_is_zero_for_an_empty_field_or_one_pixel_and_exact_for_a_ring(
 def test_receptive_field_leaves_model_unchanged(images: Tensor) -> None:
     model = tiny()
     before = model(images)
-    receptive_field(model, 'layer2.1', images)
+    for without_gradients in (torch.no_grad(), torch.inference_mode()):
+        with without_gradients:
+            receptive_field(model, 'layer2.1', images)
     assert all(parameter.grad is None for parameter in model.parameters())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     torch.testing.assert_close(model(images), before, rtol=0, atol=0)

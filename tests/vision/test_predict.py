@@ -103,10 +103,11 @@ NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3), d
         (png(60000, 60000), 'exceed|bomb'),
         (png(8000, 7000), '8000 x 7000 pixels exceed 50,000,000.*--max-pixels'),
         (saved(Image.new('F', (4, 4))), 'floating-point'),
-        (saved(Image.new('I', (4, 4), 1 << 20)), 'exceed 16 bits'),
+        (saved(Image.new('I', (4, 4), 1 << 20)), '32-bit integers of unknown range'),
+        (saved(Image.new('I', (4, 4), 200), 'tiff'), '32-bit integers of unknown range'),
         (saved(Image.new('L', (1, 300))), 'narrow'),
     ],
-    ids=['text', 'truncated', 'bomb', 'large', 'float', '32-bit', 'narrow'],
+    ids=['text', 'truncated', 'bomb', 'large', 'float', '32-bit', '8 bits in 32', 'narrow'],
 )
 def test_read_image_bad_file_raises_one_line(content: bytes, reason: str, tmp_path: Path) -> None:
     (tmp_path / 'bad.jpg').write_bytes(content)

@@ -151,7 +151,7 @@ def test_classify_runs_a_model_without_splits_unchanged() -> None:
 
 @pytest.mark.parametrize('count', [3, 60])
 def test_plot_confusion_draws_any_number_of_classes(count: int, tmp_path: Path) -> None:
-    names = [f'class number {i} of many, many classes' for i in range(count)]
+    names = [rf'class $\frac{i}$ of many, many classes' for i in range(count)]
     plot_confusion(torch.eye(count, dtype=torch.long) * 3, names, 'a', str(tmp_path / 'c.png'))
     with Image.open(tmp_path / 'c.png') as image:
         assert min(image.size) > 300

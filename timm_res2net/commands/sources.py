@@ -73,10 +73,13 @@ def make_source(args: argparse.Namespace, **options: Any) -> tuple[Any, Checkpoi
 
 def read_label_names(args: argparse.Namespace) -> list[str] | None:
     """Reads the names of --labels, in the order of --class-order if they are folders."""
+    is_folder = args.labels is not None and os.path.isdir(args.labels)
+    if args.class_order and not (is_folder or hasattr(args, 'folder')):  # validate also sorts its FOLDER
+        args.error('--class-order would have no effect: --labels is not a folder')
     if args.labels is None:
         return None
     names = read_labels(args.labels)
-    return sort_classes(names, args.class_order) if os.path.isdir(args.labels) else names
+    return sort_classes(names, args.class_order) if is_folder else names
 
 
 def image_reader(args: argparse.Namespace) -> Callable[[PathLike], Image.Image]:

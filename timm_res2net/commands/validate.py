@@ -36,11 +36,11 @@ def run(args: argparse.Namespace) -> int:
     default = args.model or (None if args.weights else PHOTO)
     rows: list[Sequence[str]] = [('model', 'images', 'top-1', 'top-5')]
     results, failed = [], []
-    for path in paths:
+    for path, weights in [(path, read_weights(args, path)) for path in paths]:  # before the first one takes an hour
         model = make_classifier(
             args,
             None if path in exported else default,
-            read_weights(args, path),
+            weights,
             'cpu' if path in exported and args.model else args.device,
         )
         name = str(path or default)

@@ -20,7 +20,7 @@ Array = NDArray[np.float32]
 
 
 @torch.no_grad()
-def class_activation_map(model: nn.Module, images: Tensor, classes: Sequence[int] | None = None) -> Array:
+def class_activation_map(model: nn.Module, images: Tensor, classes: Sequence[int] | Tensor | None = None) -> Array:
     """Computes how much each position of an image contributes to the logit of a class.
 
     The classifier of these networks is linear in the mean of the features, so a logit is the mean of its map plus the
@@ -36,7 +36,8 @@ def class_activation_map(model: nn.Module, images: Tensor, classes: Sequence[int
         (N, H / stride, W / stride), rounded up, in units of logits. The stride is that of the last features, mostly 32.
 
     Raises:
-        ValueError: If the model is in training mode, or its classifier is not linear in the mean of the features.
+        ValueError: If the model is in training mode, its classifier is not linear in the mean of the features, or there
+            is not one class for each image.
         TypeError: If the model is not a classification model.
 
     Example:
@@ -50,12 +51,16 @@ def class_activation_map(model: nn.Module, images: Tensor, classes: Sequence[int
     if weight is None or net.global_pool.pool_type != 'avg':
         raise ValueError(f'cannot explain this {type(model).__name__}: it has no classifier after average pooling')
     features = net.forward_features(images)  # (N, num_features, H / stride, W / stride)
-    if classes is None:
-        classes = net.forward_head(features).argmax(dim=1).tolist()
-    wanted = weight.flatten(1)[list(classes)]  # (N, num_features)
+    indices = torch.as_tensor(net.forward_head(features).argmax(dim=1) if classes is None else classes).tolist()
+    if len(indices) != len(images) or not all(0 <= index < net.num_classes for index in indices):
+        expected = f'an index from 0 to {net.num_classes - 1} for each of {len(images)} images'
+        raise ValueError(f'classes must have {expected}, got {indices}')
+    wanted = weight.flatten(1)[indices]  # (N, num_features)
     return torch.einsum('nchw,nc->nhw', features, wanted).float().cpu().numpy()
 
 
+@torch.inference_mode(False)
+@torch.enable_grad()
 def receptive_field(model: nn.Module, block: str, images: Tensor, of_block: bool = False) -> Array:
     """Measures how much each input pixel influences the central unit of each split of a block.
 

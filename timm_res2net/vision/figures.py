@@ -28,6 +28,11 @@ def new_figure(width: float, height: float) -> 'Figure':
     return matplotlib.figure.Figure(figsize=(width, height), layout='constrained')
 
 
+def as_text(name: str) -> str:
+    """Escapes dollar signs, between which matplotlib would typeset a formula."""
+    return name.replace('$', r'\$')
+
+
 def save(figure: 'Figure', out: str) -> None:
     """Writes a figure in the format that the file's suffix names, or as PNG without a suffix."""
     atomic_write(out, lambda path: figure.savefig(path, dpi=120, format=Path(out).suffix[1:] or 'png'))
@@ -54,7 +59,7 @@ def plot_confusion(confusion: Tensor, names: Sequence[str], title: str, out: str
     image = panel.imshow(share.numpy(), cmap='Blues', vmin=0, vmax=1, interpolation='nearest')
     figure.colorbar(image, label='share of the class', shrink=0.8)
     if count <= 40:
-        labels = [name if len(name) <= 24 else f'{name[:23]}\N{HORIZONTAL ELLIPSIS}' for name in names]
+        labels = [as_text(name if len(name) <= 24 else f'{name[:23]}\N{HORIZONTAL ELLIPSIS}') for name in names]
         panel.set_xticks(range(count), labels, rotation=90)
         panel.set_yticks(range(count), labels)
         for row, column in confusion.nonzero().tolist() if count <= 20 else ():
@@ -63,7 +68,7 @@ def plot_confusion(confusion: Tensor, names: Sequence[str], title: str, out: str
             panel.text(column, row, number, ha='center', va='center', color=color, fontsize=8)
     panel.set_xlabel('predicted class')
     panel.set_ylabel('true class')
-    panel.set_title(title)
+    panel.set_title(as_text(title))
     save(figure, out)
 
 
@@ -111,7 +116,7 @@ def plot_explanation(explanation: Explanation, out: str) -> None:
     image.set_title('image')
     hide_axes(image)
 
-    names = [each.label.split(',')[0] for each in explanation.predictions]  # the first synonym
+    names = [as_text(each.label.split(',')[0]) for each in explanation.predictions]  # the first synonym
     height, width = explanation.image.shape[:2]
     limit = max(np.abs(explanation.activation_map).max(), 1e-6)
     heat.imshow(explanation.image.mean(axis=2), cmap='gray', vmin=0, vmax=1.3)
