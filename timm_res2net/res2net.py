@@ -51,14 +51,7 @@ default_cfgs = generate_default_cfgs(cfgs)  # timm's registry looks for this nam
 
 
 def create(name: str, pretrained: bool = False, block_args: dict[str, Any] | None = None, **kwargs: Any) -> nn.Module:
-    """Makes a model of the family.
-
-    Args:
-        name: Key of `ARCHS`.
-        pretrained: Load weights.
-        block_args: More keyword arguments, which timm passes to the blocks; here they are merged into `kwargs`.
-        **kwargs: Arguments of the trunk, which override those of `ARCHS`, and of timm's `build_model_with_cfg`.
-    """
+    """Makes a model of the family. timm passes `block_args` to the blocks; here they are merged into `kwargs`."""
     arch = ARCHS[name]
     kwargs = normalize_arguments(name, kwargs, block_args or {})
     options: dict[str, Any] = dict(

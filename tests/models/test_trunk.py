@@ -18,7 +18,7 @@ import timm_res2net
 from timm_res2net import res2net
 from timm_res2net.deploy.fuse import fuse
 from timm_res2net.models.biglittle import Res2NetBigLittle
-from timm_res2net.models.block import Bottle2neck, spec_of
+from timm_res2net.models.block import Bottle2neck
 from timm_res2net.models.checks import require_eval_mode
 from timm_res2net.models.cifar import Res2NetCifar
 from timm_res2net.models.dla import Res2NetDla
@@ -28,7 +28,7 @@ from timm_res2net.models.trunk import Trunk
 
 DOCUMENTED = (
     *(Bottle2neck, Res2Net, Res2NetDla, Res2NetBigLittle, Res2NetCifar),
-    *(NetworkSpec, spec_of, fuse, getattr(res2net, 'test_res2net')),  # noqa: B009 - made in a loop
+    *(NetworkSpec, fuse, getattr(res2net, 'test_res2net')),  # noqa: B009 - made in a loop
 )
 
 

@@ -50,14 +50,7 @@ def require_repo_id(repo_id: str, revision: str | None = None) -> None:
 
 
 def call_hub(action: str, function: Callable[[], T], retries: int = len(PAUSES)) -> T:
-    """Calls huggingface_hub, and retries after transient errors. Error messages start with "cannot {action}".
-
-    Raises:
-        ConnectionError: If the Hub cannot be reached or sends an unexpected response.
-        HfHubHTTPError: If the Hub refuses.
-        CheckpointError: If `function` finds a damaged file in every attempt.
-        OSError: If a local file cannot be written.
-    """
+    """Calls huggingface_hub, and retries after transient errors; raises what `explain` makes of the last error."""
     pauses = iter(PAUSES[:retries])
     while True:
         try:
@@ -87,7 +80,10 @@ def is_transient(error: BaseException) -> bool:
 
 
 def explain(action: str, error: BaseException) -> BaseException:
-    """Returns the documented error for anything that huggingface_hub raises: one line, without the token."""
+    """Returns the documented error for anything that huggingface_hub raises: "cannot {action}: ...", without the token.
+
+    An HfHubHTTPError if the Hub refuses, an OSError if a local file cannot be written, else a ConnectionError.
+    """
     if isinstance(error, Res2NetError):
         return error
     chain = causes_of(error)

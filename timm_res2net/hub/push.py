@@ -54,19 +54,12 @@ AUTO_MAP = {  # transformers' auto classes, and the classes in `CODE_FILE` that 
 
 @dataclass(frozen=True)
 class Push:
-    """The result of a push.
+    """The result of a push."""
 
-    Args:
-        url: Address of the commit or of the pull request; None for a dry run.
-        revision: The commit; None for a dry run.
-        hashes: SHA-256 of each file.
-        folder: The folder that a dry run wrote.
-    """
-
-    url: str | None
-    revision: str | None
-    hashes: dict[str, str]
-    folder: Path | None = None
+    url: str | None  # of the commit or of the pull request; None for a dry run
+    revision: str | None  # the commit; None for a dry run
+    hashes: dict[str, str]  # SHA-256 of each file
+    folder: Path | None = None  # that a dry run wrote
 
 
 def push(

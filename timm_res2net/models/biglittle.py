@@ -140,7 +140,6 @@ class Res2NetBigLittle(Trunk):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Returns timm's patterns that group parameters for layer decay, in a few large groups if `coarse`."""
         if coarse:
             return dict(stem=r'^conv1|bn1|bl_init', blocks=r'^layer(\d+)')
         fusions, branches = (r'^layer([123])\.fusion', (1,)), (r'^layer([123])', (0,))

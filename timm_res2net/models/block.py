@@ -204,14 +204,5 @@ def make_attention(attn_layer: str | Layer | None, channels: int, **dd: object) 
 
 
 def spec_of(model: nn.Module) -> NetworkSpec | None:
-    """Returns the spec of the network in a model, or None if the model contains no Res2Net block.
-
-    Args:
-        model: A model, or a module that contains one.
-
-    Example:
-        >>> model = timm.create_model('res2net50_vd_26w_4s', device='meta')
-        >>> spec_of(model).first_block
-        'paddle'
-    """
+    """Returns the spec of the network in a model, or None if the model contains no Res2Net block."""
     return next((block.spec for block in model.modules() if isinstance(block, Bottle2neck)), None)

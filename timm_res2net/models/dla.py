@@ -206,7 +206,6 @@ class Res2NetDla(Trunk):
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Returns timm's patterns that group parameters for layer decay, in a few large groups if `coarse`."""
         trees = [(r'^level(\d+)\.tree(\d+)', None), (r'^level(\d+)\.root', (2,)), (r'^level(\d+)', (1,))]
         return dict(stem=r'^base_layer', blocks=r'^level(\d+)' if coarse else trees)
 

@@ -72,11 +72,6 @@ def plot_confusion(confusion: Tensor, names: Sequence[str], title: str, out: str
     save(figure, out)
 
 
-def has_too_few_pixels(feature: Tensor) -> bool:
-    """Returns whether a feature map (C, h, w) is too small to locate objects: less than four pixels high or wide."""
-    return min(feature.shape[1:]) < 4
-
-
 def plot_pyramid(shown: Tensor, features: Sequence[Tensor], strides: Sequence[int], out: str) -> None:
     """Draws an image (3, H, W) next to its feature maps (C, h, w), as root mean squares over channels.
 
@@ -88,7 +83,7 @@ def plot_pyramid(shown: Tensor, features: Sequence[Tensor], strides: Sequence[in
     panels[0].set_title(f'image\n{shown.shape[2]} x {shown.shape[1]}')
     for panel, feature, stride in zip(panels[1:], features, strides):
         channels, height, width = feature.shape
-        is_tiny = has_too_few_pixels(feature)
+        is_tiny = min(height, width) < 4
         energy = feature.square().mean(dim=0).sqrt().numpy()
         panel.imshow(energy, cmap='viridis', interpolation='nearest', alpha=0.25 if is_tiny else 1)
         panel.set_title(f'stride {stride}\n{channels} channels, {width} x {height}')

@@ -210,11 +210,7 @@ def require_labels(labels: Sequence[str], num_classes: int, key: str = 'labels')
 
 
 def read_labels(path: str) -> list[str]:
-    """Reads class names from a file, one per line, or from a folder of images, one per subfolder.
-
-    Raises:
-        ValueError: If the file or folder cannot be read.
-    """
+    """Reads class names, one per line of a file, or per folder of images in a folder; ValueError if that fails."""
     if not os.path.isdir(path):
         return [line.strip() for line in read_text(path).splitlines() if line.strip()]
     root = next((Path(path, part) for part in ('train', 'training') if Path(path, part).is_dir()), Path(path))

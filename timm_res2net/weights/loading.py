@@ -46,9 +46,7 @@ def load_checkpoint(
     Args:
         model: A model of this package, possibly wrapped by `features_only`, `torch.compile` or DistributedDataParallel.
         file: A weights file, or the result of `read_checkpoint`.
-        dialect: See `read_checkpoint`. Not with a `Checkpoint`.
-        prefix: See `read_checkpoint`. Not with a `Checkpoint`.
-        weights_from: See `read_checkpoint`. Not with a `Checkpoint`.
+        dialect, prefix, weights_from: See `read_checkpoint`. Not with a `Checkpoint`.
         **spec: See `read_checkpoint`.
 
     Returns:
@@ -124,9 +122,7 @@ def load_model(
     Args:
         file: A weights file or folder, or the result of `read_checkpoint`.
         name: Name of a timm model. If None, finds model and arguments from the file.
-        dialect: See `read_checkpoint`. Not with a `Checkpoint`.
-        prefix: See `read_checkpoint`. Not with a `Checkpoint`.
-        weights_from: See `read_checkpoint`. Not with a `Checkpoint`.
+        dialect, prefix, weights_from: See `read_checkpoint`. Not with a `Checkpoint`.
         **kwargs: Keywords of `timm.create_model`, such as `features_only`, `in_chans` and `num_classes`, and fields of
             `NetworkSpec` that the file does not record.
 
