@@ -195,9 +195,6 @@ def require_round_trip(model: Classifier, folder: Path) -> None:
         )
 
 
-# The Hub
-
-
 def require_valid_card(text: str) -> None:
     """Raises ValueError if the Hub rejects a card, for example because of an unknown license."""
 

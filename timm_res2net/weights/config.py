@@ -38,9 +38,6 @@ BUILDER_ARGUMENTS = 'pretrained_strict', 'features_only', 'feature_cfg', 'out_in
 MAX_NUMBER, MAX_TEXT, MAX_ITEMS, MAX_DEPTH = 4096, 100, 64, 3
 
 
-# Reading
-
-
 def read_config(folder: PathLike, source: str | None = None) -> dict[str, Any]:
     """Reads a folder's `config.json`; error messages show the folder as `source`."""
     where = f'{CONFIG_FILE} of {source or folder}'
@@ -221,9 +218,6 @@ def read_labels(path: str) -> list[str]:
     except OSError as error:
         raise ValueError(f'cannot read {path}: {error.strerror}') from error
     return sorted(names, key=natural_key)
-
-
-# Writing a folder
 
 
 def require_no_model(folder: Path) -> None:

@@ -248,9 +248,6 @@ def adapt_state_dict(state_dict: dict[str, Tensor], model: nn.Module) -> dict[st
     return checkpoint.state
 
 
-# Model and weights must agree on the spec
-
-
 def require_same_spec(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Raises CheckpointError if a model and a checkpoint's network compute different things; logs assumptions."""
     ours, theirs, file = spec_of(model), checkpoint.spec, checkpoint.file

@@ -44,9 +44,6 @@ FLOATS = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INTEGERS = (torch.int64, torch.int32)
 
 
-# Rows of a rename table
-
-
 @cache
 def compile_row(template: str) -> re.Pattern[str]:
     """Compiles one side of a row to a regular expression."""
@@ -98,9 +95,6 @@ def as_before_compile(tensors: Mapping[str, TensorT]) -> dict[str, TensorT]:
     if len(renamed) < len(tensors):
         raise CheckpointError('it holds tensors with the same name, compiled and not compiled')
     return renamed
-
-
-# Finding the network
 
 
 def find_network(
@@ -201,9 +195,6 @@ def is_same_network(tensors: Mapping[str, Tensor], prefix: str, other: str) -> b
     inside = {name: value for name, value in tensors.items() if name.startswith(prefix)}
     twins = ((value, tensors.get(other + name[len(prefix) :])) for name, value in inside.items())
     return all(twin is not None and twin.data_ptr() == value.data_ptr() for value, twin in twins)
-
-
-# Renaming to timm's names
 
 
 def rename_tensors(
@@ -308,9 +299,6 @@ def to_weight(name: str, value: Tensor, cast: Counter[str]) -> Tensor:
     if value.dtype != torch.float32:
         cast[str(value.dtype).removeprefix('torch.')] += 1
     return weight
-
-
-# Renaming for other code bases
 
 
 def rename_for(dialect: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
