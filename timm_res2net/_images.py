@@ -148,10 +148,7 @@ def read_image(path: PathLike, rotate: bool = True, max_pixels: int = MAX_PIXELS
 
 
 def check_image_settings(cfg: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the image settings in a configuration, which may be untrusted, with lists as tuples.
-
-    Raises a ValueError that names the key of an invalid value.
-    """
+    """Returns the image settings in an untrusted configuration, lists as tuples; ValueError if one is invalid."""
     settings: dict[str, Any] = {}
     for key, (is_valid, kind) in IMAGE_SETTINGS.items():
         value = tuple(cfg[key]) if isinstance(cfg.get(key), list) else cfg.get(key)

@@ -78,7 +78,6 @@ def load_onnx(file: Path) -> tuple[str, Callable[[str], Run]]:
     """Loads a file; returns its record, and a function that starts onnxruntime.
 
     The runtime gets the bytes, not the path, because it would open any file that a tensor in the model refers to.
-    Raises a ValueError if the model refers to another file.
     """
     import onnx
 

@@ -192,10 +192,6 @@ def bench(
     way speeds up those that allocate much, such as timm's own, and threads of one runtime may still spin while another
     is measured. Each round runs every way once, in random order, so that other load on the machine affects all alike. A
     run is two calls, and the second is measured: the first fills the caches.
-
-    `sizes` are heights and widths in pixels. `dtypes` are those of optimized and exported models, and in training those
-    of all ways. Raises an UnknownModelError or ValueError if an argument is invalid, a way fails, or the outputs of two
-    ways differ.
     """
     if unknown := sorted(set(models) - ARCHS.keys()):
         raise UnknownModelError.among(unknown[0], ARCHS, ' in this package')

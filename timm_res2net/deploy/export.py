@@ -217,10 +217,7 @@ def describe(
 
 @torch.no_grad()
 def verify(model: nn.Module, file: Path, record: dict[str, Any], images: Tensor | None) -> dict[str, Any]:
-    """Loads a file and compares its outputs with the model's; returns the differences, as in `Export`.
-
-    Raises a ValueError if they are larger than the precision explains.
-    """
+    """Returns how far the outputs of a file are from the model's, as in `Export`; ValueError if they are too far."""
     loaded = load_exported(file, trust=True)
     batches = make_batches(record, images)
     found, expected = ([[y.flatten() for y in tree_leaves(run(x))] for x in batches] for run in (loaded, model))

@@ -17,13 +17,9 @@ Outputs = Any  # a tensor, or a list or dict of features
 
 
 class ForInference(nn.Module):
-    """An inference-only model: it has no gradients, and stays in evaluation mode.
+    """An inference-only model: it has no gradients, and stays in evaluation mode."""
 
-    Attributes:
-        path: The steps that made it, such as 'fused, channels last, bfloat16, compiled'.
-    """
-
-    path: str
+    path: str  # the steps that made it, such as 'fused, channels last, bfloat16, compiled'
 
     def train(self, mode: bool = True) -> 'ForInference':
         """Stays in evaluation mode, even inside a model that is trained."""

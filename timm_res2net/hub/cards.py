@@ -117,11 +117,7 @@ def render(
 
 
 def measure(model: Classifier, size: int) -> tuple[list[tuple[int, ...]], float, float]:
-    """Runs a model on the meta device on one image.
-
-    Returns the shapes of its features, and the multiply-adds (in 10^9) and outputs (in 10^6) of its convolutions and
-    classifier.
-    """
+    """Returns the shapes of a model's features of an image, its multiply-adds (in 10^9) and activations (in 10^6)."""
     macs = activations = 0
 
     def count(layer: nn.Module, inputs: object, output: Tensor) -> None:

@@ -191,10 +191,7 @@ class Trunk(ExactCheckpointing):
 
     @torch.jit.ignore
     def init_weights(self, zero_init_last: bool = True) -> None:
-        """Initializes convolutions for ReLU by fan-out, and the offsets of deformable ones to zero.
-
-        With `zero_init_last`, every block starts as the identity.
-        """
+        """Initializes convolutions for ReLU by fan-out, and the offsets of deformable ones to zero."""
         for module in self.modules():
             if isinstance(module, nn.Conv2d) and not module.weight.is_meta:  # there, it takes longer than with values
                 nn.init.kaiming_normal_(module.weight, mode='fan_out', nonlinearity='relu')
@@ -272,10 +269,7 @@ class Trunk(ExactCheckpointing):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Removes parts that the given features do not need, and returns the indices counted from 0.
-
-        Removes the classifier if `prune_head` or if the last part is removed. `prune_norm` has no effect.
-        """
+        """Removes the parts that these features do not need, and the head; returns the indices counted from 0."""
         take, end = self._select_features(indices)
         for part in self.parts[end:]:
             setattr(self, part, nn.Identity())

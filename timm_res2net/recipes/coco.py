@@ -26,8 +26,6 @@ class CocoImages(Dataset[dict[str, Any]]):
     An item has `image` (3, H, W) in 0..1, `target` with `boxes` (N, 4), as corners in pixels, and `labels` (N,) from 1,
     and its `index`. Crowds and boxes smaller than a pixel are left out. (torchvision's
     `wrap_dataset_for_transforms_v2` keeps crowds, and has no boxes for an image without objects.)
-
-    Raises ValueError if the part is missing or its annotations cannot be used.
     """
 
     def __init__(self, folder: Path, name: str, transform: Callable[..., Any] | None = None) -> None:

@@ -73,12 +73,7 @@ def create_detector(body: Any, classes: int, channels: int = 256, **kwargs: Any)
 
 
 def load_detector(folder: str | Path) -> FCOS:
-    """Loads the best model of a finished run, in evaluation mode; ValueError if the folder has none.
-
-    Example:
-        detector = load_detector('runs/coco')
-        found = detector([torch.rand(3, 480, 640)])[0]  # boxes (N, 4), labels (N,) from 1, scores (N,)
-    """
+    """Loads the best model of a finished run, in evaluation mode; ValueError if the folder has none."""
     run = training.read_run(folder)
     body = create_backbone(run['backbone'], **run['model_kwargs'])
     model = create_detector(body, len(run['names']), run['channels'], **run['detector_kwargs'])

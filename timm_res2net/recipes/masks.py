@@ -33,8 +33,6 @@ class MaskedImages(Dataset[dict[str, Any]]):
     `classes` is the number of labels, including the background. Binary masks have a `threshold` instead: pixels of at
     least this gray level (0..255) are foreground. An item has `image` (3, H, W) in 0..1, `mask` (H, W) of labels, and
     its `index`.
-
-    Raises ValueError if the part is missing or an image has no mask.
     """
 
     def __init__(

@@ -39,10 +39,7 @@ def paint_labels(mask: Tensor) -> Tensor:
 
 
 def draw_grid(panels: Sequence[Panel], names: Sequence[str], out: str, columns: int = 4) -> None:
-    """Draws panels row by row, and below them a legend of the classes that occur; `names` belong to labels from 1.
-
-    Boxes are drawn as outlines, which do not cover the objects.
-    """
+    """Draws panels row by row, and below them a legend of the classes that occur; `names` belong to labels from 1."""
     from matplotlib.patches import Patch, Rectangle
     from matplotlib.patheffects import Normal, Stroke
 

@@ -125,11 +125,7 @@ def read_pictures(files: Sequence[Path], failed: list[str]) -> Iterator[tuple[Pa
 
 
 def prepare_backbone(body: Any, options: argparse.Namespace) -> None:
-    """Loads weights into a `features_only` model of timm, and freezes stages and norms.
-
-    Raises ValueError if there are fewer stages or the weights do not fit, and TypeError if there are weights but the
-    backbone is not a Res2Net.
-    """
+    """Loads weights into a `features_only` model of timm, and freezes stages and norms."""
     if options.weights is not None:
         load_checkpoint(body, options.weights)
     root = getattr(body, 'model', body)  # timm has several kinds of feature extractors
@@ -224,10 +220,7 @@ def find_checkpoint(folder: Path) -> str | None:
 
 
 def train(trainer: Any, options: argparse.Namespace, backbone: nn.Module, draw_examples: Any) -> None:
-    """Trains from the last checkpoint, if any, and saves the settings, the best model, curves and examples.
-
-    Raises ValueError if the folder has a run with other settings, or if training diverges.
-    """
+    """Trains from the last checkpoint, if any, and saves the settings, the best model, curves and examples."""
     args, folder, names = trainer.args, Path(trainer.args.output_dir), trainer.train_dataset.names
     if names != trainer.eval_dataset.names:
         raise ValueError(f'{options.train!r} and {options.val!r} have different categories')

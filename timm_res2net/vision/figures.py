@@ -47,10 +47,7 @@ def require_drawable(out: str) -> None:
 
 
 def plot_confusion(confusion: Tensor, names: Sequence[str], title: str, out: str) -> None:
-    """Draws a confusion matrix (classes, classes): counts by true class (rows) and predicted class (columns).
-
-    With more than 40 classes, leaves out their names; with more than 20, the counts.
-    """
+    """Draws a confusion matrix (classes, classes): counts by true class (rows) and predicted class (columns)."""
     count = len(names)
     inches = 3.5 + 0.22 * min(count, 40)
     figure = new_figure(inches + 0.8, inches)
@@ -73,10 +70,7 @@ def plot_confusion(confusion: Tensor, names: Sequence[str], title: str, out: str
 
 
 def plot_pyramid(shown: Tensor, features: Sequence[Tensor], strides: Sequence[int], out: str) -> None:
-    """Draws an image (3, H, W) next to its feature maps (C, h, w), as root mean squares over channels.
-
-    Fades maps that have too few pixels, and labels them as such.
-    """
+    """Draws an image (3, H, W) next to its feature maps (C, h, w), as root mean squares over channels."""
     figure = new_figure(2.4 * (len(features) + 1), 3.4)
     panels = figure.subplots(1, len(features) + 1)
     panels[0].imshow(shown.permute(1, 2, 0).numpy(), interpolation='nearest')

@@ -105,12 +105,7 @@ class Checkpoint:
         return self.spec
 
     def with_spec(self, **fields: Any) -> 'Checkpoint':
-        """Returns a copy in which the given fields of the spec are set, and marked as recorded.
-
-        Raises:
-            ValueError: If a value is impossible.
-            TypeError: If a keyword is not a field of `NetworkSpec`.
-        """
+        """Returns a copy in which these fields of the spec are set, and marked as recorded; TypeError for others."""
         if unknown := [name for name in fields if name not in FIELDS]:
             raise TypeError(f'unknown argument {unknown[0]!r}. Choose from {", ".join(FIELDS)}')
         if not fields:

@@ -21,10 +21,7 @@ SIZES = 'num_classes', 'in_chans'  # always taken from the tensors
 
 
 def find_model(checkpoint: Checkpoint, name: str | None = None) -> tuple[str, dict[str, Any], nn.Module]:
-    """Finds the registered model that fits a checkpoint, or checks the named one.
-
-    Returns its name, the arguments that differ from its row in `ARCHS`, and the model on the meta device.
-    """
+    """Finds the model that fits, or checks the named one; returns name, arguments beyond its row, and the outline."""
     problem = ''
     for each, args in candidates(checkpoint, name):
         try:
