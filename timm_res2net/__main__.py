@@ -30,7 +30,6 @@ COMMANDS = {  # modules in commands/, with an example of each
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Makes the argument parser with all commands."""
     parser = argparse.ArgumentParser(prog='timm-res2net', description='The Res2Net family for timm.')
     parser.add_argument('--version', action='version', version=f'timm_res2net {__version__}')
     commands = parser.add_subparsers(dest='command', metavar='COMMAND')

@@ -12,7 +12,6 @@ from ..vision.validate import CLASS_ORDERS
 
 
 def probability(text: str) -> float:
-    """Parses a number from 0 to 1."""
     if not 0 <= float(text) <= 1:
         raise argparse.ArgumentTypeError(f'{text} is not between 0 and 1')
     return float(text)
@@ -48,7 +47,6 @@ CLASSIFYING = '--trust', '--device', '--batch-size', '--json', '--max-pixels'  #
 
 
 def add_options(command: argparse.ArgumentParser, *names: str) -> None:
-    """Adds some of `OPTIONS` to a command."""
     for name in names:
         command.add_argument(name, **OPTIONS[name])
 

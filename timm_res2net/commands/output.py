@@ -33,7 +33,6 @@ def print_table(rows: Sequence[Sequence[str]], left: Sequence[int]) -> None:
 
 
 def print_predictions(predictions: Sequence[Prediction]) -> None:
-    """Prints a line for each class that an image may belong to."""
     for each in predictions:
         print(f'  {each.probability:7.2%}  {each.label}')
 
@@ -55,7 +54,6 @@ def report_left_out(failed: Sequence[tuple[str, str]], skipped: Sequence[str]) -
 
 
 def first_names(names: Sequence[str]) -> str:
-    """Joins at most three names, followed by '...' if there are more."""
     return ', '.join([*names[:3], '...'] if len(names) > 3 else names)
 
 

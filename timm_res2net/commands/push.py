@@ -57,7 +57,6 @@ def run(args: argparse.Namespace) -> None:
 
 
 def result(text: str) -> tuple[str, float]:
-    """Parses METRIC=PERCENT."""
     name, _, value = text.partition('=')
     try:
         return name, float(value)

@@ -14,7 +14,6 @@ from .program import Program
 
 
 def write_torch(program: Program, file: Path) -> None:
-    """Writes a torch.export program."""
     exported = torch.export.export(program.module, (program.example,), dynamic_shapes=program.dynamic_shapes)
     content = io.BytesIO()  # torch's own writer aborts the process if the disk is full
     torch.export.save(exported, content, extra_files=program.metadata)

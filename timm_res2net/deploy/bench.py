@@ -248,7 +248,6 @@ def measure(
 
 
 def require_agreement(outputs: Mapping[Way, Any]) -> None:
-    """Raises a ValueError if the outputs of two ways to run a model differ."""
     first, expected = next(iter(outputs.items()))
     for way, output in outputs.items():
         difference = float(abs(output - expected).max() / abs(expected).max())

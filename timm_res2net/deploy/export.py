@@ -133,12 +133,10 @@ def export(
 
 
 def parts_of(path: Path) -> list[Path]:
-    """Returns the files that an export consists of."""
     return [path, path.with_suffix('.bin')] if path.suffix == '.xml' else [path]
 
 
 def require_free(path: Path) -> None:
-    """Raises a ValueError if an export would replace a file."""
     for part in parts_of(path):
         if os.path.lexists(part):
             raise ValueError(f'cannot write {str(part)!r}: it already exists. Move it away, or choose another name.')

@@ -91,7 +91,6 @@ def optimize(
 
 
 def run_example(model: nn.Module, example_input: Tensor) -> Outputs:
-    """Runs a model on an example; ValueError if it cannot."""
     try:
         with torch.no_grad():
             return model(example_input)
@@ -103,8 +102,6 @@ def run_example(model: nn.Module, example_input: Tensor) -> Outputs:
 
 
 class Optimized(ForInference):
-    """A model that torch runs."""
-
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
         self.model = model
@@ -138,8 +135,6 @@ class Optimized(ForInference):
 
 
 class OptimizedByOpenVINO(ForInference):
-    """A model that OpenVINO runs on the CPU."""
-
     def __init__(self, model: nn.Module, example_input: Tensor, dtype: torch.dtype) -> None:
         super().__init__()
         _, self.structure = tree_flatten(run_example(model, example_input[:2]))
@@ -150,12 +145,10 @@ class OptimizedByOpenVINO(ForInference):
             self(example_input)
 
     def forward(self, x: Tensor) -> Outputs:
-        """Runs the model on (N, C, H, W); outputs have the dtype of `x`, and no gradient."""
         return finish(tree_unflatten(run_batch(self.run, x, self.shape), self.structure), x)
 
 
 def name_of(dtype: torch.dtype) -> str:
-    """Returns the name of a data type, such as 'bfloat16'."""
     return str(dtype).removeprefix('torch.')
 
 

@@ -49,10 +49,8 @@ class Program:
 
     @property
     def outputs(self) -> list[str]:
-        """Names of the outputs."""
         return [output['name'] for output in self.record['outputs']]
 
     @property
     def metadata(self) -> dict[str, str]:
-        """The record as a file stores it."""
         return {RECORD: json.dumps(self.record)}

@@ -61,7 +61,6 @@ def card(model: str | nn.Module, *, repo_id: str | None = None, **facts: Any) ->
 
 
 def render_published(name: str) -> str:
-    """Renders the card of published weights."""
     if name not in WEIGHTS:
         tags = [key for key in WEIGHTS if key.split('.')[0] == name.split('.')[0]]
         hint = f'Choose from {", ".join(tags)}' if tags else '`timm-res2net list --pretrained` shows all names'
@@ -142,7 +141,6 @@ def escape(text: str) -> str:
 
 
 def make_metadata(facts: ModelFacts, title: str) -> ModelCardData:
-    """Builds the card's metadata."""
     dataset, license, results = facts.dataset, facts.license, facts.results or {}
     hub_dataset = dataset if dataset and REPOSITORY.fullmatch(dataset) else None
     dataset_name = 'ImageNet-1k' if dataset == 'imagenet-1k' else dataset or 'custom'

@@ -63,7 +63,6 @@ def call_hub(action: str, function: Callable[[], T], retries: int = len(PAUSES))
 
 
 def causes_of(error: BaseException) -> list[BaseException]:
-    """Returns an error and its chain of causes."""
     chain = [error]
     while (cause := chain[-1].__cause__) is not None and cause not in chain:
         chain.append(cause)

@@ -41,7 +41,6 @@ def make_stem(opts: TrunkOptions, channels: int, stem_type: str, stem_width: int
 def make_shortcut(
     opts: TrunkOptions, inplanes: int, outplanes: int, grid: Grid, kernel_size: int, avg_down: bool, dilate_pool: bool
 ) -> nn.Module:
-    """Makes the projection of a stage's shortcut."""
     if not avg_down:
         options = dict(first_dilation=grid.first_dilation, norm_layer=opts.norm, **opts.factory)
         return downsample_conv(inplanes, outplanes, kernel_size, grid.stride, grid.dilations[0], **options)

@@ -179,7 +179,6 @@ def simplify(value: Any) -> Any:
 
 
 def require_one_of(name: str, value: object, choices: Iterable[object]) -> None:
-    """Raises ValueError if a value is not among the choices."""
     choices = list(choices)
     if value not in choices:
         raise ValueError(f'{name}={value!r} is not known: choose from {", ".join(map(repr, choices))}')

@@ -64,16 +64,13 @@ class TrunkOptions:
 
     @property
     def factory(self) -> dict[str, Any]:
-        """Device and dtype of new tensors."""
         return dict(device=self.device, dtype=self.dtype)
 
     @property
     def act(self) -> Layer:
-        """The activation class."""
         return get_act_layer(self.act_layer)
 
     def norm(self, channels: int, **factory: Any) -> nn.Module:
-        """Makes a norm."""
         layer = get_norm_layer(self.norm_layer)
         eps = {} if self.norm_eps is None else {'eps': self.norm_eps}
         try:
@@ -208,7 +205,6 @@ class Trunk(ExactCheckpointing):
 
     @torch.jit.ignore
     def get_classifier(self, name_only: bool = False) -> str | nn.Module:
-        """Returns the classifier, or its name."""
         return 'fc' if name_only else self.fc
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:

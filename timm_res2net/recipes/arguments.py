@@ -15,7 +15,6 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
 
 
 def positive(text: str) -> int:
-    """Parses an integer above zero."""
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f'{text} is not above zero')
     return int(text)

@@ -81,7 +81,6 @@ def load_detector(folder: str | Path) -> FCOS:
 
 
 def compute_loss(model: Any, batch: dict[str, Any]) -> Tensor:
-    """Adds up the losses of a torchvision detector."""
     return torch.stack(list(model(batch['image'], batch['target']).values())).sum()
 
 
@@ -150,7 +149,6 @@ def predict(images: Iterable[tuple[Path, Tensor]], options: Namespace, args: Any
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Trains a detector, or finds objects with a trained one."""
     parser = training.make_parser(__doc__, metric='AP')
     parser.add_argument('--model-kwargs', **training.KEYWORDS, help='arguments of timm.create_model')
     parser.add_argument('--channels', type=int, default=256, help='channels of each pyramid level')

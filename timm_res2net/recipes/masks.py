@@ -111,7 +111,6 @@ def find_pairs(folder: Path, part: str) -> list[tuple[Path, Path]]:
 
 
 def list_images(folder: Path) -> list[Path]:
-    """Lists the image files in a folder, sorted and without hidden ones."""
     files = [path for path in sorted(folder.glob('[!.]*')) if path.is_file()]
     return [path for path in files if path.suffix.lower() in readable_suffixes()]
 

@@ -202,7 +202,6 @@ def write_part(folder: Path, drawn: Iterable[Canvas]) -> dict[str, Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Writes the set."""
     parser = make_parser(__doc__)
     parser.add_argument('folder', type=Path, help='folder to write')
     parser.add_argument('--fashion-mnist', type=Path, required=True, help='folder with Fashion-MNIST', metavar='DIR')

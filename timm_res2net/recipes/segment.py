@@ -142,7 +142,6 @@ def predict(images: Iterable[tuple[Path, Tensor]], options: Namespace, args: Any
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Trains a segmenter, or segments new images with a trained one."""
     parser = training.make_parser(__doc__, metric='mIoU')
     parser.add_argument('--classes', type=int, help='number of labels in the masks, including the background')
     parser.add_argument('--binary', action='store_true', help='masks are gray images, see --threshold')

@@ -71,8 +71,6 @@ DETECTING: dict[str, Any] = dict(
 
 @dataclass(frozen=True)
 class Part:
-    """A part of the study."""
-
     args: dict[str, Any]  # passed to TrainingArguments
     epochs: int
     seeds: int
@@ -131,7 +129,6 @@ def load_items(part: str, source: Path) -> dict[str, Items]:
 
 
 def compute_loss(model: nn.Module, batch: dict[str, Any]) -> Tensor:
-    """Computes the cross entropy of a classifier."""
     return F.cross_entropy(model(torch.stack(batch['image'])), torch.tensor(batch['label']))
 
 
@@ -238,7 +235,6 @@ def study(folder: Path, source: Path) -> list[dict[str, Any]]:
 
 
 def values_of(runs: Sequence[dict[str, Any]], part: str, scale: int, metric: str) -> list[float]:
-    """Returns the values of a metric for a part and a scale, one for each seed."""
     return [each[metric] for each in runs if (each['part'], each['scale']) == (part, scale)]
 
 
@@ -270,7 +266,6 @@ def table(runs: Sequence[dict[str, Any]], part: str) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the study, and writes and prints its tables."""
     parser = make_parser(__doc__)
     parser.add_argument('folder', type=Path, help='folder to write')
     parser.add_argument('--fashion-mnist', type=Path, required=True, help='folder with Fashion-MNIST', metavar='DIR')

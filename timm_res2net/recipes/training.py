@@ -214,7 +214,6 @@ class MarkComplete(TrainerCallback):
 
 
 def find_checkpoint(folder: Path) -> str | None:
-    """Finds the newest complete checkpoint in the folder of a run, if any."""
     complete = [mark.parent for mark in folder.glob(f'checkpoint-*/{COMPLETE}')]
     return str(max(complete, key=lambda path: int(path.name.removeprefix('checkpoint-')))) if complete else None
 
@@ -247,7 +246,6 @@ def train(trainer: Any, options: argparse.Namespace, backbone: nn.Module, draw_e
 
 
 def require_same_settings(folder: Path, settings: dict[str, Any]) -> None:
-    """Raises ValueError if the folder has a run with other settings."""
     recorded = read_run(folder)
     for name in recorded | settings:
         if recorded.get(name) != settings.get(name):
@@ -256,7 +254,6 @@ def require_same_settings(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def read_run(folder: str | Path) -> dict[str, Any]:
-    """Reads the settings of a run; ValueError if the folder has none."""
     try:
         return dict(json.loads(read_text(Path(folder, RUN))))
     except (ValueError, TypeError, RecursionError) as error:
@@ -264,7 +261,6 @@ def read_run(folder: str | Path) -> dict[str, Any]:
 
 
 def load_best(model: nn.Module, folder: str | Path) -> Any:
-    """Loads the best weights of a finished run; ValueError if there are none or they do not fit."""
     file = Path(folder, WEIGHTS)
     if not file.is_file():
         raise ValueError(f'{str(folder)!r} has no {WEIGHTS}: the run is not finished. Run its command again.')

@@ -89,7 +89,6 @@ def plot_pyramid(shown: Tensor, features: Sequence[Tensor], strides: Sequence[in
 
 
 def hide_axes(panel: 'Axes') -> None:
-    """Hides the ticks and the frame of a panel."""
     panel.set_xticks([])
     panel.set_yticks([])
     panel.spines[:].set_visible(False)

@@ -94,7 +94,6 @@ def fitting_state(model: nn.Module, checkpoint: Checkpoint) -> tuple[str, dict[s
 
 
 def read_once(file: PathLike | Checkpoint, **options: str | None) -> Checkpoint:
-    """Reads a file, or returns a checkpoint that was already read."""
     if not isinstance(file, Checkpoint):
         return read_checkpoint(file, **options)
     if any(option is not None for option in options.values()):
@@ -297,7 +296,6 @@ def require_no_overflow(model: nn.Module, source: str) -> None:
 
 
 def suggest_model(checkpoint: Checkpoint) -> str:
-    """Suggests the model that fits a checkpoint."""
     try:
         name, args, _ = find_model(checkpoint)
     except CheckpointError:

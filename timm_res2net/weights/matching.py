@@ -93,7 +93,6 @@ def require_buildable(checkpoint: Checkpoint, args: Mapping[str, Any]) -> None:
 
 
 def explain_misfit(checkpoint: Checkpoint, name: str | None) -> str:
-    """Explains why no model fits."""
     has_stage_4 = any(each.startswith('layer4.') for each in checkpoint.state)
     is_resnet = {'layer1.0.downsample.1.weight', 'layer3.0.conv1.weight'} <= checkpoint.state.keys()
     if checkpoint.name is None and name is None and is_resnet and not has_stage_4:
@@ -120,7 +119,6 @@ def describe_mismatch(wanted: Mapping[str, Tensor], given: Mapping[str, Tensor])
 
 
 def format_create_model(name: str, args: Mapping[str, object]) -> str:
-    """Formats a call of `timm.create_model` as Python code."""
     return f'timm.create_model({", ".join([repr(name), *(f"{key}={value!r}" for key, value in args.items())])})'
 
 

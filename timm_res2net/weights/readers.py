@@ -73,7 +73,6 @@ def read_file(path: PathLike, shown: str | None = None) -> RawFile:
 
 
 def read_safetensors(content: bytes) -> RawFile:
-    """Reads the content of a safetensors file."""
     header = json.loads(content[8 : 8 + int.from_bytes(content[:8], 'little')])
     tensors = safetensors.torch.load(content)
     readable = {name: each for name, each in tensors.items() if each.dtype in DTYPES.values()}

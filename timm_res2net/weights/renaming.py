@@ -121,7 +121,6 @@ def find_network(
 
 
 def describe_absence(names: Collection[str], dialect: str | None, prefix: str | None) -> str:
-    """Explains why no Res2Net was found."""
     wanted = (f' in the dialect {dialect!r}' if dialect else '') + ('' if prefix is None else f' under {prefix!r}')
     first = ', '.join(list(names)[:3]) or 'none'
     hints = [hint for end, hint in FOREIGN.items() if any(name.endswith(end) for name in names)]
@@ -145,7 +144,6 @@ def find_prefixes(names: Collection[str], dialect: Dialect) -> dict[str, Rows]:
 
 
 def strip_wrappers(prefix: str) -> str:
-    """Removes leading keys that only wrap a network."""
     while prefix.partition('.')[0] in WRAPPERS:
         prefix = prefix.partition('.')[2]
     return prefix
@@ -159,7 +157,6 @@ def path_in_model(prefix: str) -> str:
 
 
 def is_averaged(prefix: str, names: Container[str], siblings: Iterable[str]) -> bool:
-    """Whether the weights under a prefix are averaged."""
     parts = {*prefix.split('.')}
     if 'ema_state_dict.steps' in names:  # mmengine swaps the two, so that 'state_dict' is the average
         return 'ema_state_dict' not in parts
@@ -232,7 +229,6 @@ def rename_tensors(
 
 
 def explain_other(name: str, prefix: str, names: Container[str]) -> str:
-    """Returns the reason for leaving out a tensor outside the network."""
     if name.startswith(prefix) and prefix + name[len(prefix) :].partition('.')[2] in names:
         return STATE  # an optimizer's, whose own name precedes that of the weight
     if TRAINING.match(name):
@@ -266,7 +262,6 @@ def has_modules_around(
 
 
 def identity_norm(name: str, channels: int) -> dict[str, Tensor]:
-    """Returns the tensors of a norm that leaves its input unchanged."""
     zero, one = torch.zeros(channels), torch.ones(channels)
     tensors = dict(weight=one, bias=zero, running_mean=zero, running_var=one - NetworkSpec.norm_eps)
     return {f'{name}.{part}': tensor.clone() for part, tensor in tensors.items()}

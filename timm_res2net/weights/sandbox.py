@@ -436,7 +436,6 @@ def to_plain(value: Any, depth: int = 0) -> Any:
 
 
 def answer(found: Any, out: BinaryIO) -> None:
-    """Writes the answer for a file's content."""
     if not isinstance(found, dict):
         raise Refused(f'it holds a {type(found).__name__}, not tensors by name. Save a dict of tensors')
     tensors: dict[str, Any] = {}
