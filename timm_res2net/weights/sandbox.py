@@ -53,9 +53,6 @@ class Refused(Exception):
     """Why a file cannot be read."""
 
 
-# What a pickle may build
-
-
 class Inert(dict[Any, Any]):
     """Stands for any class or function that a pickle names; accepts everything and does nothing."""
 
@@ -391,9 +388,6 @@ def read_file(file: BinaryIO) -> Any:
         f'it is not a weights file of a known format: it begins with {head[:8]!r}. Pass a .safetensors, .pth, '
         '.pdparams or .pkl file, a .ckpt from MindSpore, a .tar from PaddlePaddle, or a .zip from OneFlow'
     )
-
-
-# From a file's content to the answer
 
 
 # Keys that are not part of a tensor's name, in pickled modules and in OneFlow's files.
