@@ -4,7 +4,7 @@ import logging
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from huggingface_hub import is_offline_mode
 from huggingface_hub.errors import HfHubHTTPError
@@ -53,10 +53,9 @@ def pull(
         logits = model(torch.randn(1, 3, 32, 32))  # (1, 10)
     """
     folder = fetch_model(repo_id, revision, token, cache_dir)
-    model = load_folder(folder, source=repo_id, **kwargs)
-    if isinstance(cfg := getattr(model, 'pretrained_cfg', None), dict):
-        cfg.update(source='hf-hub', hf_hub_id=f'{repo_id}@{folder.name}')
-    return model
+    model: Any = load_folder(folder, source=repo_id, **kwargs)
+    model.pretrained_cfg.update(source='hf-hub', hf_hub_id=f'{repo_id}@{folder.name}')
+    return cast(nn.Module, model)
 
 
 def fetch_model(
