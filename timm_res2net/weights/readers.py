@@ -22,19 +22,14 @@ from torch import Tensor
 
 from .._errors import CheckpointError, first_line
 from .._files import PathLike, open_regular
+from .sandbox import WIDTHS
 
 SANDBOX = str(Path(__file__).with_name('sandbox.py'))
 TIMEOUT, BYTES_PER_SECOND = 20, 5_000_000  # wall-clock seconds, for a busy machine with a slow disk
 MAX_HEADER = 8_000_000  # bytes of the sandbox's line of JSON
 MAX_EXPANSION, ALLOWANCE = 4, 1_000_000  # tensors may take 4 times the file's bytes plus 1 MB
 MAX_TENSORS, MAX_NAME, MAX_DIMENSIONS = 30_000, 500, 8  # MAX_NAME in characters
-DTYPES: dict[str, torch.dtype] = {
-    str(dtype).removeprefix('torch.'): dtype
-    for dtype in (
-        *(torch.float16, torch.float32, torch.float64, torch.bfloat16, torch.bool),
-        *(torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8),
-    )
-}
+DTYPES: dict[str, torch.dtype] = {name: getattr(torch, name) for name in WIDTHS}
 
 
 @dataclass(frozen=True)
