@@ -10,9 +10,9 @@ from timm.data import infer_imagenet_subset
 from tqdm import tqdm
 
 from .._errors import sanitize
+from .._images import IMAGE_SETTINGS
 from ..vision.predict import Prediction
 from ..weights.checkpoints import Checkpoint
-from ..weights.config import IMAGES
 from ..weights.loading import describe_assumptions
 from ..weights.matching import format_create_model
 
@@ -62,9 +62,9 @@ def describe_training(cfg: Mapping[str, Any], num_classes: int, checkpoint: Chec
     size = ' x '.join(map(str, cfg['input_size'][1:]))
     mean, std = (', '.join(f'{value:g}' for value in cfg[key]) for key in ('mean', 'std'))
     shown = f'{size}, {cfg["interpolation"]}, crop {cfg["crop_pct"]:g}, mean {mean}, std {std}'
-    defaults = [] if checkpoint is None else [key for key in IMAGES if key not in checkpoint.images]
+    defaults = [] if checkpoint is None else [key for key in IMAGE_SETTINGS if key not in checkpoint.images]
     how = 'recorded in the file'
-    if len(defaults) == len(IMAGES):
+    if len(defaults) == len(IMAGE_SETTINGS):
         how = 'defaults, not recorded in the file'
     elif defaults:
         how += f', except {", ".join(defaults)} (defaults)'

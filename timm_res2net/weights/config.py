@@ -31,7 +31,6 @@ _logger = logging.getLogger(__name__)
 WEIGHTS_FILE, CONFIG_FILE = 'model.safetensors', 'config.json'
 RECORD = 'timm_res2net'  # key of this package's own record, also in exported files
 MAX_CONFIG = 5_000_000  # bytes
-IMAGES = tuple(IMAGE_SETTINGS)
 # Limits of `model_args`: without them, a small file could describe a network that takes hours to build.
 MAX_NUMBERS = {'layers': 200, 'levels': 8, 'scale': 64, 'num_classes': 1_000_000}
 BUILDER_ARGUMENTS = 'pretrained_strict', 'features_only', 'feature_cfg', 'out_indices'  # which timm records, too
@@ -171,7 +170,7 @@ def recorded_images(raw: RawFile, config: Mapping[str, Any], source: str) -> dic
     args = raw.values.get('args')
     if not isinstance(args, dict):
         return check_image_settings(config.get('pretrained_cfg') or {})
-    given = {key: args[key] for key in IMAGES if args.get(key)}
+    given = {key: args[key] for key in IMAGE_SETTINGS if args.get(key)}
     if size := args.get('img_size'):
         given.setdefault('input_size', [args.get('in_chans') or 3, size, size])
     try:

@@ -12,6 +12,7 @@ from torch import nn
 
 from .._errors import UnknownModelError
 from .._files import PathLike, atomic_write, sha256
+from .._images import IMAGE_SETTINGS
 from ..models.block import spec_of
 from ..models.checks import require_finite_weights
 from ..models.classifier import as_classifier, registered_cfg
@@ -19,7 +20,7 @@ from ..models.fold import FoldedNorm
 from ..models.resnet import Res2Net
 from ..models.variants import ARCHS, WEIGHTS, default_cfg
 from .checkpoints import Checkpoint, read_checkpoint
-from .config import IMAGES, RECORD, make_config, require_labels, require_no_model, write_folder
+from .config import RECORD, make_config, require_labels, require_no_model, write_folder
 from .dialects import DIALECTS
 from .loading import require_same_spec
 from .matching import find_model, resnet_arguments
@@ -81,7 +82,7 @@ def describe_weights(name: str, args: dict[str, Any], file: str) -> dict[str, An
     if published:
         return dict(registered_cfg(published[0]).to_dict(remove_source=True))
     default = registered_cfg(name).to_dict()
-    return {**default_cfg(name), **{key: default[key] for key in IMAGES if key in default}}
+    return {**default_cfg(name), **{key: default[key] for key in IMAGE_SETTINGS if key in default}}
 
 
 def folder_for(file: PathLike) -> Path:
