@@ -270,9 +270,6 @@ def test_convert_lists_all_dialects(run: Run) -> None:
     assert rows == ['dialect', *DIALECTS]
 
 
-# The Hub
-
-
 def test_push_and_pull_print_files_and_checksums(run: Run, hub: Hub, monkeypatch: Patch) -> None:
     monkeypatch.setenv('HF_TOKEN', 'hf_write')
     torch.save(tiny('mmdet').state_dict(), 'mine.pth')

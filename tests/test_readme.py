@@ -93,9 +93,6 @@ def test_readme_top_level_lists_every_command() -> None:
     assert {*COMMANDS} == {*re.findall(r'^timm-res2net (\w+)', TEXTS['top'], re.MULTILINE)}
 
 
-# Examples
-
-
 @pytest.fixture(scope='module')
 def example_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Writes the files that examples read, made from small networks."""

@@ -34,9 +34,6 @@ def card_without_facts() -> str:
     return card(tiny())
 
 
-# Published weights
-
-
 @pytest.mark.parametrize('name', slow_but(['test_res2net.digits', 'dla60_res2net.in1k'], WEIGHTS))
 def test_card_is_current(name: str) -> None:
     assert (FOLDER / f'{name}.md').read_text() == card(name), 'stale: run python hub_cards/make_cards.py'
@@ -46,9 +43,6 @@ def test_every_published_set_of_weights_has_a_card_and_the_catalogue_is_current(
     assert {path.name for path in FOLDER.glob('*.md')} == {'README.md', *(f'{name}.md' for name in WEIGHTS)}
     script = runpy.run_path(str(FOLDER / 'make_cards.py'))
     assert script['render_catalogue']() == CATALOGUE, 'stale: run python hub_cards/make_cards.py'
-
-
-# Examples
 
 
 def run_examples(text: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> int:
@@ -86,9 +80,6 @@ def test_card_uses_sigmoid_for_one_class_and_softmax_for_more(num_classes: int, 
 def test_card_of_a_model_whose_activations_have_weights_counts_the_same_multiply_adds() -> None:
     costs = [re.findall('.*multiply-adds.*', card(tiny(act_layer=name))) for name in ('relu', 'prelu')]
     assert costs[0] == costs[1] != []
-
-
-# Facts
 
 
 def test_card_contains_the_given_facts() -> None:
@@ -154,9 +145,6 @@ def test_fact_that_cannot_be_on_a_card_is_refused(facts: dict[str, Any], message
 def test_card_of_unknown_model_or_facts_is_refused(model: Any, facts: dict[str, Any], message: str) -> None:
     with pytest.raises((UnknownModelError, ValueError, TypeError), match=message):
         card(model, **facts)
-
-
-# Text
 
 
 @pytest.mark.parametrize(

@@ -141,9 +141,6 @@ def test_fault_has_the_expected_outcome_leaves_nothing_behind_and_the_next_call_
     assert step == 'create' or outcome == 'X' or b'My words.' in hub.files('user/net')['README.md']
 
 
-# The commit
-
-
 def test_lost_response_of_a_pull_request_opens_no_second_one_and_says_where_to_look(hub: Hub, hub_only: None) -> None:
     hub.put('user/net', old_files())
     hub.faults = [Fault('POST .*/commit/', 'lost')]
@@ -170,9 +167,6 @@ def test_license_unknown_to_the_hub_is_refused_before_a_repository_is_created(hu
     with pytest.raises(ValueError, match=r'the Hub rejects the card: .*"license.*must be one of.*--license-link'):
         push(model(), 'user/net', license='made-up', token='hf_write')
     assert hub.repos == {}
-
-
-# Tokens and names
 
 
 def test_token_is_in_no_file_and_no_log(hub: Hub, caplog: pytest.LogCaptureFixture) -> None:

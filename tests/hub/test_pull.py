@@ -107,9 +107,6 @@ def test_pull_into_a_cache_that_cannot_be_written_is_an_os_error(net: Hub, tmp_p
         pull('user/net', cache_dir=tmp_path / 'file' / 'cache')
 
 
-# Weights that timm loads
-
-
 def hub_options(repo_id: str, cache: Path, **overlay: Any) -> dict[str, Any]:
     """Returns arguments of `timm.create_model` that load the weights of a repository."""
     overlay = dict(hf_hub_id=repo_id, file=None, num_classes=4, **overlay)

@@ -39,9 +39,6 @@ def fine_tuned() -> nn.Module:
     return model.to(torch.bfloat16).to(memory_format=torch.channels_last).eval()
 
 
-# What arrives
-
-
 @pytest.mark.parametrize('labels', [None, ['round', 'straight', 'both']])
 def test_pulled_model_has_the_pushed_weights_outputs_and_labels(labels: Any, hub: Hub, tmp_path: Path) -> None:
     model: Any = fine_tuned() if labels else timm.create_model('test_res2net.digits', pretrained=True).eval()
@@ -172,9 +169,6 @@ def test_pushed_code_names_the_package_that_it_needs(monkeypatch: pytest.MonkeyP
         runpy.run_path(str(ROOT / 'timm_res2net' / 'hub' / 'register.py'))
 
 
-# Facts and cards
-
-
 def test_unchanged_model_keeps_its_facts_and_a_changed_one_loses_them(hub: Hub, tmp_path: Path) -> None:
     facts: dict[str, Any] = dict(results={'accuracy': 91.5}, dataset='somebody/shapes', license='MIT', recipe='By hand')
     push(tiny(), 'user/net', tag='mine', base_model='timm/res2net50d.in1k', labels=list('abcd'), **facts, **WRITE)
@@ -229,9 +223,6 @@ def test_push_keeps_a_hand_written_card_unless_told_to_replace_it(hub: Hub) -> N
         assert len(hub.repos['user/net'].commits) == 2
     push(tiny(), 'user/net', overwrite_card=True, **WRITE)
     assert 'For my students' not in hub.files('user/net')['README.md'].decode()
-
-
-# Refused before any request
 
 
 def changed(name: str, module: nn.Module) -> nn.Module:

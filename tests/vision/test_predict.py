@@ -33,9 +33,6 @@ def constant(logits: list[float]) -> Any:
     return model
 
 
-# Reading
-
-
 GRAY = np.linspace(0, 255, 48, dtype=np.uint8).reshape(6, 8)
 
 
@@ -172,9 +169,6 @@ def test_preprocess_for_one_channel_returns_gray_images() -> None:
     torch.testing.assert_close(visible, grays.expand(3, -1, -1))
 
 
-# Predicting
-
-
 def test_bundled_digits_are_held_out_digits_with_their_labels() -> None:
     held_out = {(image.tobytes(), str(label)) for image, label in zip(*split()['val'])}
     digits = bundled_digits()
@@ -249,9 +243,6 @@ def test_pretrained_model_and_load_model_of_unknown_name_suggest_one(name: str, 
 
 def test_class_names_of_imagenet_are_words() -> None:
     assert 'tabby' in class_names(timm.create_model('res2net50d', device='meta'))[281]
-
-
-# Pictures
 
 
 def test_plot_pyramid_has_panel_for_image_and_each_stride(tmp_path: Path) -> None:

@@ -185,9 +185,6 @@ def test_convert_names_the_folder_after_the_file() -> None:
         folder_for('..pth')
 
 
-# Single files
-
-
 @pytest.mark.parametrize('problem', [OSError, ValueError])
 def test_atomic_write_failure_keeps_the_old_file_and_the_type(problem: type[Exception], tmp_path: Path) -> None:
     def fail(path: str) -> None:
