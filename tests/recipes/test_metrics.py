@@ -109,7 +109,7 @@ def test_mean_intersection_over_union_of_a_worked_case() -> None:
     batch = as_batch(torch.tensor([[0, 0, 1, 1], [0, 0, 1, IGNORED]]), torch.tensor([[0, 1], [1, 1]]))
     scores = compute_iou(as_evaluation(count_pixels(model, batch)))
     # Label 0 has 4 hits, 1 missed pixel and 2 false ones; label 1 has 4, 2 and 1; label 2 does not occur.
-    assert scores == {'mIoU': pytest.approx(100 * 4 / 7, abs=1e-3), 'pixels': pytest.approx(100 * 8 / 11, abs=1e-3)}
+    assert scores == pytest.approx({'mIoU': 100 * 4 / 7, 'pixel_accuracy': 100 * 8 / 11}, abs=1e-3)
 
 
 def test_evaluation_with_only_ignored_pixels_is_an_error() -> None:

@@ -25,7 +25,7 @@ def fuse(model: nn.Module) -> nn.Module:
     split requires ReLU, and a pool must count the padding, unlike Paddle's. `timm.models.reparameterize_model` does the
     same, but to blocks only.
 
-    Fuse a model before you cast it to half precision: folding rounds once more there, to about 1 % of the output.
+    Fuse a model before you cast it to half precision: folding in half precision is about 1 % off.
 
     The copy can be exported, scripted and asked for features like the original. It stays in evaluation mode: `train()`
     has no effect on it, even inside another model, and gradients pass through it as through frozen norms.

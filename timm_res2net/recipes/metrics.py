@@ -83,7 +83,7 @@ def compute_iou(evaluation: Any) -> dict[str, float]:
         raise ValueError(f'cannot evaluate: all pixels of all images have label {IGNORED}, which is ignored')
     hits, union = total.diag(), total.sum(dim=0) + total.sum(dim=1) - total.diag()
     iou = 100 * (hits / union)[union > 0]
-    return dict(mIoU=round(iou.mean().item(), 3), pixels=round(100 * (hits.sum() / total.sum()).item(), 3))
+    return dict(mIoU=round(iou.mean().item(), 3), pixel_accuracy=round(100 * (hits.sum() / total.sum()).item(), 3))
 
 
 def score_binary(model: Any, batch: dict[str, Any]) -> Tensor:

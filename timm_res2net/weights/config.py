@@ -130,8 +130,8 @@ def network_arguments(args: Mapping[str, Any]) -> dict[str, Any]:
 def lightning_model(parameters: Mapping[str, Any], source: str) -> tuple[str | None, dict[str, Any]]:
     """Returns the name and arguments of the only model among Lightning's hyperparameters.
 
-    A mapping that contains nothing but arguments of networks is taken to be the model's. Arguments beside the name may
-    be another module's, so a warning lists them.
+    A nested mapping is the model's if all of its keys are arguments of networks. Arguments next to the name may belong
+    to another module, so a warning lists them.
     """
     names = {value for value in parameters.values() if isinstance(value, str) and value.partition('.')[0] in ARCHS}
     if len(names) != 1:
