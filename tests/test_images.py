@@ -41,7 +41,7 @@ def test_check_image_settings_accepts_every_mode_of_timms_transforms() -> None:
         *(('std', value) for value in ([0.0] * 3, [math.nan], list[int](), [1, -1], dict[str, int]())),
         *(('crop_pct', value) for value in (1e-9, 2.5, math.nan, math.inf, '1', [1.0])),
         *(('interpolation', value) for value in ('cubic', 3, ['bicubic'], '')),
-        *(('crop_mode', value) for value in ('center', int, ['center'])),
+        *(('crop_mode', value) for value in ('middle', int, ['center'])),
     ],
 )
 def test_check_image_settings_refuses_an_invalid_value_and_names_its_key(key: str, value: Any) -> None:

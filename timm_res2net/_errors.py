@@ -42,6 +42,6 @@ def sanitize(text: object, limit: int = 200) -> str:
 def first_line(error: BaseException) -> str:
     """Returns an error's first line, without a full stop, to quote in another message; its type if it has no text."""
     line, *more = str(error).strip().split('\n')
-    if more and line.endswith(':'):
-        line = f'{line} {more[0].strip()}'
+    while more and line.endswith(':'):
+        line = f'{line} {more.pop(0).strip()}'
     return sanitize(line.rstrip('.'), 500) or type(error).__name__

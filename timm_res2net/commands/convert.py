@@ -12,7 +12,7 @@ from ..weights.dialects import DIALECTS, EXPORTS
 from ..weights.loading import load_model
 from ..weights.matching import format_create_model
 from .options import add_options
-from .output import describe_training, first_names, load_call, print
+from .output import describe_training, first_names, load_call, print, print_table
 from .sources import read_label_names
 
 
@@ -103,9 +103,10 @@ class ListDialects(argparse.Action):
     """Prints the known code bases, the first blocks of their networks, and whether `--to` can write their files."""
 
     def __call__(self, parser: argparse.ArgumentParser, *args: Any) -> None:
-        print('dialect           first block      export  code base')
+        rows = [('dialect', 'first block', 'export', 'code base')]
         for name, dialect in DIALECTS.items():
             known = [each for each in (dialect.spec, dialect.detector_spec) if each is not None]
             blocks = ' or '.join(each.first_block for each in known) or 'unknown'
-            print(f'{name:16}  {blocks:17}  {"yes" if name in EXPORTS else "":4}  {dialect.description}')
+            rows.append((name, blocks, 'yes' if name in EXPORTS else '', dialect.description))
+        print_table(rows, left=range(4))
         parser.exit()

@@ -31,6 +31,9 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> None:
     model, checkpoint = make_source(args)
     labels = read_label_names(args)
+    if checkpoint is not None:
+        cfg = {**model.pretrained_cfg, **({'label_names': labels} if labels else {})}
+        print('\n'.join([*describe_training(cfg, model.num_classes, checkpoint), '']))
     pushed = push(
         model,
         args.repo,
@@ -51,9 +54,6 @@ def run(args: argparse.Namespace) -> None:
     for name, digest in pushed.hashes.items():
         print(f'{digest}  {name}')
     print(f'\nwrote {pushed.folder}; nothing was sent' if pushed.folder else f'\n{pushed.url}')
-    if checkpoint is not None:
-        cfg = {**model.pretrained_cfg, **({'label_names': labels} if labels else {})}
-        print('\n'.join(describe_training(cfg, model.num_classes, checkpoint)))
 
 
 def result(text: str) -> tuple[str, float]:

@@ -70,7 +70,8 @@ def fashion_mnist(folder: Path, train: bool) -> tuple[Bytes, NDArray[np.int64]]:
     try:
         dataset = FashionMNIST(str(folder), train, download=True)
     except Exception as error:  # damaged files cause errors of many types
-        raise OSError(f'cannot read or download Fashion-MNIST in {str(folder)!r}: {first_line(error)}') from error
+        problem = f'cannot read or download Fashion-MNIST in {str(folder)!r}: {first_line(error)}'
+        raise OSError(f'{problem}. If you are offline, unpack its four files into FashionMNIST/raw/ there') from error
     return dataset.data.numpy(), dataset.targets.numpy()
 
 
