@@ -230,6 +230,7 @@ def test_readme_hub_example_pushes_and_pulls(hub: Any, monkeypatch: pytest.Monke
     assert made['model'].pretrained_cfg['hf_hub_id'].startswith('user/digits@')
 
 
+@pytest.mark.slow
 def test_readme_example_for_many_models_checks_all_before_it_pushes_any(
     hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -58,11 +58,14 @@ def run_examples(text: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> in
     return len(blocks)
 
 
-def test_examples_of_an_embedded_and_of_a_pushed_card_print_their_comments(
+def test_examples_of_an_embedded_card_print_their_comments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_examples(card('test_res2net.digits'), tmp_path, monkeypatch) == 4
+
+
+@pytest.mark.slow
+def test_examples_of_a_pushed_card_print_their_comments(
     hub: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pytest.importorskip('transformers')
-    assert run_examples(card('test_res2net.digits'), tmp_path, monkeypatch) == 4
     options = dict(in_chans=1, num_classes=1, pretrained_cfg_overlay=dict(input_size=(1, 64, 64)))
     dla = timm.create_model('dla60_res2net', **options, **small('dla60_res2net'))
     for model in (tiny(), dla):

@@ -121,6 +121,7 @@ def test_dry_run_writes_the_files_once_keeps_a_card_and_sends_no_request(hub: Hu
 # transformers
 
 
+@pytest.mark.slow
 def test_transformers_round_trip_keeps_the_fine_tuned_weights(
     hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

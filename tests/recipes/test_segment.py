@@ -58,6 +58,7 @@ def test_ignored_pixels_add_nothing_to_the_loss(binary: bool) -> None:
     torch.testing.assert_close(some, nn.functional.cross_entropy(model(images)[:1, :, :4], masks[:1, :4]))
 
 
+@pytest.mark.slow
 def test_binary_run_computes_metrics_and_segments_new_images(tmp_path: Path) -> None:
     data, out = write_polyps(tmp_path / 'polyps', count=8), tmp_path / 'run'
     assert run(segment, *POLYPS, '--data', str(data), '--output-dir', str(out), '--num-train-epochs', '1') == 0
