@@ -83,7 +83,7 @@ def test_every_command_reproduces_accuracy_of_timm_train_script_with_its_image_s
     run(*program, 'push', file, 'user/net', '--dry-run', 'pushed', cwd=tmp_path)
     run(*program, 'export', file, 'net.pt2', cwd=tmp_path)
     files = (file, 'net/model.safetensors', 'pushed/model.safetensors', 'net.pt2')
-    for source in (['--weights', *files], ['--model', 'local-dir:pushed']):
+    for source in (['--trust', '--weights', *files], ['--model', 'local-dir:pushed']):
         found = run(*program, 'validate', str(digits / 'val'), *source, '--json', cwd=tmp_path)
         results = json.loads(found[: found.index('\n}') + 2])['results']
         assert [each['top1'] for each in results] == pytest.approx([accuracy] * len(results), abs=1e-3)
