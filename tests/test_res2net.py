@@ -216,6 +216,8 @@ def test_features_need_all_tensors_of_the_backbone_unless_pretrained_strict_is_f
     model = timm.create_model('test_res2net', features_only=True, **options).eval()
     expected = tiny().forward_intermediates(images, intermediates_only=True)
     torch.testing.assert_close(model(images), expected, rtol=0, atol=0)
+    getter = timm.create_model('test_res2net', features_only=True, feature_cls='getter', **options)
+    assert 'state_dict' not in getter.model.pretrained_cfg
     with pytest.raises(RuntimeError, match=r'Missing key.* "fc\.weight", "fc\.bias"'):
         timm.create_model('test_res2net', **options)
     with pytest.raises(RuntimeError, match=r"Missing key.* 'layer1\.0\.se\.fc1\.bias'"):

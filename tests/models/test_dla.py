@@ -73,6 +73,12 @@ def test_dla_with_test_time_pooling_computes_what_timms_own_does() -> None:
     torch.testing.assert_close(pooled[0](x), pooled[1](x), rtol=0, atol=0)
 
 
+def test_dla_with_checkpointing_can_be_traced(images: Tensor) -> None:
+    model = timm.create_model('dla60_res2net', **small('dla60_res2net')).eval()
+    model.set_grad_checkpointing()
+    torch.testing.assert_close(torch.jit.trace(model, images)(images), model(images))
+
+
 def test_dla_shortcut_root_adds_the_first_input() -> None:
     root = DlaRoot(TrunkOptions(), 8, 4, shortcut=True)
     nn.init.zeros_(root.conv.weight)
