@@ -1,6 +1,5 @@
 """Exports a model to a small file that runs without this package, and verifies the file before it appears."""
 
-import copy
 import hashlib
 import json
 import logging
@@ -27,7 +26,7 @@ from ..version import __version__
 from .backends import Backend, find_backend, requires_extra
 from .calibration import Images, calibration_images, repeat_to_whole_batches
 from .exported import load_exported, parse_record
-from .fuse import fuse
+from .fuse import fuse_in_float32
 from .inference import TOLERANCES, ForInference
 from .program import Exportable, Program
 
@@ -107,7 +106,7 @@ def export(
         raise ValueError('cannot export an optimized or exported model. Export the original model.')
     model = unwrap_model(model)
     require_finite_weights(model)
-    fused = fuse(copy.deepcopy(model).cpu().float())  # folding norms in half precision would lose accuracy
+    fused = fuse_in_float32(model)
     record = describe(model, backend, precision, batch, size, dynamic_size)
     record = parse_record(json.dumps(record))  # checks it as when the file is loaded
     shape = record['pretrained_cfg']['input_size']

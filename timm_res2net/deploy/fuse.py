@@ -1,5 +1,6 @@
 """Fuses a model for inference: folds all of its batch norms into convolutions."""
 
+import copy
 from functools import partial
 
 from timm.models import FeatureDictNet, FeatureHookNet, reparameterize_model
@@ -55,6 +56,11 @@ def fuse(model: nn.Module) -> nn.Module:
             fold_norms(module)
     fused.train = partial(stay_in_eval_mode, fused)  # type: ignore[method-assign]
     return fused
+
+
+def fuse_in_float32(model: nn.Module) -> nn.Module:
+    """Fuses a float32 copy of a model, because folding norms in half precision would lose accuracy."""
+    return fuse(copy.deepcopy(model).float())
 
 
 def stay_in_eval_mode(model: nn.Module, mode: bool = True) -> nn.Module:

@@ -1,6 +1,5 @@
 """Optimizes models for inference: fuses them, and compiles them with torch or OpenVINO."""
 
-import copy
 import logging
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
@@ -13,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from .._errors import first_line
 from .backend_openvino import compile_for_openvino
 from .backends import requires_extra
-from .fuse import fuse
+from .fuse import fuse_in_float32
 from .inference import ForInference, Outputs, finish, require_floating_point, run_batch
 
 _logger = logging.getLogger(__name__)
@@ -66,7 +65,7 @@ def optimize(
     require_floating_point(example_input)
     if backend not in (None, 'openvino'):
         raise ValueError(f"unknown backend={backend!r}. Choose 'openvino', or None for torch.")
-    fused = fuse(copy.deepcopy(model).float())  # folding norms in half precision would lose accuracy
+    fused = fuse_in_float32(model)
     dtype = dtype or next(model.parameters()).dtype
     if dtype not in DTYPES:
         raise ValueError(f'unsupported dtype={dtype}. Choose from {", ".join(map(str, DTYPES))}.')
