@@ -75,7 +75,7 @@ class DlaLeaf(nn.Module):
 
         The root also gets the children: (N, C_i, H / stride, W / stride), where the sum of C_i is root_chs.
         """
-        if self.grad_checkpointing and not torch.jit.is_scripting() and not torch.jit.is_tracing():
+        if self.grad_checkpointing and not torch.jit.is_scripting():
             return recompute(self.aggregate, x, children, buffers_of=self)
         return self.aggregate(x, children)
 

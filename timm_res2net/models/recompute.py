@@ -37,6 +37,8 @@ class BufferCopies:
 
 def recompute(run: Callable[..., Tensor], *args: object, buffers_of: nn.Module) -> Tensor:
     """Runs a function, keeping only its arguments, and runs it again in the backward pass, on copies of the buffers."""
+    if torch.jit.is_tracing():  # torch.jit.trace refuses checkpointed parts
+        return run(*args)
     # torch.compile accepts no context and, from torch 2.9 on, needs none: it does not repeat updates of buffers.
     if torch.compiler.is_compiling():
         return torch.utils.checkpoint.checkpoint(run, *args, use_reentrant=False)
@@ -53,7 +55,7 @@ class Stage(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         for block in self:
-            if self.grad_checkpointing and not torch.jit.is_scripting() and not torch.jit.is_tracing():
+            if self.grad_checkpointing and not torch.jit.is_scripting():
                 x = recompute(block, x, buffers_of=block)
             else:
                 x = block(x)
