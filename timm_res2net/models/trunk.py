@@ -265,7 +265,10 @@ class Trunk(ExactCheckpointing):
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> list[int]:
-        """Removes the parts that these features do not need, and the head; returns the indices counted from 0."""
+        """Removes parts that the given features do not need, and returns the indices counted from 0.
+
+        Removes the classifier if `prune_head` or if the last part is removed. `prune_norm` has no effect.
+        """
         take, end = self._select_features(indices)
         for part in self.parts[end:]:
             setattr(self, part, nn.Identity())

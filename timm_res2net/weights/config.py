@@ -30,10 +30,10 @@ _logger = logging.getLogger(__name__)
 
 WEIGHTS_FILE, CONFIG_FILE = 'model.safetensors', 'config.json'
 RECORD = 'timm_res2net'  # key of this package's own record, also in exported files
+BUILDER_ARGUMENTS = 'pretrained_strict', 'features_only', 'feature_cfg', 'out_indices'  # which timm records, too
 MAX_CONFIG = 5_000_000  # bytes
 # Limits of `model_args`: without them, a small file could describe a network that takes hours to build.
 MAX_NUMBERS = {'layers': 200, 'levels': 8, 'scale': 64, 'num_classes': 1_000_000}
-BUILDER_ARGUMENTS = 'pretrained_strict', 'features_only', 'feature_cfg', 'out_indices'  # which timm records, too
 MAX_NUMBER, MAX_TEXT, MAX_ITEMS, MAX_DEPTH = 4096, 100, 64, 3
 
 

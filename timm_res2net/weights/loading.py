@@ -217,7 +217,7 @@ def load_folder(folder: PathLike, source: str | None = None, **kwargs: Any) -> n
         problem = f'it has {checkpoint.num_classes} classes, but config.json specifies {classes!r}'
         raise CheckpointError(f'cannot load {shown}: {problem}')
     cfg = config['pretrained_cfg']
-    known = {key: cfg[key] if isinstance(cfg.get(key), str) else None for key in DESCRIPTIONS}
+    known = {key: cfg[key] for key in DESCRIPTIONS if isinstance(cfg.get(key), str)}
     overlay = {**known, **kwargs.pop('pretrained_cfg_overlay', {})}
     return load_model(checkpoint, name, **kwargs, pretrained_cfg_overlay=overlay).eval()
 
